@@ -1,0 +1,6 @@
+//! Words every room of the node may use: clocks, remedies, stopping, telemetry names.
+
+pub mod clock;
+pub mod remedy;
+pub mod stop;
+pub mod telemetry;

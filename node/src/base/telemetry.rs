@@ -1,0 +1,20 @@
+//! Log set-up, and the metric names of the node.
+
+use tracing_subscriber::EnvFilter;
+
+/// Sandboxes by phase on this node.
+pub const SANDBOXES: &str = "wrenn_sandboxes";
+/// API requests by status class.
+pub const REQUESTS: &str = "wrenn_api_requests_total";
+
+/// Sends log lines to standard error; `WRENN_LOG` chooses what is shown (default `info`).
+///
+/// A second call does nothing, so tests may call it freely.
+pub fn init() {
+    let filter = EnvFilter::try_from_env("WRENN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let _already_set = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .try_init();
+}

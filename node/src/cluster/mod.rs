@@ -1,0 +1,1 @@
+//! The replicated state as this node sees it, and the way to change it.

@@ -1,0 +1,1 @@
+//! Configuration: as written, as checked, and its defaults with their reasons.

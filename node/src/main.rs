@@ -1,0 +1,3 @@
+//! The `wrenn` binary: arguments in, exit code out.
+
+fn main() {}

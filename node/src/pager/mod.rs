@@ -1,0 +1,1 @@
+//! Guest memory: owned here, handed to the VMM.

@@ -1,0 +1,1 @@
+//! From what is desired and observed to steps.

@@ -1,0 +1,1 @@
+//! The sandboxes this node runs: one driver task each.

@@ -1,0 +1,1 @@
+//! The small process that owns one VMM and outlives the daemon.

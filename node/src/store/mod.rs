@@ -1,0 +1,1 @@
+//! Images on disk: chunks, manifests, overlays, paths.

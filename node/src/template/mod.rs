@@ -1,0 +1,1 @@
+//! Templates: what sandboxes start from.

@@ -1,0 +1,1 @@
+//! Builds the rooms, joins them, starts them, and stops them in reverse.
