@@ -68,10 +68,6 @@ random_id!(
     "key"
 );
 
-/// A client's name for one change, so that a retry after a lost answer cannot act twice.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(pub [u8; 16]);
-
 /// A node: the index of the log entry that admitted it. Never given out twice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);

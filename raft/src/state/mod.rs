@@ -1,0 +1,133 @@
+//! What the log has led to.
+//!
+//! All tables are persistent maps: a clone is cheap and stands still, so readers and snapshots
+//! never block apply. A table's row is what snapshots and the state database store, under a key
+//! of one table byte and the object's id. Reservations are derived from the sandboxes and never
+//! stored.
+
+mod keys;
+mod nodes;
+mod rows;
+mod sandboxes;
+mod templates;
+
+use proto::ids::{KeyId, NodeId, SandboxId};
+use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
+
+pub use keys::Key;
+pub use nodes::{Node, Resources};
+pub use rows::{BadRow, Row, RowKey};
+pub use sandboxes::{Desired, GuestVersions, Phase, Sandbox, SandboxSpec};
+pub use templates::Template;
+
+/// The replicated state after some log index.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    nodes: RedBlackTreeMapSync<NodeId, Node>,
+    keys: RedBlackTreeMapSync<KeyId, Key>,
+    /// Looking a key up by its hash happens on every request.
+    keys_by_hash: HashTrieMapSync<[u8; 32], KeyId>,
+    templates: RedBlackTreeMapSync<String, Template>,
+    sandboxes: RedBlackTreeMapSync<SandboxId, Sandbox>,
+    reserved: RedBlackTreeMapSync<NodeId, Resources>,
+}
+
+impl State {
+    /// Every node, in the order of their ids.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    /// One node.
+    #[must_use]
+    pub fn node(&self, id: NodeId) -> Option<&Node> {
+        self.nodes.get(&id)
+    }
+
+    /// What sandboxes hold of a node's capacity.
+    #[must_use]
+    pub fn reserved(&self, id: NodeId) -> Resources {
+        self.reserved.get(&id).copied().unwrap_or_default()
+    }
+
+    /// Every template, by name.
+    pub fn templates(&self) -> impl Iterator<Item = &Template> {
+        self.templates.values()
+    }
+
+    /// One template.
+    #[must_use]
+    pub fn template(&self, name: &str) -> Option<&Template> {
+        self.templates.get(name)
+    }
+
+    /// Every sandbox, ended ones included, by id.
+    pub fn sandboxes(&self) -> impl Iterator<Item = &Sandbox> {
+        self.sandboxes.values()
+    }
+
+    /// One sandbox.
+    #[must_use]
+    pub fn sandbox(&self, id: SandboxId) -> Option<&Sandbox> {
+        self.sandboxes.get(&id)
+    }
+
+    /// Every API key, by id.
+    pub fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.keys.values()
+    }
+
+    /// The key with this SHA-256 hash, unless it was revoked.
+    #[must_use]
+    pub fn key_by_hash(&self, hash: &[u8; 32]) -> Option<&Key> {
+        self.keys_by_hash
+            .get(hash)
+            .and_then(|id| self.keys.get(id))
+            .filter(|key| !key.revoked)
+    }
+
+    /// One API key, revoked or not.
+    #[must_use]
+    pub fn key(&self, id: KeyId) -> Option<&Key> {
+        self.keys.get(&id)
+    }
+
+    pub(crate) fn put_node(&mut self, node: Node) {
+        self.nodes.insert_mut(node.id, node);
+    }
+
+    pub(crate) fn put_template(&mut self, template: Template) {
+        self.templates.insert_mut(template.name.clone(), template);
+    }
+
+    pub(crate) fn put_key(&mut self, key: Key) {
+        self.keys_by_hash.insert_mut(key.hash, key.id);
+        self.keys.insert_mut(key.id, key);
+    }
+
+    /// Inserts or replaces a sandbox and moves its reservation along.
+    pub(crate) fn put_sandbox(&mut self, sandbox: Sandbox) {
+        if let Some(old) = self.sandboxes.get(&sandbox.id).cloned() {
+            self.release(&old);
+        }
+        if sandbox.phase.holds_resources() {
+            let sum = self.reserved(sandbox.owner).plus(sandbox.spec.resources());
+            self.reserved.insert_mut(sandbox.owner, sum);
+        }
+        self.sandboxes.insert_mut(sandbox.id, sandbox);
+    }
+
+    pub(crate) fn drop_sandbox(&mut self, id: SandboxId) {
+        if let Some(old) = self.sandboxes.get(&id).cloned() {
+            self.release(&old);
+            self.sandboxes.remove_mut(&id);
+        }
+    }
+
+    fn release(&mut self, sandbox: &Sandbox) {
+        if sandbox.phase.holds_resources() {
+            let rest = self.reserved(sandbox.owner).less(sandbox.spec.resources());
+            self.reserved.insert_mut(sandbox.owner, rest);
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Sandboxes: what is wanted of each, who owns it, and what the owner last reported.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::epoch::Epoch;
+use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::units::{Mib, Stamp};
+use proto::wire::raft as pb;
+
+use super::nodes::Resources;
+use super::rows::BadRow;
+use crate::wire::{array, some};
+
+/// A sandbox's replicated record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sandbox {
+    /// For its whole life.
+    pub id: SandboxId,
+    /// Whose it is.
+    pub team: TeamId,
+    /// What was asked for.
+    pub spec: SandboxSpec,
+    /// What the cluster wants of it.
+    pub desired: Desired,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Why it ended or broke; empty otherwise.
+    pub reason: String,
+    /// The node that may run it.
+    pub owner: NodeId,
+    /// The owner's fencing token.
+    pub epoch: Epoch,
+    /// When it was asked for.
+    pub created_at: Stamp,
+    /// When its guest was first ready.
+    pub started_at: Option<Stamp>,
+    /// When this record last changed.
+    pub updated_at: Stamp,
+    /// What runs it, known once it is running.
+    pub versions: GuestVersions,
+}
+
+/// What a sandbox asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SandboxSpec {
+    /// Name of its template.
+    pub template: String,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory: Mib,
+    /// Root disk.
+    pub disk: Mib,
+    /// It is stopped after this long without activity; `None` keeps it.
+    pub idle_timeout: Option<Duration>,
+    /// The client's own labels.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl SandboxSpec {
+    /// What placement counts for it.
+    #[must_use]
+    pub const fn resources(&self) -> Resources {
+        Resources {
+            vcpus: self.vcpus,
+            memory: self.memory,
+            disk: self.disk,
+            sandboxes: 1,
+        }
+    }
+}
+
+/// What the cluster wants of a sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Desired {
+    /// Its guest answers.
+    Running,
+    /// Nothing of it is left on any node.
+    Stopped,
+}
+
+/// Where a sandbox stands, as its owner last reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Given out; the guest does not answer yet.
+    Starting,
+    /// The guest answers.
+    Running,
+    /// A stop was asked for; the owner still holds resources.
+    Stopping,
+    /// Ended, everything released.
+    Stopped,
+    /// Broke, everything released; the reason is in the record.
+    Error,
+}
+
+impl Phase {
+    /// Whether its node must keep room for it.
+    #[must_use]
+    pub const fn holds_resources(self) -> bool {
+        match self {
+            Self::Starting | Self::Running | Self::Stopping => true,
+            Self::Stopped | Self::Error => false,
+        }
+    }
+}
+
+/// What runs a guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GuestVersions {
+    /// Release of the guest kernel.
+    pub kernel: String,
+    /// Hypervisor and its version.
+    pub vmm: String,
+    /// Version of the guest agent.
+    pub agent: String,
+}
+
+impl From<&Sandbox> for pb::SandboxRow {
+    fn from(sandbox: &Sandbox) -> Self {
+        Self {
+            id: sandbox.id.0.to_vec(),
+            team: sandbox.team.0.to_vec(),
+            spec: Some((&sandbox.spec).into()),
+            desired: match sandbox.desired {
+                Desired::Running => pb::Desired::Running,
+                Desired::Stopped => pb::Desired::Stopped,
+            }
+            .into(),
+            phase: pb::Phase::from(sandbox.phase).into(),
+            reason: sandbox.reason.clone(),
+            owner: sandbox.owner.0,
+            epoch: sandbox.epoch.0,
+            created_at_ms: sandbox.created_at.0,
+            started_at_ms: sandbox.started_at.unwrap_or_default().0,
+            updated_at_ms: sandbox.updated_at.0,
+            versions: Some((&sandbox.versions).into()),
+        }
+    }
+}
+
+impl TryFrom<pb::SandboxRow> for Sandbox {
+    type Error = BadRow;
+
+    fn try_from(row: pb::SandboxRow) -> Result<Self, BadRow> {
+        let desired = match row.desired() {
+            pb::Desired::Running => Desired::Running,
+            pb::Desired::Stopped => Desired::Stopped,
+            pb::Desired::Unspecified => return Err(BadRow::Unknown("desired phase")),
+        };
+        let phase = row.phase().try_into()?;
+        Ok(Self {
+            id: SandboxId(array("sandbox id", &row.id)?),
+            team: TeamId(array("team id", &row.team)?),
+            spec: some("sandbox spec", row.spec)?.into(),
+            desired,
+            phase,
+            reason: row.reason,
+            owner: NodeId(row.owner),
+            epoch: Epoch(row.epoch),
+            created_at: Stamp(row.created_at_ms),
+            started_at: (row.started_at_ms != 0).then_some(Stamp(row.started_at_ms)),
+            updated_at: Stamp(row.updated_at_ms),
+            versions: row.versions.unwrap_or_default().into(),
+        })
+    }
+}
+
+impl From<Phase> for pb::Phase {
+    fn from(phase: Phase) -> Self {
+        match phase {
+            Phase::Starting => Self::Starting,
+            Phase::Running => Self::Running,
+            Phase::Stopping => Self::Stopping,
+            Phase::Stopped => Self::Stopped,
+            Phase::Error => Self::Error,
+        }
+    }
+}
+
+impl TryFrom<pb::Phase> for Phase {
+    type Error = BadRow;
+
+    fn try_from(phase: pb::Phase) -> Result<Self, BadRow> {
+        match phase {
+            pb::Phase::Starting => Ok(Self::Starting),
+            pb::Phase::Running => Ok(Self::Running),
+            pb::Phase::Stopping => Ok(Self::Stopping),
+            pb::Phase::Stopped => Ok(Self::Stopped),
+            pb::Phase::Error => Ok(Self::Error),
+            pb::Phase::Unspecified => Err(BadRow::Unknown("phase")),
+        }
+    }
+}
+
+impl From<&SandboxSpec> for pb::SandboxSpec {
+    fn from(spec: &SandboxSpec) -> Self {
+        let idle_s = spec.idle_timeout.unwrap_or_default().as_secs();
+        Self {
+            template: spec.template.clone(),
+            vcpus: spec.vcpus,
+            memory_mib: spec.memory.0,
+            disk_mib: spec.disk.0,
+            idle_timeout_s: u32::try_from(idle_s).unwrap_or(u32::MAX),
+            metadata: spec.metadata.clone().into_iter().collect(),
+        }
+    }
+}
+
+impl From<pb::SandboxSpec> for SandboxSpec {
+    fn from(row: pb::SandboxSpec) -> Self {
+        let idle = Duration::from_secs(row.idle_timeout_s.into());
+        Self {
+            template: row.template,
+            vcpus: row.vcpus,
+            memory: Mib(row.memory_mib),
+            disk: Mib(row.disk_mib),
+            idle_timeout: (!idle.is_zero()).then_some(idle),
+            metadata: row.metadata.into_iter().collect(),
+        }
+    }
+}
+
+impl From<&GuestVersions> for pb::GuestVersions {
+    fn from(versions: &GuestVersions) -> Self {
+        Self {
+            kernel: versions.kernel.clone(),
+            vmm: versions.vmm.clone(),
+            agent: versions.agent.clone(),
+        }
+    }
+}
+
+impl From<pb::GuestVersions> for GuestVersions {
+    fn from(row: pb::GuestVersions) -> Self {
+        Self {
+            kernel: row.kernel,
+            vmm: row.vmm,
+            agent: row.agent,
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Commands and answers as bytes: the log's own format, independent of any library's.
+
+use prost::Message;
+use proto::epoch::Epoch;
+use proto::ids::{KeyId, NodeId, SandboxId, TeamId};
+use proto::units::Stamp;
+use proto::wire::raft as pb;
+
+use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause};
+use crate::placement::Lack;
+use crate::state::BadRow;
+
+/// `bytes` as an id of fixed length.
+pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
+    bytes.try_into().map_err(|_| BadRow::Length(what))
+}
+
+/// A message field that our writers always set.
+pub(crate) fn some<T>(what: &'static str, field: Option<T>) -> Result<T, BadRow> {
+    field.ok_or(BadRow::Missing(what))
+}
+
+impl Proposal {
+    /// The proposal as log bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        pb::Proposal {
+            at_ms: self.at.0,
+            command: Some(command_to_wire(&self.command)),
+        }
+        .encode_to_vec()
+    }
+
+    /// Reads log bytes.
+    ///
+    /// # Errors
+    /// [`BadRow`] where the bytes are no proposal of this version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRow> {
+        let wire = pb::Proposal::decode(bytes).map_err(|_| BadRow::Garbled)?;
+        let command = command_from_wire(some("command", wire.command)?)?;
+        Ok(Self {
+            at: Stamp(wire.at_ms),
+            command,
+        })
+    }
+}
+
+fn command_to_wire(command: &Command) -> pb::proposal::Command {
+    use pb::proposal::Command as Wire;
+    match command {
+        Command::AdmitNode(node) => Wire::AdmitNode(pb::AdmitNode {
+            node: Some(node.into()),
+        }),
+        Command::PutTemplate(template) => Wire::PutTemplate(pb::PutTemplate {
+            template: Some(template.into()),
+        }),
+        Command::PutKey(key) => Wire::PutKey(pb::PutKey {
+            key: Some(key.into()),
+        }),
+        Command::RevokeKey(id) => Wire::RevokeKey(pb::RevokeKey { id: id.0.to_vec() }),
+        Command::CreateSandbox { id, team, spec } => Wire::CreateSandbox(pb::CreateSandbox {
+            id: id.0.to_vec(),
+            team: team.0.to_vec(),
+            spec: Some(spec.into()),
+        }),
+        Command::StopSandbox { id, cause } => Wire::StopSandbox(pb::StopSandbox {
+            id: id.0.to_vec(),
+            cause: match cause {
+                StopCause::Asked => pb::StopCause::Asked,
+                StopCause::Idle => pb::StopCause::Idle,
+            }
+            .into(),
+        }),
+        Command::ReportSandbox {
+            id,
+            epoch,
+            node,
+            report,
+        } => Wire::ReportSandbox(pb::ReportSandbox {
+            id: id.0.to_vec(),
+            epoch: epoch.0,
+            node: node.0,
+            report: Some(report_to_wire(report)),
+        }),
+        Command::PruneSandboxes { ended_before } => Wire::PruneSandboxes(pb::PruneSandboxes {
+            ended_before_ms: ended_before.0,
+        }),
+    }
+}
+
+fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
+    use pb::proposal::Command as Wire;
+    Ok(match wire {
+        Wire::AdmitNode(it) => Command::AdmitNode(some("node", it.node)?.try_into()?),
+        Wire::PutTemplate(it) => Command::PutTemplate(some("template", it.template)?.try_into()?),
+        Wire::PutKey(it) => Command::PutKey(some("key", it.key)?.try_into()?),
+        Wire::RevokeKey(it) => Command::RevokeKey(KeyId(array("key id", &it.id)?)),
+        Wire::CreateSandbox(it) => Command::CreateSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            team: TeamId(array("team id", &it.team)?),
+            spec: some("sandbox spec", it.spec)?.into(),
+        },
+        Wire::StopSandbox(it) => Command::StopSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            cause: match it.cause() {
+                pb::StopCause::Asked => StopCause::Asked,
+                pb::StopCause::Idle => StopCause::Idle,
+                pb::StopCause::Unspecified => return Err(BadRow::Unknown("stop cause")),
+            },
+        },
+        Wire::ReportSandbox(it) => Command::ReportSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            epoch: Epoch(it.epoch),
+            node: NodeId(it.node),
+            report: report_from_wire(some("report", it.report)?),
+        },
+        Wire::PruneSandboxes(it) => Command::PruneSandboxes {
+            ended_before: Stamp(it.ended_before_ms),
+        },
+    })
+}
+
+fn report_to_wire(report: &Report) -> pb::report_sandbox::Report {
+    use pb::report_sandbox::Report as Wire;
+    match report {
+        Report::Running(versions) => Wire::Running(versions.into()),
+        Report::Stopped { reason } => Wire::Stopped(pb::Ended {
+            reason: reason.clone(),
+        }),
+        Report::Failed { reason } => Wire::Failed(pb::Ended {
+            reason: reason.clone(),
+        }),
+    }
+}
+
+fn report_from_wire(wire: pb::report_sandbox::Report) -> Report {
+    use pb::report_sandbox::Report as Wire;
+    match wire {
+        Wire::Running(versions) => Report::Running(versions.into()),
+        Wire::Stopped(ended) => Report::Stopped {
+            reason: ended.reason,
+        },
+        Wire::Failed(ended) => Report::Failed {
+            reason: ended.reason,
+        },
+    }
+}
+
+/// An answer as bytes.
+#[must_use]
+pub fn encode_answer(answer: &Answer) -> Vec<u8> {
+    use pb::answer::Answer as Wire;
+    let wire = match answer {
+        Ok(Receipt::Done(count)) => Wire::Done(pb::Done { count: *count }),
+        Ok(Receipt::Placed { node, epoch }) => Wire::Placed(pb::Placed {
+            node: node.0,
+            epoch: epoch.0,
+        }),
+        Err(refusal) => Wire::Refusal(refusal_to_wire(refusal)),
+    };
+    pb::Answer { answer: Some(wire) }.encode_to_vec()
+}
+
+/// Reads an answer; bytes of another version become [`Refusal::Unreadable`].
+///
+/// # Errors
+/// The refusal that the state machine gave.
+pub fn decode_answer(bytes: &[u8]) -> Answer {
+    use pb::answer::Answer as Wire;
+    let unreadable = || Refusal::Unreadable("the answer is of another version".into());
+    let wire = pb::Answer::decode(bytes).map_err(|_| unreadable())?;
+    match wire.answer.ok_or_else(unreadable)? {
+        Wire::Done(done) => Ok(Receipt::Done(done.count)),
+        Wire::Placed(placed) => Ok(Receipt::Placed {
+            node: NodeId(placed.node),
+            epoch: Epoch(placed.epoch),
+        }),
+        Wire::Refusal(refusal) => Err(refusal_from_wire(refusal)),
+    }
+}
+
+fn refusal_to_wire(refusal: &Refusal) -> pb::Refusal {
+    use pb::RefusalKind as Kind;
+    let (kind, detail, epoch) = match refusal {
+        Refusal::Unreadable(text) => (Kind::Unreadable, text.clone(), 0),
+        Refusal::NoSuchSandbox(id) => (Kind::NoSuchSandbox, id.clone(), 0),
+        Refusal::NoSuchTemplate(name) => (Kind::NoSuchTemplate, name.clone(), 0),
+        Refusal::NoSuchKey(id) => (Kind::NoSuchKey, id.clone(), 0),
+        Refusal::NoRoom(lack) => (Kind::NoRoom, lack.0.clone(), 0),
+        Refusal::IdTaken(id) => (Kind::IdTaken, id.clone(), 0),
+        Refusal::Fenced { newest } => (Kind::Fenced, String::new(), newest.0),
+    };
+    pb::Refusal {
+        kind: kind.into(),
+        detail,
+        epoch,
+    }
+}
+
+fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
+    use pb::RefusalKind as Kind;
+    match wire.kind() {
+        Kind::Unreadable | Kind::Unspecified => Refusal::Unreadable(wire.detail),
+        Kind::NoSuchSandbox => Refusal::NoSuchSandbox(wire.detail),
+        Kind::NoSuchTemplate => Refusal::NoSuchTemplate(wire.detail),
+        Kind::NoSuchKey => Refusal::NoSuchKey(wire.detail),
+        Kind::NoRoom => Refusal::NoRoom(Lack(wire.detail)),
+        Kind::IdTaken => Refusal::IdTaken(wire.detail),
+        Kind::Fenced => Refusal::Fenced {
+            newest: Epoch(wire.epoch),
+        },
+    }
+}
