@@ -1,0 +1,77 @@
+//! Who runs a sandbox, under which epoch, and how to reach it from here.
+
+use std::sync::Arc;
+
+use proto::ids::{NodeId, SandboxId};
+use proto::units::Stamp;
+use raft::state::{Phase, Sandbox};
+
+use super::error::RelayError;
+use super::local::LocalGuests;
+use crate::cluster::View;
+use crate::guest::Guest;
+
+/// The way to every guest of the cluster. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Relay {
+    here: NodeId,
+    view: View,
+    local: Arc<dyn LocalGuests>,
+}
+
+impl Relay {
+    /// A relay on node `here`.
+    #[must_use]
+    pub fn new(here: NodeId, view: View, local: Arc<dyn LocalGuests>) -> Self {
+        Self { here, view, local }
+    }
+
+    /// The guest of a running sandbox. Counts as activity.
+    ///
+    /// # Errors
+    /// [`RelayError`] names what stands in the way.
+    pub fn guest(&self, id: SandboxId) -> Result<Guest, RelayError> {
+        let sandbox = self.running(id)?;
+        let unreachable = RelayError::OwnerUnreachable {
+            id,
+            node: sandbox.owner,
+        };
+        if sandbox.owner != self.here {
+            return Err(unreachable);
+        }
+        let guest = self.local.guest(id, sandbox.epoch).ok_or(unreachable)?;
+        self.local.touch(id);
+        Ok(guest)
+    }
+
+    /// Moves a running sandbox's inactivity timer back to its start.
+    ///
+    /// # Errors
+    /// [`RelayError`] names what stands in the way.
+    pub fn touch(&self, id: SandboxId) -> Result<(), RelayError> {
+        self.running(id)?;
+        self.local.touch(id);
+        Ok(())
+    }
+
+    /// When somebody last used the sandbox, as far as is known here.
+    #[must_use]
+    pub fn last_active(&self, id: SandboxId) -> Option<Stamp> {
+        self.local.last_active(id)
+    }
+
+    /// Bytes that the sandbox's disk occupies, as far as is known here.
+    #[must_use]
+    pub fn disk_used_bytes(&self, id: SandboxId) -> Option<u64> {
+        self.local.disk_used_bytes(id)
+    }
+
+    fn running(&self, id: SandboxId) -> Result<Sandbox, RelayError> {
+        let state = self.view.state();
+        let sandbox = state.sandbox(id).ok_or(RelayError::NoSuchSandbox(id))?;
+        match sandbox.phase {
+            Phase::Running => Ok(sandbox.clone()),
+            phase => Err(RelayError::NotRunning { id, phase }),
+        }
+    }
+}
