@@ -27,13 +27,14 @@ pub fn manifest_of(path: &Path) -> Result<Manifest, ReadImageError> {
     scan(path, |_, _| Ok(()))
 }
 
-/// Describes the raw image at `path` and hands every chunk that is not a hole to `keep`, in order.
+/// Describes the raw image at `path` and hands every extent that is not a hole, with its bytes, to
+/// `keep`, in order.
 ///
 /// # Errors
 /// As [`manifest_of`]; an error of `keep` ends the scan and comes back as the disk's.
 pub fn scan(
     path: &Path,
-    mut keep: impl FnMut(ChunkId, &[u8]) -> io::Result<()>,
+    mut keep: impl FnMut(&Extent, &[u8]) -> io::Result<()>,
 ) -> Result<Manifest, ReadImageError> {
     let disk = |source| ReadImageError::Disk {
         path: path.to_owned(),
@@ -58,9 +59,9 @@ pub fn scan(
         if is_zero(window) {
             extents.extend(hole(start_bytes, end_bytes));
         } else {
-            let id = ChunkId::of(window);
-            keep(id, window).map_err(disk)?;
-            extents.push(whole_chunk(id, start_bytes, end_bytes));
+            let extent = whole_chunk(ChunkId::of(window), start_bytes, end_bytes);
+            keep(&extent, window).map_err(disk)?;
+            extents.push(extent);
         }
         covered_bytes = end_bytes;
     }
@@ -205,8 +206,8 @@ mod tests {
                 file.write_all_at(&expected[from..to], from as u64).unwrap();
             }
             let mut chunks = HashMap::new();
-            let manifest = scan(&path, |id, bytes| {
-                chunks.insert(id, bytes.to_vec());
+            let manifest = scan(&path, |_, bytes| {
+                chunks.insert(ChunkId::of(bytes), bytes.to_vec());
                 Ok(())
             }).unwrap();
             prop_assert!(restore(&manifest, &chunks) == expected);

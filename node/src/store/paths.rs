@@ -27,9 +27,12 @@ use proto::version;
 
 use super::durable;
 use super::error::OpenDataDirError;
+use super::manifest::ImageDigest;
 
 const VERSION_FILE: &str = "version";
 const LOCK_FILE: &str = "lock";
+/// A new file system brings this directory along; one may be mounted for us.
+const LOST_AND_FOUND: &str = "lost+found";
 /// As much of a foreign version file as an error message shows.
 const SHOWN_VERSION_CHARS: usize = 20;
 
@@ -133,6 +136,12 @@ impl DataPaths {
     #[must_use]
     pub fn templates(&self) -> PathBuf {
         self.root.join("templates")
+    }
+
+    /// The root file system of this digest.
+    #[must_use]
+    pub fn template_image(&self, digest: ImageDigest) -> PathBuf {
+        self.templates().join(format!("{digest}.raw"))
     }
 
     /// What can be computed again.
@@ -310,7 +319,8 @@ fn mark_new(paths: &DataPaths) -> Result<(), OpenDataDirError> {
     for entry in fs::read_dir(&paths.root).map_err(disk("read directory", &paths.root))? {
         let entry = entry.map_err(disk("read directory", &paths.root))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name != LOCK_FILE && !name.ends_with(durable::TEMP_SUFFIX) {
+        let known = [LOCK_FILE, LOST_AND_FOUND].contains(&name.as_str());
+        if !known && !name.ends_with(durable::TEMP_SUFFIX) {
             return Err(OpenDataDirError::NotOurs {
                 path: paths.root.clone(),
                 example: name,
