@@ -18,6 +18,8 @@ pub const FRAME_BYTES: usize = 4 << 20;
 pub const REQUEST_BYTES: usize = 32 << 20;
 /// Largest frame of a stranger's join call: a signature, a few addresses and a version fit.
 pub const JOIN_FRAME_BYTES: usize = 4 << 10;
+/// Largest hello: two numbers, a version text and room for what later versions add.
+pub const HELLO_FRAME_BYTES: usize = 4 << 10;
 /// Longest text that explains a refused call. Longer reasons are cut.
 pub const REASON_BYTES: usize = 512;
 

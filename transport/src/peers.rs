@@ -119,6 +119,18 @@ impl Peers {
         }
     }
 
+    /// Closes all connections by name and lets go of them: a connection's TLS session refers back
+    /// to this table, so a node that stops must empty it. They are closed here, one by one, because
+    /// the endpoint's own closing only sends each a message, and the last handle to go would be
+    /// faster and say nothing.
+    pub(crate) fn close(&self, code: CloseCode) {
+        let mut state = self.lock();
+        for connections in state.live.values() {
+            close_all(connections, code);
+        }
+        state.live.clear();
+    }
+
     /// The newest connection to `key` that has not ended.
     pub(crate) fn newest(&self, key: NodeKey, lane: Lane) -> Option<Connection> {
         let state = self.lock();

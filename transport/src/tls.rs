@@ -71,6 +71,16 @@ pub(crate) fn client_config(
     pin: NodeKey,
     alpn: Alpn,
 ) -> Result<QuicClientConfig, TlsError> {
+    let config = raw_client_config(identity, pin, alpn)?;
+    QuicClientConfig::try_from(config).map_err(TlsError::new)
+}
+
+/// The same before it is wrapped up for QUIC.
+pub(crate) fn raw_client_config(
+    identity: &Identity,
+    pin: NodeKey,
+    alpn: Alpn,
+) -> Result<rustls::ClientConfig, TlsError> {
     let provider = provider();
     let verifier = Arc::new(Pinned {
         pin,
@@ -89,7 +99,7 @@ pub(crate) fn client_config(
     config.enable_early_data = false;
     // Names mean nothing here, the key is the name.
     config.enable_sni = false;
-    QuicClientConfig::try_from(config).map_err(TlsError::new)
+    Ok(config)
 }
 
 /// The key the other end of an established connection has proven.

@@ -11,7 +11,7 @@ use super::stream::Stream;
 use super::wire::{Hello, HelloReply, NEWEST, OLDEST, Reply, status};
 use super::{Method, RpcError, frame, server};
 use crate::close::CloseCode;
-use crate::limits::Limits;
+use crate::limits::{HELLO_FRAME_BYTES, Limits};
 
 /// Longest product version that is kept of a peer's hello.
 const PRODUCT_CHARS: usize = 64;
@@ -75,13 +75,13 @@ pub(crate) struct Heard {
 
 /// Hears the hello as the accepting side. Anything else as the first call ends the connection; the
 /// code says how.
-pub(crate) async fn hear(connection: &Connection, limits: &Limits) -> Result<Heard, CloseCode> {
+pub(crate) async fn hear(connection: &Connection) -> Result<Heard, CloseCode> {
     let both = connection
         .accept_bi()
         .await
         .map_err(|_| CloseCode::HelloExpected)?;
     let mut stream = Stream::new(both, CloseCode::HelloExpected);
-    let request = server::read_one(&mut stream, limits)
+    let request = frame::read_only(&mut stream.recv, HELLO_FRAME_BYTES)
         .await
         .map_err(|err| err.close_code())?;
     if !server::is_hello(&request) {

@@ -19,7 +19,7 @@ pub mod hello;
 mod router;
 mod server;
 mod stream;
-mod wire;
+pub(crate) mod wire;
 
 use std::fmt;
 use std::future::Future;

@@ -28,6 +28,8 @@ use crate::limits::{JOIN_FRAME_BYTES, Limits, MAX_CALL};
 pub(crate) struct Server {
     pub(crate) router: Arc<Router>,
     pub(crate) limits: Limits,
+    /// Largest request: the frame limit, or less for strangers.
+    pub(crate) request_max_bytes: usize,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }
@@ -71,13 +73,9 @@ pub(crate) async fn serve_join(server: &Server, peer: NodeKey, connection: &Conn
     let one_call = async {
         let both = connection.accept_bi().await.ok()?;
         let stream = Stream::new(both, CloseCode::HandlerFailed);
-        let budget = Budget::new(JOIN_FRAME_BYTES);
+        let budget = Budget::new(server.limits.request_bytes);
         let narrow = Server {
-            limits: Limits {
-                frame_bytes: JOIN_FRAME_BYTES,
-                request_bytes: JOIN_FRAME_BYTES,
-                ..server.limits
-            },
+            request_max_bytes: JOIN_FRAME_BYTES,
             ..server.clone()
         };
         tokio::select! {
@@ -119,7 +117,7 @@ impl Server {
         budget: Budget,
         allowed: impl Fn(Service) -> bool,
     ) {
-        let reading = read_request(&mut stream, &self.limits, &budget);
+        let reading = read_request(&mut stream, self.request_max_bytes, &budget);
         let (request, _held) = match timeout(self.limits.request_read, reading).await {
             Ok(Ok(read)) => read,
             Ok(Err(err)) => return refuse(stream, &err),
@@ -177,17 +175,13 @@ impl Server {
     }
 }
 
-/// Reads the request and holds its bytes' share of the budget.
-pub(super) async fn read_one(stream: &mut Stream, limits: &Limits) -> Result<Request, FrameError> {
-    frame::read_only(&mut stream.recv, limits.frame_bytes).await
-}
-
+/// Reads the request and takes its share of the budget, which is held until the answer is out.
 async fn read_request(
     stream: &mut Stream,
-    limits: &Limits,
+    max: usize,
     budget: &Budget,
 ) -> Result<(Request, Option<OwnedSemaphorePermit>), FrameError> {
-    let length = frame::read_length(&mut stream.recv, limits.frame_bytes).await?;
+    let length = frame::read_length(&mut stream.recv, max).await?;
     // Waiting here is bounded by the caller's timeout around the whole read.
     let share = Arc::clone(&budget.requests)
         .acquire_many_owned(permits(length))
