@@ -16,7 +16,7 @@ pub fn of_node(tag: &str, data: &Path) -> BTreeSet<String> {
     found.extend(
         names("/run/netns", |name| name.starts_with(&netns)).map(|it| "netns ".to_owned() + &it),
     );
-    let veth = format!("w{tag}x");
+    let veth = format!("w{tag}-");
     found.extend(
         names("/sys/class/net", |name| name.starts_with(&veth)).map(|it| "link ".to_owned() + &it),
     );

@@ -1,6 +1,7 @@
 //! Words every room of the node may use: clocks, remedies, stopping, telemetry names.
 
 pub mod clock;
+pub mod fault;
 pub mod remedy;
 pub mod stop;
 pub mod telemetry;

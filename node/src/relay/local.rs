@@ -1,6 +1,7 @@
 //! Guests on this node.
 
 use std::fmt;
+use std::time::Duration;
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
@@ -16,9 +17,20 @@ pub trait LocalGuests: fmt::Debug + Send + Sync + 'static {
     /// Notes that somebody used the sandbox.
     fn touch(&self, id: SandboxId);
 
-    /// When somebody last used the sandbox, as far as this node remembers.
-    fn last_active(&self, id: SandboxId) -> Option<Stamp>;
+    /// What only the node that runs the sandbox knows of it.
+    fn facts(&self, id: SandboxId) -> Option<LocalFacts>;
 
-    /// Bytes that the sandbox's disk occupies on this node.
-    fn disk_used_bytes(&self, id: SandboxId) -> Option<u64>;
+    /// The last bytes of its console.
+    fn console_tail(&self, id: SandboxId, bytes: u64) -> Option<Vec<u8>>;
+}
+
+/// What only the node that runs a sandbox knows of it; none of it is replicated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalFacts {
+    /// When somebody last used it.
+    pub last_active: Stamp,
+    /// Bytes that its disk occupies.
+    pub disk_used_bytes: Option<u64>,
+    /// How long each stage of its start took, where this daemon started it.
+    pub start_stages: Vec<(&'static str, Duration)>,
 }

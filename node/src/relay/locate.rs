@@ -3,11 +3,10 @@
 use std::sync::Arc;
 
 use proto::ids::{NodeId, SandboxId};
-use proto::units::Stamp;
 use raft::state::{Phase, Sandbox};
 
 use super::error::RelayError;
-use super::local::LocalGuests;
+use super::local::{LocalFacts, LocalGuests};
 use crate::cluster::View;
 use crate::guest::Guest;
 
@@ -54,16 +53,16 @@ impl Relay {
         Ok(())
     }
 
-    /// When somebody last used the sandbox, as far as is known here.
+    /// What is known here of a sandbox beyond its record.
     #[must_use]
-    pub fn last_active(&self, id: SandboxId) -> Option<Stamp> {
-        self.local.last_active(id)
+    pub fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
+        self.local.facts(id)
     }
 
-    /// Bytes that the sandbox's disk occupies, as far as is known here.
+    /// The last bytes of a sandbox's console, as far as they are kept here.
     #[must_use]
-    pub fn disk_used_bytes(&self, id: SandboxId) -> Option<u64> {
-        self.local.disk_used_bytes(id)
+    pub fn console_tail(&self, id: SandboxId, bytes: u64) -> Option<Vec<u8>> {
+        self.local.console_tail(id, bytes)
     }
 
     fn running(&self, id: SandboxId) -> Result<Sandbox, RelayError> {

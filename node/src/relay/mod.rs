@@ -9,5 +9,5 @@ mod local;
 mod locate;
 
 pub use error::RelayError;
-pub use local::LocalGuests;
+pub use local::{LocalFacts, LocalGuests};
 pub use locate::Relay;
