@@ -19,6 +19,10 @@ pub mod wire {
     pub mod raft {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raft.rs"));
     }
+    /// The frame around the commands: log records, snapshot files, messages between members.
+    pub mod raftlog {
+        include!(concat!(env!("OUT_DIR"), "/wrenn.raftlog.rs"));
+    }
     /// Daemon and shim.
     pub mod shim {
         include!(concat!(env!("OUT_DIR"), "/wrenn.shim.rs"));

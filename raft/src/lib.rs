@@ -5,10 +5,37 @@
 //! these reads a clock, a file or a random number: the same log gives the same state on every
 //! member.
 
+//!
+//! The rest makes that log durable and replicated. [`group`] is the handle others use; below it
+//! `adapter` is the only file that implements openraft's traits, over `log` (segment files),
+//! `snapshot` (files) and `store` (the state in memory, with a derived copy in sled). [`link`] is
+//! what the network has to provide, [`machine`] what the log drives.
+
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+extern crate self as wrenn_raft;
+
+mod adapter;
 pub mod apply;
+mod codec;
 pub mod command;
+mod derived;
+pub mod disk;
+pub mod fault;
+pub mod group;
+mod identity;
+pub mod link;
+pub mod log;
+pub mod machine;
+mod peer;
 pub mod placement;
+pub mod snapshot;
 pub mod state;
+pub mod store;
+pub mod types;
 pub mod wire;
+
+#[cfg(test)]
+#[path = "../tests/common/toy.rs"]
+mod toy;

@@ -1,0 +1,813 @@
+//! The handle to the replicated state: open, propose, read, stop.
+//!
+//! ```text
+//! propose --> openraft core --> log (durable) --> commit --> store --> view, then the answer
+//! ```
+//!
+//! openraft's tasks run on a small runtime of their own ([`CORE_THREADS`] threads), not on the
+//! daemon's: a request handler that blocks, or a host busy with booting guests, must not delay
+//! heartbeats and elections. All file work is on further threads: one writes the log, one writes the
+//! derived state, and snapshots use the runtime's blocking pool. The methods here only talk to
+//! channels and may be called from any runtime.
+//!
+//! A [`Fault`] ends the group for good: proposals in flight get [`ProposeError::Fatal`] (their
+//! outcome is unknown), later ones too, [`Group::failed`] resolves, and the daemon is expected to
+//! exit. Nothing is retried and nothing is acknowledged after it.
+//!
+//! Stopping, in order: openraft's core (no new work), its runtime (state machine, snapshots), the
+//! log's thread (writes and syncs what is queued), the derived state (flushed), the folder's lock.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::{
+    ClientWriteError, Fatal, ForwardReason, ForwardToLeader, InitializeError,
+    LinearizableReadError, RaftError,
+};
+use openraft::{Config, Raft, ReadPolicy, ServerState, SnapshotPolicy};
+use proto::ids::NodeId;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio::time;
+
+use crate::adapter::{LogStore, Networks, StateMachine};
+use crate::disk::{Disk, RealDisk};
+use crate::fault::{Fault, FaultCell};
+use crate::identity::{ClaimError, Home};
+use crate::link::Link;
+use crate::log::{Log, LogOptions, OpenLogError};
+use crate::machine::Machine;
+use crate::peer::{self, Request};
+use crate::snapshot::{SnapshotFile, Snapshots};
+use crate::store::{Files, OpenStoreError, Store, View};
+use crate::types::{DiskId, Node, ProposalBytes, SnapshotMeta, Types, Vote};
+
+/// Threads of openraft's runtime: its core, and one more so that a long apply does not hold up
+/// heartbeats.
+const CORE_THREADS: usize = 2;
+/// Threads for snapshots and cold reads.
+const BLOCKING_THREADS: usize = 4;
+/// How long a stop waits for a snapshot being written; after that its thread is left behind and
+/// its `.tmp` file is removed at the next start.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a new leader may take to be accepted by itself or its quorum. An election takes two
+/// timeouts at most; the rest is for a slow disk.
+const BOOTSTRAP_TIMEOUT: Duration = Duration::from_secs(30);
+/// Pause before a proposal is offered again to a leader whose quorum has not answered yet.
+const LEASE_RETRY: Duration = Duration::from_millis(5);
+/// Largest proposal. Commands are a few KiB; data does not belong into the log.
+pub const MAX_PROPOSAL_BYTES: usize = 1024 * 1024;
+/// Share of a segment one proposal may take.
+const PROPOSALS_PER_SEGMENT: usize = 4;
+/// Entries openraft purges at once: each purge costs a sync.
+const PURGE_ENTRIES: u64 = 1000;
+
+/// When a member believes that the leader is gone.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// Time between two heartbeats.
+    pub heartbeat: Duration,
+    /// Shortest silence after which a member stands for election.
+    pub election_min: Duration,
+    /// Longest one. A failover takes about this plus a random time between the two.
+    pub election_max: Duration,
+}
+
+impl Default for Timeouts {
+    /// For a LAN: a failover in about 0.9 s. Shorter ones are too tight for a host that also
+    /// boots guests.
+    fn default() -> Self {
+        Self {
+            heartbeat: Duration::from_millis(100),
+            election_min: Duration::from_millis(300),
+            election_max: Duration::from_millis(500),
+        }
+    }
+}
+
+/// How a group is laid out.
+#[derive(Clone, Debug)]
+pub struct GroupConfig {
+    /// Log, snapshots, identity. This is the truth: it must be on a disk that keeps its word.
+    pub dir: PathBuf,
+    /// The derived state; may be deleted while the node is down.
+    pub state_dir: PathBuf,
+    /// This member.
+    pub node_id: NodeId,
+    /// What the membership shall say about it.
+    pub node: Node,
+    /// Election timing.
+    pub timeouts: Timeouts,
+    /// Size of one log segment.
+    pub segment_bytes: u32,
+    /// Most bytes of log entries kept in memory for members that lag.
+    pub cache_bytes: usize,
+    /// Entries between two snapshots. Twice as many stay in the log behind the newest, so that a
+    /// short absence costs no snapshot and the older snapshot stays usable.
+    pub snapshot_entries: u64,
+}
+
+impl GroupConfig {
+    /// The usual layout.
+    #[must_use]
+    pub fn new(
+        dir: impl Into<PathBuf>,
+        state_dir: impl Into<PathBuf>,
+        node_id: NodeId,
+        node: Node,
+    ) -> Self {
+        Self {
+            dir: dir.into(),
+            state_dir: state_dir.into(),
+            node_id,
+            node,
+            timeouts: Timeouts::default(),
+            segment_bytes: 64 * 1024 * 1024,
+            cache_bytes: 8 * 1024 * 1024,
+            snapshot_entries: 5000,
+        }
+    }
+}
+
+/// Why a group cannot be opened. All but [`Self::InUse`] and [`Self::Config`] need an operator.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Another process has it open.
+    #[error("{} is in use by another process", .0.display())]
+    InUse(PathBuf),
+    /// The log was removed but the disk's identity is still there. This member has forgotten what
+    /// it voted for: remove it from the cluster and let it join anew.
+    #[error("the log in {} is gone: this node must join anew", .0.display())]
+    LogGone(PathBuf),
+    /// The reverse: a log whose identity was removed.
+    #[error("{} is gone: this node must join anew", .0.display())]
+    IdentityGone(PathBuf),
+    /// The cluster knows this node with another disk.
+    #[error("this node's disk is {here}, the cluster knows it by {known}: it must join anew")]
+    OtherDisk {
+        /// The identity found here.
+        here: DiskId,
+        /// The one in the membership.
+        known: DiskId,
+    },
+    /// The log cannot be read.
+    #[error("open the log in {}", .0.display())]
+    Log(PathBuf, #[source] OpenLogError),
+    /// No usable state.
+    #[error("open the state")]
+    Store(#[from] OpenStoreError),
+    /// The disk refused.
+    #[error("open {}", .0.display())]
+    Disk(PathBuf, #[source] std::io::Error),
+    /// A snapshot folder that cannot be used.
+    #[error("open the snapshots")]
+    Snapshots(#[source] Fault),
+    /// Contradicting settings.
+    #[error("the timeouts contradict each other: {0}")]
+    Config(String),
+    /// openraft refuses what it found.
+    #[error("start raft: {0}")]
+    Core(String),
+}
+
+/// Why a proposal brought no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProposeError {
+    /// Definitely not taken: ask the leader, or, if none is known, try again soon.
+    #[error("this node is not the leader")]
+    NotLeader {
+        /// Who is, as far as is known.
+        leader: Option<(NodeId, Node)>,
+    },
+    /// Definitely not taken, nor will it ever be: the caller must make it smaller.
+    #[error("a proposal of {bytes} bytes exceeds {limit}")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The largest allowed.
+        limit: usize,
+    },
+    /// The deadline passed. It may have been applied, or may still be: repeat it under the same
+    /// request id.
+    #[error("no answer before the deadline; the outcome is unknown")]
+    Timeout,
+    /// Leadership moved while it was under way; like [`Self::Timeout`].
+    #[error("the leader changed; the outcome is unknown")]
+    LeaderChanged,
+    /// The group was shut down; like [`Self::Timeout`] for proposals that were under way.
+    #[error("the group was shut down")]
+    Stopped,
+    /// This member is broken; the outcome is unknown. An operator must act.
+    #[error("this node cannot go on")]
+    Fatal(#[source] Arc<Fault>),
+}
+
+/// Why a read is not known to be current.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// Ask the leader, or, if none is known, try again soon.
+    #[error("this node is not the leader")]
+    NotLeader {
+        /// Who is, as far as is known.
+        leader: Option<(NodeId, Node)>,
+    },
+    /// Too few voters answered.
+    #[error("no quorum answers")]
+    NoQuorum,
+    /// The group was shut down.
+    #[error("the group was shut down")]
+    Stopped,
+    /// This member is broken. An operator must act.
+    #[error("this node cannot go on")]
+    Fatal(#[source] Arc<Fault>),
+}
+
+/// Why a cluster of one could not be formed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BootstrapError {
+    /// It did not become ready in time; trying again is safe.
+    #[error("not ready after {0:?}")]
+    TimedOut(Duration),
+    /// The group was shut down.
+    #[error("the group was shut down")]
+    Stopped,
+    /// This member is broken. An operator must act.
+    #[error("this node cannot go on")]
+    Fatal(#[source] Arc<Fault>),
+}
+
+/// What a member is at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Takes proposals. Whether it may at this very moment only a proposal tells.
+    Leader,
+    /// Votes and follows.
+    Follower,
+    /// Stands for election.
+    Candidate,
+    /// Receives the log, does not vote.
+    Learner,
+    /// Stopped, or broken.
+    Stopped,
+}
+
+/// One member as the membership has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its record.
+    pub node: Node,
+    /// Whether it counts for the quorum.
+    pub voter: bool,
+}
+
+/// How a group is doing.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// What this member is.
+    pub role: Role,
+    /// Its term.
+    pub term: u64,
+    /// Who leads, as far as is known.
+    pub leader: Option<NodeId>,
+    /// The last entry in its log.
+    pub last_log: Option<u64>,
+    /// The last entry applied to its state.
+    pub applied: Option<u64>,
+    /// The entry its newest snapshot covers.
+    pub snapshot: Option<u64>,
+    /// The last entry purged from its log.
+    pub purged: Option<u64>,
+    /// All members, by id.
+    pub members: BTreeMap<NodeId, Member>,
+}
+
+/// One member's part of the replicated state; clones are handles to the same.
+pub struct Group<M: Machine> {
+    inner: Arc<Inner<M>>,
+}
+
+impl<M: Machine> Clone for Group<M> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+        }
+    }
+}
+
+struct Inner<M: Machine> {
+    raft: Raft<Types, StateMachine<M>>,
+    runtime: Mutex<Option<Runtime>>,
+    view: watch::Receiver<View<M>>,
+    files: Files,
+    node_id: NodeId,
+    node: Node,
+    max_proposal_bytes: usize,
+    /// Released last.
+    home: Mutex<Option<Home>>,
+}
+
+impl<M: Machine> Drop for Inner<M> {
+    fn drop(&mut self) {
+        let runtime = self
+            .runtime
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(runtime) = runtime.take() {
+            // Without a shutdown: what was acknowledged is durable, the rest just ends.
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl<M: Machine> Group<M> {
+    /// Opens the group in `config.dir`, creating it where there is none, and starts taking part.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing is left running.
+    pub async fn open(config: GroupConfig, link: impl Link) -> Result<Self, OpenError> {
+        Self::open_on(config, link, Arc::new(RealDisk)).await
+    }
+
+    /// [`Self::open`] on a given disk: for tests that count or break its operations.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing is left running.
+    pub async fn open_on(
+        mut config: GroupConfig,
+        link: impl Link,
+        disk: Arc<dyn Disk>,
+    ) -> Result<Self, OpenError> {
+        let raft_config = raft_config(&config)?;
+        let opening = config.clone();
+        let opened = spawn_blocking(move || Opened::<M>::open(&opening, disk)).await;
+        let opened = opened.map_err(|died| OpenError::Core(died.to_string()))??;
+        config.node.disk = opened.disk_id;
+        let runtime =
+            core_runtime().map_err(|source| OpenError::Disk(config.dir.clone(), source))?;
+        let view = opened.store.subscribe();
+        let files = opened.store.files.clone();
+        let networks = Networks {
+            link: Arc::new(link),
+            own_id: config.node_id.0,
+        };
+        let log = LogStore(Arc::clone(&files.log));
+        let starting = Raft::new(
+            config.node_id.0,
+            Arc::new(raft_config),
+            networks,
+            log,
+            StateMachine(opened.store),
+        );
+        let started = runtime.spawn(starting).await;
+        let raft = match started {
+            Ok(Ok(raft)) => raft,
+            failed => {
+                runtime.shutdown_background();
+                let text = failed.map_or_else(
+                    |died| died.to_string(),
+                    |raft| {
+                        raft.err()
+                            .map_or_else(String::new, |fatal| fatal.to_string())
+                    },
+                );
+                return Err(OpenError::Core(text));
+            }
+        };
+        runtime.spawn(report_end(raft.clone(), files.fault.clone()));
+        let share = config.segment_bytes as usize / PROPOSALS_PER_SEGMENT;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                raft,
+                runtime: Mutex::new(Some(runtime)),
+                view,
+                files,
+                node_id: config.node_id,
+                node: config.node,
+                max_proposal_bytes: MAX_PROPOSAL_BYTES.min(share),
+                home: Mutex::new(Some(opened.home)),
+            }),
+        })
+    }
+
+    /// Forms a cluster of this node alone, once; on a member of a cluster it changes nothing.
+    /// Returns when proposals are accepted, here or by a leader that is known.
+    ///
+    /// # Errors
+    /// [`BootstrapError`].
+    pub async fn bootstrap(&self) -> Result<(), BootstrapError> {
+        let deadline = time::Instant::now() + BOOTSTRAP_TIMEOUT;
+        let id = self.inner.node_id.0;
+        let alone = BTreeMap::from([(id, self.inner.node.clone())]);
+        match self.inner.raft.initialize(alone).await {
+            // Not allowed: there is a log already, this node is a member of something.
+            Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
+            Err(RaftError::APIError(err)) => {
+                let fault = Fault::Core(err.to_string());
+                return Err(BootstrapError::Fatal(self.inner.files.fault.file(fault)));
+            }
+            Err(RaftError::Fatal(fatal)) => return Err(self.ended(&fatal).into()),
+        }
+        while time::Instant::now() < deadline {
+            match time::timeout_at(deadline, self.linearizable()).await {
+                Ok(Ok(()) | Err(ReadError::NotLeader { leader: Some(_) })) => return Ok(()),
+                Ok(Err(ReadError::Stopped)) => return Err(BootstrapError::Stopped),
+                Ok(Err(ReadError::Fatal(fault))) => return Err(BootstrapError::Fatal(fault)),
+                // Being leader is not being ready: the quorum has to answer first.
+                Ok(Err(ReadError::NotLeader { leader: None } | ReadError::NoQuorum)) | Err(_) => {
+                    time::sleep(LEASE_RETRY).await;
+                }
+            }
+        }
+        Err(BootstrapError::TimedOut(BOOTSTRAP_TIMEOUT))
+    }
+
+    /// Has `proposal` applied, and returns its answer. By then the change is durable on a quorum
+    /// and visible in [`Self::state`] here.
+    ///
+    /// `deadline` bounds the whole call. Dropping the future leaves the outcome unknown.
+    ///
+    /// # Errors
+    /// [`ProposeError`], which says whether the outcome is known.
+    pub async fn propose(
+        &self,
+        proposal: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<Vec<u8>, ProposeError> {
+        let (bytes, limit) = (proposal.len(), self.inner.max_proposal_bytes);
+        if bytes > limit {
+            return Err(ProposeError::TooLarge { bytes, limit });
+        }
+        let deadline = time::Instant::from_std(deadline);
+        let proposal = ProposalBytes(proposal.into());
+        loop {
+            let write = self.inner.raft.client_write(proposal.clone());
+            let refused = match time::timeout_at(deadline, write).await {
+                Err(_) => return Err(ProposeError::Timeout),
+                Ok(Ok(written)) => return Ok(written.data.0),
+                Ok(Err(RaftError::APIError(refused))) => refused,
+                Ok(Err(RaftError::Fatal(fatal))) => return Err(self.ended(&fatal).into()),
+            };
+            let forward = match refused {
+                ClientWriteError::ForwardToLeader(forward) => forward,
+                ClientWriteError::LogEntryDiscarded(_) => return Err(ProposeError::LeaderChanged),
+                // Only for changes of the membership, which this is not.
+                ClientWriteError::ChangeMembershipError(_)
+                | ClientWriteError::PreconditionFailed(_) => {
+                    return Err(ProposeError::NotLeader { leader: None });
+                }
+            };
+            // A leader that waits for its quorum's first answer: refused before it was appended.
+            let soon = time::Instant::now() + LEASE_RETRY;
+            if forward.reason != ForwardReason::LeaseExpired || soon >= deadline {
+                let leader = leader_of(forward);
+                return Err(ProposeError::NotLeader { leader });
+            }
+            time::sleep_until(soon).await;
+        }
+    }
+
+    /// Watches the state. It is as new as this member's log, which may lag; see
+    /// [`Self::linearizable`].
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<View<M>> {
+        self.inner.view.clone()
+    }
+
+    /// Returns once [`Self::state`] holds everything that was acknowledged anywhere before the
+    /// call. Waits as long as it takes: put a deadline around it.
+    ///
+    /// # Errors
+    /// [`ReadError`]; the state may be stale.
+    pub async fn linearizable(&self) -> Result<(), ReadError> {
+        let read = self
+            .inner
+            .raft
+            .ensure_linearizable(ReadPolicy::ReadIndex)
+            .await;
+        match read {
+            Ok(_) => Ok(()),
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
+                let leader = leader_of(forward);
+                Err(ReadError::NotLeader { leader })
+            }
+            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => {
+                Err(ReadError::NoQuorum)
+            }
+            Err(RaftError::Fatal(fatal)) => Err(self.ended(&fatal).into()),
+        }
+    }
+
+    /// What this member is at the moment.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        if self.inner.files.fault.get().is_some() {
+            return Role::Stopped;
+        }
+        role_of(self.inner.raft.metrics().borrow_watched().state)
+    }
+
+    /// How the group is doing.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        // Cloned at once: a borrow would block openraft's core.
+        let metrics = self.inner.raft.metrics().borrow_watched().clone();
+        let membership = metrics.membership_config.membership().clone();
+        let voters: Vec<u64> = membership.voter_ids().collect();
+        let members = membership.nodes().map(|(&id, node)| {
+            let member = Member {
+                node: node.clone(),
+                voter: voters.contains(&id),
+            };
+            (NodeId(id), member)
+        });
+        Metrics {
+            role: self.role(),
+            term: metrics.current_term,
+            leader: metrics.current_leader.map(NodeId),
+            last_log: metrics.last_log_index,
+            applied: metrics.last_applied.map(|id| id.index),
+            snapshot: metrics.snapshot.map(|id| id.index),
+            purged: metrics.purged.map(|id| id.index),
+            members: members.collect(),
+        }
+    }
+
+    /// This member's record, with the identity of its disk.
+    #[must_use]
+    pub fn node(&self) -> &Node {
+        &self.inner.node
+    }
+
+    /// Starts writing a snapshot now, besides those written on schedule.
+    ///
+    /// # Errors
+    /// [`ReadError::Stopped`] or [`ReadError::Fatal`].
+    pub async fn snapshot(&self) -> Result<(), ReadError> {
+        let triggered = self.inner.raft.trigger().snapshot().await;
+        triggered.map_err(|fatal| self.ended(&fatal).into())
+    }
+
+    /// Waits until this member is broken; pending forever if it is shut down first.
+    pub async fn failed(&self) -> Arc<Fault> {
+        self.inner.files.fault.wait().await
+    }
+
+    /// Answers another member's request. The link has made sure that it comes from a member, and
+    /// from the disk the membership knows.
+    pub async fn serve(&self, request: &[u8]) -> Vec<u8> {
+        let raft = &self.inner.raft;
+        let answered = match peer::read_request(request) {
+            Ok(Request::Append(rpc)) => {
+                let answer = raft.append_entries(rpc).await;
+                answer
+                    .map(|answer| peer::answer_append(&answer))
+                    .map_err(|err| err.to_string())
+            }
+            Ok(Request::Vote(rpc)) => {
+                let answer = raft.vote(rpc).await;
+                answer
+                    .map(|answer| peer::answer_vote(&answer))
+                    .map_err(|err| err.to_string())
+            }
+            Ok(Request::PreVote(rpc)) => {
+                let answer = raft.pre_vote(rpc).await;
+                answer
+                    .map(|answer| peer::answer_vote(&answer))
+                    .map_err(|err| err.to_string())
+            }
+            Ok(Request::Transfer(rpc)) => {
+                let answer = raft.handle_transfer_leader(rpc).await;
+                answer
+                    .map(|answer| peer::answer_transfer(&answer))
+                    .map_err(|err| err.to_string())
+            }
+            Ok(Request::Snapshot(..)) => Err("a snapshot without its bytes".into()),
+            Err(bad) => Err(bad.to_string()),
+        };
+        answered.unwrap_or_else(peer::answer_stopped)
+    }
+
+    /// Answers the leader's snapshot, whose bytes the link has put into `file`. The file is only
+    /// read; removing it afterwards is the link's part.
+    pub async fn serve_snapshot(&self, request: &[u8], file: PathBuf) -> Vec<u8> {
+        match peer::read_request(request) {
+            Ok(Request::Snapshot(vote, meta)) => self.install(vote, meta, file).await,
+            Ok(_) => peer::answer_stopped("bytes that no snapshot was announced for".into()),
+            Err(bad) => peer::answer_stopped(bad.to_string()),
+        }
+    }
+
+    async fn install(&self, vote: Vote, meta: SnapshotMeta, path: PathBuf) -> Vec<u8> {
+        let snapshot = openraft::Snapshot {
+            meta,
+            snapshot: SnapshotFile { path },
+        };
+        let installed = self.inner.raft.install_full_snapshot(vote, snapshot).await;
+        installed.map_or_else(
+            |fatal| peer::answer_stopped(fatal.to_string()),
+            |answer| peer::answer_snapshot(&answer.vote),
+        )
+    }
+
+    /// Stops taking part, writes everything down and releases the folder. Proposals under way end
+    /// with [`ProposeError::Stopped`].
+    pub async fn shutdown(&self) {
+        // The error is that of a task that has ended already.
+        drop(self.inner.raft.shutdown().await);
+        let inner = Arc::clone(&self.inner);
+        let stopping = spawn_blocking(move || inner.stop_threads());
+        if let Err(died) = stopping.await {
+            tracing::warn!(%died, "stopping the storage threads failed");
+        }
+    }
+
+    fn ended(&self, fatal: &Fatal<Types>) -> Ended {
+        match (self.inner.files.fault.get(), fatal) {
+            (Some(fault), _) => Ended::Fault(fault),
+            (None, Fatal::Stopped) => Ended::Stopped,
+            (None, fatal) => {
+                let fault = Fault::Core(fatal.to_string());
+                Ended::Fault(self.inner.files.fault.file(fault))
+            }
+        }
+    }
+}
+
+impl<M: Machine> Inner<M> {
+    fn stop_threads(&self) {
+        let mut runtime = self.runtime.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(runtime) = runtime.take() {
+            runtime.shutdown_timeout(STOP_TIMEOUT);
+        }
+        self.files.log.stop();
+        self.files.derived.stop();
+        let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(home.take());
+    }
+}
+
+/// Why the core answers no more.
+enum Ended {
+    Stopped,
+    Fault(Arc<Fault>),
+}
+
+impl From<Ended> for ProposeError {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Stopped => Self::Stopped,
+            Ended::Fault(fault) => Self::Fatal(fault),
+        }
+    }
+}
+
+impl From<Ended> for ReadError {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Stopped => Self::Stopped,
+            Ended::Fault(fault) => Self::Fatal(fault),
+        }
+    }
+}
+
+impl From<Ended> for BootstrapError {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Stopped => Self::Stopped,
+            Ended::Fault(fault) => Self::Fatal(fault),
+        }
+    }
+}
+
+/// Everything on disk, open.
+struct Opened<M> {
+    home: Home,
+    disk_id: DiskId,
+    store: Store<M>,
+}
+
+impl<M: Machine> Opened<M> {
+    fn open(config: &GroupConfig, disk: Arc<dyn Disk>) -> Result<Self, OpenError> {
+        let home = Home::claim(&config.dir, disk.as_ref()).map_err(|err| match err {
+            ClaimError::Taken => OpenError::InUse(config.dir.clone()),
+            ClaimError::Io(source) => OpenError::Disk(config.dir.clone(), source),
+        })?;
+        let fault = FaultCell::new();
+        let (log, disk_id) = open_log(&home, config, &disk, &fault)?;
+        let snapshots =
+            Snapshots::open(&home.snapshot_dir(), disk).map_err(OpenError::Snapshots)?;
+        let store = Store::open(snapshots, &config.state_dir, Arc::new(log), fault)?;
+        check_disk(&store, config.node_id, disk_id)?;
+        Ok(Self {
+            home,
+            disk_id,
+            store,
+        })
+    }
+}
+
+fn open_log(
+    home: &Home,
+    config: &GroupConfig,
+    disk: &Arc<dyn Disk>,
+    fault: &FaultCell,
+) -> Result<(Log, DiskId), OpenError> {
+    let io = |source| OpenError::Disk(home.id_path(), source);
+    let known = home.disk_id().map_err(io)?;
+    if known.is_some() && !home.has_log().map_err(io)? {
+        return Err(OpenError::LogGone(home.log_dir()));
+    }
+    let options = LogOptions {
+        segment_bytes: config.segment_bytes,
+        cache_bytes: config.cache_bytes,
+    };
+    let log = Log::open(&home.log_dir(), options, Arc::clone(disk), fault.clone())
+        .map_err(|source| OpenError::Log(home.log_dir(), source))?;
+    match known {
+        Some(id) => Ok((log, id)),
+        None if log.was_pristine() => {
+            let id = home.make_disk_id(disk.as_ref()).map_err(io)?;
+            Ok((log, id))
+        }
+        None => Err(OpenError::IdentityGone(home.id_path())),
+    }
+}
+
+fn check_disk<M: Machine>(store: &Store<M>, id: NodeId, here: DiskId) -> Result<(), OpenError> {
+    let membership = store.position().membership.membership();
+    match membership.get_node(&id.0) {
+        Some(node) if node.disk != here => Err(OpenError::OtherDisk {
+            here,
+            known: node.disk,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn core_runtime() -> std::io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CORE_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .thread_name("raft-core")
+        .enable_time()
+        .build()
+}
+
+fn raft_config(config: &GroupConfig) -> Result<Config, OpenError> {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let wanted = Config {
+        cluster_name: "wrenn".into(),
+        heartbeat_interval: millis(config.timeouts.heartbeat),
+        election_timeout_min: millis(config.timeouts.election_min),
+        election_timeout_max: millis(config.timeouts.election_max),
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_entries),
+        max_in_snapshot_log_to_keep: config.snapshot_entries.saturating_mul(2),
+        purge_batch_size: PURGE_ENTRIES.min(config.snapshot_entries),
+        enable_pre_vote: Some(true),
+        ..Config::default()
+    };
+    wanted
+        .validate()
+        .map_err(|err| OpenError::Config(err.to_string()))
+}
+
+/// Files a fault when openraft ends by itself, so that nobody has to propose to find out.
+async fn report_end<M: Machine>(raft: Raft<Types, StateMachine<M>>, fault: FaultCell) {
+    let mut metrics = raft.metrics();
+    loop {
+        let state = metrics.borrow_watched().running_state.clone();
+        match state {
+            Ok(()) => {}
+            Err(Fatal::Stopped) => return,
+            Err(fatal) => {
+                fault.file(Fault::Core(fatal.to_string()));
+                return;
+            }
+        }
+        if metrics.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn leader_of(forward: ForwardToLeader<Types>) -> Option<(NodeId, Node)> {
+    Some((NodeId(forward.leader_id?), forward.leader_node?))
+}
+
+const fn role_of(state: ServerState) -> Role {
+    match state {
+        ServerState::Leader => Role::Leader,
+        ServerState::Follower => Role::Follower,
+        ServerState::Candidate => Role::Candidate,
+        ServerState::Learner => Role::Learner,
+        ServerState::Shutdown => Role::Stopped,
+    }
+}
