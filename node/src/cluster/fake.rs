@@ -4,6 +4,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use raft::command::Proposal;
+use raft::state::State;
 use raft::wire;
 use tokio::sync::watch;
 
@@ -19,7 +20,7 @@ pub struct MemoryLog {
 impl Default for MemoryLog {
     fn default() -> Self {
         Self {
-            seen: Mutex::new(watch::Sender::new(Seen::default())),
+            seen: Mutex::new(watch::Sender::new(Seen { state: State::default(), applied: None })),
         }
     }
 }
@@ -34,8 +35,9 @@ impl Log for MemoryLog {
                     .lock()
                     .map_err(|err| LogError::Stopped(err.to_string()))?;
                 let mut next = seen.borrow().clone();
-                next.applied += 1;
-                let applied = next.state.apply(next.applied, proposal);
+                let index = next.applied.map_or(1, |last| last + 1);
+                next.applied = Some(index);
+                let applied = next.state.apply(index, proposal);
                 seen.send_replace(next);
                 Ok(wire::encode_answer(&applied.answer))
             });

@@ -5,13 +5,7 @@ use tokio::sync::watch;
 use tokio::time::{self, Instant};
 
 /// The state after some log entry.
-#[derive(Clone, Debug, Default)]
-pub struct Seen {
-    /// The applied state. A clone is cheap.
-    pub state: State,
-    /// The last applied log index.
-    pub applied: u64,
-}
+pub type Seen = raft::store::View<State>;
 
 /// A read-only, watchable window on the replicated state. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -35,7 +29,7 @@ impl View {
     /// The last applied log index.
     #[must_use]
     pub fn applied(&self) -> u64 {
-        self.seen.borrow().applied
+        self.seen.borrow().applied.unwrap_or(0)
     }
 
     /// Waits for the next change; `false` once nothing will change any more.

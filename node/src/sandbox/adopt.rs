@@ -12,11 +12,12 @@ use tokio::task;
 use tracing::{info, warn};
 
 use super::driver::end_of;
-use super::error::{AcquireError, chain};
+use super::error::AcquireError;
 use super::phase::End;
 use super::record::Record;
 use super::registry::Registry;
 use super::resources::Held;
+use crate::base::chain::chain;
 use crate::net::Serial;
 use crate::shim::discover::{Found, FoundState, discover};
 use crate::shim::sweep::kill_leftovers;

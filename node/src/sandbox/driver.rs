@@ -12,12 +12,13 @@ use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::error::{AcquireError, chain};
+use super::error::AcquireError;
 use super::phase::{Action, End, Event, Phase, step};
 use super::record::ReadyFacts;
 use super::registry::Shared;
 use super::resources::Held;
 use super::spec::{Host, StartSpec, StartTimings};
+use crate::base::chain::chain;
 use crate::shim::client::ShimClient;
 use crate::shim::error::CallShimError;
 use crate::shim::exit::ExitRecord;

@@ -60,15 +60,3 @@ pub enum AcquireError {
         source: GuestError,
     },
 }
-
-/// An error and its causes in one line.
-pub(super) fn chain(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut next = err.source();
-    while let Some(source) = next {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        next = source.source();
-    }
-    text
-}

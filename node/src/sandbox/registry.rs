@@ -225,6 +225,12 @@ impl Registry {
         }
     }
 
+    /// How long nobody has used a sandbox.
+    #[must_use]
+    pub fn idle_for(&self, id: SandboxId) -> Option<Duration> {
+        Some(self.shared(id)?.told().last_used.elapsed())
+    }
+
     /// How long the start of a sandbox took, where this daemon started it.
     #[must_use]
     pub fn timings(&self, id: SandboxId) -> Option<StartTimings> {
