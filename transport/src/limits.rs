@@ -52,11 +52,17 @@ pub const CONTROL_KEEP_ALIVE: Duration = Duration::from_secs(1);
 pub const BULK_IDLE: Duration = Duration::from_secs(30);
 const _: () = assert!(CONTROL_KEEP_ALIVE.as_millis() * 3 < CONTROL_IDLE.as_millis());
 
-/// Handshakes that may be under way at one endpoint. Each costs about 40 KiB until it is decided,
-/// so 5 MiB; the rest are refused at once.
+/// Handshakes that may be under way at both endpoints together. Each costs about 40 KiB until it is
+/// decided, so 5 MiB; the rest are refused at once.
 pub const MAX_HANDSHAKES: usize = 128;
-/// Connections of one address that have not said hello yet.
+/// Connections of one address that have not said hello yet; more are refused before their
+/// handshake, so that no single address can take all of [`MAX_HANDSHAKES`].
+pub const MAX_ARRIVING_PER_ADDRESS: usize = 64;
+/// The same for connections that turn out to be a stranger's. Lower, so that strangers behind the
+/// address of a member leave it room.
 pub const MAX_UNPROVEN_PER_ADDRESS: usize = 32;
+const _: () = assert!(MAX_UNPROVEN_PER_ADDRESS < MAX_ARRIVING_PER_ADDRESS);
+const _: () = assert!(MAX_ARRIVING_PER_ADDRESS < MAX_HANDSHAKES);
 /// First packets waiting for the accept loop at one endpoint.
 pub const MAX_INCOMING: usize = 256;
 /// Bytes buffered for one connection attempt that is not accepted yet.

@@ -19,7 +19,7 @@ use crate::close::CloseCode;
 use crate::endpoint::{self, End, Lane, Path};
 use crate::gate::{Arrival, Verdict};
 use crate::identity::Identity;
-use crate::limits::MAX_HANDSHAKES;
+use crate::limits::{MAX_ARRIVING_PER_ADDRESS, MAX_HANDSHAKES};
 use crate::peers::{PeerInfo, Peers};
 use crate::rpc::hello::{self, Own, Settled};
 use crate::rpc::{self, Router, Server};
@@ -75,15 +75,25 @@ impl Shared {
                 incoming.refuse();
                 continue;
             };
+            let unproven = Unproven::count(Arc::clone(&self), incoming.remote_address().ip());
+            if unproven.seen > MAX_ARRIVING_PER_ADDRESS {
+                incoming.refuse();
+                continue;
+            }
             let span = info_span!("transport-peer", address = %incoming.remote_address());
-            let arrive = Arc::clone(&self).arrive(lane, incoming, slot);
+            let arrive = Arc::clone(&self).arrive(lane, incoming, slot, unproven);
             self.server.tasks.spawn(arrive.instrument(span));
         }
     }
 
     /// One accepted connection, from its first packet to its end.
-    async fn arrive(self: Arc<Self>, lane: Lane, incoming: Incoming, slot: OwnedSemaphorePermit) {
-        let unproven = Unproven::count(Arc::clone(&self), incoming.remote_address().ip());
+    async fn arrive(
+        self: Arc<Self>,
+        lane: Lane,
+        incoming: Incoming,
+        slot: OwnedSemaphorePermit,
+        unproven: Unproven,
+    ) {
         let limits = self.server.limits;
         let begun = Instant::now();
         let handshake = async { incoming.accept()?.await };

@@ -241,6 +241,32 @@ async fn noise_on_the_sockets_disturbs_no_peer() {
     stop([a, b]).await;
 }
 
+#[tokio::test]
+async fn a_crowd_of_strangers_is_cut_off_and_leaves_room_for_a_member_at_their_address() {
+    let patient = Limits {
+        join: PATIENCE,
+        ..Limits::default()
+    };
+    let (node, member) = two(patient);
+    node.set_membership(Membership {
+        join_open: true,
+        ..members(2, &[node.key(), member.key()])
+    });
+    let mut crowd = Vec::new();
+    for _ in 0..=crate::limits::MAX_UNPROVEN_PER_ADDRESS {
+        crowd.push(Rough::handshake(&identity(), &node, Lane::Control, Alpn::Join).await);
+    }
+    let last = crowd.pop().expect("one too many");
+    assert_eq!(close_code(&last.connection).await, CloseCode::Crowded);
+    connect(&member, &node).await;
+    assert!(
+        crowd
+            .iter()
+            .all(|stranger| stranger.connection.close_reason().is_none())
+    );
+    stop([node, member]).await;
+}
+
 /// All of `futures` at once.
 async fn futures_of<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
     let mut running: Vec<_> = futures.map(Box::pin).map(Some).collect();
