@@ -21,4 +21,8 @@ pub trait LocalGuests: fmt::Debug + Send + Sync + 'static {
 
     /// Bytes that the sandbox's disk occupies on this node.
     fn disk_used_bytes(&self, id: SandboxId) -> Option<u64>;
+
+    /// The last `bytes` of what the guest's console showed; `None` where no log is kept. Reads a
+    /// file, so call it where blocking is allowed.
+    fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>>;
 }
