@@ -20,8 +20,9 @@ pub trait LocalGuests: fmt::Debug + Send + Sync + 'static {
     /// What only the node that runs the sandbox knows of it.
     fn facts(&self, id: SandboxId) -> Option<LocalFacts>;
 
-    /// The last bytes of its console.
-    fn console_tail(&self, id: SandboxId, bytes: u64) -> Option<Vec<u8>>;
+    /// The last `bytes` of what the guest's console showed; `None` where no log is kept. Reads a
+    /// file, so call it where blocking is allowed.
+    fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>>;
 }
 
 /// What only the node that runs a sandbox knows of it; none of it is replicated.

@@ -59,10 +59,19 @@ impl Relay {
         self.local.facts(id)
     }
 
-    /// The last bytes of a sandbox's console, as far as they are kept here.
-    #[must_use]
-    pub fn console_tail(&self, id: SandboxId, bytes: u64) -> Option<Vec<u8>> {
-        self.local.console_tail(id, bytes)
+    /// The last `bytes` of a guest's console, also of one that does not run (any more), as long
+    /// as its host keeps the log. Blocks on a file.
+    ///
+    /// # Errors
+    /// [`RelayError`] names what stands in the way.
+    pub fn console_tail(&self, id: SandboxId, bytes: usize) -> Result<Option<Vec<u8>>, RelayError> {
+        let state = self.view.state();
+        let sandbox = state.sandbox(id).ok_or(RelayError::NoSuchSandbox(id))?;
+        let node = sandbox.owner;
+        if node != self.here {
+            return Err(RelayError::OwnerUnreachable { id, node });
+        }
+        Ok(self.local.console_tail(id, bytes))
     }
 
     fn running(&self, id: SandboxId) -> Result<Sandbox, RelayError> {

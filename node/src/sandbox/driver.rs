@@ -32,7 +32,7 @@ const WATCH_ROUND: Duration = Duration::from_secs(1800);
 /// Pause before a watch that failed is tried again.
 const WATCH_AGAIN: Duration = Duration::from_secs(1);
 /// Bytes of the console that are searched for a last word of a guest that did not come up.
-const LAST_WORDS_BYTES: u64 = 2048;
+const LAST_WORDS_BYTES: usize = 2048;
 
 /// Drives one sandbox.
 pub(super) struct Driver {

@@ -119,7 +119,7 @@ impl Shared {
         self.told().guest = None;
     }
 
-    pub(super) fn console_tail(&self, bytes: u64) -> Option<Vec<u8>> {
+    pub(super) fn console_tail(&self, bytes: usize) -> Option<Vec<u8>> {
         tail(&self.paths.console(), bytes).ok()
     }
 
@@ -245,7 +245,7 @@ impl Registry {
 
     /// The last bytes of a sandbox's console.
     #[must_use]
-    pub fn console_tail(&self, id: SandboxId, bytes: u64) -> Option<Vec<u8>> {
+    pub fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>> {
         self.shared(id)?.console_tail(bytes)
     }
 
@@ -311,7 +311,8 @@ fn disk_used(paths: &SandboxPaths) -> Option<u64> {
 }
 
 /// The last bytes of a file.
-fn tail(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
+fn tail(path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
+    let bytes = bytes as u64;
     let mut file = fs::File::open(path)?;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(bytes)))?;

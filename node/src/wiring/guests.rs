@@ -34,7 +34,7 @@ impl LocalGuests for RegistryGuests {
         })
     }
 
-    fn console_tail(&self, id: SandboxId, bytes: u64) -> Option<Vec<u8>> {
+    fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>> {
         self.0.console_tail(id, bytes)
     }
 }
