@@ -95,7 +95,7 @@ fn perform(step: Step, slot: &Slot, allow: &[Cidr]) -> io::Result<()> {
         Step::TakeName => netns::reserve(path),
         Step::CreateNamespace => netns::create(path),
         Step::SetSwitches => netns::enter(path, set_switches),
-        Step::InstallRules => install_rules(slot, allow),
+        Step::InstallRules => netns::enter(path, || rules::install_in_namespace(slot, allow)),
         Step::CreateTap => netns::enter(path, || tap::create(TAP)),
         Step::CreateVeth => create_veth(slot),
         Step::ConfigureInside => netns::enter(path, || configure_inside(slot)),
@@ -103,11 +103,9 @@ fn perform(step: Step, slot: &Slot, allow: &[Cidr]) -> io::Result<()> {
     }
 }
 
-/// Puts the rules of a slot in force anew, without a gap.
-pub(super) fn install_rules(slot: &Slot, allow: &[Cidr]) -> io::Result<()> {
-    netns::enter(&slot.netns_path, || {
-        rules::install_in_namespace(slot, allow)
-    })
+/// Puts the rules of an existing slot in force anew, without a gap.
+pub(super) fn renew_rules(slot: &Slot, allow: &[Cidr]) -> io::Result<()> {
+    netns::enter(&slot.netns_path, || rules::renew_in_namespace(slot, allow))
 }
 
 fn set_switches() -> io::Result<()> {

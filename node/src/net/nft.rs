@@ -190,6 +190,13 @@ pub(super) struct Batch {
 }
 
 impl Batch {
+    /// Makes the table, which must not be there yet, with what is added to this batch.
+    pub(super) fn creating(table: &str) -> Self {
+        let mut batch = Self::empty(table);
+        batch.table_message(NEW_TABLE);
+        batch
+    }
+
     /// Replaces the table, whatever was in it, by what is added to this batch.
     pub(super) fn replacing(table: &str) -> Self {
         let mut batch = Self::removing(table);
@@ -199,14 +206,19 @@ impl Batch {
 
     /// Removes the table; one that is not there is made first, so that removal cannot fail.
     pub(super) fn removing(table: &str) -> Self {
+        let mut batch = Self::empty(table);
+        batch.table_message(NEW_TABLE);
+        batch.table_message(DEL_TABLE);
+        batch
+    }
+
+    fn empty(table: &str) -> Self {
         let mut batch = Self {
             table: table.to_owned(),
             bytes: Vec::new(),
             sequence: 0,
         };
         batch.message(BATCH_BEGIN, 0, |_| {});
-        batch.table_message(NEW_TABLE);
-        batch.table_message(DEL_TABLE);
         batch
     }
 

@@ -297,7 +297,7 @@ impl Owner {
         if self.books.is_found(serial, index) {
             let config = self.config.clone();
             self.jobs.spawn_blocking(move || {
-                let done = build::install_rules(&slot, &config.egress_allow)
+                let done = build::renew_rules(&slot, &config.egress_allow)
                     .map_err(NetError::kernel("renew the rules of slot", serial));
                 Done::Renewed(slot, done, reply)
             });
@@ -314,7 +314,12 @@ impl Owner {
     }
 
     fn settle(&mut self, done: Result<Done, tokio::task::JoinError>) {
-        let done = done.unwrap_or_else(|err| std::panic::resume_unwind(err.into_panic()));
+        let done = match done {
+            Ok(done) => done,
+            Err(err) if err.is_panic() => std::panic::resume_unwind(err.into_panic()),
+            // The runtime is being dropped, and this task with it.
+            Err(_) => return,
+        };
         match done {
             Done::Built(_, Ok(slot)) => self.books.built(slot),
             Done::Built(index, Err(err)) => self.build_failed(index, err),
@@ -359,16 +364,14 @@ impl Owner {
             self.settle(done);
         }
         let unused = self.books.drain_ready();
-        let count = unused.len();
-        let raze_all = move || unused.iter().filter_map(|slot| raze(slot).err()).collect();
-        let refusals: Vec<NetError> = blocking(raze_all).await;
-        for err in refusals {
-            error!(
+        let done = blocking(move || unused.iter().map(raze).fold(Ok(()), Result::and)).await;
+        match done {
+            Ok(()) => info!("unused slots are gone"),
+            Err(err) => error!(
                 error = chain(&err),
-                "an unused slot is left to the next sweep"
-            );
+                "unused slots are left to the next sweep"
+            ),
         }
-        info!(count, "unused slots are gone");
     }
 }
 

@@ -52,10 +52,14 @@ pub async fn teardown_host(tag: &SlotTag) -> Result<(), NetError> {
 }
 
 /// Runs `work` on a blocking thread, in the namespace of the runtime.
-pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NetError> + Send + 'static,
+) -> Result<T, NetError> {
     match task::spawn_blocking(work).await {
         Ok(done) => done,
-        Err(err) => std::panic::resume_unwind(err.into_panic()),
+        Err(err) if err.is_panic() => std::panic::resume_unwind(err.into_panic()),
+        // The runtime is being dropped.
+        Err(_) => Err(NetError::Stopped),
     }
 }
 
