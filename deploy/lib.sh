@@ -123,3 +123,24 @@ stamped() {
 give_back() {
 	if [[ -n ${SUDO_UID:-} && -n ${SUDO_GID:-} ]]; then chown -R "$SUDO_UID:$SUDO_GID" "$@"; fi
 }
+
+# find_cargo: puts rustup's directory on the path where a login shell would have done so.
+find_cargo() {
+	if ! have cargo && [[ -x ${HOME:-/root}/.cargo/bin/cargo ]]; then
+		PATH=$PATH:${HOME:-/root}/.cargo/bin
+	fi
+}
+
+# check_rust: a Rust as new as Cargo.toml asks for.
+check_rust() {
+	local wanted found
+	local hint="install Rust from rustup.rs or update it with: rustup update stable"
+	wanted=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$WRENN_ROOT/Cargo.toml")
+	find_cargo
+	have cargo || die "cargo is not installed; Rust $wanted or newer is needed" "$hint"
+	found=$(cd "$WRENN_ROOT" && rustc --version | cut -d' ' -f2)
+	if [[ $(printf '%s\n%s\n' "$wanted" "$found" | sort -V | head -n 1) != "$wanted" ]]; then
+		die "Rust $found is too old; $wanted or newer is needed" "$hint"
+	fi
+	echo "Rust $found"
+}
