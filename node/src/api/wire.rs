@@ -73,7 +73,8 @@ impl Capsule {
     pub(super) fn of(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
         let spec = &sandbox.spec;
         let owner = state.node(sandbox.owner);
-        let active = api.relay.last_active(sandbox.id).or(sandbox.started_at);
+        let facts = api.relay.facts(sandbox.id);
+        let active = facts.map(|facts| facts.last_active).or(sandbox.started_at);
         let mut metadata = spec.metadata.clone();
         metadata.extend(version_labels(&sandbox.versions));
         Self {
@@ -100,7 +101,7 @@ impl Capsule {
 
     /// The same with what takes a look at the disk.
     pub(super) fn in_detail(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
-        let used = api.relay.disk_used_bytes(sandbox.id);
+        let used = api.relay.facts(sandbox.id).and_then(|facts| facts.disk_used_bytes);
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
             ..Self::of(api, state, sandbox)

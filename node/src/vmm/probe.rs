@@ -78,6 +78,8 @@ pub struct ProbeOutcome {
     pub attempts: Vec<Attempt>,
     /// Whether this was remembered from an earlier start.
     pub remembered: bool,
+    /// What QEMU calls its version.
+    pub version: String,
 }
 
 /// Why no accelerator could be chosen.
@@ -149,11 +151,13 @@ pub fn probe(request: &ProbeRequest) -> Result<ProbeOutcome, ProbeError> {
         let ok = attempt.ok;
         attempts.push(attempt);
         if ok {
+            let version = key.qemu.clone();
             remember(request.cache.as_deref(), key, accelerator, &attempts);
             return Ok(ProbeOutcome {
                 accelerator,
                 attempts,
                 remembered: false,
+                version,
             });
         }
     }
@@ -329,6 +333,7 @@ fn recall(cache: Option<&Path>, key: &Key) -> Option<ProbeOutcome> {
         accelerator: Accelerator::from_name(&remembered.accelerator)?,
         attempts: remembered.attempts,
         remembered: true,
+        version: remembered.key.qemu,
     })
 }
 

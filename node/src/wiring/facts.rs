@@ -2,6 +2,8 @@
 //! command line on the same host that it is ready.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 
 use proto::ids::{KeyId, TeamId};
 use proto::units::Stamp;
@@ -60,7 +62,7 @@ pub(super) async fn announce(
             name: held.name.to_string(),
             digest: held.digest.0,
             disk: held.disk,
-            size_bytes: held.data_bytes,
+            size_bytes: data_bytes(&held.rootfs)?,
             created_at: Stamp::default(),
         };
         if let Some(known) = state.template(&template.name) {
@@ -121,4 +123,12 @@ pub(super) fn write_ready(paths: &DataPaths, name: &str, url: &str) -> Result<()
     });
     durable::write(&paths.root().join(READY_FILE), ready.to_string().as_bytes())
         .map_err(disk("say that the node is ready"))
+}
+
+/// Bytes of data in a sparse image, as the disk counts them.
+fn data_bytes(image: &Path) -> Result<u64, RunError> {
+    /// The unit of `st_blocks`, whatever the file system's own.
+    const STAT_BLOCK_BYTES: u64 = 512;
+    let image = std::fs::metadata(image).map_err(disk("look at a template's image"))?;
+    Ok(image.blocks() * STAT_BLOCK_BYTES)
 }

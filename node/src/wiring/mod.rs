@@ -43,7 +43,7 @@ use crate::dashboard;
 use crate::net::{self, NetConfig, NetError, SlotPool};
 use crate::reconcile::Reconciler;
 use crate::relay::Relay;
-use crate::sandbox::{Host, Registry, adopt};
+use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataDir, DataPaths, OpenDataDirError, durable};
 use crate::template::{Catalog, OpenCatalogError};
