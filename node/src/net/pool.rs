@@ -2,7 +2,7 @@
 //!
 //! The task keeps [`NetConfig::pool_target`] slots ready, hands them out, and unmakes what comes
 //! back: a used namespace never serves another sandbox. It decides; blocking threads do the work
-//! and report back as [`Done`], so the task always answers.
+//! and report back as `Done`, so the task always answers.
 //!
 //! A slot handed over to a caller who has given up meanwhile goes back to the ready ones: the
 //! caller confirms receipt, and a missing confirmation means it was not received.

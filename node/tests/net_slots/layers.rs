@@ -1,11 +1,16 @@
 //! Two layers guard a slot, the namespace's rules and the host's. Each holds without the other.
 
+use std::io;
+use std::net::{Ipv4Addr, UdpSocket};
+
+use wrenn_node::net::netns;
+use wrenn_node::net::slot::GATEWAY_ADDR;
+
 use crate::guest::Guest;
 use crate::world::{
-    HOST, HOST_TOO, NOBODY, OUTSIDE, call, call_from_host, nets, on_a_host, outside, reachable,
-    serve, shell,
+    HOST, HOST_TOO, NOBODY, OUTSIDE, PORT, call, call_from_host, nets, on_a_host, outside,
+    reachable, serve, shell,
 };
-use wrenn_node::net::slot::GATEWAY_ADDR;
 
 #[test]
 fn namespaces_alone_keep_slots_apart_even_when_all_is_allowed() {
@@ -53,7 +58,8 @@ fn the_host_takes_no_address_from_a_slot_but_the_slots() {
             "ip netns exec {inside} nft flush ruleset
              ip -n {inside} addr add 203.0.113.77/32 dev eth0
              ip -n {inside} route replace default via {} src 203.0.113.77
-             ip route add 203.0.113.77 dev {}",
+             ip route add 203.0.113.77 dev {}
+             ip -n out route add 203.0.113.77 via {HOST}",
             slot.host_addr, slot.veth
         ));
         assert_eq!(call(&slot.netns_path, OUTSIDE), None);
@@ -82,5 +88,10 @@ fn a_namespace_neither_answers_nor_calls() {
             NOBODY
         );
         assert!(call(&guest.path, OUTSIDE).is_some(), "the guest is well");
+        // Not even one way: the kernel tells the sender that a rule dropped it.
+        let sent = netns::enter(&slot.netns_path, || {
+            UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?.send_to(b"out", (OUTSIDE, PORT))
+        });
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
     });
 }
