@@ -1,5 +1,18 @@
 //! Configuration: as written, as checked, and its defaults with their reasons.
+//!
+//! A setting may come from the command line, the environment, a file or [`defaults`], in that
+//! order of precedence. [`Written`] holds what any one of them says; [`Config::check`] turns the
+//! sum into a [`Config`], the only form the rest of the node sees. It is read once, at the start.
 
-/// The configuration of a node, checked.
-#[derive(Clone, Debug)]
-pub struct Config {}
+mod checked;
+pub mod defaults;
+mod error;
+mod file;
+mod machine;
+mod values;
+
+pub use checked::{Capacity, Config};
+pub use error::ConfigError;
+pub use file::{Written, WrittenCapacity};
+pub use machine::Machine;
+pub use values::{AcceleratorChoice, BadText, Cidr, Period, VmmChoice};

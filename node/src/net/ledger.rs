@@ -92,21 +92,28 @@ impl Ledger {
         }
     }
 
-    /// Whether a slot was found on the host and may be adopted.
-    pub(super) fn is_found(&self, serial: Serial, index: SlotIndex) -> bool {
-        self.found.get(&serial) == Some(&index)
+    /// A slot found on the host belongs to a sandbox from now on; false if it was not found, or
+    /// with another index.
+    pub(super) fn adopt(&mut self, serial: Serial, index: SlotIndex) -> bool {
+        let found = self.found.get(&serial) == Some(&index);
+        if found {
+            self.found.remove(&serial);
+            self.taken.insert(serial, index);
+        }
+        found
     }
 
-    /// A slot found on the host belongs to a sandbox from now on.
-    pub(super) fn adopt(&mut self, serial: Serial) {
-        if let Some(index) = self.found.remove(&serial) {
-            self.taken.insert(serial, index);
+    /// The adoption came to nothing; it may be tried again.
+    pub(super) fn adoption_failed(&mut self, serial: Serial) {
+        if let Some(index) = self.taken.remove(&serial) {
+            self.found.insert(serial, index);
         }
     }
 
-    /// Whether a sandbox may have this slot.
-    pub(super) fn is_held(&self, serial: Serial) -> bool {
-        self.taken.contains_key(&serial) || self.found.contains_key(&serial)
+    /// The index of a slot that is not ours to reuse: a sandbox has it, or it was found.
+    pub(super) fn index_held(&self, serial: Serial) -> Option<SlotIndex> {
+        let held = self.taken.get(&serial).or(self.found.get(&serial));
+        held.copied()
     }
 
     /// A slot is gone from the host.
@@ -165,7 +172,7 @@ mod tests {
     proptest! {
         /// Whatever happens, no index is lost, and none is in two places.
         #[test]
-        fn every_index_is_in_one_place(moves in prop::collection::vec((0..7_u8, 0..6_usize), 0..80)) {
+        fn every_index_is_in_one_place(moves in prop::collection::vec((0..8_u8, 0..6_usize), 0..80)) {
             let found = BTreeMap::from([(Serial(1), SlotIndex(2))]);
             let mut books = Ledger::new(indexes(0..5), 2, found, &BTreeSet::new());
             let mut serial = 10;
@@ -184,7 +191,8 @@ mod tests {
                     (3, _) => { books.take(); }
                     (4, Some((serial, index))) => books.return_unused(slot(serial.0, index)),
                     (5, Some((serial, _))) => books.razed(serial),
-                    (6, _) => books.adopt(Serial(1)),
+                    (6, _) => { books.adopt(Serial(1), SlotIndex(2)); }
+                    (7, _) if pick == 0 => books.adoption_failed(Serial(1)),
                     _ => {}
                 }
                 prop_assert_eq!(books.census(), indexes(0..5).into_iter().collect::<Vec<_>>());
@@ -231,7 +239,8 @@ mod tests {
     fn an_adopted_index_outside_the_range_is_not_given_out_again() {
         let found = BTreeMap::from([(Serial(7), SlotIndex(40))]);
         let mut books = Ledger::new(indexes(0..1), 0, found, &BTreeSet::new());
-        books.adopt(Serial(7));
+        assert!(books.adopt(Serial(7), SlotIndex(40)));
+        assert!(!books.adopt(Serial(7), SlotIndex(40)));
         books.razed(Serial(7));
         assert_eq!(books.census(), [SlotIndex(0)]);
     }

@@ -86,7 +86,7 @@ fn verdict(answer: &[u8], last: u32) -> Option<io::Result<()>> {
     let mut rest = answer;
     while let Some((header, _)) = rest.split_first_chunk::<HEADER_BYTES>() {
         let length = usize::try_from(read_u32(header, 0)?).ok()?;
-        let message = rest.get(..length)?;
+        let message = rest.get(..length.max(HEADER_BYTES))?;
         let kind = u16::from_ne_bytes([header[4], header[5]]);
         if kind == NLMSG_ERROR {
             // Negated by the kernel, as an errno.
@@ -100,7 +100,9 @@ fn verdict(answer: &[u8], last: u32) -> Option<io::Result<()>> {
                 return Some(Ok(()));
             }
         }
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        rest = rest
+            .get(message.len().next_multiple_of(4)..)
+            .unwrap_or_default();
     }
     None
 }
@@ -137,6 +139,11 @@ mod tests {
             .expect("decided")
             .expect_err("refused");
         assert_eq!(refusal.raw_os_error(), Some(libc::EEXIST));
+    }
+
+    #[test]
+    fn an_answer_of_no_length_is_stepped_over() {
+        assert!(verdict(&[0; 64], 0).is_none());
     }
 
     #[test]

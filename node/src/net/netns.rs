@@ -2,7 +2,12 @@
 //! with `unsafe` in it (the tap's ioctls).
 //!
 //! A namespace is held by a bind mount of its `/proc/…/ns/net` on a file in `/run/netns`, so it
-//! outlives every process, as with `ip netns`. Entering one changes the thread, for good: so the
+//! outlives every process, as with `ip netns`. That takes a daemon in the host's own mount
+//! namespace: under systemd its unit must not ask for `PrivateMounts`, `PrivateTmp`,
+//! `ProtectSystem` or their like, or the namespaces of running guests lose their names, and the
+//! slots cannot be adopted, when it restarts.
+//!
+//! Entering one changes the thread, for good: so the
 //! work is done on a fresh thread that ends afterwards, never on one of the runtime's.
 
 use std::fs::{self, File};

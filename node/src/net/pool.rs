@@ -2,7 +2,7 @@
 //!
 //! The task keeps [`NetConfig::pool_target`] slots ready, hands them out, and unmakes what comes
 //! back: a used namespace never serves another sandbox. It decides; blocking threads do the work
-//! and report back as [`Done`], so the task always answers.
+//! and report back as `Done`, so the task always answers.
 //!
 //! A slot handed over to a caller who has given up meanwhile goes back to the ready ones: the
 //! caller confirms receipt, and a missing confirmation means it was not received.
@@ -130,7 +130,7 @@ impl SlotPool {
     /// [`NetError::NotHeld`] for a slot already released; [`NetError::Kernel`] if it could not
     /// be unmade, and then it is still held: release it again.
     pub async fn release(&self, slot: Slot) -> Result<(), NetError> {
-        self.ask(|reply| Ask::Release(slot, reply)).await?
+        self.ask(|reply| Ask::Release(slot.serial, reply)).await?
     }
 
     /// Takes over the slot of a sandbox that was found running, with today's egress rules.
@@ -170,7 +170,7 @@ type Reply<T> = oneshot::Sender<Result<T, NetError>>;
 #[derive(Debug)]
 enum Ask {
     Take(Reply<Offer>),
-    Release(Slot, Reply<()>),
+    Release(Serial, Reply<()>),
     Adopt(Serial, SlotIndex, Reply<Slot>),
     Ready(oneshot::Sender<usize>),
     Shutdown(oneshot::Sender<()>),
@@ -241,7 +241,7 @@ impl Owner {
     fn answer(&mut self, ask: Ask) {
         match ask {
             Ask::Take(reply) => self.queue(reply),
-            Ask::Release(slot, reply) => self.release(slot, reply),
+            Ask::Release(serial, reply) => self.release(serial, reply),
             Ask::Adopt(serial, index, reply) => self.adopt(serial, index, reply),
             Ask::Ready(reply) => {
                 let _gave_up = reply.send(self.books.ready());
@@ -283,27 +283,32 @@ impl Owner {
         }
     }
 
-    fn release(&mut self, slot: Slot, reply: Reply<()>) {
-        if self.books.is_held(slot.serial) {
-            self.jobs
-                .spawn_blocking(move || Done::Razed(slot.serial, raze(&slot), reply));
-        } else {
-            let _gave_up = reply.send(Err(NetError::NotHeld(slot.serial)));
+    fn release(&mut self, serial: Serial, reply: Reply<()>) {
+        match self.books.index_held(serial) {
+            Some(index) => {
+                // By our own books: what the caller wrote down may be old or altered.
+                let slot = Slot::new(&self.config.tag, serial, index);
+                let job = move || Done::Razed(serial, raze(&slot), reply);
+                self.jobs.spawn_blocking(job);
+            }
+            None => {
+                let _gave_up = reply.send(Err(NetError::NotHeld(serial)));
+            }
         }
     }
 
     fn adopt(&mut self, serial: Serial, index: SlotIndex, reply: Reply<Slot>) {
-        let slot = Slot::new(&self.config.tag, serial, index);
-        if self.books.is_found(serial, index) {
-            let config = self.config.clone();
-            self.jobs.spawn_blocking(move || {
-                let done = build::renew_rules(&slot, &config.egress_allow)
-                    .map_err(NetError::kernel("renew the rules of slot", serial));
-                Done::Renewed(slot, done, reply)
-            });
-        } else {
+        if !self.books.adopt(serial, index) {
             let _gave_up = reply.send(Err(NetError::Gone { serial, index }));
+            return;
         }
+        let slot = Slot::new(&self.config.tag, serial, index);
+        let config = self.config.clone();
+        self.jobs.spawn_blocking(move || {
+            let done = build::renew_rules(&slot, &config.egress_allow)
+                .map_err(NetError::kernel("renew the rules of slot", serial));
+            Done::Renewed(slot, done, reply)
+        });
     }
 
     fn look_after(&mut self) {
@@ -330,8 +335,8 @@ impl Owner {
                 let _gave_up = reply.send(result);
             }
             Done::Renewed(slot, result, reply) => {
-                if result.is_ok() {
-                    self.books.adopt(slot.serial);
+                if result.is_err() {
+                    self.books.adoption_failed(slot.serial);
                 }
                 let _gave_up = reply.send(result.map(|()| slot));
             }

@@ -12,5 +12,6 @@ mod egress;
 mod figures;
 mod guest;
 mod ingress;
+mod layers;
 mod pool;
 mod world;

@@ -1,0 +1,170 @@
+//! A configuration as written: in a file, the environment or arguments. Every setting may be
+//! absent; unknown keys of a file are refused by name.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::Deserialize;
+
+use super::error::ConfigError;
+use super::values::{AcceleratorChoice, Cidr, Period, VmmChoice};
+
+/// What one source says. In TOML every field is a key of the same name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Written {
+    /// Where the node keeps its state.
+    pub data_dir: Option<PathBuf>,
+    /// Where kernel, initramfs and templates lie.
+    pub images_dir: Option<PathBuf>,
+    /// What people call the node.
+    pub name: Option<String>,
+    /// Where the API listens (TCP).
+    pub listen: Option<SocketAddr>,
+    /// Where peers reach the node (UDP); the next port carries bulk transfers.
+    pub cluster_listen: Option<SocketAddr>,
+    /// Where clients reach the API.
+    pub public_url: Option<String>,
+    /// Which driver runs guests.
+    pub vmm: Option<VmmChoice>,
+    /// What executes guest code.
+    pub accelerator: Option<AcceleratorChoice>,
+    /// The QEMU program.
+    pub qemu: Option<PathBuf>,
+    /// Index of the first network slot; nodes on one host need ranges of their own.
+    pub slot_base: Option<u16>,
+    /// How many network slots, and so capsules, there can be.
+    pub slot_count: Option<u16>,
+    /// How many slots are made in advance.
+    pub slot_pool: Option<u16>,
+    /// Networks that capsules may reach although they are private.
+    pub egress_allow: Option<Vec<Cidr>>,
+    /// What the node offers to capsules.
+    pub capacity: WrittenCapacity,
+    /// Longest a guest may take to boot.
+    pub boot_timeout: Option<Period>,
+    /// How long records of ended capsules are kept.
+    pub ended_retention: Option<Period>,
+}
+
+/// What a node offers, as far as it is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WrittenCapacity {
+    /// Virtual processors.
+    pub vcpus: Option<u32>,
+    /// Memory in MiB.
+    pub memory_mib: Option<u32>,
+    /// Root disks in MiB.
+    pub disk_mib: Option<u32>,
+}
+
+impl Written {
+    /// What a TOML file says.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`] and [`ConfigError::Parse`] name the file.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// What the environment says; `lookup` finds a variable.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] names the variable.
+    pub fn from_env(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
+        let env = Env(lookup);
+        let egress = env.parsed::<List>("WRENN_EGRESS_ALLOW")?;
+        Ok(Self {
+            data_dir: env.parsed("WRENN_DATA_DIR")?,
+            images_dir: env.parsed("WRENN_IMAGES")?,
+            name: env.parsed("WRENN_NODE_NAME")?,
+            listen: env.parsed("WRENN_LISTEN")?,
+            cluster_listen: env.parsed("WRENN_CLUSTER_LISTEN")?,
+            public_url: env.parsed("WRENN_PUBLIC_URL")?,
+            vmm: env.parsed("WRENN_VMM")?,
+            accelerator: env.parsed("WRENN_ACCELERATOR")?,
+            qemu: env.parsed("WRENN_QEMU")?,
+            slot_base: env.parsed("WRENN_SLOT_BASE")?,
+            slot_count: env.parsed("WRENN_SLOT_COUNT")?,
+            slot_pool: env.parsed("WRENN_SLOT_POOL")?,
+            egress_allow: egress.map(|list| list.0),
+            capacity: WrittenCapacity {
+                vcpus: env.parsed("WRENN_VCPUS")?,
+                memory_mib: env.parsed("WRENN_MEMORY_MIB")?,
+                disk_mib: env.parsed("WRENN_DISK_MIB")?,
+            },
+            boot_timeout: env.parsed("WRENN_BOOT_TIMEOUT")?,
+            ended_retention: env.parsed("WRENN_ENDED_RETENTION")?,
+        })
+    }
+
+    /// What `self` says, and where it says nothing, what `below` says.
+    #[must_use]
+    pub fn over(self, below: Self) -> Self {
+        Self {
+            data_dir: self.data_dir.or(below.data_dir),
+            images_dir: self.images_dir.or(below.images_dir),
+            name: self.name.or(below.name),
+            listen: self.listen.or(below.listen),
+            cluster_listen: self.cluster_listen.or(below.cluster_listen),
+            public_url: self.public_url.or(below.public_url),
+            vmm: self.vmm.or(below.vmm),
+            accelerator: self.accelerator.or(below.accelerator),
+            qemu: self.qemu.or(below.qemu),
+            slot_base: self.slot_base.or(below.slot_base),
+            slot_count: self.slot_count.or(below.slot_count),
+            slot_pool: self.slot_pool.or(below.slot_pool),
+            egress_allow: self.egress_allow.or(below.egress_allow),
+            capacity: WrittenCapacity {
+                vcpus: self.capacity.vcpus.or(below.capacity.vcpus),
+                memory_mib: self.capacity.memory_mib.or(below.capacity.memory_mib),
+                disk_mib: self.capacity.disk_mib.or(below.capacity.disk_mib),
+            },
+            boot_timeout: self.boot_timeout.or(below.boot_timeout),
+            ended_retention: self.ended_retention.or(below.ended_retention),
+        }
+    }
+}
+
+/// The environment. An empty variable counts as absent.
+struct Env<F>(F);
+
+impl<F: Fn(&str) -> Option<String>> Env<F> {
+    fn parsed<T>(&self, name: &'static str) -> Result<Option<T>, ConfigError>
+    where
+        T: FromStr,
+        T::Err: std::fmt::Display,
+    {
+        let Some(text) = (self.0)(name).filter(|text| !text.is_empty()) else {
+            return Ok(None);
+        };
+        let parsed = text.parse().map_err(|err: T::Err| ConfigError::Value {
+            setting: name,
+            why: err.to_string(),
+            value: text,
+        })?;
+        Ok(Some(parsed))
+    }
+}
+
+/// Networks between commas.
+struct List(Vec<Cidr>);
+
+impl FromStr for List {
+    type Err = super::values::BadText;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parts = text.split(',').map(str::trim).filter(|it| !it.is_empty());
+        parts.map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
