@@ -101,7 +101,10 @@ impl Capsule {
 
     /// The same with what takes a look at the disk.
     pub(super) fn in_detail(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
-        let used = api.relay.facts(sandbox.id).and_then(|facts| facts.disk_used_bytes);
+        let used = api
+            .relay
+            .facts(sandbox.id)
+            .and_then(|facts| facts.disk_used_bytes);
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
             ..Self::of(api, state, sandbox)

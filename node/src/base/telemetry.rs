@@ -7,11 +7,16 @@ pub const SANDBOXES: &str = "wrenn_sandboxes";
 /// API requests by status class.
 pub const REQUESTS: &str = "wrenn_api_requests_total";
 
+/// What is shown unless `WRENN_LOG` says otherwise: openraft tells every step of its engine at
+/// `info`.
+const DEFAULT_FILTER: &str = "info,openraft=warn";
+
 /// Sends log lines to standard error; `WRENN_LOG` chooses what is shown (default `info`).
 ///
 /// A second call does nothing, so tests may call it freely.
 pub fn init() {
-    let filter = EnvFilter::try_from_env("WRENN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_from_env("WRENN_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let _already_set = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -20,7 +20,10 @@ pub struct MemoryLog {
 impl Default for MemoryLog {
     fn default() -> Self {
         Self {
-            seen: Mutex::new(watch::Sender::new(Seen { state: State::default(), applied: None })),
+            seen: Mutex::new(watch::Sender::new(Seen {
+                state: State::default(),
+                applied: None,
+            })),
         }
     }
 }

@@ -172,7 +172,7 @@ impl Registry {
     pub fn start(&self, spec: StartSpec) {
         let id = spec.id;
         if let Some(driver) = self.enter(id, spec.epoch) {
-            let span = info_span!("sandbox", %id, epoch = %spec.epoch);
+            let span = info_span!(parent: None, "sandbox", %id, epoch = %spec.epoch);
             self.tasks.spawn(span, driver.start(spec));
         }
     }
@@ -181,7 +181,7 @@ impl Registry {
     pub(super) fn adopt(&self, id: SandboxId, held: Held) {
         let epoch = held.record.epoch();
         if let Some(driver) = self.enter(id, epoch) {
-            let span = info_span!("sandbox", %id, %epoch);
+            let span = info_span!(parent: None, "sandbox", %id, %epoch);
             self.tasks.spawn(span, driver.adopt(held));
         }
     }
@@ -190,7 +190,7 @@ impl Registry {
     pub(super) fn bury(&self, id: SandboxId, held: Held, end: End) {
         let epoch = held.record.epoch();
         if let Some(driver) = self.enter(id, epoch) {
-            let span = info_span!("sandbox", %id, %epoch);
+            let span = info_span!(parent: None, "sandbox", %id, %epoch);
             self.tasks.spawn(span, driver.bury(held, end));
         }
     }

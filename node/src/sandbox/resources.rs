@@ -97,17 +97,12 @@ impl Held {
             tap: slot.tap.clone(),
             mac: GUEST_MAC,
         });
-        let dns = host.dns.iter().map(ToString::to_string).collect();
         let vmm = VmmSpec {
             program: host.vmm_program.clone(),
             accelerator: host.accelerator,
             kernel: host.kernel.clone(),
             initramfs: host.initramfs.clone(),
-            cmdline: GuestArgs {
-                dns,
-                ..GuestArgs::default()
-            }
-            .to_string(),
+            cmdline: GuestArgs::default().to_string(),
             vcpus: spec.vcpus,
             memory: spec.memory,
             root_disk: Some(self.paths.overlay()),

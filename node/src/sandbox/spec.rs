@@ -1,6 +1,5 @@
 //! What a sandbox needs to start, and what all sandboxes of this node share.
 
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -48,8 +47,6 @@ pub struct Host {
     pub vmm_program: PathBuf,
     /// What executes guest code.
     pub accelerator: Accelerator,
-    /// Name servers given to guests.
-    pub dns: Vec<Ipv4Addr>,
     /// This program, for starting shims.
     pub wrenn: PathBuf,
     /// Longest a guest may take from its VMM's start to its agent's answer.

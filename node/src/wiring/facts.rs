@@ -35,16 +35,15 @@ pub(super) async fn announce(
     identity: &Identity,
     catalog: &Catalog,
     chosen: &Chosen,
-    url: &str,
 ) -> Result<(), RunError> {
     let state = proposer.view().state();
     let mut node = Node {
         id: FOUNDER,
         name: config.name.clone(),
         key: identity.key(),
-        api_url: url.to_owned(),
+        api_url: config.public_url.clone(),
         cluster_address: config.cluster_listen.to_string(),
-        capacity: host::capacity(config)?,
+        capacity: host::capacity(config),
         vmm: "qemu".into(),
         vmm_version: chosen.version.clone(),
         accelerator: chosen.accelerator.name().to_owned(),
@@ -77,10 +76,7 @@ pub(super) async fn announce(
 
 /// Makes the first API key, once. The file is written before the key is proposed, so that a crash
 /// between the two leaves a key that the next start proposes again.
-pub(super) async fn bootstrap_key(
-    paths: &DataPaths,
-    proposer: &Proposer,
-) -> Result<(), RunError> {
+pub(super) async fn bootstrap_key(paths: &DataPaths, proposer: &Proposer) -> Result<(), RunError> {
     if proposer.view().state().keys().next().is_some() {
         return Ok(());
     }

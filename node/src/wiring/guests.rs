@@ -40,6 +40,18 @@ impl LocalGuests for RegistryGuests {
 }
 
 fn stages(timings: StartTimings) -> Vec<(&'static str, std::time::Duration)> {
-    let StartTimings { record, slot, disk, vmm, guest } = timings;
-    vec![("record", record), ("slot", slot), ("disk", disk), ("vmm", vmm), ("guest", guest)]
+    let StartTimings {
+        record,
+        slot,
+        disk,
+        vmm,
+        guest,
+    } = timings;
+    vec![
+        ("record", record),
+        ("slot", slot),
+        ("disk", disk),
+        ("vmm", vmm),
+        ("guest", guest),
+    ]
 }

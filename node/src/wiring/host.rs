@@ -3,9 +3,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::sys::statvfs::statvfs;
-use nix::sys::sysinfo::sysinfo;
-use proto::units::{MIB_BYTES, Mib};
 use raft::state::Resources;
 use tokio::task;
 use tracing::info;
@@ -19,12 +16,6 @@ use crate::template::Catalog;
 use crate::vmm::Accelerator;
 use crate::vmm::probe::{ProbeOutcome, ProbeRequest, probe};
 
-/// Virtual processors offered for each real one. Agents' sandboxes wait far more than they
-/// compute, and a shared processor costs them time, never correctness.
-const VCPUS_PER_CORE: u32 = 8;
-/// Of memory and free disk, the share offered to sandboxes; the rest is for VMMs, the daemon and
-/// the host. Memory is never promised twice.
-const OFFERED_PERCENT: u64 = 80;
 /// Digits of a slot tag, in base 36.
 const TAG_DIGITS: usize = 4;
 
@@ -41,16 +32,23 @@ pub(super) async fn choose_vmm(
     for attempt in &outcome.attempts {
         let remembered = outcome.remembered;
         let (name, ok, detail) = (&attempt.accelerator, attempt.ok, &attempt.detail);
-        info!(accelerator = name, ok, detail, remembered, "tried to run a guest");
+        info!(
+            accelerator = name,
+            ok, detail, remembered, "tried to run a guest"
+        );
     }
     let accelerator = pick(config.accelerator, &outcome)?;
-    Ok(Chosen { program, version: outcome.version, accelerator })
+    Ok(Chosen {
+        program,
+        version: outcome.version,
+        accelerator,
+    })
 }
 
 /// What the probe is to try.
 pub(super) fn probe_request(config: &Config, catalog: &Catalog, paths: &DataPaths) -> ProbeRequest {
     ProbeRequest {
-        qemu: config.qemu.clone(),
+        qemu: find_program(&config.qemu),
         kernel: catalog.guest().kernel.clone(),
         initramfs: catalog.guest().initramfs.clone(),
         cache: Some(paths.cache().join("probe.json")),
@@ -63,7 +61,10 @@ fn pick(choice: AcceleratorChoice, outcome: &ProbeOutcome) -> Result<Accelerator
         AcceleratorChoice::Kvm => Accelerator::Kvm,
         AcceleratorChoice::Tcg => Accelerator::Tcg,
     };
-    let tried = outcome.attempts.iter().find(|attempt| attempt.accelerator == wanted.name());
+    let tried = outcome
+        .attempts
+        .iter()
+        .find(|attempt| attempt.accelerator == wanted.name());
     match tried {
         Some(attempt) if !attempt.ok => Err(RunError::Accelerator {
             wanted: wanted.name(),
@@ -91,34 +92,31 @@ pub(super) fn of(
         initramfs: guest.initramfs.clone(),
         vmm_program: chosen.program.clone(),
         accelerator: chosen.accelerator,
-        dns: config.dns.clone(),
         wrenn: std::env::current_exe().map_err(disk("find this program"))?,
         boot_timeout: config.boot_timeout,
     })
 }
 
-/// What this node offers to sandboxes: what the configuration says, else what the host has.
-pub(super) fn capacity(config: &Config) -> Result<Resources, RunError> {
-    let cores = std::thread::available_parallelism().map_err(disk("count the processors"))?;
-    let cores = u32::try_from(cores.get()).unwrap_or(u32::MAX);
-    let memory = sysinfo().map_err(io::Error::from).map_err(disk("read the size of memory"))?;
-    let free = free_bytes(&config.data_dir)?;
-    let told = &config.capacity;
-    Ok(Resources {
-        vcpus: told.vcpus.unwrap_or_else(|| cores.saturating_mul(VCPUS_PER_CORE)),
-        memory: told.memory.unwrap_or_else(|| share(memory.ram_total())),
-        disk: told.disk.unwrap_or_else(|| share(free)),
+/// What this node offers to sandboxes.
+pub(super) fn capacity(config: &Config) -> Resources {
+    Resources {
+        vcpus: config.capacity.vcpus,
+        memory: config.capacity.memory,
+        disk: config.capacity.disk,
         sandboxes: u32::from(config.slot_count),
-    })
+    }
 }
 
-fn free_bytes(dir: &Path) -> Result<u64, RunError> {
-    let vfs = statvfs(dir).map_err(io::Error::from).map_err(disk("read the free disk space"))?;
-    Ok(vfs.blocks_available().saturating_mul(vfs.fragment_size()))
-}
-
-fn share(bytes: u64) -> Mib {
-    Mib(u32::try_from(bytes / 100 * OFFERED_PERCENT / MIB_BYTES).unwrap_or(u32::MAX))
+/// Where a program lies; a bare name is looked up in `PATH`, as a shell would.
+fn find_program(program: &Path) -> PathBuf {
+    if program.components().count() > 1 {
+        return program.to_owned();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = std::env::split_paths(&path).map(|dir| dir.join(program));
+    places
+        .find(|place| place.is_file())
+        .unwrap_or_else(|| program.to_owned())
 }
 
 /// The tag of the node whose slots begin at `base`: nodes of one host have other bases.

@@ -14,7 +14,7 @@ mod guests;
 mod host;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,7 +40,7 @@ use crate::base::stop::Tasks;
 use crate::cluster::{GroupLog, ProposeError, Proposer};
 use crate::config::Config;
 use crate::dashboard;
-use crate::net::{self, NetConfig, NetError, SlotPool};
+use crate::net::{self, Cidr, NetConfig, NetError, SlotPool};
 use crate::reconcile::Reconciler;
 use crate::relay::Relay;
 use crate::sandbox::{Registry, adopt};
@@ -154,7 +154,10 @@ impl StopSignals {
     fn new() -> Result<Self, RunError> {
         let install = |kind| signal(kind).map_err(disk("install a signal handler"));
         let terminate = install(SignalKind::terminate())?;
-        Ok(Self { terminate, interrupt: install(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate,
+            interrupt: install(SignalKind::interrupt())?,
+        })
     }
 
     async fn wait(&mut self) {
@@ -192,14 +195,16 @@ impl Running {
         let proposer = Proposer::new(log, Arc::clone(&clock));
 
         let (slot_tasks, tasks, api_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
-        let leftovers = adopt::scan(data.paths()).await.map_err(disk("look for sandboxes"))?;
+        let leftovers = adopt::scan(data.paths())
+            .await
+            .map_err(disk("look for sandboxes"))?;
         let slots = start_slots(&config, data.paths(), &leftovers, &slot_tasks).await?;
         let host = host::of(&config, data.paths(), &catalog, &chosen, slots.clone())?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
 
-        let url = config.public_url.clone().unwrap_or_else(|| format!("http://{}", config.listen));
-        facts::announce(&config, &proposer, &identity, &catalog, &chosen, &url).await?;
+        let url = config.public_url.clone();
+        facts::announce(&config, &proposer, &identity, &catalog, &chosen).await?;
         facts::bootstrap_key(data.paths(), &proposer).await?;
         Reconciler {
             here: FOUNDER,
@@ -221,14 +226,22 @@ impl Running {
             url: url.clone(),
             version: version::PRODUCT.to_owned(),
         };
-        let state = ApiState::new(proposer, relay, clock, node)
-            .with_spool_dir(data.paths().cache());
+        let state =
+            ApiState::new(proposer, relay, clock, node).with_spool_dir(data.paths().cache());
         let router = api::router_with_pages(state, dashboard::routes());
         let stop = api_tasks.token().clone();
         api_tasks.spawn(info_span!("api"), api::serve(listener, router, stop));
         facts::write_ready(data.paths(), &config.name, &url)?;
         info!(%url, data = %data.paths().root().display(), "ready");
-        Ok(Self { data, group, slot_tasks, slots, tasks, transport, api_tasks })
+        Ok(Self {
+            data,
+            group,
+            slot_tasks,
+            slots,
+            tasks,
+            transport,
+            api_tasks,
+        })
     }
 
     async fn stop(self) {
@@ -249,7 +262,9 @@ fn open_data(dir: &Path) -> Result<DataDir, RunError> {
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, RunError> {
-    TcpListener::bind(address).await.map_err(|source| RunError::Listen { address, source })
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| RunError::Listen { address, source })
 }
 
 async fn open_catalog(config: &Config, paths: &DataPaths) -> Result<Arc<Catalog>, RunError> {
@@ -286,26 +301,39 @@ async fn start_slots(
         .map_err(disk("remember the slot tag"))?;
     let swept = net::sweep::sweep(&tag, &adopt::slots_in_use(leftovers)).await?;
     if !swept.slots.is_empty() {
-        info!(slots = swept.slots.len(), "removed network slots that nobody uses");
+        info!(
+            slots = swept.slots.len(),
+            "removed network slots that nobody uses"
+        );
     }
     let config = NetConfig {
         tag,
         index_base: config.slot_base,
         index_count: config.slot_count,
-        pool_target: config.slot_pool,
-        egress_allow: config.egress_allow.clone(),
+        pool_target: usize::from(config.slot_pool),
+        egress_allow: allowed(&config.egress_allow)?,
         serial_file: paths.net().join("serial"),
     };
     Ok(SlotPool::start(config, tasks).await?)
 }
 
+/// The networks that guests may reach although they are private.
+fn allowed(networks: &[(Ipv4Addr, u8)]) -> Result<Vec<Cidr>, RunError> {
+    let parse = |(network, prefix): &(Ipv4Addr, u8)| Ok(format!("{network}/{prefix}").parse()?);
+    networks.iter().map(parse).collect()
+}
+
 fn start_transport(config: &Config, identity: &Identity) -> Result<Transport, RunError> {
     let control = config.cluster_listen;
-    let bulk = config.bulk_listen();
+    let bulk = config.bulk_listen;
     let transport = Transport::start(identity, transport::Config::at(control, bulk))?;
     // A cluster of one: this node's own key and nobody else's.
     let members = [identity.key()].into_iter().collect();
-    transport.set_membership(Membership { index: 1, members, join_open: false });
+    transport.set_membership(Membership {
+        index: 1,
+        members,
+        join_open: false,
+    });
     Ok(transport)
 }
 
@@ -317,15 +345,24 @@ fn start_transport(config: &Config, identity: &Identity) -> Result<Transport, Ru
 pub async fn clean_up(data_dir: &Path) -> Result<(), RunError> {
     let data = open_data(data_dir)?;
     let paths = data.paths().clone();
-    for id in paths.sandboxes_present().map_err(disk("look for sandboxes"))? {
+    for id in paths
+        .sandboxes_present()
+        .map_err(disk("look for sandboxes"))?
+    {
         let sandbox = paths.sandbox(id);
         let dir = sandbox.dir().to_owned();
         let ended = task::spawn_blocking(move || kill_leftovers(&dir).map_err(|err| (dir, err)));
-        let ended = ended.await.map_err(|err| RunError::Broke(err.to_string()))?;
+        let ended = ended
+            .await
+            .map_err(|err| RunError::Broke(err.to_string()))?;
         ended.map_err(|(dir, source)| RunError::Processes { dir, source })?;
-        sandbox.remove().map_err(disk("remove a sandbox's directory"))?;
+        sandbox
+            .remove()
+            .map_err(disk("remove a sandbox's directory"))?;
     }
-    let Some(tag) = host::known_tag(&paths)? else { return Ok(()) };
+    let Some(tag) = host::known_tag(&paths)? else {
+        return Ok(());
+    };
     net::sweep::sweep(&tag, &std::collections::BTreeSet::new()).await?;
     net::sweep::teardown_host(&tag).await?;
     let _absent = std::fs::remove_file(paths.root().join(READY_FILE));
