@@ -105,7 +105,10 @@ impl Log {
         writer.begin().map_err(OpenLogError::Disk)?;
         let thread = thread::Builder::new()
             .name("raft-log".into())
-            .spawn(move || writer.run(ops))
+            .spawn(move || {
+                let _report = ReportPanic(writer.fault.clone());
+                writer.run(ops);
+            })
             .map_err(|source| OpenLogError::Disk(Fault::disk("start a thread for", dir, source)))?;
         Ok(Self {
             index,
@@ -258,6 +261,18 @@ impl Log {
     }
 }
 
+/// Files a fault if the thread that holds it panics: waiting callbacks are dropped then, and openraft
+/// alone would wait for them for ever.
+struct ReportPanic(FaultCell);
+
+impl Drop for ReportPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.file(Fault::Died("log"));
+        }
+    }
+}
+
 fn collect(found: Vec<Found>) -> io::Result<Vec<Entry>> {
     let mut entries: Vec<Entry> = Vec::with_capacity(found.len());
     for found in found {
@@ -292,3 +307,6 @@ fn read_entry(place: Place, file: &dyn LogFile, id: LogId) -> io::Result<Entry> 
         .filter(|entry| entry.log_id == id)
         .ok_or_else(damaged)
 }
+
+#[cfg(test)]
+mod tests;
