@@ -52,7 +52,7 @@ use crate::identity::Home;
 use crate::link::Link;
 use crate::machine::Machine;
 use crate::peer::{self, Request};
-use crate::snapshot::SnapshotFile;
+use crate::snapshot::{self, SnapshotFile};
 use crate::store::{Files, View};
 use crate::types::{Node, ProposalBytes, SnapshotMeta, Types, Vote};
 
@@ -373,6 +373,15 @@ impl<M: Machine> Group<M> {
     }
 
     async fn install(&self, vote: Vote, meta: SnapshotMeta, path: PathBuf) -> Vec<u8> {
+        // Checked before openraft gets it: a transfer gone wrong must not stop this member.
+        let file = path.clone();
+        let read = spawn_blocking(move || snapshot::read(&file)).await;
+        match read {
+            Ok(Ok(loaded)) if loaded.meta == meta => {}
+            Ok(Ok(_)) => return peer::answer_stopped("another snapshot than announced".into()),
+            Ok(Err(err)) => return peer::answer_stopped(err.to_string()),
+            Err(died) => return peer::answer_stopped(died.to_string()),
+        }
         let snapshot = openraft::Snapshot {
             meta,
             snapshot: SnapshotFile { path },
@@ -452,3 +461,6 @@ async fn report_end<M: Machine>(raft: Raft<Types, StateMachine<M>>, fault: Fault
 fn leader_of(forward: ForwardToLeader<Types>) -> Option<(NodeId, Node)> {
     Some((NodeId(forward.leader_id?), forward.leader_node?))
 }
+
+#[cfg(test)]
+mod tests;
