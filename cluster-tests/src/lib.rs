@@ -1,1 +1,9 @@
-//! Placeholder.
+//! What tests of a whole Wrenn share: a world with a real daemon in it, and the check that it
+//! leaves nothing behind.
+//!
+//! The daemon is the real binary in a process of its own, its guests are real, its disk is a
+//! directory that goes with the world. A [`World`](world::World) that is dropped, by a failing
+//! test too, ends everything it started.
+
+pub mod leaks;
+pub mod world;

@@ -1,1 +1,30 @@
 //! The HTTP interface: parses, proposes, answers.
+//!
+//! Requests run through [`router`](fn@router) to one file per noun. Handlers check what was sent,
+//! propose through the log or call the guest through the relay, and answer; they hold no state.
+//! [`wire`] has the shapes and turns sandboxes into capsules, [`error`] every refusal's status.
+
+mod auth;
+mod capsules;
+mod create;
+mod error;
+mod exec;
+mod extract;
+mod files;
+mod form;
+mod later;
+mod linger;
+mod metrics;
+mod nodes;
+mod router;
+mod serve;
+mod service;
+mod state;
+mod templates;
+mod upload;
+mod wire;
+
+pub use error::{ApiError, Code, DEADLINE_EXCEEDED};
+pub use router::{openapi, router, router_with_pages};
+pub use serve::serve;
+pub use state::{ApiState, NodeFacts};

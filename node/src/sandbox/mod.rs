@@ -1,1 +1,20 @@
 //! The sandboxes this node runs: one driver task each.
+//!
+//! The [`Registry`] owns the drivers. A driver owns everything its sandbox holds on this host and
+//! is the only one to change it; [`phase`] decides, [`resources`] acquires in order and undoes in
+//! reverse, [`adopt`] finds after a restart what an earlier daemon left. Nobody here knows the
+//! cluster: a sandbox is handed its epoch and never asks for one.
+
+pub mod adopt;
+mod driver;
+mod error;
+mod phase;
+mod record;
+mod registry;
+mod resources;
+mod spec;
+
+pub use error::AcquireError;
+pub use phase::{End, Phase};
+pub use registry::{Observed, ObservedState, Registry};
+pub use spec::{Host, StartSpec, StartTimings};

@@ -1,1 +1,14 @@
 //! Templates: what sandboxes start from.
+//!
+//! Today a template is a root file system that was made by the image scripts and lies in the
+//! images directory. The [`catalog`] finds and checks what is there, with the kernel and initramfs
+//! all guests boot from; [`rootfs`] keeps each root file system in use under its digest, so that
+//! a rebuilt template never changes the disk below a running sandbox. The cluster learns of
+//! templates by a proposal made elsewhere.
+
+pub mod catalog;
+pub mod error;
+pub mod rootfs;
+
+pub use catalog::{Catalog, GuestImages, Template, TemplateName};
+pub use error::{OpenCatalogError, TemplateError};

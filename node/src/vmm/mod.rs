@@ -1,1 +1,178 @@
 //! Hypervisor drivers behind one trait.
+//!
+//! A VMM is one child process that runs one guest. This room starts it inside the sandbox's
+//! network namespace with as few rights as it can do with ([`jail`]), talks to it, ends it and
+//! reaps it ([`process`]). [`probe`] finds out which accelerator really runs a guest here.
+//!
+//! Everything is synchronous: the shim that calls it has no async runtime. A VMM dies with the
+//! *thread* that started it (`PR_SET_PDEATHSIG`), so that thread must outlive the guest.
+//!
+//! What a crash leaves: nothing. A caller that is killed takes its VMM with it; files named in
+//! the [`VmmSpec`] belong to whoever made them.
+
+pub mod cmdline;
+pub mod error;
+pub mod fake;
+pub mod jail;
+pub mod probe;
+pub mod process;
+pub mod qemu;
+
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ChildStderr;
+use std::time::Instant;
+
+use proto::units::Mib;
+
+pub use error::{SpawnVmmError, VmmError};
+
+/// What runs the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Accelerator {
+    /// The CPU itself, through `/dev/kvm`.
+    Kvm,
+    /// Translation in the VMM: slow, and works everywhere.
+    Tcg,
+}
+
+impl Accelerator {
+    /// The name by which files, logs and QEMU know it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    /// The accelerator called `name`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Kvm, Self::Tcg]
+            .into_iter()
+            .find(|known| known.name() == name)
+    }
+}
+
+/// The guest's one network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkSpec {
+    /// The namespace the VMM runs in, as a path that can be opened (`/run/netns/…`).
+    pub netns: PathBuf,
+    /// The tap in that namespace.
+    pub tap: String,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+}
+
+/// One guest, as a driver starts it. All paths are absolute and valid UTF-8.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmmSpec {
+    /// The hypervisor's executable.
+    pub program: PathBuf,
+    /// What runs the guest's instructions.
+    pub accelerator: Accelerator,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the guest agent.
+    pub initramfs: PathBuf,
+    /// Kernel arguments for the agent ([`cmdline::GuestArgs`]); the driver adds its own.
+    pub cmdline: String,
+    /// Virtual CPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory, at least [`MIN_MEMORY`].
+    pub memory: Mib,
+    /// A qcow2 overlay; `None` for a guest without a disk (the probe).
+    pub root_disk: Option<PathBuf>,
+    /// `None` for a guest without a network (the probe).
+    pub network: Option<NetworkSpec>,
+}
+
+/// More would not find an interrupt on the machine type we use, and no host we know has them.
+pub const MAX_VCPUS: u8 = 64;
+/// The kernel and its initramfs do not unpack in less.
+pub const MIN_MEMORY: Mib = Mib(64);
+
+/// How a VMM process ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VmmExit {
+    /// The exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// The VMM's own word for the reason, such as `guest-shutdown`; empty if it gave none.
+    pub reason: String,
+}
+
+/// One running VMM. Methods may be called from any thread, and none waits past its deadline.
+pub trait Vmm: Send + Sync {
+    /// The process id. It stays reserved until [`Vmm::wait`] has seen the end.
+    fn pid(&self) -> u32;
+
+    /// The hypervisor's version, such as `7.2.22`.
+    fn version(&self) -> &str;
+
+    /// Stops the virtual CPUs.
+    ///
+    /// # Errors
+    /// The VMM refused, died, or did not answer before `deadline`.
+    fn pause(&self, deadline: Instant) -> Result<(), VmmError>;
+
+    /// Lets the virtual CPUs run on.
+    ///
+    /// # Errors
+    /// As [`Vmm::pause`].
+    fn resume(&self, deadline: Instant) -> Result<(), VmmError>;
+
+    /// Presses the guest's power button and does not wait for what the guest makes of it.
+    ///
+    /// # Errors
+    /// As [`Vmm::pause`].
+    fn shutdown(&self, deadline: Instant) -> Result<(), VmmError>;
+
+    /// Asks the VMM to end, with its disks flushed and closed, whatever the guest is doing.
+    ///
+    /// # Errors
+    /// As [`Vmm::pause`].
+    fn quit(&self, deadline: Instant) -> Result<(), VmmError>;
+
+    /// Kills the process at once. Killing a dead VMM is no error.
+    ///
+    /// # Errors
+    /// The kernel refused the signal.
+    fn kill(&self) -> Result<(), VmmError>;
+
+    /// Waits until the process has ended, and reaps it. `None` when `deadline` came first.
+    ///
+    /// # Errors
+    /// The kernel refused to tell.
+    fn wait(&self, deadline: Instant) -> Result<Option<VmmExit>, VmmError>;
+}
+
+/// A VMM that has just been started, and the streams it writes.
+pub struct Started {
+    /// The running VMM.
+    pub vmm: Box<dyn Vmm>,
+    /// The guest's serial console. Must be read, or output is lost (the guest is never blocked).
+    pub console: UnixStream,
+    /// What the VMM itself complains about.
+    pub stderr: ChildStderr,
+}
+
+/// Starts `spec` on the memory behind `ram`, and returns when the VMM answers.
+///
+/// `name` stands in the process's arguments: people see it in `ps`, and the sweeper knows the
+/// process by it. The calling thread must outlive the guest. `ram` is a memfd of `spec.memory`.
+///
+/// # Errors
+/// See [`SpawnVmmError`]. Nothing is left running.
+pub fn spawn(
+    spec: &VmmSpec,
+    name: &str,
+    ram: BorrowedFd<'_>,
+    deadline: Instant,
+) -> Result<Started, SpawnVmmError> {
+    qemu::spawn::spawn(spec, name, ram, deadline)
+}

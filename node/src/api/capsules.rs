@@ -1,0 +1,237 @@
+//! Creating, showing and destroying capsules.
+//!
+//! Handlers parse, propose and answer: the proposal goes through the log, the owner's reconciler
+//! acts, and the handler only watches the view for what came of it. A client that goes away
+//! changes nothing.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use proto::ids::SandboxId;
+use raft::command::{Command, StopCause};
+use raft::state::{Phase, Sandbox};
+use serde::Deserialize;
+use tokio::time::Instant;
+use tracing::info;
+
+use super::auth::Caller;
+use super::create::CreateCapsule;
+use super::error::{ApiError, Code};
+use super::extract::{CapsuleId, JsonBody, QueryOf};
+use super::state::{ApiState, owned};
+use super::wire::Capsule;
+
+/// Most bytes of console log in one answer.
+const LOG_BYTES: usize = 1 << 20;
+
+/// Creates a capsule and waits until it runs.
+#[utoipa::path(
+    post, path = "/v1/capsules", tag = "capsules", request_body = CreateCapsule,
+    responses(
+        (status = 201, description = "It runs.", body = Capsule),
+        (status = 202, description = "It is still starting.", body = Capsule),
+    )
+)]
+pub(super) async fn create(
+    State(api): State<ApiState>,
+    caller: Caller,
+    JsonBody(request): JsonBody<CreateCapsule>,
+) -> Result<(StatusCode, Json<Capsule>), ApiError> {
+    let deadline = Instant::now() + api.create_wait;
+    let spec = request.into_spec(&api.view.state())?;
+    let id = SandboxId(rand::random());
+    let team = caller.team;
+    let command = Command::CreateSandbox { id, team, spec };
+    api.proposer.propose(command).await?;
+    info!(sandbox = %id, "create accepted");
+    let settled = settle(&api, id, deadline, |phase| {
+        matches!(phase, Phase::Running | Phase::Stopped | Phase::Error)
+    });
+    let state = settled.await;
+    let sandbox = owned(&state, &caller, id)?;
+    let status = match sandbox.phase {
+        Phase::Running => StatusCode::CREATED,
+        Phase::Starting => StatusCode::ACCEPTED,
+        Phase::Stopping | Phase::Stopped | Phase::Error => return Err(not_started(sandbox)),
+    };
+    Ok((status, Json(Capsule::of(&api, &state, sandbox))))
+}
+
+/// Lists the team's capsules, newest first, without those that ended.
+#[utoipa::path(
+    get, path = "/v1/capsules", tag = "capsules",
+    responses((status = 200, body = Vec<Capsule>))
+)]
+pub(super) async fn list(State(api): State<ApiState>, caller: Caller) -> Json<Vec<Capsule>> {
+    let state = api.view.state();
+    let mut live: Vec<&Sandbox> = state
+        .sandboxes()
+        .filter(|sandbox| sandbox.team == caller.team && sandbox.phase.holds_resources())
+        .collect();
+    // Two creates may share a millisecond; the log's order decides then.
+    live.sort_by_key(|sandbox| std::cmp::Reverse((sandbox.created_at, sandbox.epoch)));
+    Json(
+        live.into_iter()
+            .map(|sandbox| Capsule::of(&api, &state, sandbox))
+            .collect(),
+    )
+}
+
+/// Shows one capsule; one that ended is shown as long as its record is kept.
+#[utoipa::path(
+    get, path = "/v1/capsules/{id}", tag = "capsules",
+    params(("id" = String, Path)), responses((status = 200, body = Capsule))
+)]
+pub(super) async fn get(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+) -> Result<Json<Capsule>, ApiError> {
+    let state = api.view.state();
+    let sandbox = owned(&state, &caller, id)?;
+    Ok(Json(Capsule::in_detail(&api, &state, sandbox)))
+}
+
+/// Destroys a capsule; doing so again succeeds.
+#[utoipa::path(
+    delete, path = "/v1/capsules/{id}", tag = "capsules",
+    params(("id" = String, Path)),
+    responses(
+        (status = 204, description = "It is gone."),
+        (status = 202, description = "It is still being stopped."),
+    )
+)]
+pub(super) async fn destroy(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+) -> Result<StatusCode, ApiError> {
+    let deadline = Instant::now() + api.destroy_wait;
+    api.sandbox(&caller, id)?;
+    let cause = StopCause::Asked;
+    api.proposer
+        .propose(Command::StopSandbox { id, cause })
+        .await?;
+    let state = settle(&api, id, deadline, |phase| !phase.holds_resources()).await;
+    // A record that was pruned meanwhile is gone as well.
+    let gone = state
+        .sandbox(id)
+        .is_none_or(|sandbox| !sandbox.phase.holds_resources());
+    Ok(if gone {
+        StatusCode::NO_CONTENT
+    } else {
+        StatusCode::ACCEPTED
+    })
+}
+
+/// Moves the inactivity timer back to its start.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/ping", tag = "capsules",
+    params(("id" = String, Path)), responses((status = 204))
+)]
+pub(super) async fn ping(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+) -> Result<StatusCode, ApiError> {
+    api.sandbox(&caller, id)?;
+    api.relay.touch(id)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Which part of a console log.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct LogQuery {
+    /// Only this many lines from the end.
+    tail: Option<usize>,
+}
+
+/// What the guest's console showed, the last MiB at most.
+#[utoipa::path(
+    get, path = "/v1/capsules/{id}/logs", tag = "capsules",
+    params(("id" = String, Path), LogQuery),
+    responses((status = 200, body = String, content_type = "text/plain"))
+)]
+pub(super) async fn logs(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+    QueryOf(query): QueryOf<LogQuery>,
+) -> Result<Response, ApiError> {
+    api.sandbox(&caller, id)?;
+    let relay = api.relay.clone();
+    let read = tokio::task::spawn_blocking(move || relay.console_tail(id, LOG_BYTES));
+    let log = read
+        .await
+        .map_err(|err| ApiError::new(Code::InternalError, format!("read the console log: {err}")))??
+        .ok_or_else(|| ApiError::new(Code::NotFound, format!("no console log of {id} is kept")))?;
+    let tail = last_lines(&log, query.tail.unwrap_or(usize::MAX)).to_vec();
+    Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8")], tail).into_response())
+}
+
+/// Waits until the sandbox's phase is as wanted, and returns the state it was seen in; at the
+/// deadline, the state as it is.
+async fn settle(
+    api: &ApiState,
+    id: SandboxId,
+    deadline: Instant,
+    wanted: impl Fn(Phase) -> bool,
+) -> raft::state::State {
+    let seen = api
+        .view
+        .wait_for(deadline, |state| match state.sandbox(id) {
+            Some(sandbox) if !wanted(sandbox.phase) => None,
+            Some(_) | None => Some(state.clone()),
+        });
+    match seen.await {
+        Some(state) => state,
+        None => api.view.state(),
+    }
+}
+
+fn not_started(sandbox: &Sandbox) -> ApiError {
+    let id = sandbox.id;
+    let why = if sandbox.reason.is_empty() {
+        "it was stopped while it started"
+    } else {
+        &sandbox.reason
+    };
+    ApiError::new(
+        Code::AgentError,
+        format!("capsule {id} did not start: {why}"),
+    )
+}
+
+/// The last `count` lines of `log`.
+fn last_lines(log: &[u8], count: usize) -> &[u8] {
+    let body = log.strip_suffix(b"\n").unwrap_or(log);
+    if count == 0 {
+        return &[];
+    }
+    let breaks = body
+        .iter()
+        .enumerate()
+        .rev()
+        .filter(|(_, byte)| **byte == b'\n');
+    let start = breaks.map(|(at, _)| at + 1).nth(count - 1).unwrap_or(0);
+    &log[start..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_lines;
+
+    #[test]
+    fn a_tail_counts_lines_from_the_end() {
+        let log = b"one\ntwo\nthree\n";
+        assert_eq!(last_lines(log, 0), b"");
+        assert_eq!(last_lines(log, 1), b"three\n");
+        assert_eq!(last_lines(log, 2), b"two\nthree\n");
+        assert_eq!(last_lines(log, 9), log);
+        assert_eq!(last_lines(b"no end", 1), b"no end");
+        assert_eq!(last_lines(b"", 1), b"");
+    }
+}

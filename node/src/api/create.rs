@@ -1,0 +1,313 @@
+//! What a create request asks for, checked: pure, so that every rule can be tested alone.
+//!
+//! Nothing is proposed before all of it holds, so a bad request never leaves half a capsule.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::units::Mib;
+use raft::state::{SandboxSpec, State};
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::error::{ApiError, Code};
+use super::wire::RESERVED_KEYS;
+
+/// The template of a request that names none.
+const DEFAULT_TEMPLATE: &str = "minimal";
+/// What later versions of the specification call the default template.
+const DEFAULT_TEMPLATE_ALIAS: &str = "minimal-ubuntu";
+/// Processors of a request that names none.
+const DEFAULT_VCPUS: u32 = 1;
+/// Memory of a request that names none.
+const DEFAULT_MEMORY: Mib = Mib(512);
+/// Most processors of one guest. Neither driver is tested past it.
+const MAX_VCPUS: u32 = 64;
+/// Least memory of a guest: below it the guest kernel and its initramfs do not fit.
+const MIN_MEMORY: Mib = Mib(128);
+/// Most memory of one guest, 1 TiB: past it sums over a node's guests could leave 32 bits of MiB.
+const MAX_MEMORY: Mib = Mib(1 << 20);
+/// Shortest inactivity timeout; shorter ones are raised to it.
+const MIN_IDLE_SECS: i64 = 60;
+/// Longest inactivity timeout, a year. Whoever wants more means 0: never.
+const MAX_IDLE_SECS: i64 = 365 * 24 * 3600;
+/// Most labels of one capsule. Labels are replicated to every node.
+const MAX_LABELS: usize = 20;
+/// Longest name of a template or label, and longest value of a label.
+const MAX_NAME_CHARS: usize = 64;
+
+/// A create request as sent. All fields are optional and unknown ones are ignored.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+pub(super) struct CreateCapsule {
+    /// Name of the template to start from; `minimal` where absent.
+    pub(super) template: Option<String>,
+    /// Virtual processors; 1 where absent or not positive.
+    pub(super) vcpus: Option<i64>,
+    /// Memory in MiB; 512 where absent or not positive.
+    pub(super) memory_mb: Option<i64>,
+    /// Seconds without activity after which the capsule ends; 0 keeps it for ever.
+    pub(super) timeout_sec: Option<i64>,
+    /// Labels.
+    pub(super) metadata: Option<BTreeMap<String, String>>,
+}
+
+impl CreateCapsule {
+    /// The checked request, with the template that `state` knows under its name.
+    pub(super) fn into_spec(self, state: &State) -> Result<SandboxSpec, ApiError> {
+        let name = self.template.as_deref().unwrap_or(DEFAULT_TEMPLATE);
+        check_name("template", name)?;
+        let vcpus = size("vcpus", self.vcpus, DEFAULT_VCPUS, 1..=MAX_VCPUS)?;
+        let memory_range = MIN_MEMORY.0..=MAX_MEMORY.0;
+        let memory = size("memory_mb", self.memory_mb, DEFAULT_MEMORY.0, memory_range)?;
+        let idle_timeout = idle_timeout(self.timeout_sec.unwrap_or(0))?;
+        let metadata = self.metadata.unwrap_or_default();
+        check_labels(&metadata)?;
+        let template = resolve(state, name)?;
+        Ok(SandboxSpec {
+            disk: template.disk,
+            template: template.name.clone(),
+            vcpus,
+            memory: Mib(memory),
+            idle_timeout,
+            metadata,
+        })
+    }
+}
+
+fn resolve<'a>(state: &'a State, name: &str) -> Result<&'a raft::state::Template, ApiError> {
+    let is_alias = name == DEFAULT_TEMPLATE_ALIAS;
+    let meant = || is_alias.then(|| state.template(DEFAULT_TEMPLATE)).flatten();
+    state
+        .template(name)
+        .or_else(meant)
+        .ok_or_else(|| ApiError::new(Code::NotFound, format!("no template {name:?}")))
+}
+
+/// Template names and label keys: a letter or digit, then letters, digits, `.`, `_` and `-`.
+///
+/// The rule keeps separators, control characters and `..` at the start out; a name that holds two
+/// dots further on is harmless as one path element.
+fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+    let mut chars = name.chars();
+    let first = chars
+        .next()
+        .is_some_and(|first| first.is_ascii_alphanumeric());
+    let rest = chars.all(|it| it.is_ascii_alphanumeric() || matches!(it, '.' | '_' | '-'));
+    if first && rest && name.len() <= MAX_NAME_CHARS {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(MAX_NAME_CHARS).collect();
+    Err(ApiError::invalid(format!(
+        "{what} {shown:?} is not a name: 1 to {MAX_NAME_CHARS} characters, letters, digits, \
+         '.', '_' and '-', starting with a letter or digit"
+    )))
+}
+
+fn size(
+    what: &str,
+    asked: Option<i64>,
+    default: u32,
+    range: std::ops::RangeInclusive<u32>,
+) -> Result<u32, ApiError> {
+    let asked = asked.filter(|asked| *asked > 0);
+    let Some(asked) = asked else {
+        return Ok(default);
+    };
+    let (least, most) = (*range.start(), *range.end());
+    u32::try_from(asked)
+        .ok()
+        .filter(|size| range.contains(size))
+        .ok_or_else(|| ApiError::invalid(format!("{what} must be {least} to {most}, not {asked}")))
+}
+
+fn idle_timeout(asked: i64) -> Result<Option<Duration>, ApiError> {
+    if asked == 0 {
+        return Ok(None);
+    }
+    let raised = asked.max(MIN_IDLE_SECS);
+    u64::try_from(raised)
+        .ok()
+        .filter(|_| (1..=MAX_IDLE_SECS).contains(&asked))
+        .map(|secs| Some(Duration::from_secs(secs)))
+        .ok_or_else(|| {
+            ApiError::invalid(format!(
+                "timeout_sec must be 0 (never) to {MAX_IDLE_SECS}, not {asked}"
+            ))
+        })
+}
+
+fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    if labels.len() > MAX_LABELS {
+        return Err(ApiError::invalid(format!(
+            "metadata may have {MAX_LABELS} keys at most, not {}",
+            labels.len()
+        )));
+    }
+    for (key, value) in labels {
+        check_name("metadata key", key)?;
+        if RESERVED_KEYS.contains(&key.as_str()) {
+            return Err(ApiError::invalid(format!(
+                "metadata key {key} is set by the server"
+            )));
+        }
+        if value.chars().count() > MAX_NAME_CHARS {
+            return Err(ApiError::invalid(format!(
+                "the value of metadata key {key} is longer than {MAX_NAME_CHARS} characters"
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proto::units::Stamp;
+    use raft::command::{Command, Proposal};
+    use raft::state::Template;
+
+    use super::*;
+
+    fn state() -> State {
+        let mut state = State::default();
+        let template = Template {
+            name: DEFAULT_TEMPLATE.into(),
+            digest: [0; 32],
+            disk: Mib(5120),
+            size_bytes: 1,
+            created_at: Stamp(1),
+        };
+        let command = Command::PutTemplate(template);
+        let put = state.apply(
+            1,
+            Proposal {
+                at: Stamp(1),
+                command,
+            },
+        );
+        assert!(put.answer.is_ok());
+        state
+    }
+
+    fn spec(json: serde_json::Value) -> Result<SandboxSpec, ApiError> {
+        serde_json::from_value::<CreateCapsule>(json)
+            .expect("a request")
+            .into_spec(&state())
+    }
+
+    fn code(json: serde_json::Value) -> Code {
+        spec(json).expect_err("it was accepted").code
+    }
+
+    #[test]
+    fn an_empty_request_asks_for_the_defaults() {
+        let spec = spec(serde_json::json!({})).expect("defaults");
+        assert_eq!(
+            (spec.vcpus, spec.memory, spec.disk),
+            (1, Mib(512), Mib(5120))
+        );
+        assert_eq!(
+            (spec.template.as_str(), spec.idle_timeout),
+            ("minimal", None)
+        );
+    }
+
+    #[test]
+    fn sizes_that_are_not_positive_mean_the_defaults() {
+        let json = serde_json::json!({"vcpus": 0, "memory_mb": i64::MIN, "unknown": [1]});
+        let spec = spec(json).expect("defaults");
+        assert_eq!((spec.vcpus, spec.memory), (1, Mib(512)));
+    }
+
+    #[test]
+    fn huge_and_tiny_sizes_are_refused() {
+        for json in [
+            serde_json::json!({"vcpus": 65}),
+            serde_json::json!({"vcpus": i64::MAX}),
+            serde_json::json!({"memory_mb": 127}),
+            serde_json::json!({"memory_mb": (1 << 20) + 1}),
+            serde_json::json!({"timeout_sec": -1}),
+            serde_json::json!({"timeout_sec": i64::MIN}),
+            serde_json::json!({"timeout_sec": i64::MAX}),
+        ] {
+            assert_eq!(code(json.clone()), Code::InvalidRequest, "{json}");
+        }
+    }
+
+    #[test]
+    fn short_timeouts_are_raised_to_a_minute() {
+        for (asked, kept) in [(1, 60), (59, 60), (60, 60), (61, 61)] {
+            let spec = spec(serde_json::json!({"timeout_sec": asked})).expect("a timeout");
+            assert_eq!(spec.idle_timeout, Some(Duration::from_secs(kept)));
+        }
+    }
+
+    #[test]
+    fn the_later_name_of_the_default_template_means_the_same_one() {
+        let spec = spec(serde_json::json!({"template": "minimal-ubuntu"})).expect("an alias");
+        assert_eq!(spec.template, "minimal");
+    }
+
+    #[test]
+    fn bad_template_names_are_invalid_and_unknown_ones_not_found() {
+        let long = "a".repeat(65);
+        for bad in [
+            "",
+            "..",
+            "../minimal",
+            "a/b",
+            "a\0b",
+            "a\nb",
+            "-a",
+            "mini mal",
+            &long,
+        ] {
+            let json = serde_json::json!({"template": bad});
+            assert_eq!(code(json), Code::InvalidRequest, "{bad:?}");
+        }
+        assert_eq!(
+            code(serde_json::json!({"template": "nope"})),
+            Code::NotFound
+        );
+    }
+
+    #[test]
+    fn labels_past_their_bounds_are_refused() {
+        let many: BTreeMap<String, String> =
+            (0..21).map(|i| (format!("k{i}"), String::new())).collect();
+        for labels in [
+            serde_json::json!(many),
+            serde_json::json!({"": "empty key"}),
+            serde_json::json!({"a b": "space"}),
+            serde_json::json!({"kernel_version": "mine"}),
+            serde_json::json!({"long": "ä".repeat(65)}),
+        ] {
+            let json = serde_json::json!({"metadata": labels});
+            assert_eq!(code(json.clone()), Code::InvalidRequest, "{json}");
+        }
+        let fits = serde_json::json!({"metadata": {"fits": "ä".repeat(64)}});
+        assert!(spec(fits).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_accepted_keeps_every_bound(
+            template in "\\PC{0,70}",
+            vcpus: Option<i64>,
+            memory_mb: Option<i64>,
+            timeout_sec in proptest::option::of(prop_oneof![any::<i64>(), -10..100_i64]),
+            metadata in proptest::option::of(proptest::collection::btree_map(".{0,70}", ".{0,70}", 0..25)),
+            named: bool,
+        ) {
+            let template = named.then_some(template);
+            let request = CreateCapsule { template, vcpus, memory_mb, timeout_sec, metadata };
+            if let Ok(spec) = request.into_spec(&state()) {
+                prop_assert!((1..=MAX_VCPUS).contains(&spec.vcpus));
+                prop_assert!((MIN_MEMORY..=MAX_MEMORY).contains(&spec.memory));
+                prop_assert!(spec.idle_timeout.is_none_or(|it| it.as_secs() >= 60));
+                prop_assert!(spec.metadata.len() <= MAX_LABELS);
+                prop_assert_eq!(spec.template, DEFAULT_TEMPLATE);
+            }
+        }
+    }
+}

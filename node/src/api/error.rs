@@ -1,0 +1,353 @@
+//! From what went wrong to what a client is told: the only place that chooses a status and a code.
+//!
+//! Every error below this room says who must act ([`Remedy`]); status and stable code follow from
+//! that in [`Code::of`], and for refusals of the guest agent in [`Code::of_guest`]. The body of
+//! every answer from 400 up is `{"error":{"code","message"}}`. A failure that is ours or the
+//! guest's is logged here, once, with its whole chain.
+
+use std::borrow::Cow;
+use std::error::Error;
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use raft::command::Refusal;
+use serde::Serialize;
+use tracing::{error, warn};
+use utoipa::ToSchema;
+
+use crate::base::remedy::Remedy;
+use crate::cluster::ProposeError;
+use crate::guest::{GuestCode, GuestError};
+use crate::relay::RelayError;
+
+/// Longest message sent to a client. Some quote what the client sent, which may be huge.
+const MESSAGE_CHARS: usize = 1000;
+
+/// The stable codes of the public interface, each with its one status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// The request itself is wrong.
+    InvalidRequest,
+    /// No key, or none that is known.
+    Unauthorized,
+    /// The caller may not do this.
+    Forbidden,
+    /// What was named does not exist, or not for this caller.
+    NotFound,
+    /// No such method on this route.
+    MethodNotAllowed,
+    /// The capsule is not in the state the call needs.
+    InvalidState,
+    /// The guest says its object is not in the state the call needs.
+    Conflict,
+    /// Something of that name exists.
+    AlreadyExists,
+    /// The body is past its limit.
+    TooLarge,
+    /// This node failed.
+    InternalError,
+    /// Part of the interface that this version does not have yet.
+    NotImplemented,
+    /// The guest agent does not offer this.
+    AgentUnimplemented,
+    /// The guest or its VMM failed.
+    AgentError,
+    /// The capsule's host, or the cluster, cannot be reached.
+    HostUnavailable,
+    /// No host has room.
+    NoHostsAvailable,
+    /// This node serves as many requests as it can.
+    Overloaded,
+}
+
+impl Code {
+    /// The status and the word on the wire.
+    #[must_use]
+    pub const fn wire(self) -> (StatusCode, &'static str) {
+        match self {
+            Self::InvalidRequest => (StatusCode::BAD_REQUEST, "invalid_request"),
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
+            Self::NotFound => (StatusCode::NOT_FOUND, "not_found"),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::InvalidState => (StatusCode::CONFLICT, "invalid_state"),
+            Self::Conflict => (StatusCode::CONFLICT, "conflict"),
+            Self::AlreadyExists => (StatusCode::CONFLICT, "already_exists"),
+            Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
+            Self::InternalError => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
+            Self::NotImplemented => (StatusCode::NOT_IMPLEMENTED, "not_implemented"),
+            Self::AgentUnimplemented => (StatusCode::NOT_IMPLEMENTED, "agent_error"),
+            Self::AgentError => (StatusCode::BAD_GATEWAY, "agent_error"),
+            Self::HostUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "host_unavailable"),
+            Self::NoHostsAvailable => (StatusCode::SERVICE_UNAVAILABLE, "no_hosts_available"),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+        }
+    }
+
+    /// What a remedy means to a client.
+    const fn of(remedy: Remedy) -> Self {
+        match remedy {
+            Remedy::FixRequest => Self::InvalidRequest,
+            Remedy::NotThere => Self::NotFound,
+            Remedy::WrongState => Self::InvalidState,
+            Remedy::NotAllowed => Self::Forbidden,
+            Remedy::RetryLater | Remedy::AskAnotherPeer => Self::HostUnavailable,
+            Remedy::BlameGuest => Self::AgentError,
+            Remedy::CallOperator => Self::InternalError,
+        }
+    }
+
+    /// What a refusal of the guest agent means to a client.
+    const fn of_guest(code: GuestCode) -> Self {
+        match code {
+            GuestCode::NotFound => Self::NotFound,
+            GuestCode::InvalidArgument => Self::InvalidRequest,
+            GuestCode::AlreadyExists => Self::AlreadyExists,
+            GuestCode::FailedPrecondition => Self::Conflict,
+            GuestCode::PermissionDenied => Self::Forbidden,
+            GuestCode::Unimplemented => Self::AgentUnimplemented,
+            GuestCode::NoSpace | GuestCode::DeadlineExceeded | GuestCode::Other => Self::AgentError,
+        }
+    }
+
+    /// Whether this node or a guest failed, so that somebody may want to read about it.
+    const fn is_failure(self) -> bool {
+        match self {
+            Self::InternalError | Self::AgentError | Self::HostUnavailable => true,
+            Self::InvalidRequest
+            | Self::Unauthorized
+            | Self::Forbidden
+            | Self::NotFound
+            | Self::MethodNotAllowed
+            | Self::InvalidState
+            | Self::Conflict
+            | Self::AlreadyExists
+            | Self::TooLarge
+            | Self::NotImplemented
+            | Self::AgentUnimplemented
+            | Self::NoHostsAvailable
+            | Self::Overloaded => false,
+        }
+    }
+}
+
+/// An answer that says no.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    /// What kind of no.
+    pub code: Code,
+    /// Why, for people.
+    pub message: String,
+    /// Tells apart what one code covers, for programs that care.
+    pub detail: Option<&'static str>,
+}
+
+impl ApiError {
+    /// An error of this code.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            detail: None,
+        }
+    }
+
+    /// The request is wrong, and how.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidRequest, message)
+    }
+
+    /// An error whose code follows from its remedy, told with its causes.
+    fn from_remedy(remedy: Remedy, err: &dyn Error) -> Self {
+        Self::new(Code::of(remedy), chain(err))
+    }
+}
+
+impl From<RelayError> for ApiError {
+    fn from(err: RelayError) -> Self {
+        Self::from_remedy(err.remedy(), &err)
+    }
+}
+
+impl From<ProposeError> for ApiError {
+    fn from(err: ProposeError) -> Self {
+        match &err {
+            // The one refusal that clients know by a code of its own.
+            ProposeError::Refused(Refusal::NoRoom(_)) => {
+                Self::new(Code::NoHostsAvailable, err.to_string())
+            }
+            ProposeError::Refused(_) | ProposeError::Log(_) => {
+                Self::from_remedy(err.remedy(), &err)
+            }
+        }
+    }
+}
+
+impl From<GuestError> for ApiError {
+    fn from(err: GuestError) -> Self {
+        match &err {
+            GuestError::Refused { code, message } => Self {
+                code: Code::of_guest(*code),
+                message: message.clone(),
+                detail: match code {
+                    GuestCode::DeadlineExceeded => Some(DEADLINE_EXCEEDED),
+                    GuestCode::NoSpace => Some("no_space"),
+                    GuestCode::NotFound
+                    | GuestCode::InvalidArgument
+                    | GuestCode::AlreadyExists
+                    | GuestCode::FailedPrecondition
+                    | GuestCode::PermissionDenied
+                    | GuestCode::Unimplemented
+                    | GuestCode::Other => None,
+                },
+            },
+            GuestError::TimedOut { .. } => Self {
+                detail: Some(DEADLINE_EXCEEDED),
+                ..Self::from_remedy(err.remedy(), &err)
+            },
+            GuestError::Unreachable { .. } | GuestError::Nonsense(_) => {
+                Self::from_remedy(err.remedy(), &err)
+            }
+        }
+    }
+}
+
+/// The detail of an answer that came because a deadline passed.
+pub const DEADLINE_EXCEEDED: &str = "deadline_exceeded";
+
+/// The body of every answer from 400 up.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorBody {
+    error: ErrorContents,
+}
+
+/// What went wrong.
+#[derive(Debug, Serialize, ToSchema)]
+struct ErrorContents {
+    /// A stable word for programs.
+    #[schema(value_type = String, example = "not_found")]
+    code: &'static str,
+    /// An explanation for people.
+    #[schema(value_type = String)]
+    message: Cow<'static, str>,
+    /// Tells apart what one code covers.
+    #[schema(value_type = Option<String>)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<&'static str>,
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, code) = self.code.wire();
+        match self.code {
+            Code::InternalError => error!(code, message = %self.message, "request failed"),
+            other if other.is_failure() => warn!(code, message = %self.message, "request failed"),
+            _ => {}
+        }
+        let message = self.message.chars().take(MESSAGE_CHARS).collect::<String>();
+        let error = ErrorContents {
+            code,
+            message: message.into(),
+            detail: self.detail,
+        };
+        (status, Json(ErrorBody { error })).into_response()
+    }
+}
+
+/// An error and its causes, one phrase each.
+fn chain(err: &dyn Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(err) = cause {
+        let phrase = err.to_string();
+        // A transparent layer repeats its source.
+        if !text.ends_with(&phrase) {
+            text.push_str(": ");
+            text.push_str(&phrase);
+        }
+        cause = err.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ids::{NodeId, SandboxId};
+    use raft::placement::Lack;
+    use raft::state::Phase;
+
+    use super::*;
+    use crate::cluster::LogError;
+
+    fn wire_of(err: impl Into<ApiError>) -> (u16, &'static str) {
+        let (status, code) = err.into().code.wire();
+        (status.as_u16(), code)
+    }
+
+    #[test]
+    fn every_guest_code_has_the_status_of_the_specification() {
+        let expected = [
+            (GuestCode::NotFound, 404, "not_found"),
+            (GuestCode::InvalidArgument, 400, "invalid_request"),
+            (GuestCode::AlreadyExists, 409, "already_exists"),
+            (GuestCode::FailedPrecondition, 409, "conflict"),
+            (GuestCode::PermissionDenied, 403, "forbidden"),
+            (GuestCode::Unimplemented, 501, "agent_error"),
+            (GuestCode::NoSpace, 502, "agent_error"),
+            (GuestCode::DeadlineExceeded, 502, "agent_error"),
+            (GuestCode::Other, 502, "agent_error"),
+        ];
+        for (code, status, word) in expected {
+            let message = String::new();
+            assert_eq!(
+                wire_of(GuestError::Refused { code, message }),
+                (status, word)
+            );
+        }
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_reached_is_an_agent_error_with_its_cause() {
+        let err = ApiError::from(GuestError::Unreachable {
+            source: "connection refused".into(),
+        });
+        assert_eq!(err.code, Code::AgentError);
+        assert_eq!(err.message, "reach the guest agent: connection refused");
+    }
+
+    #[test]
+    fn relay_and_proposal_errors_keep_their_meaning() {
+        let id = SandboxId::default();
+        let lack = || Refusal::NoRoom(Lack("n1 lacks memory".into()));
+        let node = NodeId(1);
+        let phase = Phase::Starting;
+        assert_eq!(wire_of(RelayError::NoSuchSandbox(id)), (404, "not_found"));
+        assert_eq!(
+            wire_of(RelayError::NotRunning { id, phase }),
+            (409, "invalid_state")
+        );
+        assert_eq!(
+            wire_of(RelayError::OwnerUnreachable { id, node }),
+            (503, "host_unavailable")
+        );
+        assert_eq!(
+            wire_of(ProposeError::Refused(lack())),
+            (503, "no_hosts_available")
+        );
+        assert!(
+            ApiError::from(ProposeError::Refused(lack()))
+                .message
+                .contains("n1 lacks memory")
+        );
+        let unknown = LogError::Unknown {
+            waited: std::time::Duration::ZERO,
+        };
+        assert_eq!(
+            wire_of(ProposeError::Log(unknown)),
+            (503, "host_unavailable")
+        );
+        let template = Refusal::NoSuchTemplate("x".into());
+        assert_eq!(wire_of(ProposeError::Refused(template)), (404, "not_found"));
+    }
+}

@@ -1,0 +1,190 @@
+//! The table of routes, and what surrounds every one of them.
+//!
+//! From the outside in: answers are counted; a panic becomes a 500; at most [`MAX_REQUESTS`] run
+//! at once; the body of a refused request is read to its end; then the route. Every route under
+//! `/v1` answers under `/api/v1` too, since clients keep the path of their base URL.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use futures::FutureExt as _;
+use http_body_util::BodyExt as _;
+use tokio::sync::Semaphore;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{ContentBuilder, Ref, ResponseBuilder};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::error::{ApiError, Code, ErrorBody};
+use super::linger::linger;
+use super::state::ApiState;
+use super::{capsules, exec, files, later, metrics, nodes, service, templates, upload};
+
+/// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
+/// of a file; past this a node had better say so.
+const MAX_REQUESTS: usize = 1024;
+/// The name of our key scheme in the interface description.
+const KEY_SCHEME: &str = "api_key";
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Wrenn", description = "Sandboxes on microVMs."),
+    components(schemas(ErrorBody))
+)]
+struct Description;
+
+/// The whole interface of a node.
+pub fn router(api: ApiState) -> Router {
+    router_with_pages(api, Router::new())
+}
+
+/// The same with further pages, such as the dashboard, which need no API key by themselves.
+pub fn router_with_pages(api: ApiState, pages: Router) -> Router {
+    let (v1, mut description) = v1_routes().split_for_parts();
+    let v1 = v1.merge(later::routes());
+    let (service, service_description) = service_routes().split_for_parts();
+    description.merge(service_description);
+    let description = describe(description);
+    Router::new()
+        .nest("/api", v1.clone())
+        .merge(v1)
+        .merge(service)
+        .route(
+            "/openapi.json",
+            get(move || answer_json(description.clone())),
+        )
+        .with_state(api.clone())
+        .merge(pages)
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn(linger))
+        .layer(middleware::from_fn_with_state(
+            Arc::new(Semaphore::new(MAX_REQUESTS)),
+            bound,
+        ))
+        .layer(middleware::from_fn(catch_panic))
+        .layer(middleware::from_fn_with_state(api, count))
+}
+
+/// The description of the interface, as JSON.
+#[must_use]
+pub fn openapi() -> String {
+    let (_, mut description) = v1_routes().split_for_parts();
+    description.merge(service_routes().split_for_parts().1);
+    String::from_utf8_lossy(&describe(description)).into_owned()
+}
+
+fn v1_routes() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(capsules::create, capsules::list))
+        .routes(routes!(capsules::get, capsules::destroy))
+        .routes(routes!(capsules::ping))
+        .routes(routes!(capsules::logs))
+        .routes(routes!(exec::exec))
+        .routes(routes!(exec::processes))
+        .routes(routes!(exec::kill))
+        .routes(routes!(files::read))
+        .routes(routes!(files::stream_read))
+        .routes(routes!(files::list))
+        .routes(routes!(files::mkdir))
+        .routes(routes!(files::remove))
+        .routes(routes!(upload::write))
+        .routes(routes!(upload::stream_write))
+        .routes(routes!(templates::list))
+        .routes(routes!(nodes::list))
+}
+
+fn service_routes() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::new()
+        .routes(routes!(service::healthz))
+        .routes(routes!(service::health))
+        .routes(routes!(metrics::metrics))
+}
+
+/// Adds what all routes share: the key scheme, and the answer from status 400 up.
+fn describe(mut description: utoipa::openapi::OpenApi) -> Bytes {
+    proto::version::PRODUCT.clone_into(&mut description.info.version);
+    let key = ApiKey::Header(ApiKeyValue::new("X-API-Key"));
+    let components = description.components.get_or_insert_default();
+    components.add_security_scheme(KEY_SCHEME, SecurityScheme::ApiKey(key));
+    let error = ResponseBuilder::new()
+        .description("Something went wrong; the code says what.")
+        .content(
+            "application/json",
+            ContentBuilder::new()
+                .schema(Some(Ref::from_schema_name("ErrorBody")))
+                .build(),
+        )
+        .build();
+    for (path, item) in &mut description.paths.paths {
+        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
+            let responses = &mut operation.responses.responses;
+            responses.insert("default".into(), error.clone().into());
+            if path.starts_with("/v1/") {
+                let scopes: [&str; 0] = [];
+                operation.security = Some(vec![SecurityRequirement::new(KEY_SCHEME, scopes)]);
+            }
+        }
+    }
+    description.to_json().unwrap_or_default().into()
+}
+
+async fn answer_json(json: Bytes) -> Response {
+    ([(CONTENT_TYPE, "application/json")], json).into_response()
+}
+
+async fn no_such_route(request: Request) -> ApiError {
+    let path = request.uri().path();
+    ApiError::new(Code::NotFound, format!("there is no route {path}"))
+}
+
+async fn wrong_method(request: Request) -> ApiError {
+    let (method, path) = (request.method(), request.uri().path());
+    ApiError::new(
+        Code::MethodNotAllowed,
+        format!("route {path} does not answer {method}"),
+    )
+}
+
+async fn count(State(api): State<ApiState>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    api.counters.count(response.status());
+    response
+}
+
+async fn catch_panic(request: Request, next: Next) -> Response {
+    match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+        Ok(response) => response,
+        // The panic hook has told the log where; the client is told that it was us.
+        Err(_) => ApiError::new(Code::InternalError, "this request hit a bug").into_response(),
+    }
+}
+
+async fn bound(State(slots): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+    // Signs of life must come through exactly when a node is busy.
+    if matches!(request.uri().path(), "/healthz" | "/health" | "/metrics") {
+        return next.run(request).await;
+    }
+    let Ok(permit) = slots.try_acquire_owned() else {
+        let message = format!("this node serves {MAX_REQUESTS} requests already");
+        return ApiError::new(Code::Overloaded, message).into_response();
+    };
+    let response = next.run(request).await;
+    // A download is under way until its last byte, so the body carries the permit.
+    response.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            let _held = &permit;
+            frame
+        }))
+    })
+}

@@ -1,0 +1,93 @@
+//! Listening: connections in, bounded in number and in patience, and an orderly end.
+
+use std::io;
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use std::sync::Arc;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+/// Open connections at once: each may hold a read buffer, so this bounds memory to some 400 MiB
+/// in the worst case and keeps well below common limits of descriptors.
+const MAX_CONNECTIONS: usize = 4096;
+/// Longest a request's head may take, and an idle connection may stay.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
+/// Largest head of a request that is kept while it arrives.
+const HEAD_BYTES: usize = 64 << 10;
+/// Pause after a failed accept. Running out of descriptors fails at once, again and again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Longest that requests under way are waited for at the end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// Serves `router` on `listener` until `stop` fires; then accepts no more, lets requests under way
+/// finish for a while, and returns.
+pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let graceful = GracefulShutdown::new();
+    let accept = async {
+        loop {
+            let Ok(permit) = connections.clone().acquire_owned().await else {
+                return;
+            };
+            match listener.accept().await {
+                Ok((stream, _)) => start(stream, permit, &router, &graceful),
+                Err(err) => {
+                    warn!(%err, "could not accept a connection");
+                    time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    };
+    let _stopped = stop.run_until_cancelled(accept).await;
+    drop(listener);
+    if time::timeout(STOP_TIMEOUT, graceful.shutdown())
+        .await
+        .is_err()
+    {
+        warn!(waited = ?STOP_TIMEOUT, "left requests behind that did not finish");
+    }
+}
+
+/// Serves one connection in a task of its own, which ends with the connection.
+fn start(
+    stream: TcpStream,
+    permit: OwnedSemaphorePermit,
+    router: &Router,
+    graceful: &GracefulShutdown,
+) {
+    if let Err(err) = no_delay(&stream) {
+        debug!(%err, "a connection was gone at once");
+        return;
+    }
+    // Version 1.1 only, as clients of the interface speak it: with a choice, a connection that
+    // sends nothing would be waited for without a limit.
+    let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(HEAD_BYTES);
+    let service = TowerToHyperService::new(router.clone());
+    let served = builder
+        .serve_connection_with_upgrades(TokioIo::new(stream), service)
+        .into_owned();
+    let watched = graceful.watch(served);
+    tokio::spawn(async move {
+        let _permit = permit;
+        if let Err(err) = watched.await {
+            debug!(%err, "a connection broke");
+        }
+    });
+}
+
+fn no_delay(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)
+}

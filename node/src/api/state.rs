@@ -1,0 +1,148 @@
+//! What every handler may use.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{env, fmt};
+
+use proto::ids::{NodeId, SandboxId};
+use proto::units::Stamp;
+use raft::state::{Sandbox, State};
+use tokio::sync::Semaphore;
+use tokio::time::{self, MissedTickBehavior};
+
+use super::auth::Caller;
+use super::error::{ApiError, Code};
+use super::metrics::Counters;
+use crate::base::clock::Clock;
+use crate::cluster::{Proposer, View};
+use crate::guest::Guest;
+use crate::relay::{Relay, RelayError};
+
+/// Longest a create waits for its guest. Client libraries give up on a request after 30 s; a
+/// guest that needs longer (emulated, on a busy host) is answered `starting` and polled for.
+const CREATE_WAIT: Duration = Duration::from_secs(20);
+/// Longest a destroy waits for the host to let go. An orderly guest is gone in two seconds.
+const DESTROY_WAIT: Duration = Duration::from_secs(10);
+/// How often a call under way counts as activity: well inside the shortest inactivity timeout.
+const BUSY_INTERVAL: Duration = Duration::from_secs(20);
+/// Uploads that may lie in spool files at once. Each may take 100 MiB of disk.
+const SPOOLS: usize = 16;
+
+/// What this node says of itself.
+#[derive(Clone, Debug)]
+pub struct NodeFacts {
+    /// Its id in the cluster.
+    pub id: NodeId,
+    /// What people call it.
+    pub name: String,
+    /// Where its API answers.
+    pub url: String,
+    /// The version of Wrenn it runs.
+    pub version: String,
+}
+
+/// Everything that handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct ApiState {
+    pub(super) proposer: Proposer,
+    pub(super) view: View,
+    pub(super) relay: Relay,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) facts: Arc<NodeFacts>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) spool_dir: Arc<PathBuf>,
+    pub(super) spools: Arc<Semaphore>,
+    pub(super) started_at: Stamp,
+    pub(super) create_wait: Duration,
+    pub(super) destroy_wait: Duration,
+}
+
+impl fmt::Debug for ApiState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiState")
+            .field("facts", &self.facts)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ApiState {
+    /// The state of a node that starts serving now.
+    #[must_use]
+    pub fn new(proposer: Proposer, relay: Relay, clock: Arc<dyn Clock>, facts: NodeFacts) -> Self {
+        Self {
+            view: proposer.view(),
+            proposer,
+            relay,
+            started_at: clock.now(),
+            clock,
+            facts: Arc::new(facts),
+            counters: Arc::default(),
+            spool_dir: Arc::new(env::temp_dir()),
+            spools: Arc::new(Semaphore::new(SPOOLS)),
+            create_wait: CREATE_WAIT,
+            destroy_wait: DESTROY_WAIT,
+        }
+    }
+
+    /// Spools uploads in `dir` instead of the system's temporary directory. Spool files have no
+    /// name, so a crash leaves none behind.
+    #[must_use]
+    pub fn with_spool_dir(mut self, dir: PathBuf) -> Self {
+        self.spool_dir = Arc::new(dir);
+        self
+    }
+
+    /// Waits this long in a create and in a destroy before answering that work goes on.
+    #[must_use]
+    pub const fn with_waits(mut self, create: Duration, destroy: Duration) -> Self {
+        self.create_wait = create;
+        self.destroy_wait = destroy;
+        self
+    }
+
+    /// The caller's sandbox `id`. Another team's sandbox does not exist for the caller.
+    pub(super) fn sandbox(&self, caller: &Caller, id: SandboxId) -> Result<Sandbox, ApiError> {
+        let state = self.view.state();
+        owned(&state, caller, id).cloned()
+    }
+
+    /// The guest of the caller's running sandbox.
+    pub(super) fn guest(&self, caller: &Caller, id: SandboxId) -> Result<Guest, ApiError> {
+        self.sandbox(caller, id)?;
+        Ok(self.relay.guest(id)?)
+    }
+
+    /// Runs `work` in a sandbox, which counts as active until the work is done.
+    pub(super) async fn busy<T>(&self, id: SandboxId, work: impl Future<Output = T>) -> T {
+        let mut ticks = time::interval(BUSY_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => {
+                    self.touch(id);
+                    return done;
+                }
+                _ = ticks.tick() => self.touch(id),
+            }
+        }
+    }
+
+    /// Notes activity. A sandbox that ended meanwhile has no timer to move.
+    pub(super) fn touch(&self, id: SandboxId) {
+        let _ended: Result<(), RelayError> = self.relay.touch(id);
+    }
+}
+
+/// The sandbox `id` in `state`, if it belongs to the caller's team.
+pub(super) fn owned<'a>(
+    state: &'a State,
+    caller: &Caller,
+    id: SandboxId,
+) -> Result<&'a Sandbox, ApiError> {
+    state
+        .sandbox(id)
+        .filter(|sandbox| sandbox.team == caller.team)
+        .ok_or_else(|| ApiError::new(Code::NotFound, format!("no capsule {id}")))
+}

@@ -1,0 +1,43 @@
+//! The templates that capsules start from. Their route carries the name that clients know.
+
+use axum::Json;
+use axum::extract::State;
+use serde::Deserialize;
+use utoipa::IntoParams;
+
+use super::auth::Caller;
+use super::error::ApiError;
+use super::extract::QueryOf;
+use super::state::ApiState;
+use super::wire::TemplateShape;
+
+/// Which templates.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct TemplateQuery {
+    /// `base` or `snapshot`; both where absent.
+    #[serde(rename = "type")]
+    kind: Option<String>,
+}
+
+/// Lists the templates, by name.
+#[utoipa::path(
+    get, path = "/v1/snapshots", tag = "templates", params(TemplateQuery),
+    responses((status = 200, body = Vec<TemplateShape>))
+)]
+pub(super) async fn list(
+    State(api): State<ApiState>,
+    _: Caller,
+    QueryOf(query): QueryOf<TemplateQuery>,
+) -> Result<Json<Vec<TemplateShape>>, ApiError> {
+    let kind = query.kind.filter(|kind| !kind.is_empty());
+    if let Some(kind) = &kind
+        && !matches!(kind.as_str(), "base" | "snapshot")
+    {
+        return Err(ApiError::invalid("type must be base or snapshot"));
+    }
+    let all = api.view.state();
+    let shapes = all.templates().map(TemplateShape::from);
+    let wanted = shapes.filter(|shape| kind.as_deref().is_none_or(|kind| kind == shape.kind));
+    Ok(Json(wanted.collect()))
+}

@@ -1,0 +1,246 @@
+//! The JSON shapes of the public interface, and the one place where a sandbox becomes a capsule.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use proto::units::Stamp;
+use raft::state::{GuestVersions, Phase, Sandbox, State, Template};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::state::ApiState;
+use crate::guest::{FileEntry, FileKind};
+
+/// Labels that the server sets and clients may not.
+pub(super) const RESERVED_KEYS: [&str; 4] = [
+    "kernel_version",
+    "vmm_version",
+    "agent_version",
+    "envd_version",
+];
+
+/// A capsule as clients see it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct Capsule {
+    /// Its id for life.
+    #[schema(example = "cl-0000000000000000000000001")]
+    pub(super) id: String,
+    /// `starting`, `running`, `stopping`, `stopped` or `error`.
+    #[schema(value_type = String)]
+    pub(super) status: &'static str,
+    /// Its template.
+    pub(super) template: String,
+    /// Virtual processors.
+    pub(super) vcpus: u32,
+    /// Memory in MiB.
+    pub(super) memory_mb: u32,
+    /// Seconds without activity after which it ends; 0 means never.
+    pub(super) timeout_sec: u64,
+    /// What happens then.
+    #[schema(value_type = String)]
+    pub(super) timeout_action: &'static str,
+    /// Size of its root disk in MiB.
+    pub(super) disk_size_mb: u32,
+    /// What that disk occupies on its host, in MiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) disk_used_mb: Option<u64>,
+    /// When it was asked for.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub(super) created_at: Option<Timestamp>,
+    /// When its guest first answered.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub(super) started_at: Option<Timestamp>,
+    /// When somebody last used it.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub(super) last_active_at: Option<Timestamp>,
+    /// When its record last changed.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub(super) last_updated: Option<Timestamp>,
+    /// The client's labels and the server's.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) metadata: BTreeMap<String, String>,
+    /// Name of the node that owns it.
+    pub(super) node: String,
+    /// Id of the node that owns it.
+    pub(super) node_id: String,
+    /// Why it ended or broke.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(super) reason: String,
+}
+
+impl Capsule {
+    /// The sandbox as a capsule in a list.
+    pub(super) fn of(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
+        let spec = &sandbox.spec;
+        let owner = state.node(sandbox.owner);
+        let active = api.relay.last_active(sandbox.id).or(sandbox.started_at);
+        let mut metadata = spec.metadata.clone();
+        metadata.extend(version_labels(&sandbox.versions));
+        Self {
+            id: sandbox.id.to_string(),
+            status: status(sandbox.phase),
+            template: spec.template.clone(),
+            vcpus: spec.vcpus,
+            memory_mb: spec.memory.0,
+            timeout_sec: spec.idle_timeout.unwrap_or_default().as_secs(),
+            // Until pausing exists, a capsule past its timeout is gone for good, and says so.
+            timeout_action: "destroy",
+            disk_size_mb: spec.disk.0,
+            disk_used_mb: None,
+            created_at: timestamp(sandbox.created_at),
+            started_at: sandbox.started_at.and_then(timestamp),
+            last_active_at: active.and_then(timestamp),
+            last_updated: timestamp(sandbox.updated_at),
+            metadata,
+            node: owner.map_or_else(|| sandbox.owner.to_string(), |node| node.name.clone()),
+            node_id: sandbox.owner.to_string(),
+            reason: sandbox.reason.clone(),
+        }
+    }
+
+    /// The same with what takes a look at the disk.
+    pub(super) fn in_detail(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
+        let used = api.relay.disk_used_bytes(sandbox.id);
+        Self {
+            disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
+            ..Self::of(api, state, sandbox)
+        }
+    }
+}
+
+/// The word for a phase. Clients know exactly these.
+pub(super) const fn status(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Starting => "starting",
+        Phase::Running => "running",
+        Phase::Stopping => "stopping",
+        Phase::Stopped => "stopped",
+        Phase::Error => "error",
+    }
+}
+
+/// An instant with its offset; `None` for one past the year 9999, which only a bad clock makes.
+pub(super) fn timestamp(stamp: Stamp) -> Option<Timestamp> {
+    let ms = i64::try_from(stamp.0).ok()?;
+    Timestamp::from_millisecond(ms).ok()
+}
+
+fn version_labels(versions: &GuestVersions) -> impl Iterator<Item = (String, String)> {
+    [
+        ("kernel_version", &versions.kernel),
+        ("vmm_version", &versions.vmm),
+        ("agent_version", &versions.agent),
+        ("envd_version", &versions.agent),
+    ]
+    .into_iter()
+    .filter(|(_, version)| !version.is_empty())
+    .map(|(key, version)| (key.to_owned(), version.clone()))
+}
+
+/// A template as clients see it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct TemplateShape {
+    /// Unique in the cluster.
+    pub(super) name: String,
+    /// `base` is a disk image alone, `snapshot` has memory too.
+    #[serde(rename = "type")]
+    #[schema(value_type = String)]
+    pub(super) kind: &'static str,
+    /// Processors that capsules of it are given; `null` leaves the choice to the create.
+    pub(super) vcpus: Option<u32>,
+    /// Memory in MiB that capsules of it are given; `null` leaves the choice to the create.
+    pub(super) memory_mb: Option<u32>,
+    /// Bytes of data in it.
+    pub(super) size_bytes: u64,
+    /// When it was first put.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub(super) created_at: Option<Timestamp>,
+    /// Whether it belongs to the platform and not to a team.
+    pub(super) platform: bool,
+    /// Whether it can be removed.
+    pub(super) protected: bool,
+    /// Labels.
+    pub(super) metadata: BTreeMap<String, String>,
+}
+
+impl From<&Template> for TemplateShape {
+    fn from(template: &Template) -> Self {
+        Self {
+            name: template.name.clone(),
+            kind: "base",
+            vcpus: None,
+            memory_mb: None,
+            size_bytes: template.size_bytes,
+            created_at: timestamp(template.created_at),
+            platform: true,
+            protected: true,
+            metadata: BTreeMap::new(),
+        }
+    }
+}
+
+/// A directory entry as clients see it.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct FileEntryShape {
+    /// Its last path element.
+    pub(super) name: String,
+    /// Its absolute path.
+    pub(super) path: String,
+    /// `file`, `directory` or `symlink`.
+    #[serde(rename = "type")]
+    #[schema(value_type = String)]
+    pub(super) kind: &'static str,
+    /// Bytes.
+    pub(super) size: i64,
+    /// Permission bits.
+    pub(super) mode: u32,
+    /// Permission bits as `ls` shows them.
+    pub(super) permissions: String,
+    /// Name of its owner.
+    pub(super) owner: String,
+    /// Name of its group.
+    pub(super) group: String,
+    /// Unix seconds.
+    pub(super) modified_at: i64,
+    /// Where a link leads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) symlink_target: Option<String>,
+}
+
+impl From<FileEntry> for FileEntryShape {
+    fn from(entry: FileEntry) -> Self {
+        Self {
+            kind: match entry.kind {
+                FileKind::File => "file",
+                FileKind::Directory => "directory",
+                FileKind::Symlink => "symlink",
+            },
+            name: entry.name,
+            path: entry.path,
+            size: entry.size_bytes,
+            mode: entry.mode,
+            permissions: entry.permissions,
+            owner: entry.owner,
+            group: entry.group,
+            modified_at: entry.modified_at,
+            symlink_target: entry.symlink_target,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_carry_their_offset() {
+        let shown = timestamp(Stamp(1_700_000_000_123)).map(|it| it.to_string());
+        assert_eq!(shown.as_deref(), Some("2023-11-14T22:13:20.123Z"));
+    }
+
+    #[test]
+    fn an_instant_beyond_the_calendar_is_left_out() {
+        assert_eq!(timestamp(Stamp(u64::MAX)), None);
+        assert_eq!(timestamp(Stamp(i64::MAX as u64)), None);
+    }
+}

@@ -1,0 +1,123 @@
+//! Changing the replicated state.
+//!
+//! A proposal that was answered is durable. One that timed out may still happen: it is *unknown*,
+//! and the caller may propose the same command again, since every command is idempotent.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use raft::command::{Command, Proposal, Receipt, Refusal};
+use raft::wire;
+use tokio::sync::watch;
+
+use super::view::{Seen, View};
+use crate::base::clock::Clock;
+use crate::base::remedy::Remedy;
+
+/// Longest a proposal waits for a quorum. Far above a leader change (about a second), well below
+/// the 30 s after which clients give up.
+const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A future that owns what it needs.
+pub type LogFuture = Pin<Box<dyn Future<Output = Result<Vec<u8>, LogError>> + Send>>;
+
+/// Whatever orders and keeps proposals.
+pub trait Log: fmt::Debug + Send + Sync + 'static {
+    /// Appends a proposal and returns what applying it answered.
+    fn propose(&self, proposal: Vec<u8>, timeout: Duration) -> LogFuture;
+
+    /// The applied state, published after every batch.
+    fn seen(&self) -> watch::Receiver<Seen>;
+}
+
+/// Why a proposal got no answer.
+#[non_exhaustive]
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LogError {
+    /// No quorum answered in time; the proposal may or may not happen.
+    #[error("no quorum answered within {waited:?}; the change may still happen")]
+    Unknown {
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// This node is stopping, or its log is broken.
+    #[error("this node's log has stopped: {0}")]
+    Stopped(String),
+}
+
+/// Why a change was not made, or may not have been.
+#[non_exhaustive]
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ProposeError {
+    /// The state machine said no; nothing changed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// There was no answer.
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+impl ProposeError {
+    /// Who must act next.
+    #[must_use]
+    pub const fn remedy(&self) -> Remedy {
+        match self {
+            Self::Refused(refusal) => match refusal {
+                Refusal::NoSuchSandbox(_) | Refusal::NoSuchTemplate(_) | Refusal::NoSuchKey(_) => {
+                    Remedy::NotThere
+                }
+                Refusal::NoRoom(_) => Remedy::RetryLater,
+                Refusal::IdTaken(_) | Refusal::Fenced { .. } => Remedy::WrongState,
+                _ => Remedy::CallOperator,
+            },
+            Self::Log(LogError::Unknown { .. }) => Remedy::RetryLater,
+            Self::Log(LogError::Stopped(_)) => Remedy::CallOperator,
+        }
+    }
+}
+
+/// The right to propose changes. Cheap to clone.
+#[derive(Clone)]
+pub struct Proposer {
+    log: Arc<dyn Log>,
+    clock: Arc<dyn Clock>,
+}
+
+impl fmt::Debug for Proposer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Proposer")
+            .field("log", &self.log)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Proposer {
+    /// Proposes to `log`, stamped by `clock`.
+    #[must_use]
+    pub fn new(log: Arc<dyn Log>, clock: Arc<dyn Clock>) -> Self {
+        Self { log, clock }
+    }
+
+    /// A view of what the proposals lead to.
+    #[must_use]
+    pub fn view(&self) -> View {
+        View::new(self.log.seen())
+    }
+
+    /// Makes one change; when this returns `Ok` it is durable.
+    ///
+    /// # Errors
+    /// - [`ProposeError::Refused`]: nothing changed.
+    /// - [`ProposeError::Log`]: unknown or impossible; see [`LogError`].
+    pub async fn propose(&self, command: Command) -> Result<Receipt, ProposeError> {
+        let proposal = Proposal {
+            at: self.clock.now(),
+            command,
+        };
+        let answer = self.log.propose(proposal.encode(), PROPOSE_TIMEOUT).await?;
+        Ok(wire::decode_answer(&answer)?)
+    }
+}

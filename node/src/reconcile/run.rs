@@ -1,0 +1,189 @@
+//! Carrying out the plan.
+//!
+//! One task looks whenever the replicated state or a sandbox changes, and starts each step as a
+//! task of its own. While a step of a sandbox is under way the plan for it waits; a step that did
+//! not help waits out its backoff. Stopping ends the looking and joins the steps: a report under
+//! way is finished, and sandboxes keep running.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::ids::{NodeId, SandboxId};
+use raft::command::{Command, Report, StopCause};
+use tokio::task::JoinSet;
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument as _, debug, error, info_span, warn};
+
+use super::backoff::{Attempts, Subject, Verdict};
+use super::plan::{Circumstances, Step, plan};
+use crate::base::clock::Clock;
+use crate::base::stop::Tasks;
+use crate::cluster::{Proposer, View};
+use crate::sandbox::{Registry, StartSpec};
+use crate::template::Catalog;
+
+/// How long to look away when nothing is due. Every change wakes the loop anyway.
+const NOTHING_DUE: Duration = Duration::from_secs(3600);
+
+/// The loop from desired and observed to steps, for one node.
+pub struct Reconciler {
+    /// This node.
+    pub here: NodeId,
+    /// What the cluster wants.
+    pub view: View,
+    /// How reports get to it.
+    pub proposer: Proposer,
+    /// What runs here.
+    pub registry: Arc<Registry>,
+    /// Where root disks come from.
+    pub catalog: Arc<Catalog>,
+    /// For pruning.
+    pub clock: Arc<dyn Clock>,
+    /// How long records of ended sandboxes are kept.
+    pub ended_retention: Duration,
+}
+
+impl Reconciler {
+    /// Starts the loop; it ends when `tasks` are stopped.
+    pub fn spawn(self, tasks: &Tasks) {
+        let stop = tasks.token().clone();
+        let span = info_span!("reconciler", node = %self.here);
+        tasks.spawn(span, Arc::new(self).run(stop));
+    }
+
+    async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let mut view = self.view.clone();
+        let mut changes = self.registry.changes();
+        let mut under_way = JoinSet::new();
+        let mut attempts = Attempts::default();
+        loop {
+            let wait = self.look(&mut under_way, &mut attempts);
+            tokio::select! {
+                () = stop.cancelled() => break,
+                alive = view.changed() => if !alive { break },
+                _ = changes.changed() => {}
+                Some(done) = under_way.join_next() => note(done, &mut attempts),
+                () = time::sleep(wait) => {}
+            }
+        }
+        while let Some(done) = under_way.join_next().await {
+            note(done, &mut attempts);
+        }
+    }
+
+    /// Starts every step that may start; returns how long to wait at most.
+    fn look(
+        self: &Arc<Self>,
+        under_way: &mut JoinSet<Subject>,
+        attempts: &mut Attempts,
+    ) -> Duration {
+        let at = Circumstances {
+            here: self.here,
+            now: self.clock.now(),
+            ended_retention: self.ended_retention,
+            // In a cluster of one this node is also the leader, whose task pruning is.
+            prunes: true,
+        };
+        let plan = plan(at, &self.view.state(), &self.registry.observed());
+        attempts.keep_only(
+            &plan
+                .steps
+                .iter()
+                .map(Step::sandbox)
+                .collect::<BTreeSet<_>>(),
+        );
+        let mut wait = plan.look_again_in.unwrap_or(NOTHING_DUE);
+        for step in plan.steps {
+            match attempts.judge(&step, Instant::now()) {
+                Verdict::Busy => {}
+                Verdict::Wait(left) => wait = wait.min(left),
+                Verdict::Start => {
+                    debug!(?step, "reconcile");
+                    let this = Arc::clone(self);
+                    let span = info_span!("step", sandbox = step.sandbox().map(display));
+                    under_way.spawn(async move { this.carry_out(step).await }.instrument(span));
+                }
+            }
+        }
+        wait
+    }
+
+    async fn carry_out(&self, step: Step) -> Subject {
+        let subject = step.sandbox();
+        match step {
+            Step::Start(id) => self.start(id).await,
+            Step::Stop(id) => self.registry.stop(id),
+            Step::Forget(id) => self.registry.forget(id),
+            Step::Report { id, epoch, report } => {
+                let node = self.here;
+                self.propose(Command::ReportSandbox {
+                    id,
+                    epoch,
+                    node,
+                    report,
+                })
+                .await;
+            }
+            Step::StopIdle(id) => {
+                self.propose(Command::StopSandbox {
+                    id,
+                    cause: StopCause::Idle,
+                })
+                .await;
+            }
+            Step::Prune { ended_before } => {
+                self.propose(Command::PruneSandboxes { ended_before }).await;
+            }
+        }
+        subject
+    }
+
+    /// Starts a sandbox, or reports at once that this node cannot.
+    async fn start(&self, id: SandboxId) {
+        let state = self.view.state();
+        let Some(record) = state.sandbox(id) else {
+            return;
+        };
+        let wanted = &record.spec.template;
+        let held = wanted.parse().ok().and_then(|name| self.catalog.get(&name));
+        let Some(template) = held else {
+            let reason = format!("this host does not hold the template {wanted:?}");
+            let (epoch, node, report) = (record.epoch, self.here, Report::Failed { reason });
+            self.propose(Command::ReportSandbox {
+                id,
+                epoch,
+                node,
+                report,
+            })
+            .await;
+            return;
+        };
+        self.registry.start(StartSpec {
+            id,
+            epoch: record.epoch,
+            template: record.spec.template.clone(),
+            rootfs: template.rootfs.clone(),
+            // The API bounds what may be asked for far below.
+            vcpus: u8::try_from(record.spec.vcpus).unwrap_or(u8::MAX),
+            memory: record.spec.memory,
+            disk: record.spec.disk,
+        });
+    }
+
+    /// Proposes; a failure is told here and tried again by the next look.
+    async fn propose(&self, command: Command) {
+        if let Err(err) = self.proposer.propose(command).await {
+            warn!(%err, "could not tell the cluster");
+        }
+    }
+}
+
+fn note(done: Result<Subject, tokio::task::JoinError>, attempts: &mut Attempts) {
+    match done {
+        Ok(subject) => attempts.done(subject, Instant::now()),
+        // Steps hold no lock and own no state; the next look plans afresh.
+        Err(err) => error!(%err, "a reconcile step broke"),
+    }
+}

@@ -1,0 +1,302 @@
+//! The task that drives one sandbox, from its start or its adoption to its end.
+//!
+//! It is the only holder of the sandbox's phase and resources. It takes one event at a time; a
+//! step under way is finished before the next event is looked at, only the waits (for the guest
+//! to boot, for something to happen) can be cut. When the daemon stops, the task ends and leaves
+//! everything running for the next daemon to adopt.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{self, Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::error::AcquireError;
+use super::phase::{Action, End, Event, Phase, step};
+use super::record::ReadyFacts;
+use super::registry::Shared;
+use super::resources::Held;
+use super::spec::{Host, StartSpec, StartTimings};
+use crate::base::chain::chain;
+use crate::shim::client::ShimClient;
+use crate::shim::error::CallShimError;
+use crate::shim::exit::ExitRecord;
+
+/// Pause before a release that failed is tried again: what is busy now is rarely busy for long,
+/// and a release that can never succeed must not fill the log.
+const RELEASE_AGAIN: Duration = Duration::from_secs(5);
+/// How long one watch of a shim lasts before it is renewed: rarely, and often enough that a
+/// watch that the kernel lost is noticed the same hour.
+const WATCH_ROUND: Duration = Duration::from_secs(1800);
+/// Pause before a watch that failed is tried again.
+const WATCH_AGAIN: Duration = Duration::from_secs(1);
+/// Bytes of the console that are searched for a last word of a guest that did not come up.
+const LAST_WORDS_BYTES: usize = 2048;
+
+/// Drives one sandbox.
+pub(super) struct Driver {
+    pub(super) host: Arc<Host>,
+    pub(super) shared: Arc<Shared>,
+    /// Ends the sandbox.
+    pub(super) stop: CancellationToken,
+    /// Ends this task and leaves the sandbox as it is.
+    pub(super) detach: CancellationToken,
+}
+
+/// What a wait was cut by.
+enum Cut {
+    Stop,
+    Detach,
+}
+
+impl Driver {
+    /// Starts a sandbox from nothing, then drives it to its end.
+    pub(super) async fn start(self, spec: StartSpec) {
+        let asked = Instant::now();
+        match Held::create(&self.host, &spec).await {
+            Ok(mut held) => {
+                let first = self.bring_up(&spec, &mut held, asked).await;
+                self.drive(held, first).await;
+            }
+            Err(err) => {
+                warn!(err = chain(&err), "could not start");
+                // The directory may be half made; the next start of the daemon removes it.
+                self.shared.set_phase(Phase::Gone { end: failed(&err) });
+            }
+        }
+    }
+
+    /// Takes over a sandbox whose VMM an earlier daemon started.
+    pub(super) async fn adopt(self, mut held: Held) {
+        let first = match held.record.ready.clone() {
+            Some(facts) => self.ready(&held, facts),
+            None => self.await_guest(&mut held).await,
+        };
+        self.drive(held, first).await;
+    }
+
+    /// Releases what an earlier daemon left of a sandbox that has ended.
+    pub(super) async fn bury(self, held: Held, end: End) {
+        self.drive(held, Some(Event::VmmEnded(end))).await;
+    }
+
+    /// Every step of a start. `None` when the daemon is stopping.
+    async fn bring_up(&self, spec: &StartSpec, held: &mut Held, asked: Instant) -> Option<Event> {
+        let mut timings = StartTimings {
+            record: asked.elapsed(),
+            ..StartTimings::default()
+        };
+        let acquired: Result<(), AcquireError> = async {
+            let mark = Instant::now();
+            held.take_slot(&self.host).await?;
+            timings.slot = mark.elapsed();
+            let mark = Instant::now();
+            held.make_disk(spec).await?;
+            timings.disk = mark.elapsed();
+            let mark = Instant::now();
+            held.start_vmm(&self.host, spec).await?;
+            timings.vmm = mark.elapsed();
+            Ok(())
+        }
+        .await;
+        if let Err(err) = acquired {
+            return Some(start_failed(&err));
+        }
+        let mark = Instant::now();
+        let event = self.await_guest(held).await;
+        timings.guest = mark.elapsed();
+        info!(?timings, "started");
+        self.shared.set_timings(timings);
+        event
+    }
+
+    /// The wait for the guest, cut by a stop, a detach, or the VMM's end.
+    async fn await_guest(&self, held: &mut Held) -> Option<Event> {
+        let guest = match held.guest() {
+            Ok(Some(guest)) => guest,
+            Ok(None) => {
+                return Some(Event::StartFailed {
+                    reason: "it has no network".into(),
+                });
+            }
+            Err(err) => return Some(start_failed(&err)),
+        };
+        let shim = held.shim.clone();
+        let ended = async move {
+            match &shim {
+                Some(shim) => vmm_end(shim).await,
+                None => std::future::pending().await,
+            }
+        };
+        let outcome = tokio::select! {
+            cut = self.cut() => Err(cut),
+            end = ended => {
+                let last_words = self.last_words();
+                return Some(Event::StartFailed { reason: format!("{}{last_words}", words(&end)) });
+            }
+            outcome = held.set_up_guest(&self.host, &guest) => Ok(outcome),
+        };
+        match outcome {
+            Ok(Ok(facts)) => self.ready(held, facts),
+            Ok(Err(err)) => {
+                let reason = format!("{}{}", chain(&err), self.last_words());
+                Some(Event::StartFailed { reason })
+            }
+            Err(Cut::Stop) => Some(Event::StopAsked),
+            Err(Cut::Detach) => None,
+        }
+    }
+
+    /// Publishes the guest of a sandbox that is ready.
+    fn ready(&self, held: &Held, facts: ReadyFacts) -> Option<Event> {
+        match held.guest() {
+            Ok(Some(guest)) => {
+                self.shared
+                    .set_ready(guest, facts, &self.host.kernel_release);
+                Some(Event::GuestReady)
+            }
+            Ok(None) => Some(Event::StartFailed {
+                reason: "it has no network".into(),
+            }),
+            Err(err) => Some(start_failed(&err)),
+        }
+    }
+
+    /// Takes events and carries out what they ask for, until the sandbox is gone or the daemon
+    /// stops.
+    async fn drive(self, mut held: Held, first: Option<Event>) {
+        let mut phase = Phase::Starting;
+        let mut next = first;
+        while let Some(event) = next.take() {
+            let actions = match step(phase.clone(), event) {
+                Ok((after, actions)) => {
+                    phase = after;
+                    self.shared.set_phase(phase.clone());
+                    actions
+                }
+                Err(refusal) => {
+                    info!(%refusal, "nothing to do");
+                    Vec::new()
+                }
+            };
+            if matches!(phase, Phase::Gone { .. }) {
+                return;
+            }
+            next = match actions.first() {
+                Some(Action::Release) => Some(self.release(&mut held).await),
+                Some(Action::ReleaseLater) => {
+                    time::sleep(RELEASE_AGAIN).await;
+                    Some(self.release(&mut held).await)
+                }
+                None => self.next_event(&held).await,
+            };
+        }
+    }
+
+    async fn release(&self, held: &mut Held) -> Event {
+        self.shared.forget_guest();
+        match held.release(&self.host).await {
+            Ok(()) => Event::Released,
+            Err(err) => {
+                warn!(
+                    err = chain(&err),
+                    "could not release everything; will try again"
+                );
+                Event::ReleaseFailed
+            }
+        }
+    }
+
+    /// What happens next to a ready sandbox. `None` when the daemon is stopping.
+    async fn next_event(&self, held: &Held) -> Option<Event> {
+        let Some(shim) = &held.shim else {
+            return Some(Event::StopAsked);
+        };
+        tokio::select! {
+            cut = self.cut() => match cut {
+                Cut::Stop => Some(Event::StopAsked),
+                Cut::Detach => None,
+            },
+            end = vmm_end(shim) => Some(Event::VmmEnded(end)),
+        }
+    }
+
+    async fn cut(&self) -> Cut {
+        tokio::select! {
+            // A stop that is asked for while the daemon stops is carried out by the next one.
+            biased;
+            () = self.detach.cancelled() => Cut::Detach,
+            () = self.stop.cancelled() => Cut::Stop,
+        }
+    }
+
+    /// The last line on the guest's console, for a reason people can use.
+    fn last_words(&self) -> String {
+        let tail = self
+            .shared
+            .console_tail(LAST_WORDS_BYTES)
+            .unwrap_or_default();
+        let text = String::from_utf8_lossy(&tail);
+        let last = text
+            .lines()
+            .rev()
+            .map(str::trim)
+            .find(|line| !line.is_empty());
+        last.map_or_else(String::new, |line| {
+            format!("; the console's last line: {line}")
+        })
+    }
+}
+
+fn start_failed(err: &AcquireError) -> Event {
+    Event::StartFailed { reason: chain(err) }
+}
+
+fn failed(err: &AcquireError) -> End {
+    End::Failed { reason: chain(err) }
+}
+
+fn words(end: &End) -> &str {
+    match end {
+        End::Stopped { reason } | End::Failed { reason } => reason,
+    }
+}
+
+/// Waits for the end of a VMM, however long it takes.
+async fn vmm_end(shim: &ShimClient) -> End {
+    loop {
+        match shim.wait_exit(Instant::now() + WATCH_ROUND).await {
+            Ok(Some(record)) => return end_of(&record),
+            Ok(None) => {}
+            Err(CallShimError::Gone { .. }) => {
+                return End::Failed {
+                    reason: "its shim was killed".into(),
+                };
+            }
+            Err(err) => {
+                warn!(%err, "the shim cannot be watched; will try again");
+                time::sleep(WATCH_AGAIN).await;
+            }
+        }
+    }
+}
+
+/// What the end of a VMM means for its sandbox.
+pub(super) fn end_of(record: &ExitRecord) -> End {
+    match (record.signal, record.code) {
+        (None, Some(0)) => End::Stopped {
+            reason: "the guest powered itself off".into(),
+        },
+        (Some(signal), _) => End::Failed {
+            reason: format!("its VMM was killed by signal {signal}"),
+        },
+        (None, code) => {
+            let code = code.map_or_else(|| "unknown".into(), |code| code.to_string());
+            let complaint = record.stderr_tail.trim();
+            End::Failed {
+                reason: format!("its VMM ended with code {code}: {complaint}"),
+            }
+        }
+    }
+}

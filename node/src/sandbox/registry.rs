@@ -1,0 +1,323 @@
+//! The sandboxes of this node by id: the one owner of their drivers.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{fmt, fs};
+
+use proto::epoch::Epoch;
+use proto::ids::SandboxId;
+use raft::state::GuestVersions;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::info_span;
+
+use super::driver::Driver;
+use super::phase::{End, Phase};
+use super::record::ReadyFacts;
+use super::resources::Held;
+use super::spec::{Host, StartSpec, StartTimings};
+use crate::base::stop::Tasks;
+use crate::guest::Guest;
+use crate::store::SandboxPaths;
+
+/// What this node sees of one of its sandboxes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observed {
+    /// The ownership it runs under.
+    pub epoch: Epoch,
+    /// Where it stands.
+    pub state: ObservedState,
+    /// How long nobody has used it.
+    pub idle_for: Duration,
+}
+
+/// Where a sandbox stands on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ObservedState {
+    /// On its way up.
+    Starting,
+    /// Its guest answers.
+    Ready(GuestVersions),
+    /// On its way out.
+    Releasing,
+    /// Nothing is left of it.
+    Gone(End),
+}
+
+/// The sandboxes of this node.
+#[derive(Debug)]
+pub struct Registry {
+    host: Arc<Host>,
+    table: Mutex<HashMap<SandboxId, Entry>>,
+    changed: Arc<watch::Sender<()>>,
+    tasks: Tasks,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+}
+
+/// What a driver tells everybody else about its sandbox.
+pub(super) struct Shared {
+    epoch: Epoch,
+    paths: SandboxPaths,
+    changed: Arc<watch::Sender<()>>,
+    told: Mutex<Told>,
+}
+
+#[derive(Debug)]
+struct Told {
+    phase: Phase,
+    guest: Option<Guest>,
+    versions: GuestVersions,
+    timings: Option<StartTimings>,
+    last_used: Instant,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("epoch", &self.epoch)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn told(&self) -> MutexGuard<'_, Told> {
+        // Every change under this lock is a plain assignment: a panic leaves it whole.
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_phase(&self, phase: Phase) {
+        self.told().phase = phase;
+        self.changed.send_replace(());
+    }
+
+    pub(super) fn set_timings(&self, timings: StartTimings) {
+        self.told().timings = Some(timings);
+    }
+
+    pub(super) fn set_ready(&self, guest: Guest, facts: ReadyFacts, kernel: &str) {
+        let mut told = self.told();
+        told.guest = Some(guest);
+        told.versions = GuestVersions {
+            kernel: kernel.to_owned(),
+            vmm: facts.vmm,
+            agent: facts.agent,
+        };
+        told.last_used = Instant::now();
+    }
+
+    pub(super) fn forget_guest(&self) {
+        self.told().guest = None;
+    }
+
+    pub(super) fn console_tail(&self, bytes: usize) -> Option<Vec<u8>> {
+        tail(&self.paths.console(), bytes).ok()
+    }
+
+    fn observed(&self) -> Observed {
+        let told = self.told();
+        let state = match &told.phase {
+            Phase::Starting => ObservedState::Starting,
+            Phase::Ready => ObservedState::Ready(told.versions.clone()),
+            Phase::Releasing { .. } => ObservedState::Releasing,
+            Phase::Gone { end } => ObservedState::Gone(end.clone()),
+        };
+        Observed {
+            epoch: self.epoch,
+            state,
+            idle_for: told.last_used.elapsed(),
+        }
+    }
+}
+
+impl Registry {
+    /// No sandboxes yet; drivers become tasks of `tasks`.
+    #[must_use]
+    pub fn new(host: Arc<Host>, tasks: Tasks) -> Self {
+        let changed = Arc::new(watch::Sender::new(()));
+        let table = Mutex::default();
+        Self {
+            host,
+            table,
+            changed,
+            tasks,
+        }
+    }
+
+    /// Wakes whenever a sandbox changes its phase.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Everything that is seen now.
+    #[must_use]
+    pub fn observed(&self) -> BTreeMap<SandboxId, Observed> {
+        self.table()
+            .iter()
+            .map(|(id, entry)| (*id, entry.shared.observed()))
+            .collect()
+    }
+
+    /// Starts a sandbox; one that is known already is left alone.
+    pub fn start(&self, spec: StartSpec) {
+        let id = spec.id;
+        if let Some(driver) = self.enter(id, spec.epoch) {
+            let span = info_span!("sandbox", %id, epoch = %spec.epoch);
+            self.tasks.spawn(span, driver.start(spec));
+        }
+    }
+
+    /// Takes over a sandbox that an earlier daemon started.
+    pub(super) fn adopt(&self, id: SandboxId, held: Held) {
+        let epoch = held.record.epoch();
+        if let Some(driver) = self.enter(id, epoch) {
+            let span = info_span!("sandbox", %id, %epoch);
+            self.tasks.spawn(span, driver.adopt(held));
+        }
+    }
+
+    /// Releases what an earlier daemon left of a sandbox that has ended.
+    pub(super) fn bury(&self, id: SandboxId, held: Held, end: End) {
+        let epoch = held.record.epoch();
+        if let Some(driver) = self.enter(id, epoch) {
+            let span = info_span!("sandbox", %id, %epoch);
+            self.tasks.spawn(span, driver.bury(held, end));
+        }
+    }
+
+    /// Ends a sandbox; its driver tells when it is gone.
+    pub fn stop(&self, id: SandboxId) {
+        if let Some(entry) = self.table().get(&id) {
+            entry.stop.cancel();
+        }
+    }
+
+    /// Drops what is remembered of a sandbox that is gone.
+    pub fn forget(&self, id: SandboxId) {
+        let mut table = self.table();
+        let gone = |entry: &Entry| matches!(entry.shared.told().phase, Phase::Gone { .. });
+        if table.get(&id).is_some_and(gone) {
+            table.remove(&id);
+        }
+    }
+
+    /// The guest of a sandbox that is ready here under `epoch`.
+    #[must_use]
+    pub fn guest(&self, id: SandboxId, epoch: Epoch) -> Option<Guest> {
+        let shared = self.shared(id).filter(|shared| shared.epoch == epoch)?;
+        shared.told().guest.clone()
+    }
+
+    /// Notes that somebody used a sandbox.
+    pub fn touch(&self, id: SandboxId) {
+        if let Some(shared) = self.shared(id) {
+            shared.told().last_used = Instant::now();
+        }
+    }
+
+    /// How long nobody has used a sandbox.
+    #[must_use]
+    pub fn idle_for(&self, id: SandboxId) -> Option<Duration> {
+        Some(self.shared(id)?.told().last_used.elapsed())
+    }
+
+    /// How long the start of a sandbox took, where this daemon started it.
+    #[must_use]
+    pub fn timings(&self, id: SandboxId) -> Option<StartTimings> {
+        self.shared(id)?.told().timings
+    }
+
+    /// Bytes that a sandbox's disk occupies.
+    #[must_use]
+    pub fn disk_used_bytes(&self, id: SandboxId) -> Option<u64> {
+        disk_used(&self.shared(id)?.paths)
+    }
+
+    /// The last bytes of a sandbox's console.
+    #[must_use]
+    pub fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>> {
+        self.shared(id)?.console_tail(bytes)
+    }
+
+    /// What all sandboxes of this node share.
+    pub(super) fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Makes room for a sandbox; `None` where it is known already.
+    fn enter(&self, id: SandboxId, epoch: Epoch) -> Option<Driver> {
+        let mut table = self.table();
+        if table.contains_key(&id) {
+            return None;
+        }
+        let told = Told {
+            phase: Phase::Starting,
+            guest: None,
+            versions: GuestVersions::default(),
+            timings: None,
+            last_used: Instant::now(),
+        };
+        let shared = Arc::new(Shared {
+            epoch,
+            paths: self.host.data.sandbox(id),
+            changed: Arc::clone(&self.changed),
+            told: Mutex::new(told),
+        });
+        let stop = CancellationToken::new();
+        table.insert(
+            id,
+            Entry {
+                shared: Arc::clone(&shared),
+                stop: stop.clone(),
+            },
+        );
+        drop(table);
+        self.changed.send_replace(());
+        let (host, detach) = (Arc::clone(&self.host), self.tasks.token().clone());
+        Some(Driver {
+            host,
+            shared,
+            stop,
+            detach,
+        })
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<SandboxId, Entry>> {
+        // Insertions and removals are single calls: a panic leaves the table whole.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shared(&self, id: SandboxId) -> Option<Arc<Shared>> {
+        self.table().get(&id).map(|entry| Arc::clone(&entry.shared))
+    }
+}
+
+/// Bytes that a sandbox's overlay occupies.
+fn disk_used(paths: &SandboxPaths) -> Option<u64> {
+    /// The unit of `st_blocks`, whatever the file system's own.
+    const STAT_BLOCK_BYTES: u64 = 512;
+    let overlay = fs::metadata(paths.overlay()).ok()?;
+    Some(overlay.blocks() * STAT_BLOCK_BYTES)
+}
+
+/// The last bytes of a file.
+fn tail(path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
+    let bytes = bytes as u64;
+    let mut file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(bytes)))?;
+    let mut tail = Vec::new();
+    // Bounded again: the file may grow while it is read.
+    file.take(bytes).read_to_end(&mut tail)?;
+    Ok(tail)
+}

@@ -1,0 +1,213 @@
+//! What a sandbox holds on this host: acquired in order, released in reverse.
+//!
+//! ```text
+//! directory + record -> network slot -> root disk -> shim and VMM -> guest set up
+//! ```
+//!
+//! Each step first makes sure that the thing can be found again (the record names the slot, the
+//! directory holds the disk and the shim's files), then makes it. Releasing works from whatever
+//! is known, half-made or whole, and may be repeated; the directory goes last, since it is what a
+//! later daemon would look at.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task;
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::error::AcquireError;
+use super::record::{ReadyFacts, Record};
+use super::spec::{Host, StartSpec};
+use crate::base::fault;
+use crate::guest::{AgentSetup, Guest, TcpDial};
+use crate::net::slot::GUEST_MAC;
+use crate::shim::client::{self, ShimClient};
+use crate::shim::error::CallShimError;
+use crate::shim::spec::ShimSpec;
+use crate::shim::sweep::kill_leftovers;
+use crate::store::{Overlay, SandboxPaths};
+use crate::vmm::cmdline::GuestArgs;
+use crate::vmm::{NetworkSpec, VmmSpec};
+
+/// The guest agent's port.
+const AGENT_PORT: u16 = 49983;
+/// A sandbox's disk goes with it, so its guest is not asked to flush: the VMM is ended at once.
+const STOP_GRACE: Duration = Duration::ZERO;
+/// What one sandbox holds.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// Its directory.
+    pub(super) paths: SandboxPaths,
+    /// Its record, as last saved.
+    pub(super) record: Record,
+    /// Its shim, once the VMM runs.
+    pub(super) shim: Option<ShimClient>,
+}
+
+impl Held {
+    /// Step 1: the directory and a record that says nothing is held yet.
+    pub(super) async fn create(host: &Host, spec: &StartSpec) -> Result<Self, AcquireError> {
+        let paths = host.data.sandbox(spec.id);
+        let record = Record::new(spec.id, spec.epoch, &spec.template);
+        let held = Self {
+            paths,
+            record,
+            shim: None,
+        };
+        let (paths, record) = (held.paths.clone(), held.record.clone());
+        blocking_io(move || {
+            paths.create()?;
+            record.save(paths.dir())
+        })
+        .await?;
+        fault::point("create.record");
+        Ok(held)
+    }
+
+    /// Step 2: a network slot.
+    pub(super) async fn take_slot(&mut self, host: &Host) -> Result<(), AcquireError> {
+        let slot = host.slots.take().await?;
+        fault::point("create.slot-taken");
+        // Not yet in the record: a crash here leaves a slot that nobody names, and it is swept.
+        self.record.slot = Some(slot);
+        self.save().await?;
+        fault::point("create.slot-recorded");
+        Ok(())
+    }
+
+    /// Step 3: the copy-on-write root disk.
+    pub(super) async fn make_disk(&self, spec: &StartSpec) -> Result<(), AcquireError> {
+        let (path, base, size) = (self.paths.overlay(), spec.rootfs.clone(), spec.disk);
+        blocking(move || Overlay { base: &base, size }.create(&path)).await??;
+        fault::point("create.disk");
+        Ok(())
+    }
+
+    /// Step 4: the shim, and in it the VMM.
+    pub(super) async fn start_vmm(
+        &mut self,
+        host: &Host,
+        spec: &StartSpec,
+    ) -> Result<(), AcquireError> {
+        let network = self.record.slot.as_ref().map(|slot| NetworkSpec {
+            netns: slot.netns_path.clone(),
+            tap: slot.tap.clone(),
+            mac: GUEST_MAC,
+        });
+        let dns = host.dns.iter().map(ToString::to_string).collect();
+        let vmm = VmmSpec {
+            program: host.vmm_program.clone(),
+            accelerator: host.accelerator,
+            kernel: host.kernel.clone(),
+            initramfs: host.initramfs.clone(),
+            cmdline: GuestArgs {
+                dns,
+                ..GuestArgs::default()
+            }
+            .to_string(),
+            vcpus: spec.vcpus,
+            memory: spec.memory,
+            root_disk: Some(self.paths.overlay()),
+            network,
+        };
+        let shim = ShimSpec {
+            sandbox: spec.id,
+            epoch: spec.epoch,
+            vmm,
+        };
+        self.shim = Some(client::spawn(self.paths.dir(), &shim, &host.wrenn).await?);
+        fault::point("create.vmm");
+        Ok(())
+    }
+
+    /// Step 5: the guest answers and has been told who it is.
+    pub(super) async fn set_up_guest(
+        &mut self,
+        host: &Host,
+        guest: &Guest,
+    ) -> Result<ReadyFacts, AcquireError> {
+        let health = guest.wait_ready(Instant::now() + host.boot_timeout).await?;
+        guest
+            .set_up(&AgentSetup {
+                token: self.record.token.clone(),
+                sandbox_id: self.record.id.clone(),
+                template: self.record.template.clone(),
+            })
+            .await?;
+        let vmm = self.shim.as_ref().map_or_else(String::new, |shim| {
+            let status = shim.known_status();
+            format!("qemu {} ({})", status.vmm_version, status.accelerator)
+        });
+        let facts = ReadyFacts {
+            vmm,
+            agent: health.version,
+        };
+        self.record.ready = Some(facts.clone());
+        self.save().await?;
+        fault::point("create.guest");
+        Ok(facts)
+    }
+
+    /// A client of the guest's agent.
+    pub(super) fn guest(&self) -> Result<Option<Guest>, AcquireError> {
+        let Some(slot) = &self.record.slot else {
+            return Ok(None);
+        };
+        let dial = TcpDial(SocketAddr::from((slot.guest_addr, AGENT_PORT)));
+        Ok(Some(Guest::new(Arc::new(dial), &self.record.token)?))
+    }
+
+    /// Gives everything back, newest first. May be repeated until it succeeds.
+    pub(super) async fn release(&mut self, host: &Host) -> Result<(), AcquireError> {
+        if let Some(shim) = &self.shim {
+            match shim.stop(STOP_GRACE).await {
+                Ok(_) | Err(CallShimError::Gone { .. }) => {}
+                Err(err) => warn!(%err, "the shim does not stop; it is killed"),
+            }
+        }
+        let dir = self.paths.dir().to_owned();
+        blocking(move || {
+            if dir.exists() {
+                kill_leftovers(&dir).map(drop)
+            } else {
+                Ok(())
+            }
+        })
+        .await??;
+        self.shim = None;
+        fault::point("release.vmm");
+        if let Some(slot) = self.record.slot.clone() {
+            host.slots.release(slot).await?;
+            self.record.slot = None;
+        }
+        fault::point("release.slot");
+        let paths = self.paths.clone();
+        blocking_io(move || paths.remove()).await
+    }
+
+    async fn save(&self) -> Result<(), AcquireError> {
+        let (dir, record) = (self.paths.dir().to_owned(), self.record.clone());
+        blocking_io(move || record.save(&dir)).await
+    }
+}
+
+/// Runs blocking work off the runtime's workers.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, AcquireError> {
+    let joined = task::spawn_blocking(work).await;
+    joined.map_err(|err| AcquireError::Record {
+        source: io::Error::other(err),
+    })
+}
+
+async fn blocking_io<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, AcquireError> {
+    blocking(work)
+        .await?
+        .map_err(|source| AcquireError::Record { source })
+}

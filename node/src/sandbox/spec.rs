@@ -1,0 +1,72 @@
+//! What a sandbox needs to start, and what all sandboxes of this node share.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use proto::epoch::Epoch;
+use proto::ids::SandboxId;
+use proto::units::Mib;
+
+use crate::net::SlotPool;
+use crate::store::DataPaths;
+use crate::vmm::Accelerator;
+
+/// What one sandbox is started from.
+#[derive(Clone, Debug)]
+pub struct StartSpec {
+    /// For its whole life.
+    pub id: SandboxId,
+    /// The ownership under which this node runs it.
+    pub epoch: Epoch,
+    /// Name of its template, told to the guest.
+    pub template: String,
+    /// The template's immutable root disk.
+    pub rootfs: PathBuf,
+    /// Virtual processors.
+    pub vcpus: u8,
+    /// Guest memory.
+    pub memory: Mib,
+    /// Root disk.
+    pub disk: Mib,
+}
+
+/// What all sandboxes of this node share.
+#[derive(Debug)]
+pub struct Host {
+    /// Where their directories lie.
+    pub data: DataPaths,
+    /// Where their network slots come from.
+    pub slots: SlotPool,
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Its release, for the record.
+    pub kernel_release: String,
+    /// Initramfs with the guest agent.
+    pub initramfs: PathBuf,
+    /// The hypervisor's executable.
+    pub vmm_program: PathBuf,
+    /// What executes guest code.
+    pub accelerator: Accelerator,
+    /// Name servers given to guests.
+    pub dns: Vec<Ipv4Addr>,
+    /// This program, for starting shims.
+    pub wrenn: PathBuf,
+    /// Longest a guest may take from its VMM's start to its agent's answer.
+    pub boot_timeout: Duration,
+}
+
+/// How long the parts of one start took, from the ask to the guest's readiness.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StartTimings {
+    /// Directory and record written.
+    pub record: Duration,
+    /// Network slot taken.
+    pub slot: Duration,
+    /// Root disk overlay made.
+    pub disk: Duration,
+    /// Shim and VMM started (its VMM answers).
+    pub vmm: Duration,
+    /// Guest booted and its agent set up.
+    pub guest: Duration,
+}

@@ -1,0 +1,293 @@
+//! The shim process, from its arguments to its end.
+//!
+//! `wrenn shim --dir D` starts twice: the *starter* forks, waits until the shim proper reports
+//! through a pipe, and ends with its verdict; the *shim* is in a session of its own, a child of
+//! nobody who could take it down, and reports once its VMM answers and its socket listens.
+//!
+//! The main thread starts the VMM and then waits for its end: the VMM dies with the thread that
+//! started it, so this one must live as long as the shim. Three more threads serve the console,
+//! the VMM's complaints and the socket. There is no async runtime: a shim stays below 8 MiB.
+//!
+//! At the end `exit.json` is written first, then whoever waits is told, then the process goes: a
+//! daemon that finds no shim can rely on the file. A shim that is killed writes nothing, and its
+//! VMM goes with it.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::Flock;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
+use proto::version;
+use proto::wire::shim::Status;
+
+use crate::base::clock::{Clock, SystemClock};
+use crate::pager::memory::GuestMemory;
+use crate::shim::console::{BoundedLog, pump, pump_keeping_tail};
+use crate::shim::error::RunShimError;
+use crate::shim::exit::ExitRecord;
+use crate::shim::files::{self, SocketPath};
+use crate::shim::serve::Server;
+use crate::shim::spec::ShimSpec;
+use crate::vmm::error::chain;
+use crate::vmm::jail::{Side, fork};
+use crate::vmm::{self, Started, Vmm, VmmExit};
+
+/// The argument that makes `wrenn` a shim. Compared by whoever looks for shims in `/proc`.
+pub const COMMAND: &str = "shim";
+/// The option before the sandbox's directory.
+pub const DIR_OPTION: &str = "--dir";
+
+/// Longest time a VMM may take to answer first; a busy host starts QEMU in a second.
+const VMM_UP_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long one wait for the end of the VMM lasts before the next: it has no deadline of its own.
+const LONG_WAIT: Duration = Duration::from_secs(24 * 3600);
+/// How long the ends of the VMM's streams are waited for after its own end. They are in the pipe.
+const STREAMS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long clients that are owed the exit may take to receive it.
+const LINGER: Duration = Duration::from_secs(2);
+/// How much of the VMM's complaints goes into the exit record.
+const COMPLAINT_BYTES: usize = 4096;
+/// Stack of the threads that copy streams: a buffer of 4 KiB and a few calls.
+const STACK_BYTES: usize = 64 * 1024;
+/// What the shim writes to its starter when all is well; anything else is a reason.
+const UP: &str = "up\n";
+/// The most of a reason that the starter repeats.
+const MAX_REASON_BYTES: u64 = 16 * 1024;
+
+/// Runs `wrenn shim` with the arguments that follow the word. Must be the first thing the
+/// process does: it forks, and it must stay small.
+#[must_use]
+pub fn main(args: &[OsString]) -> ExitCode {
+    let [option, dir] = args else {
+        return complain("usage: wrenn shim --dir <sandbox directory>");
+    };
+    if option != DIR_OPTION {
+        return complain("usage: wrenn shim --dir <sandbox directory>");
+    }
+    // Our working directory will be `/`: the daemon's must not be held.
+    let dir = match Path::new(dir).canonicalize() {
+        Ok(dir) => dir,
+        Err(err) => return complain(&format!("use the sandbox directory {dir:?}: {err}")),
+    };
+    let forked = io::pipe().and_then(|pipe| Ok((pipe, fork()?)));
+    match forked {
+        Ok(((report, ours), Side::Parent(_))) => {
+            drop(ours);
+            await_report(report)
+        }
+        Ok(((theirs, report), Side::Child)) => {
+            drop(theirs);
+            run(&dir, report)
+        }
+        Err(err) => complain(&format!("make the shim process: {err}")),
+    }
+}
+
+/// The starter's half: waits for the verdict, which a shim that dies gives by closing the pipe.
+fn await_report(report: PipeReader) -> ExitCode {
+    let mut said = String::new();
+    match report.take(MAX_REASON_BYTES).read_to_string(&mut said) {
+        Ok(_) if said == UP => ExitCode::SUCCESS,
+        Ok(_) if said.is_empty() => complain("it ended without giving a reason"),
+        Ok(_) => complain(said.trim_end()),
+        Err(err) => complain(&format!("hear from the shim: {err}")),
+    }
+}
+
+fn complain(reason: &str) -> ExitCode {
+    // Nobody may be listening; the exit code tells as well.
+    let _unheard = writeln!(io::stderr(), "{reason}");
+    ExitCode::FAILURE
+}
+
+/// The shim's half.
+fn run(dir: &Path, mut report: PipeWriter) -> ExitCode {
+    let running = match start(dir) {
+        Ok(running) => running,
+        Err(err) => {
+            let reason = chain(&err);
+            // A second shim must not write into the first one's log.
+            if !matches!(err, RunShimError::Taken { .. }) {
+                BoundedLog::new(dir, files::LOG).append(format!("{reason}\n").as_bytes());
+            }
+            let _unheard = report.write_all(reason.as_bytes());
+            return ExitCode::FAILURE;
+        }
+    };
+    let _unheard = report.write_all(UP.as_bytes());
+    drop(report);
+    running.finish(dir)
+}
+
+/// A shim whose VMM runs.
+struct Running {
+    server: Arc<Server>,
+    vmm: Arc<dyn Vmm>,
+    complaints: Receiver<String>,
+    console_ended: Receiver<()>,
+    /// The guest's memory, kept for as long as the shim lives.
+    _memory: GuestMemory,
+    /// The right to be this directory's shim.
+    _lock: Flock<File>,
+}
+
+fn start(dir: &Path) -> Result<Running, RunShimError> {
+    let lock = settle(dir)?;
+    let name = dir.to_string_lossy();
+    let spec = ShimSpec::read(dir)?;
+    let memory = GuestMemory::create(spec.vmm.memory)?;
+    let Started {
+        vmm,
+        console,
+        stderr,
+    } = vmm::spawn(
+        &spec.vmm,
+        &name,
+        memory.as_fd(),
+        Instant::now() + VMM_UP_TIMEOUT,
+    )?;
+    let vmm: Arc<dyn Vmm> = Arc::from(vmm);
+    let system = |doing| move |source| RunShimError::System { doing, source };
+    let console_log = BoundedLog::new(dir, files::CONSOLE);
+    let console_ended = thread_result("console", move || pump(console, console_log))
+        .map_err(system("start a thread"))?;
+    let log = BoundedLog::new(dir, files::LOG);
+    let complaints = thread_result("stderr", move || {
+        pump_keeping_tail(stderr, log, COMPLAINT_BYTES)
+    })
+    .map_err(system("start a thread"))?;
+    let server =
+        Server::new(status(&spec, &*vmm), Arc::clone(&vmm)).map_err(system("make a pipe"))?;
+    let listener = listen(dir).map_err(system("listen on shim.sock"))?;
+    let accepting = Arc::clone(&server);
+    thread_result("accept", move || accepting.accept_all(&listener))
+        .map_err(system("start a thread"))?;
+    Ok(Running {
+        server,
+        vmm,
+        complaints,
+        console_ended,
+        _memory: memory,
+        _lock: lock,
+    })
+}
+
+impl Running {
+    fn finish(self, dir: &Path) -> ExitCode {
+        let exit = loop {
+            match self.vmm.wait(Instant::now() + LONG_WAIT) {
+                Ok(Some(exit)) => break exit,
+                Ok(None) => {}
+                // Not knowing is worse than a dead guest: end it, and say so.
+                Err(err) => {
+                    let _killed = self.vmm.kill();
+                    break VmmExit {
+                        reason: chain(&err),
+                        ..VmmExit::default()
+                    };
+                }
+            }
+        };
+        let deadline = Instant::now() + STREAMS_TIMEOUT;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let complaint = self.complaints.recv_timeout(left()).unwrap_or_default();
+        let _console_on_disk = self.console_ended.recv_timeout(left());
+        let asked = self.server.ending().asked();
+        let record = ExitRecord::new(exit, asked, complaint, SystemClock.now());
+        let written = record.write(dir);
+        if let Err(err) = &written {
+            let line = format!("write {}: {err}\n", files::EXIT);
+            BoundedLog::new(dir, files::LOG).append(line.as_bytes());
+        }
+        self.server.ending().announce(record);
+        self.server.wait_quiet(Instant::now() + LINGER);
+        let _gone = files::remove(dir, files::SOCKET);
+        if written.is_ok() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Becomes a process of its own: its session, its standard streams, its right to the directory.
+fn settle(dir: &Path) -> Result<Flock<File>, RunShimError> {
+    let system = |doing| move |source| RunShimError::System { doing, source };
+    let directory = |source| RunShimError::Directory {
+        dir: dir.to_owned(),
+        source,
+    };
+    setsid().map_err(|errno| system("leave the session")(errno.into()))?;
+    std::env::set_current_dir("/").map_err(system("leave the working directory"))?;
+    umask(Mode::from_bits_truncate(0o077));
+    let lock = files::lock(dir)
+        .map_err(directory)?
+        .ok_or_else(|| RunShimError::Taken {
+            dir: dir.to_owned(),
+        })?;
+    redirect_streams(dir).map_err(system("redirect the standard streams"))?;
+    // What an earlier shim of this directory left would be taken for ours.
+    files::remove(dir, files::EXIT).map_err(directory)?;
+    files::remove(dir, files::SOCKET).map_err(directory)?;
+    Ok(lock)
+}
+
+/// Standard error goes to the log: a panic's message is all that is ever written there.
+fn redirect_streams(dir: &Path) -> io::Result<()> {
+    let null = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(dir.join(files::LOG))?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&log)?;
+    Ok(())
+}
+
+fn listen(dir: &Path) -> io::Result<UnixListener> {
+    let path = SocketPath::new(dir)?;
+    UnixListener::bind(path.as_path())
+}
+
+fn status(spec: &ShimSpec, vmm: &dyn Vmm) -> Status {
+    Status {
+        protocol_version: version::SHIM,
+        shim_pid: std::process::id(),
+        vmm_pid: vmm.pid(),
+        sandbox: spec.sandbox.0.to_vec(),
+        epoch: spec.epoch.0,
+        vmm_version: vmm.version().to_owned(),
+        accelerator: spec.vmm.accelerator.name().to_owned(),
+    }
+}
+
+/// Runs `work` on a small thread of its own and hands back its result.
+fn thread_result<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<Receiver<T>> {
+    let (sender, result) = mpsc::sync_channel(1);
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(move || {
+            let _nobody_waits = sender.send(work());
+        })?;
+    Ok(result)
+}

@@ -1,0 +1,296 @@
+//! What a shim answers, on behalf of one VMM.
+//!
+//! One thread a client, at most [`MAX_CLIENTS`]; a client that sends nonsense loses its own
+//! connection and nothing else. Nothing here polls: a client that waits for the end sleeps on a
+//! pipe whose other end is closed when the end is known, and on its own socket, so that it is let
+//! go when it hangs up.
+
+use std::io::{self, PipeReader, PipeWriter};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
+use proto::wire::shim::request::Call;
+use proto::wire::shim::response::Answer;
+use proto::wire::shim::{self as wire, Request, Response};
+
+use crate::shim::error::StopError;
+use crate::shim::exit::ExitRecord;
+use crate::shim::protocol;
+use crate::vmm::Vmm;
+use crate::vmm::error::chain;
+use crate::vmm::process::poll_timeout;
+
+/// Clients served at once. The daemon needs two (one waits for the exit); a second daemon, a
+/// person with a tool and some that hang leave room to spare.
+pub const MAX_CLIENTS: usize = 16;
+/// Longest wait for a client's next byte. The daemon opens a connection for each call.
+const CLIENT_SILENCE: Duration = Duration::from_secs(30);
+/// Longest grace a stop may ask for.
+const MAX_GRACE: Duration = Duration::from_secs(600);
+/// Longest wait for the VMM to take a command that ends it, before it is killed.
+const TELL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest wait for a killed VMM to be gone: freeing a large guest's memory takes a while.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after the kernel had no descriptor or thread for a new client.
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+/// Stack of a client's thread: a frame is on the heap, and calls go a few levels deep.
+const STACK_BYTES: usize = 128 * 1024;
+
+/// The end of a VMM as it is told to all who wait for it.
+#[derive(Debug)]
+pub struct Ending {
+    asked: AtomicBool,
+    record: OnceLock<ExitRecord>,
+    /// Its far end is closed when `record` is set.
+    known: PipeReader,
+    open: Mutex<Option<PipeWriter>>,
+}
+
+impl Ending {
+    /// An end that has not come.
+    ///
+    /// # Errors
+    /// The kernel has no descriptors to give.
+    pub fn new() -> io::Result<Self> {
+        let (known, open) = io::pipe()?;
+        Ok(Self {
+            asked: AtomicBool::new(false),
+            record: OnceLock::new(),
+            known,
+            open: Mutex::new(Some(open)),
+        })
+    }
+
+    /// Whether somebody asked for it.
+    pub fn asked(&self) -> bool {
+        self.asked.load(Ordering::Acquire)
+    }
+
+    /// Tells everybody.
+    pub fn announce(&self, record: ExitRecord) {
+        let _first = self.record.set(record);
+        self.open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+    }
+
+    /// Waits for the end, until `deadline` if there is one, and as long as `client` stays.
+    fn wait(
+        &self,
+        deadline: Option<Instant>,
+        client: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Option<&ExitRecord>> {
+        loop {
+            if let Some(record) = self.record.get() {
+                return Ok(Some(record));
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+            let mut wakers = vec![PollFd::new(self.known.as_fd(), PollFlags::POLLIN)];
+            // Asked for nothing, `poll` still tells of a hang-up.
+            wakers.extend(client.map(|client| PollFd::new(client, PollFlags::empty())));
+            match poll(&mut wakers, left.map(poll_timeout)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            if wakers
+                .get(1)
+                .is_some_and(|client| client.any() == Some(true))
+            {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+        }
+    }
+}
+
+/// A shim's answering half.
+pub struct Server {
+    status: wire::Status,
+    vmm: Arc<dyn Vmm>,
+    ending: Ending,
+    clients: Mutex<Clients>,
+    quiet: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Clients {
+    connected: usize,
+    /// Of those, how many are owed an answer.
+    asking: usize,
+}
+
+impl Server {
+    /// A server that answers for `vmm`.
+    ///
+    /// # Errors
+    /// The kernel has no descriptors to give.
+    pub fn new(status: wire::Status, vmm: Arc<dyn Vmm>) -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            status,
+            vmm,
+            ending: Ending::new()?,
+            clients: Mutex::default(),
+            quiet: Condvar::new(),
+        }))
+    }
+
+    /// The end of the VMM, as its clients see it.
+    #[must_use]
+    pub fn ending(&self) -> &Ending {
+        &self.ending
+    }
+
+    /// Serves whoever connects, for ever.
+    pub fn accept_all(self: &Arc<Self>, listener: &UnixListener) {
+        for client in listener.incoming() {
+            let started = client.and_then(|client| self.start(client));
+            if started.is_err() {
+                thread::sleep(ACCEPT_BACKOFF);
+            }
+        }
+    }
+
+    /// Waits until no client is owed an answer, or `deadline`.
+    pub fn wait_quiet(&self, deadline: Instant) {
+        let mut clients = self.lock();
+        while clients.asking > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.quiet.wait_timeout(clients, left);
+            clients = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn start(self: &Arc<Self>, client: UnixStream) -> io::Result<()> {
+        {
+            let mut clients = self.lock();
+            if clients.connected == MAX_CLIENTS {
+                // Closing tells it; the daemon tries again.
+                return Ok(());
+            }
+            clients.connected += 1;
+        }
+        let connected = Connected(Arc::clone(self));
+        thread::Builder::new()
+            .name("client".into())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                // However it ends, this client alone is affected.
+                let _ended = connected.0.serve(client);
+            })
+            .map(drop)
+    }
+
+    fn serve(&self, mut client: UnixStream) -> Result<(), protocol::FrameError> {
+        client.set_read_timeout(Some(CLIENT_SILENCE))?;
+        client.set_write_timeout(Some(CLIENT_SILENCE))?;
+        while let Some(request) = protocol::read::<Request>(&mut client)? {
+            let _asking = Asking::new(self);
+            let answer = self.answer(request, client.as_fd())?;
+            protocol::write(
+                &mut client,
+                &Response {
+                    answer: Some(answer),
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    fn answer(&self, request: Request, client: BorrowedFd<'_>) -> io::Result<Answer> {
+        Ok(match request.call {
+            Some(Call::Hello(wire::Hello {})) => Answer::Status(self.status.clone()),
+            Some(Call::WaitExit(wire::WaitExit {})) => {
+                match self.ending.wait(None, Some(client))? {
+                    Some(record) => Answer::Exit(record.into()),
+                    None => failure("the wait ended early"),
+                }
+            }
+            Some(Call::Stop(wire::Stop { grace_ms })) => {
+                let grace = Duration::from_millis(u64::from(grace_ms)).min(MAX_GRACE);
+                match self.stop(grace) {
+                    Ok(record) => Answer::Exit(record.into()),
+                    Err(err) => failure(&chain(&err)),
+                }
+            }
+            None => failure("this shim does not know the request"),
+        })
+    }
+
+    /// Presses the power button, and after `grace` ends the VMM: by its own hand if it still
+    /// listens (it then closes its disk properly), by ours if not. A caller that hangs up
+    /// does not stop the stopping.
+    fn stop(&self, grace: Duration) -> Result<&ExitRecord, StopError> {
+        self.ending.asked.store(true, Ordering::Release);
+        if !grace.is_zero() {
+            // A VMM that cannot be told will be killed below.
+            let _told = self.vmm.shutdown(Instant::now() + TELL_TIMEOUT);
+            if let Some(record) = self.ended_within(grace) {
+                return Ok(record);
+            }
+        }
+        if self.vmm.quit(Instant::now() + TELL_TIMEOUT).is_ok()
+            && let Some(record) = self.ended_within(TELL_TIMEOUT)
+        {
+            return Ok(record);
+        }
+        self.vmm.kill()?;
+        self.ended_within(KILL_TIMEOUT).ok_or(StopError::Lingers {
+            waited: KILL_TIMEOUT,
+        })
+    }
+
+    fn ended_within(&self, timeout: Duration) -> Option<&ExitRecord> {
+        self.ending
+            .wait(Some(Instant::now() + timeout), None)
+            .ok()
+            .flatten()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn failure(message: &str) -> Answer {
+    Answer::Failure(wire::Failure {
+        message: message.to_owned(),
+    })
+}
+
+/// One connected client; its place is given back however its thread ends.
+struct Connected(Arc<Server>);
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.lock().connected -= 1;
+    }
+}
+
+/// One request under way.
+struct Asking<'a>(&'a Server);
+
+impl<'a> Asking<'a> {
+    fn new(server: &'a Server) -> Self {
+        server.lock().asking += 1;
+        Self(server)
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.0.lock().asking -= 1;
+        self.0.quiet.notify_all();
+    }
+}

@@ -1,0 +1,206 @@
+//! What a shim shall run, as `shim.json`: written by the daemon, read once by the shim.
+//!
+//! The file and the type in memory are apart, so that the type may change while shims of an older
+//! release still start from what a newer daemon wrote, or say by name that they cannot.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use proto::epoch::Epoch;
+use proto::ids::SandboxId;
+use proto::units::Mib;
+use serde::{Deserialize, Serialize};
+
+use crate::shim::error::ReadFileError;
+use crate::shim::exit::check_version;
+use crate::shim::files;
+use crate::vmm::{Accelerator, NetworkSpec, VmmSpec};
+
+/// The layout of `shim.json`.
+const VERSION: u32 = 1;
+
+/// One sandbox as its shim is told to run it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShimSpec {
+    /// Whose guest it is.
+    pub sandbox: SandboxId,
+    /// The ownership under which it runs.
+    pub epoch: Epoch,
+    /// The guest.
+    pub vmm: VmmSpec,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    version: u32,
+    sandbox: String,
+    epoch: u64,
+    program: PathBuf,
+    accelerator: String,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    cmdline: String,
+    vcpus: u8,
+    memory_mib: u32,
+    root_disk: Option<PathBuf>,
+    network: Option<WrittenNetwork>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenNetwork {
+    netns: PathBuf,
+    tap: String,
+    mac: [u8; 6],
+}
+
+impl ShimSpec {
+    /// Writes it into `dir`, durably.
+    ///
+    /// # Errors
+    /// The disk refused, or a path is not UTF-8.
+    pub fn write(&self, dir: &Path) -> io::Result<()> {
+        let content = serde_json::to_vec_pretty(&self.as_written())?;
+        files::write_durably(dir, files::SPEC, &content)
+    }
+
+    /// Reads it from `dir`.
+    ///
+    /// # Errors
+    /// It is not there, not readable, or of another version.
+    pub fn read(dir: &Path) -> Result<Self, ReadFileError> {
+        let name = files::SPEC;
+        let content = files::read(dir, name)
+            .map_err(|source| ReadFileError::Disk { name, source })?
+            .ok_or(ReadFileError::Missing { name })?;
+        check_version(name, &content, VERSION)?;
+        let written: Written = serde_json::from_slice(&content)
+            .map_err(|source| ReadFileError::Malformed { name, source })?;
+        Self::from_written(written)
+    }
+
+    fn as_written(&self) -> Written {
+        let vmm = self.vmm.clone();
+        Written {
+            version: VERSION,
+            sandbox: self.sandbox.to_string(),
+            epoch: self.epoch.0,
+            program: vmm.program,
+            accelerator: vmm.accelerator.name().to_owned(),
+            kernel: vmm.kernel,
+            initramfs: vmm.initramfs,
+            cmdline: vmm.cmdline,
+            vcpus: vmm.vcpus,
+            memory_mib: vmm.memory.0,
+            root_disk: vmm.root_disk,
+            network: vmm.network.map(|network| WrittenNetwork {
+                netns: network.netns,
+                tap: network.tap,
+                mac: network.mac,
+            }),
+        }
+    }
+
+    fn from_written(written: Written) -> Result<Self, ReadFileError> {
+        let bad = |field, value: &str| ReadFileError::BadValue {
+            name: files::SPEC,
+            field,
+            value: value.chars().take(64).collect(),
+        };
+        Ok(Self {
+            sandbox: written
+                .sandbox
+                .parse()
+                .map_err(|_| bad("sandbox", &written.sandbox))?,
+            epoch: Epoch(written.epoch),
+            vmm: VmmSpec {
+                program: written.program,
+                accelerator: Accelerator::from_name(&written.accelerator)
+                    .ok_or_else(|| bad("accelerator", &written.accelerator))?,
+                kernel: written.kernel,
+                initramfs: written.initramfs,
+                cmdline: written.cmdline,
+                vcpus: written.vcpus,
+                memory: Mib(written.memory_mib),
+                root_disk: written.root_disk,
+                network: written.network.map(|network| NetworkSpec {
+                    netns: network.netns,
+                    tap: network.tap,
+                    mac: network.mac,
+                }),
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> ShimSpec {
+        ShimSpec {
+            sandbox: SandboxId([7; 16]),
+            epoch: Epoch(3),
+            vmm: VmmSpec {
+                program: "/usr/bin/qemu-system-x86_64".into(),
+                accelerator: Accelerator::Tcg,
+                kernel: "/k".into(),
+                initramfs: "/i".into(),
+                cmdline: "wrenn.probe=1".into(),
+                vcpus: 2,
+                memory: Mib(512),
+                root_disk: Some("/d".into()),
+                network: Some(NetworkSpec {
+                    netns: "/run/netns/n".into(),
+                    tap: "tap0".into(),
+                    mac: [1, 2, 3, 4, 5, 6],
+                }),
+            },
+        }
+    }
+
+    fn read_changed(from: &str, to: &str) -> Result<ShimSpec, ReadFileError> {
+        let dir = tempfile::tempdir().expect("tempdir");
+        spec().write(dir.path()).expect("written");
+        let content = files::read(dir.path(), files::SPEC)
+            .expect("read")
+            .expect("there");
+        let text = String::from_utf8(content).expect("UTF-8");
+        assert!(text.contains(from), "{text}");
+        files::write_durably(dir.path(), files::SPEC, text.replace(from, to).as_bytes())
+            .expect("rewritten");
+        ShimSpec::read(dir.path())
+    }
+
+    #[test]
+    fn a_spec_survives_the_file() {
+        assert_eq!(read_changed("\n", "\n").expect("read"), spec());
+    }
+
+    #[test]
+    fn another_version_is_refused_by_name_even_with_unknown_fields() {
+        let err = read_changed("\"version\": 1", "\"version\": 2, \"new\": 0").expect_err("no");
+        assert!(
+            matches!(err, ReadFileError::UnknownVersion { found: 2, .. }),
+            "{err}"
+        );
+    }
+
+    #[test]
+    fn words_that_mean_nothing_are_refused_by_name() {
+        for (from, to) in [("\"tcg\"", "\"xen\""), ("cl-", "vm-")] {
+            let err = read_changed(from, to).expect_err("refused");
+            assert!(matches!(err, ReadFileError::BadValue { .. }), "{err}");
+        }
+        let err = read_changed("\"epoch\"", "\"epoc\"").expect_err("refused");
+        assert!(matches!(err, ReadFileError::Malformed { .. }), "{err}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let err = ShimSpec::read(dir.path()).expect_err("not there");
+        assert_eq!(err.to_string(), "there is no shim.json");
+    }
+}

@@ -1,0 +1,156 @@
+//! Killing what a crash left running for one sandbox directory.
+//!
+//! No pid is remembered: processes are found in `/proc` by their command line, which names the
+//! directory (`wrenn shim --dir D`, or a VMM with `-name D`). Each is killed through a pidfd that
+//! was opened *before* its command line was read once more, so a number that has passed to another
+//! process in between is never hit. The shim goes first: it could not start anything afterwards.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, poll};
+
+use crate::shim::error::SweepError;
+use crate::shim::main::{COMMAND, DIR_OPTION};
+use crate::vmm::jail::{pidfd_kill, pidfd_open};
+use crate::vmm::process::poll_timeout;
+
+/// Longest wait for a killed process: freeing a large guest's memory takes a while.
+const GONE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a process is to the directory that is swept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Role {
+    Shim,
+    Vmm,
+}
+
+/// Kills the shim and the VMM of `dir`, whether or not they answer, and waits until they are
+/// gone. Returns the pids that were killed. Blocks: call it off the runtime's threads.
+///
+/// # Errors
+/// See [`SweepError`].
+pub fn kill_leftovers(dir: &Path) -> Result<Vec<u32>, SweepError> {
+    let dir = dir.canonicalize().map_err(|source| SweepError::Directory {
+        dir: dir.to_owned(),
+        source,
+    })?;
+    let mut killed = Vec::new();
+    // Once more after the first round, for a VMM that its shim was just starting.
+    loop {
+        let mut found = processes_of(&dir).map_err(|source| SweepError::List { source })?;
+        found.sort();
+        let mut any = false;
+        for (role, pid) in found {
+            any |= kill_if_still(&dir, role, pid)?
+                .then(|| killed.push(pid))
+                .is_some();
+        }
+        if !any {
+            return Ok(killed);
+        }
+    }
+}
+
+fn kill_if_still(dir: &Path, role: Role, pid: u32) -> Result<bool, SweepError> {
+    // From here on the descriptor means one process only, whatever becomes of the number.
+    let Ok(pidfd) = pidfd_open(pid) else {
+        return Ok(false);
+    };
+    if role_of(dir, pid) != Some(role) {
+        return Ok(false);
+    }
+    pidfd_kill(pidfd.as_fd()).map_err(|source| SweepError::Kill { pid, source })?;
+    wait_gone(&pidfd, pid)?;
+    Ok(true)
+}
+
+fn wait_gone(pidfd: &OwnedFd, pid: u32) -> Result<(), SweepError> {
+    let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut ended, poll_timeout(GONE_TIMEOUT)) {
+        Ok(0) => Err(SweepError::Lingers {
+            pid,
+            waited: GONE_TIMEOUT,
+        }),
+        Ok(_) => Ok(()),
+        Err(errno) => Err(SweepError::Kill {
+            pid,
+            source: errno.into(),
+        }),
+    }
+}
+
+fn processes_of(dir: &Path) -> io::Result<Vec<(Role, u32)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        found.extend(role_of(dir, pid).map(|role| (role, pid)));
+    }
+    Ok(found)
+}
+
+/// What process `pid` is to `dir`, by its command line. A zombie has none, and is nothing to us.
+fn role_of(dir: &Path, pid: u32) -> Option<Role> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    role_in(&line, dir)
+}
+
+/// See [`role_of`]; `line` has its arguments ended by zero bytes.
+fn role_in(line: &[u8], dir: &Path) -> Option<Role> {
+    let args: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
+    let dir = dir.as_os_str().as_bytes();
+    let rest = args.get(1..)?;
+    if let [command, option, named, ..] = rest
+        && *command == COMMAND.as_bytes()
+        && *option == DIR_OPTION.as_bytes()
+        && *named == dir
+    {
+        return Some(Role::Shim);
+    }
+    // As `qemu::args` writes it: commas doubled.
+    let escaped = String::from_utf8_lossy(dir).replace(',', ",,");
+    rest.windows(2)
+        .any(|pair| pair[0] == b"-name" && pair[1] == escaped.as_bytes())
+        .then_some(Role::Vmm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn role(line: &str) -> Option<Role> {
+        role_in(line.replace(' ', "\0").as_bytes(), Path::new("/d/cl-1,a"))
+    }
+
+    #[test]
+    fn only_a_shim_and_a_vmm_of_this_very_directory_are_meant() {
+        assert_eq!(role("wrenn shim --dir /d/cl-1,a "), Some(Role::Shim));
+        assert_eq!(
+            role("qemu -nodefaults -name /d/cl-1,,a -m 1 "),
+            Some(Role::Vmm)
+        );
+        for other in [
+            "wrenn shim --dir /d/cl-1,a2 ",
+            "wrenn node --dir /d/cl-1,a ",
+            "qemu -name /d/cl-1,,a2 ",
+            "vi /d/cl-1,a ",
+            "shim --dir /d/cl-1,a ",
+            "",
+        ] {
+            assert_eq!(role(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_directory_without_processes_is_swept_at_once() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert!(kill_leftovers(dir.path()).expect("swept").is_empty());
+    }
+}

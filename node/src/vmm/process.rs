@@ -1,0 +1,118 @@
+//! One child process: awaited with a deadline from any thread, and killed without ever hitting a
+//! stranger.
+//!
+//! The process id stays ours until the child is reaped, and reaping and killing exclude each
+//! other, so a signal can only reach the child. Dropping kills and reaps.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::vmm::jail::pidfd_open;
+use crate::vmm::{VmmError, VmmExit};
+
+/// A running or ended child.
+#[derive(Debug)]
+pub struct VmmProcess {
+    pid: u32,
+    pidfd: OwnedFd,
+    child: Mutex<Child>,
+}
+
+impl VmmProcess {
+    /// Takes charge of `child`.
+    ///
+    /// # Errors
+    /// The kernel has no descriptor to give; the child is killed.
+    pub fn new(mut child: Child) -> io::Result<Self> {
+        let pid = child.id();
+        match pidfd_open(pid) {
+            Ok(pidfd) => Ok(Self {
+                pid,
+                pidfd,
+                child: Mutex::new(child),
+            }),
+            Err(err) => {
+                let _gone = child.kill().and_then(|()| child.wait());
+                Err(err)
+            }
+        }
+    }
+
+    /// The process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Kills the child; one that has ended already is left in peace.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn kill(&self) -> Result<(), VmmError> {
+        // The standard library sends nothing to a child it has reaped.
+        self.child().kill().map_err(|source| VmmError::Kill {
+            pid: self.pid,
+            source,
+        })
+    }
+
+    /// Waits for the end and reaps; `None` when `deadline` came first. May be called again.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn wait(&self, deadline: Instant) -> Result<Option<VmmExit>, VmmError> {
+        let failed = |source: io::Error| VmmError::Wait {
+            pid: self.pid,
+            source,
+        };
+        loop {
+            if let Some(status) = self.child().try_wait().map_err(failed)? {
+                return Ok(Some(exit_of(status)));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ended, poll_timeout(left)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(failed(errno.into())),
+            }
+        }
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for VmmProcess {
+    fn drop(&mut self) {
+        let mut child = self.child();
+        if let Ok(None) = child.try_wait() {
+            let _gone = child.kill().and_then(|()| child.wait());
+        }
+    }
+}
+
+/// `left` for `poll`, rounded up so that a loop around it does not spin through the last
+/// millisecond, and cut to what `poll` can express.
+pub(crate) fn poll_timeout(left: std::time::Duration) -> PollTimeout {
+    let millis = i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX);
+    PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
+}
+
+fn exit_of(status: ExitStatus) -> VmmExit {
+    VmmExit {
+        code: status.code(),
+        signal: status.signal(),
+        reason: String::new(),
+    }
+}

@@ -1,0 +1,98 @@
+//! The QEMU driver: its arguments ([`args`]), its management protocol ([`qmp`]), its start
+//! ([`spawn`]), and the running process as a [`Vmm`].
+
+pub mod args;
+pub mod qmp;
+pub mod spawn;
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::vmm::process::VmmProcess;
+use crate::vmm::qemu::qmp::{Qmp, QmpError};
+use crate::vmm::{Vmm, VmmError, VmmExit};
+
+/// How long a dead QEMU's last events are looked for; they are in the socket already.
+const LAST_EVENTS: Duration = Duration::from_millis(100);
+
+/// One running QEMU.
+#[derive(Debug)]
+pub struct Qemu {
+    process: VmmProcess,
+    qmp: Qmp,
+}
+
+impl Qemu {
+    fn tell(
+        &self,
+        verb: &'static str,
+        command: &'static str,
+        deadline: Instant,
+    ) -> Result<(), VmmError> {
+        self.qmp
+            .execute(command, json!({}), deadline)
+            .map(drop)
+            .map_err(|source| VmmError::Told { verb, source })
+    }
+}
+
+impl Vmm for Qemu {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn version(&self) -> &str {
+        self.qmp.version()
+    }
+
+    fn pause(&self, deadline: Instant) -> Result<(), VmmError> {
+        self.tell("pause", "stop", deadline)
+    }
+
+    fn resume(&self, deadline: Instant) -> Result<(), VmmError> {
+        self.tell("resume", "cont", deadline)
+    }
+
+    fn shutdown(&self, deadline: Instant) -> Result<(), VmmError> {
+        self.tell("press the power button", "system_powerdown", deadline)
+    }
+
+    fn quit(&self, deadline: Instant) -> Result<(), VmmError> {
+        match self.tell("quit", "quit", deadline) {
+            // It may be gone before its answer has left.
+            Err(VmmError::Told {
+                source: QmpError::Closed { .. },
+                ..
+            }) => Ok(()),
+            told => told,
+        }
+    }
+
+    fn kill(&self) -> Result<(), VmmError> {
+        self.process.kill()
+    }
+
+    fn wait(&self, deadline: Instant) -> Result<Option<VmmExit>, VmmError> {
+        let Some(mut exit) = self.process.wait(deadline)? else {
+            return Ok(None);
+        };
+        exit.reason = self.last_words();
+        Ok(Some(exit))
+    }
+}
+
+impl Qemu {
+    /// Why QEMU says it ended: the reason in its SHUTDOWN event, kept by the event queue.
+    fn last_words(&self) -> String {
+        self.qmp.drain(Instant::now() + LAST_EVENTS);
+        self.qmp
+            .events()
+            .iter()
+            .rev()
+            .find(|event| event.name == "SHUTDOWN")
+            .and_then(|event| event.data.get("reason")?.as_str())
+            .unwrap_or_default()
+            .to_owned()
+    }
+}

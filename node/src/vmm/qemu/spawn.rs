@@ -1,0 +1,120 @@
+//! Starting QEMU: sockets, the jail around the child, and the handshake that shows it lives.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::Instant;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::vmm::jail::Jail;
+use crate::vmm::process::VmmProcess;
+use crate::vmm::qemu::Qemu;
+use crate::vmm::qemu::args::{Inherited, arguments};
+use crate::vmm::qemu::qmp::{Qmp, QmpError};
+use crate::vmm::{SpawnVmmError, Started, VmmSpec};
+
+/// How much of a failed QEMU's complaint is repeated in the error.
+const COMPLAINT_BYTES: usize = 2048;
+
+/// Starts QEMU for `spec` and shakes hands. See [`crate::vmm::spawn`].
+///
+/// # Errors
+/// See [`SpawnVmmError`]. Nothing is left running.
+pub fn spawn(
+    spec: &VmmSpec,
+    name: &str,
+    ram: BorrowedFd<'_>,
+    deadline: Instant,
+) -> Result<Started, SpawnVmmError> {
+    let start_failed = |source: io::Error| SpawnVmmError::Start {
+        program: spec.program.clone(),
+        source,
+    };
+    let (qmp, qmp_theirs) = UnixStream::pair().map_err(start_failed)?;
+    let (console, console_theirs) = UnixStream::pair().map_err(start_failed)?;
+    let fds = Inherited {
+        ram: ram.as_raw_fd(),
+        qmp: qmp_theirs.as_raw_fd(),
+        console: console_theirs.as_raw_fd(),
+    };
+    let args = arguments(spec, name, fds).map_err(SpawnVmmError::Spec)?;
+    let jail = Jail::new(
+        open_netns(spec)?,
+        &[ram, qmp_theirs.as_fd(), console_theirs.as_fd()],
+    );
+    let mut command = Command::new(&spec.program);
+    command
+        .args(args)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    jail.confine(&mut command);
+    let mut child = command.spawn().map_err(start_failed)?;
+    // From here on QEMU alone holds its ends: when it dies, ours see the end of the stream.
+    drop((qmp_theirs, console_theirs));
+    let stderr = take_stderr(&mut child).map_err(start_failed)?;
+    let process = VmmProcess::new(child).map_err(start_failed)?;
+    match Qmp::connect(qmp, deadline) {
+        Ok(qmp) => Ok(Started {
+            vmm: Box::new(Qemu { process, qmp }),
+            console,
+            stderr,
+        }),
+        Err(source) => Err(not_up(spec, &process, stderr, source)),
+    }
+}
+
+fn open_netns(spec: &VmmSpec) -> Result<Option<OwnedFd>, SpawnVmmError> {
+    let Some(network) = &spec.network else {
+        return Ok(None);
+    };
+    let opened = File::open(&network.netns).map_err(|source| SpawnVmmError::Netns {
+        path: network.netns.clone(),
+        source,
+    })?;
+    Ok(Some(opened.into()))
+}
+
+fn take_stderr(child: &mut Child) -> io::Result<ChildStderr> {
+    child
+        .stderr
+        .take()
+        .ok_or_else(|| io::Error::other("the child has no standard error"))
+}
+
+/// Ends what is left of a QEMU that did not come up, and asks it why.
+fn not_up(
+    spec: &VmmSpec,
+    process: &VmmProcess,
+    mut stderr: ChildStderr,
+    source: QmpError,
+) -> SpawnVmmError {
+    // Its end is what matters; `process` reaps when dropped even if the signal fails.
+    let _killed = process.kill();
+    // Never waits: what a process wrote before it died is in the pipe already.
+    let complaint = match fcntl(&stderr, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)) {
+        Ok(_) => tail(&mut stderr),
+        Err(_) => String::new(),
+    };
+    SpawnVmmError::NotUp {
+        program: spec.program.clone(),
+        complaint: if complaint.is_empty() {
+            "it gave no reason".to_owned()
+        } else {
+            complaint
+        },
+        source,
+    }
+}
+
+fn tail(stderr: &mut ChildStderr) -> String {
+    let mut text = Vec::new();
+    // Ends at the first read that would wait; what came before it is kept.
+    let _would_block = stderr.read_to_end(&mut text);
+    let from = text.len().saturating_sub(COMPLAINT_BYTES);
+    String::from_utf8_lossy(&text[from..]).trim().to_owned()
+}

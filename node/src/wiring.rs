@@ -1,1 +1,0 @@
-//! Builds the rooms, joins them, starts them, and stops them in reverse.

@@ -1,0 +1,124 @@
+//! What a starting node tells: the cluster about itself, its templates and its first key; and the
+//! command line on the same host that it is ready.
+
+use std::io;
+
+use proto::ids::{KeyId, TeamId};
+use proto::units::Stamp;
+use proto::version;
+use raft::command::Command;
+use raft::state::{Key, Node, Template};
+use sha2::{Digest as _, Sha256};
+use tracing::info;
+use transport::Identity;
+
+use super::{BOOTSTRAP_KEY_FILE, Chosen, FOUNDER, READY_FILE, RunError, disk, host};
+use crate::cluster::Proposer;
+use crate::config::Config;
+use crate::store::{DataPaths, durable};
+use crate::template::Catalog;
+
+/// What an API key begins with.
+const KEY_PREFIX: &str = "wrn_";
+/// Bytes of randomness in a key.
+const KEY_BYTES: usize = 16;
+/// Characters of a key that may be shown again.
+const SHOWN_CHARS: usize = 10;
+
+/// Puts this node and its templates into the replicated state, where they are not there already
+/// as they are now: a restart that changes nothing writes nothing.
+pub(super) async fn announce(
+    config: &Config,
+    proposer: &Proposer,
+    identity: &Identity,
+    catalog: &Catalog,
+    chosen: &Chosen,
+    url: &str,
+) -> Result<(), RunError> {
+    let state = proposer.view().state();
+    let mut node = Node {
+        id: FOUNDER,
+        name: config.name.clone(),
+        key: identity.key(),
+        api_url: url.to_owned(),
+        cluster_address: config.cluster_listen.to_string(),
+        capacity: host::capacity(config)?,
+        vmm: "qemu".into(),
+        vmm_version: chosen.version.clone(),
+        accelerator: chosen.accelerator.name().to_owned(),
+        version: version::PRODUCT.to_owned(),
+        admitted_at: Stamp::default(),
+    };
+    if let Some(known) = state.node(FOUNDER) {
+        node.admitted_at = known.admitted_at;
+    }
+    if state.node(FOUNDER) != Some(&node) {
+        proposer.propose(Command::AdmitNode(node)).await?;
+    }
+    for held in catalog.templates() {
+        let mut template = Template {
+            name: held.name.to_string(),
+            digest: held.digest.0,
+            disk: held.disk,
+            size_bytes: held.data_bytes,
+            created_at: Stamp::default(),
+        };
+        if let Some(known) = state.template(&template.name) {
+            template.created_at = known.created_at;
+        }
+        if state.template(&template.name) != Some(&template) {
+            proposer.propose(Command::PutTemplate(template)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the first API key, once. The file is written before the key is proposed, so that a crash
+/// between the two leaves a key that the next start proposes again.
+pub(super) async fn bootstrap_key(
+    paths: &DataPaths,
+    proposer: &Proposer,
+) -> Result<(), RunError> {
+    if proposer.view().state().keys().next().is_some() {
+        return Ok(());
+    }
+    let file = paths.root().join(BOOTSTRAP_KEY_FILE);
+    let secret = match std::fs::read_to_string(&file) {
+        Ok(text) => text.trim().to_owned(),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {
+            let random: [u8; KEY_BYTES] = rand::random();
+            let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+            let secret = format!("{KEY_PREFIX}{hex}");
+            durable::write(&file, secret.as_bytes()).map_err(disk("write the first API key"))?;
+            secret
+        }
+        Err(err) => return Err(disk("read the first API key")(err)),
+    };
+    let hash: [u8; 32] = Sha256::digest(secret.as_bytes()).into();
+    let mut id = [0; 16];
+    id.copy_from_slice(&hash[..16]);
+    let key = Key {
+        id: KeyId(id),
+        team: TeamId::default(),
+        name: "bootstrap".into(),
+        hash,
+        shown: secret.chars().take(SHOWN_CHARS).collect(),
+        created_at: Stamp::default(),
+        revoked: false,
+    };
+    proposer.propose(Command::PutKey(key)).await?;
+    info!(file = %file.display(), "made the first API key");
+    Ok(())
+}
+
+/// Says that the node is ready and where.
+pub(super) fn write_ready(paths: &DataPaths, name: &str, url: &str) -> Result<(), RunError> {
+    let ready = serde_json::json!({
+        "id": FOUNDER.to_string(),
+        "name": name,
+        "url": url,
+        "pid": std::process::id(),
+    });
+    durable::write(&paths.root().join(READY_FILE), ready.to_string().as_bytes())
+        .map_err(disk("say that the node is ready"))
+}

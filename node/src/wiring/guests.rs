@@ -1,0 +1,45 @@
+//! Joins the relay to the sandboxes of this node; neither knows the other.
+
+use std::sync::Arc;
+
+use proto::epoch::Epoch;
+use proto::ids::SandboxId;
+use proto::units::Stamp;
+
+use crate::base::clock::{Clock as _, SystemClock};
+use crate::guest::Guest;
+use crate::relay::{LocalFacts, LocalGuests};
+use crate::sandbox::{Registry, StartTimings};
+
+/// The registry as the relay sees it.
+#[derive(Debug)]
+pub(super) struct RegistryGuests(pub(super) Arc<Registry>);
+
+impl LocalGuests for RegistryGuests {
+    fn guest(&self, id: SandboxId, epoch: Epoch) -> Option<Guest> {
+        self.0.guest(id, epoch)
+    }
+
+    fn touch(&self, id: SandboxId) {
+        self.0.touch(id);
+    }
+
+    fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
+        let idle = self.0.idle_for(id)?;
+        let idle_ms = u64::try_from(idle.as_millis()).unwrap_or(u64::MAX);
+        Some(LocalFacts {
+            last_active: Stamp(SystemClock.now().0.saturating_sub(idle_ms)),
+            disk_used_bytes: self.0.disk_used_bytes(id),
+            start_stages: self.0.timings(id).map(stages).unwrap_or_default(),
+        })
+    }
+
+    fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>> {
+        self.0.console_tail(id, bytes)
+    }
+}
+
+fn stages(timings: StartTimings) -> Vec<(&'static str, std::time::Duration)> {
+    let StartTimings { record, slot, disk, vmm, guest } = timings;
+    vec![("record", record), ("slot", slot), ("disk", disk), ("vmm", vmm), ("guest", guest)]
+}

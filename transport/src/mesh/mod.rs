@@ -1,0 +1,276 @@
+//! The assembled transport of one node: two endpoints, the table of peers, every task.
+//!
+//! Starting binds both sockets. From then on an accept loop per lane lets connections in
+//! (handshake > gate > hello > table), and every connection in the table, dialled or accepted, has
+//! one task that answers the peer's calls.
+//!
+//! Stopping is an ordered list: accept nobody and no new call > let calls under way finish, up to
+//! the deadline > close every connection by name > wait until the packets saying so are out > join
+//! the tasks.
+
+mod error;
+mod shared;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto::ids::NodeKey;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, info_span};
+
+use crate::alpn::Alpn;
+use crate::close::CloseCode;
+use crate::endpoint::{self, Lane, Path};
+use crate::gate::Membership;
+use crate::identity::Identity;
+use crate::limits::Limits;
+use crate::peers::{PeerInfo, Peers};
+use crate::rpc::{self, Handler, Method, Router, RpcError, Server, Service};
+use crate::tls;
+
+use error::refusal;
+pub use error::{DialError, StartError};
+use shared::{Shared, close};
+
+/// How a node's transport is set up.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the control endpoint listens; port 0 lets the system choose.
+    pub control: SocketAddr,
+    /// Where the bulk endpoint listens.
+    pub bulk: SocketAddr,
+    /// The bounds.
+    pub limits: Limits,
+    /// What the path between nodes needs.
+    pub path: Path,
+}
+
+impl Config {
+    /// The defaults, listening at the given addresses.
+    #[must_use]
+    pub fn at(control: SocketAddr, bulk: SocketAddr) -> Self {
+        Self {
+            control,
+            bulk,
+            limits: Limits::default(),
+            path: Path::default(),
+        }
+    }
+}
+
+/// One node's transport. Dropping it without [`Transport::stop`] cuts everything off.
+pub struct Transport {
+    shared: Arc<Shared>,
+}
+
+impl Transport {
+    /// Binds both endpoints and starts accepting. Must be called within a tokio runtime. Nobody is
+    /// let in before [`Transport::set_membership`].
+    ///
+    /// # Errors
+    /// [`StartError::Bind`] and [`StartError::Tls`]; nothing is left running.
+    pub fn start(identity: &Identity, config: Config) -> Result<Self, StartError> {
+        let peers = Arc::new(Peers::new(identity.key()));
+        let bind = |lane: Lane, address| {
+            let crypto = tls::server_config(identity, Arc::clone(&peers), lane.alpns())
+                .map_err(|source| StartError::Tls { source })?;
+            endpoint::bind(lane, address, crypto, config.path).map_err(|source| StartError::Bind {
+                lane,
+                address,
+                source,
+            })
+        };
+        let server = Server {
+            router: Arc::new(Router::default()),
+            request_max_bytes: config.limits.frame_bytes,
+            limits: config.limits,
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        };
+        let control = bind(Lane::Control, config.control)?;
+        let bulk = bind(Lane::Bulk, config.bulk)?;
+        let shared = Shared::new(
+            identity.clone(),
+            peers,
+            server,
+            config.path,
+            [control, bulk],
+        );
+        for lane in [Lane::Control, Lane::Bulk] {
+            let accept = Arc::clone(&shared).accept(lane);
+            let span = info_span!("transport-accept", ?lane);
+            shared.server.tasks.spawn(accept.instrument(span));
+        }
+        Ok(Self { shared })
+    }
+
+    /// Replaces the member list, as of one entry of the log, and closes what nodes that are no
+    /// longer on it still have. Returns false, and does nothing, for a list older than the present.
+    pub fn set_membership(&self, membership: Membership) -> bool {
+        self.shared.peers.set_membership(membership)
+    }
+
+    /// Lets `handler` answer calls to `service` on the control lane from now on.
+    pub fn register(&self, service: Service, handler: impl Handler) {
+        self.shared.server.router.register(service, handler);
+    }
+
+    /// Makes sure there is a live, proven connection to the member `key`, dialling `address` if
+    /// there is none.
+    ///
+    /// # Errors
+    /// All of [`DialError`]. None of them leaves a connection behind.
+    pub async fn connect(
+        &self,
+        lane: Lane,
+        address: SocketAddr,
+        key: NodeKey,
+        deadline: Instant,
+    ) -> Result<(), DialError> {
+        if self.shared.peers.newest(key, lane).is_some() {
+            return Ok(());
+        }
+        if !self.shared.peers.membership().members.contains(&key) {
+            return Err(DialError::NotMember { key });
+        }
+        let dial = Arc::clone(&self.shared).dial_mesh(lane, address, key, deadline);
+        timeout_at(deadline, dial)
+            .await
+            .unwrap_or(Err(DialError::Deadline { address }))
+    }
+
+    /// Calls `method` of the connected node `peer` on the control lane.
+    ///
+    /// `deadline` bounds everything and is cut to [`crate::limits::MAX_CALL`]; a retry is the
+    /// caller's business, see [`RpcError::may_have_acted`]. Dropping the future gives the call up.
+    ///
+    /// # Errors
+    /// All of [`RpcError`].
+    pub async fn call(
+        &self,
+        peer: NodeKey,
+        method: Method,
+        body: Bytes,
+        deadline: Instant,
+    ) -> Result<Bytes, RpcError> {
+        self.call_on(Lane::Control, peer, method, body, deadline)
+            .await
+    }
+
+    /// The round trip of an empty call to the connected node `peer`.
+    ///
+    /// # Errors
+    /// All of [`RpcError`].
+    pub async fn ping(
+        &self,
+        lane: Lane,
+        peer: NodeKey,
+        deadline: Instant,
+    ) -> Result<Duration, RpcError> {
+        let begun = Instant::now();
+        self.call_on(lane, peer, Method::PING, Bytes::new(), deadline)
+            .await?;
+        Ok(begun.elapsed())
+    }
+
+    /// Makes the one call that a node which is not a member has, to the node with the key `key`.
+    ///
+    /// # Errors
+    /// All of [`DialError`]; what the call itself met is in [`DialError::Hello`].
+    pub async fn call_join(
+        &self,
+        address: SocketAddr,
+        key: NodeKey,
+        method: Method,
+        body: Bytes,
+        deadline: Instant,
+    ) -> Result<Bytes, DialError> {
+        let one_call = async {
+            let connection = self
+                .shared
+                .dial(Lane::Control, address, key, Alpn::Join)
+                .await?;
+            let frame_bytes = self.shared.server.limits.frame_bytes;
+            let outcome = rpc::call(&connection, method, body, deadline, frame_bytes).await;
+            close(&connection, CloseCode::JoinDone);
+            outcome.map_err(|err| refusal(address, err))
+        };
+        timeout_at(deadline, one_call)
+            .await
+            .unwrap_or(Err(DialError::Deadline { address }))
+    }
+
+    /// Stops in order: no new calls, calls under way until `deadline`, goodbye, join.
+    pub async fn stop(&self, deadline: Instant) {
+        let Server { tasks, stop, .. } = &self.shared.server;
+        for endpoint in self.shared.endpoints() {
+            endpoint.set_server_config(None);
+        }
+        stop.cancel();
+        tasks.close();
+        // Past the deadline the goodbye cuts them off.
+        let _late = timeout_at(deadline, tasks.wait()).await;
+        self.shared.cut_off();
+        for endpoint in self.shared.endpoints() {
+            let _late = timeout_at(deadline, endpoint.wait_idle()).await;
+        }
+        tasks.wait().await;
+    }
+
+    /// This node's key.
+    #[must_use]
+    pub fn key(&self) -> NodeKey {
+        self.shared.identity.key()
+    }
+
+    /// The present member list.
+    #[must_use]
+    pub fn membership(&self) -> Arc<Membership> {
+        self.shared.peers.membership()
+    }
+
+    /// All live, proven connections.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerInfo> {
+        self.shared.peers.list()
+    }
+
+    /// Where an endpoint really listens.
+    ///
+    /// # Errors
+    /// The system cannot tell.
+    pub fn local_addr(&self, lane: Lane) -> io::Result<SocketAddr> {
+        self.shared.endpoint(lane).local_addr()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn connection(&self, lane: Lane, peer: NodeKey) -> Option<quinn::Connection> {
+        self.shared.peers.newest(peer, lane)
+    }
+
+    async fn call_on(
+        &self,
+        lane: Lane,
+        peer: NodeKey,
+        method: Method,
+        body: Bytes,
+        deadline: Instant,
+    ) -> Result<Bytes, RpcError> {
+        let connection = self.shared.peers.newest(peer, lane);
+        let connection = connection.ok_or(RpcError::NotConnected { peer })?;
+        let frame_bytes = self.shared.server.limits.frame_bytes;
+        rpc::call(&connection, method, body, deadline, frame_bytes).await
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        self.shared.server.stop.cancel();
+        self.shared.cut_off();
+    }
+}

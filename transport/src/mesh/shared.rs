@@ -1,0 +1,321 @@
+//! What a connection goes through: accepted or dialled, proven, entered, served, forgotten.
+//!
+//! One task owns each connection from its first packet to its end, and everything it waits for on
+//! the way into the table has the handshake's deadline behind it.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use proto::ids::NodeKey;
+use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, Incoming};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout, timeout_at};
+use tracing::{Instrument, debug, info, info_span};
+
+use super::error::{DialError, refusal};
+use crate::alpn::Alpn;
+use crate::close::CloseCode;
+use crate::endpoint::{self, End, Lane, Path};
+use crate::gate::{Arrival, Verdict};
+use crate::identity::Identity;
+use crate::limits::{MAX_ARRIVING_PER_ADDRESS, MAX_HANDSHAKES};
+use crate::peers::{PeerInfo, Peers};
+use crate::rpc::hello::{self, Own, Settled};
+use crate::rpc::{self, Router, Server};
+use crate::tls;
+
+/// What a dialler puts where QUIC wants a server's name; it is neither sent nor looked at.
+const SERVER_NAME: &str = "wrenn";
+
+/// What the tasks share.
+pub(super) struct Shared {
+    pub(super) identity: Identity,
+    pub(super) peers: Arc<Peers>,
+    pub(super) server: Server,
+    path: Path,
+    control: Endpoint,
+    bulk: Endpoint,
+    handshakes: Arc<Semaphore>,
+    unproven: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Shared {
+    /// Puts the parts together; `endpoints` are control and bulk.
+    pub(super) fn new(
+        identity: Identity,
+        peers: Arc<Peers>,
+        server: Server,
+        path: Path,
+        [control, bulk]: [Endpoint; 2],
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            identity,
+            peers,
+            server,
+            path,
+            control,
+            bulk,
+            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            unproven: Mutex::default(),
+        })
+    }
+
+    /// Lets connections in until the node stops.
+    pub(super) async fn accept(self: Arc<Self>, lane: Lane) {
+        let stop = self.server.stop.clone();
+        let endpoint = self.endpoint(lane).clone();
+        while let Some(Some(incoming)) = stop.run_until_cancelled(endpoint.accept()).await {
+            // An address that was not seen to answer gets a token and nothing else.
+            if !incoming.remote_address_validated() && incoming.may_retry() {
+                let _gone = incoming.retry();
+                continue;
+            }
+            let Ok(slot) = Arc::clone(&self.handshakes).try_acquire_owned() else {
+                incoming.refuse();
+                continue;
+            };
+            let unproven = Unproven::count(Arc::clone(&self), incoming.remote_address().ip());
+            if unproven.seen > MAX_ARRIVING_PER_ADDRESS {
+                incoming.refuse();
+                continue;
+            }
+            let span = info_span!("transport-peer", address = %incoming.remote_address());
+            let arrive = Arc::clone(&self).arrive(lane, incoming, slot, unproven);
+            self.server.tasks.spawn(arrive.instrument(span));
+        }
+    }
+
+    /// One accepted connection, from its first packet to its end.
+    async fn arrive(
+        self: Arc<Self>,
+        lane: Lane,
+        incoming: Incoming,
+        slot: OwnedSemaphorePermit,
+        unproven: Unproven,
+    ) {
+        let limits = self.server.limits;
+        let begun = Instant::now();
+        let handshake = async { incoming.accept()?.await };
+        let connection = match timeout(limits.handshake, handshake).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(err)) => return debug!(%err, "handshake failed"),
+            Err(_) => return debug!("handshake took too long"),
+        };
+        let Some(key) = tls::peer_key(&connection) else {
+            return close(&connection, CloseCode::NotMember);
+        };
+        let verdict = self.peers.decide(Arrival {
+            lane,
+            alpn: tls::peer_alpn(&connection),
+            key,
+            unproven: unproven.seen,
+        });
+        let stop = self.server.stop.clone();
+        match verdict {
+            Verdict::Close(code) => {
+                info!(peer = %key, %code, "refusing a connection");
+                close(&connection, code);
+            }
+            Verdict::Join => {
+                drop(slot);
+                let join = rpc::serve_join(&self.server, key, &connection);
+                if stop.run_until_cancelled(join).await.is_none() {
+                    close(&connection, CloseCode::Stopping);
+                }
+            }
+            Verdict::Mesh => {
+                let welcome = self.welcome(lane, key, &connection);
+                match timeout_at(begun + limits.handshake, welcome).await {
+                    Ok(Ok(())) => {
+                        drop((slot, unproven));
+                        self.serve(lane, key, &connection).await;
+                    }
+                    Ok(Err(code)) => close(&connection, code),
+                    Err(_) => close(&connection, CloseCode::HelloExpected),
+                }
+            }
+        }
+    }
+
+    /// Hears the hello, enters the connection in the table, then answers: once the dialler knows
+    /// that it is in, this node can call it.
+    async fn welcome(
+        &self,
+        lane: Lane,
+        key: NodeKey,
+        connection: &Connection,
+    ) -> Result<(), CloseCode> {
+        let heard = hello::hear(connection).await?;
+        self.admit(lane, key, connection, heard.settled.clone(), false)?;
+        let answered = heard.answer(self.own(), &self.server.limits).await;
+        answered.inspect_err(|_| self.peers.forget(key, lane, connection))
+    }
+
+    /// Answers a peer's calls until the connection ends, then forgets it.
+    async fn serve(&self, lane: Lane, key: NodeKey, connection: &Connection) {
+        match lane {
+            Lane::Control => rpc::serve(&self.server, key, connection).await,
+            Lane::Bulk => {
+                let bare = Server {
+                    router: Arc::new(Router::default()),
+                    ..self.server.clone()
+                };
+                rpc::serve(&bare, key, connection).await;
+            }
+        }
+        // When the node stops, the connection stays in the table so that the goodbye reaches it.
+        if connection.close_reason().is_some() {
+            self.peers.forget(key, lane, connection);
+        }
+    }
+
+    /// Dials a member and proves it.
+    pub(super) async fn dial_mesh(
+        self: Arc<Self>,
+        lane: Lane,
+        address: SocketAddr,
+        key: NodeKey,
+        deadline: Instant,
+    ) -> Result<(), DialError> {
+        let connection = self.dial(lane, address, key, Alpn::Mesh).await?;
+        let limits = self.server.limits;
+        let settled = match hello::say(&connection, self.own(), deadline, &limits).await {
+            Ok(settled) => settled,
+            Err(err) => {
+                close(&connection, CloseCode::Cancelled);
+                return Err(refusal(address, err));
+            }
+        };
+        if let Err(code) = self.admit(lane, key, &connection, settled, true) {
+            close(&connection, code);
+            return Err(DialError::NotMember { key });
+        }
+        let shared = Arc::clone(&self);
+        let span = info_span!("transport-peer", %address);
+        let serve = async move { shared.serve(lane, key, &connection).await };
+        self.server.tasks.spawn(serve.instrument(span));
+        Ok(())
+    }
+
+    /// The handshake of a dialled connection, with exactly `key` at the other end.
+    pub(super) async fn dial(
+        &self,
+        lane: Lane,
+        address: SocketAddr,
+        key: NodeKey,
+        alpn: Alpn,
+    ) -> Result<Connection, DialError> {
+        let crypto = tls::client_config(&self.identity, key, alpn)
+            .map_err(|source| DialError::Tls { address, source })?;
+        let mut config = ClientConfig::new(Arc::new(crypto));
+        config.transport_config(endpoint::transport_config(lane, End::Dialler, self.path));
+        let connecting = self
+            .endpoint(lane)
+            .connect_with(config, address, SERVER_NAME)
+            .map_err(|source| DialError::Begin { address, source })?;
+        connecting.await.map_err(|err| match err {
+            ConnectionError::TransportError(err) if tls::is_key_refusal(err.code) => {
+                DialError::WrongKey {
+                    address,
+                    expected: key,
+                }
+            }
+            err => refusal(address, err.into()),
+        })
+    }
+
+    fn admit(
+        &self,
+        lane: Lane,
+        key: NodeKey,
+        connection: &Connection,
+        settled: Settled,
+        dialled: bool,
+    ) -> Result<(), CloseCode> {
+        let info = PeerInfo {
+            key,
+            lane,
+            address: connection.remote_address(),
+            dialled,
+            protocol: settled.protocol,
+            product: settled.product,
+            membership_index: settled.membership_index,
+        };
+        self.peers.admit(info, connection.clone())
+    }
+
+    fn own(&self) -> Own {
+        Own {
+            product: proto::version::PRODUCT.to_owned(),
+            membership_index: self.peers.membership().index,
+        }
+    }
+
+    pub(super) fn endpoint(&self, lane: Lane) -> &Endpoint {
+        match lane {
+            Lane::Control => &self.control,
+            Lane::Bulk => &self.bulk,
+        }
+    }
+
+    pub(super) fn endpoints(&self) -> [&Endpoint; 2] {
+        [&self.control, &self.bulk]
+    }
+
+    /// Closes every connection by name.
+    pub(super) fn cut_off(&self) {
+        let code = CloseCode::Stopping;
+        self.peers.close(code);
+        for endpoint in self.endpoints() {
+            endpoint.close(code.varint(), code.text().as_bytes());
+        }
+    }
+}
+
+/// Counts a connection of an address among those that have not said hello yet.
+struct Unproven {
+    shared: Arc<Shared>,
+    address: IpAddr,
+    /// How many there were when this one came, itself included.
+    seen: usize,
+}
+
+impl Unproven {
+    fn count(shared: Arc<Shared>, address: IpAddr) -> Self {
+        let seen = {
+            let mut counts = shared
+                .unproven
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let count = counts.entry(address).or_default();
+            *count += 1;
+            *count
+        };
+        Self {
+            shared,
+            address,
+            seen,
+        }
+    }
+}
+
+impl Drop for Unproven {
+    fn drop(&mut self) {
+        let mut counts = self
+            .shared
+            .unproven
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
+    }
+}
+
+pub(super) fn close(connection: &Connection, code: CloseCode) {
+    connection.close(code.varint(), code.text().as_bytes());
+}

@@ -1,0 +1,171 @@
+//! The member list and the live connections, under one lock.
+//!
+//! They belong together: a connection is let in and a member is removed under the same lock, so
+//! no connection can slip in between the removal and the closing of what the removed node had.
+//! Only connections whose hello succeeded are here. The lock is never held across an await.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use proto::ids::NodeKey;
+use quinn::Connection;
+use tracing::info;
+
+use crate::close::CloseCode;
+use crate::endpoint::Lane;
+use crate::gate::{self, Arrival, Membership, Verdict};
+use crate::limits::MAX_CONNECTIONS_PER_LANE;
+
+/// What is known of a live connection.
+#[derive(Clone, Debug)]
+pub struct PeerInfo {
+    /// The key it has proven.
+    pub key: NodeKey,
+    /// The endpoint it uses.
+    pub lane: Lane,
+    /// Where its packets come from.
+    pub address: SocketAddr,
+    /// Whether this node dialled it.
+    pub dialled: bool,
+    /// The protocol version settled in the hello.
+    pub protocol: u32,
+    /// The product version the peer runs.
+    pub product: String,
+    /// The log index of the peer's member list at its hello.
+    pub membership_index: u64,
+}
+
+/// One connection in the table.
+struct Live {
+    info: PeerInfo,
+    connection: Connection,
+}
+
+#[derive(Default)]
+struct State {
+    membership: Arc<Membership>,
+    /// Oldest first; never an empty list.
+    live: HashMap<(NodeKey, Lane), Vec<Live>>,
+}
+
+/// The member list and the live connections of one node.
+pub(crate) struct Peers {
+    own: NodeKey,
+    state: Mutex<State>,
+}
+
+impl Peers {
+    /// A node that knows of nobody.
+    pub(crate) fn new(own: NodeKey) -> Self {
+        Self {
+            own,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Replaces the member list and closes what removed nodes still have. Returns false, and does
+    /// nothing, for a list older than the present one.
+    pub(crate) fn set_membership(&self, membership: Membership) -> bool {
+        let mut state = self.lock();
+        if membership.index < state.membership.index {
+            return false;
+        }
+        state.live.retain(|(key, _), connections| {
+            let stays = membership.members.contains(key);
+            if !stays {
+                info!(peer = %key, "closing connections of a removed node");
+                close_all(connections, CloseCode::Removed);
+            }
+            stays
+        });
+        state.membership = Arc::new(membership);
+        true
+    }
+
+    /// The present member list.
+    pub(crate) fn membership(&self) -> Arc<Membership> {
+        Arc::clone(&self.lock().membership)
+    }
+
+    /// The gate's verdict under the present member list.
+    pub(crate) fn decide(&self, arrival: Arrival) -> Verdict {
+        gate::decide(self.own, &self.membership(), arrival)
+    }
+
+    /// Enters a connection whose hello succeeded, unless its node was removed in the meantime.
+    pub(crate) fn admit(&self, info: PeerInfo, connection: Connection) -> Result<(), CloseCode> {
+        let mut state = self.lock();
+        if !state.membership.members.contains(&info.key) {
+            return Err(CloseCode::Removed);
+        }
+        let slot = state.live.entry((info.key, info.lane)).or_default();
+        slot.push(Live { info, connection });
+        if slot.len() > MAX_CONNECTIONS_PER_LANE {
+            close_all(&slot[..1], CloseCode::Superseded);
+            slot.remove(0);
+        }
+        Ok(())
+    }
+
+    /// Takes a connection that has ended out of the table.
+    pub(crate) fn forget(&self, key: NodeKey, lane: Lane, connection: &Connection) {
+        let mut state = self.lock();
+        if let Some(slot) = state.live.get_mut(&(key, lane)) {
+            slot.retain(|live| live.connection.stable_id() != connection.stable_id());
+            if slot.is_empty() {
+                state.live.remove(&(key, lane));
+            }
+        }
+    }
+
+    /// Closes all connections by name and lets go of them: a connection's TLS session refers back
+    /// to this table, so a node that stops must empty it. They are closed here, one by one, because
+    /// the endpoint's own closing only sends each a message, and the last handle to go would be
+    /// faster and say nothing.
+    pub(crate) fn close(&self, code: CloseCode) {
+        let mut state = self.lock();
+        for connections in state.live.values() {
+            close_all(connections, code);
+        }
+        state.live.clear();
+    }
+
+    /// The newest connection to `key` that has not ended.
+    pub(crate) fn newest(&self, key: NodeKey, lane: Lane) -> Option<Connection> {
+        let state = self.lock();
+        let slot = state.live.get(&(key, lane))?;
+        let mut alive = slot.iter().rev().map(|live| &live.connection);
+        alive
+            .find(|connection| connection.close_reason().is_none())
+            .cloned()
+    }
+
+    /// All live connections.
+    pub(crate) fn list(&self) -> Vec<PeerInfo> {
+        let state = self.lock();
+        state
+            .live
+            .values()
+            .flatten()
+            .map(|live| live.info.clone())
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing under the lock can leave it half-changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Peers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Peers(of {})", self.own)
+    }
+}
+
+fn close_all(connections: &[Live], code: CloseCode) {
+    for live in connections {
+        live.connection.close(code.varint(), code.text().as_bytes());
+    }
+}

@@ -1,0 +1,69 @@
+//! The messages on a call's stream. Field numbers are for ever.
+
+use bytes::Bytes;
+
+/// The oldest protocol version this node still speaks.
+pub(crate) const OLDEST: u32 = 1;
+/// The newest protocol version this node speaks.
+pub(crate) const NEWEST: u32 = 1;
+
+/// The one frame from the caller.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Request {
+    #[prost(uint32, tag = "1")]
+    pub(crate) service: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) method: u32,
+    /// How much longer the caller waits. A duration, because two nodes' clocks differ.
+    #[prost(uint32, tag = "3")]
+    pub(crate) patience_ms: u32,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub(crate) body: Bytes,
+}
+
+/// The one frame back.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Reply {
+    /// 0 is an answer; the others are in [`status`].
+    #[prost(uint32, tag = "1")]
+    pub(crate) status: u32,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub(crate) body: Bytes,
+    #[prost(string, tag = "3")]
+    pub(crate) reason: String,
+}
+
+/// Values of [`Reply::status`].
+pub(crate) mod status {
+    pub(crate) const OK: u32 = 0;
+    pub(crate) const NOT_SERVED: u32 = 1;
+    pub(crate) const REJECTED: u32 = 2;
+    pub(crate) const BUSY: u32 = 3;
+    pub(crate) const FAILED: u32 = 4;
+    pub(crate) const DEADLINE: u32 = 5;
+    pub(crate) const TOO_LARGE: u32 = 6;
+}
+
+/// What the dialling side says of itself.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Hello {
+    #[prost(uint32, tag = "1")]
+    pub(crate) oldest: u32,
+    #[prost(uint32, tag = "2")]
+    pub(crate) newest: u32,
+    #[prost(string, tag = "3")]
+    pub(crate) product: String,
+    #[prost(uint64, tag = "4")]
+    pub(crate) membership_index: u64,
+}
+
+/// What the accepting side settles.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct HelloReply {
+    #[prost(uint32, tag = "1")]
+    pub(crate) protocol: u32,
+    #[prost(string, tag = "2")]
+    pub(crate) product: String,
+    #[prost(uint64, tag = "3")]
+    pub(crate) membership_index: u64,
+}
