@@ -21,7 +21,7 @@ mod writer;
 
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -49,6 +49,7 @@ const READ_BYTES: usize = 1024 * 1024;
 
 /// The handle to the log.
 pub(crate) struct Log {
+    dir: PathBuf,
     index: Arc<Mutex<Index>>,
     queue: mpsc::Sender<Op>,
     /// Entries up to here are covered by a durable snapshot file.
@@ -111,6 +112,7 @@ impl Log {
             })
             .map_err(|source| OpenLogError::Disk(Fault::disk("start a thread for", dir, source)))?;
         Ok(Self {
+            dir: dir.to_owned(),
             index,
             queue,
             snapshot,
@@ -228,8 +230,7 @@ impl Log {
             .unwrap_or_else(|died| Err(io::Error::other(died)));
         entries.inspect_err(|source| {
             let copy = io::Error::new(source.kind(), source.to_string());
-            self.fault
-                .file(Fault::disk("read", Path::new("raft/log"), copy));
+            self.fault.file(Fault::disk("read", &self.dir, copy));
         })
     }
 

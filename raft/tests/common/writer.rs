@@ -58,7 +58,7 @@ pub async fn check(dir: &Path, last: u64) -> Group<Toy> {
         let found: u64 = found.expect("the key is there").parse().unwrap();
         // What was written after the last note may be there too.
         assert!(
-            found >= number && (found - number) % KEYS == 0,
+            found >= number && (found - number).is_multiple_of(KEYS),
             "{number}: {found}"
         );
     }
