@@ -66,8 +66,11 @@ pub fn images() -> &'static Images {
             .map(|entry| entry.expect("readable").path())
             .find(|path| path.to_string_lossy().contains("vmlinuz-"))
             .expect("the package has a kernel");
-        let initramfs = scratch().join(format!("initramfs-{}", std::process::id()));
-        fs::write(&initramfs, initramfs_with(&package)).expect("write the initramfs");
+        let own = scratch().join(format!("initramfs-{}", std::process::id()));
+        fs::write(&own, initramfs_with(&package)).expect("write the initramfs");
+        // Another test program may be starting a guest from the old one.
+        let initramfs = scratch().join("initramfs");
+        fs::rename(&own, &initramfs).expect("rename the initramfs");
         Images { kernel, initramfs }
     })
 }
