@@ -51,8 +51,9 @@ pub const DIR_OPTION: &str = "--dir";
 
 /// Longest time a VMM may take to answer first; a busy host starts QEMU in a second.
 const VMM_UP_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long one wait for the end of the VMM lasts before the next: it has no deadline of its own.
-const LONG_WAIT: Duration = Duration::from_secs(24 * 3600);
+/// How long one wait for the end of the VMM lasts before the next. In between, the driver reads
+/// what the VMM has reported: at a few events a second they still fit into the socket by then.
+const LONG_WAIT: Duration = Duration::from_secs(300);
 /// How long the ends of the VMM's streams are waited for after its own end. They are in the pipe.
 const STREAMS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long clients that are owed the exit may take to receive it.

@@ -3,6 +3,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::vmm::qemu::qmp::QmpError;
 use crate::vmm::{Vmm, VmmError, VmmExit};
 
 /// A VMM that does as told and notes it. Its guest answers the power button if asked to.
@@ -100,8 +101,12 @@ impl Vmm for FakeVmm {
     fn quit(&self, _: Instant) -> Result<(), VmmError> {
         self.note("quit");
         if self.frozen {
-            return Err(VmmError::Busy {
-                waited: Duration::ZERO,
+            return Err(VmmError::Told {
+                verb: "quit",
+                source: QmpError::TimedOut {
+                    command: "quit",
+                    waited: Duration::ZERO,
+                },
             });
         }
         self.end(VmmExit {
