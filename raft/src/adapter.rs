@@ -331,3 +331,45 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use openraft::StorageError;
+    use openraft::testing::log::{StoreBuilder, Suite};
+
+    use super::*;
+    use crate::disk::RealDisk;
+    use crate::log::{LogOptions, MIN_SEGMENT_BYTES};
+    use crate::snapshot::Snapshots;
+    use crate::toy::Toy;
+
+    struct RealStores;
+
+    impl StoreBuilder<Types, LogStore, StateMachine<Toy>, tempfile::TempDir> for RealStores {
+        async fn build(
+            &self,
+        ) -> Result<(tempfile::TempDir, LogStore, StateMachine<Toy>), StorageError<Types>> {
+            let dir = tempfile::tempdir().unwrap();
+            let (log_dir, snap_dir) = (dir.path().join("log"), dir.path().join("snap"));
+            std::fs::create_dir(&log_dir).unwrap();
+            std::fs::create_dir(&snap_dir).unwrap();
+            let fault = FaultCell::new();
+            let options = LogOptions {
+                segment_bytes: MIN_SEGMENT_BYTES,
+                // Small, so that reads also come from the disk.
+                cache_bytes: 512,
+            };
+            let log = Log::open(&log_dir, options, Arc::new(RealDisk), fault.clone()).unwrap();
+            let log = Arc::new(log);
+            let snapshots = Snapshots::open(&snap_dir, Arc::new(RealDisk)).unwrap();
+            let state_dir = dir.path().join("state");
+            let store = Store::open(snapshots, &state_dir, Arc::clone(&log), fault).unwrap();
+            Ok((dir, LogStore(log), StateMachine(store)))
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_stores_pass_the_suite_of_openraft() {
+        Suite::test_all(RealStores).await.expect("passes");
+    }
+}

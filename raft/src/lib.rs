@@ -37,5 +37,6 @@ pub mod types;
 pub mod wire;
 
 #[cfg(test)]
+#[allow(unreachable_pub, reason = "shared with the tests of the group")]
 #[path = "../tests/common/toy.rs"]
 mod toy;

@@ -323,10 +323,10 @@ fn load_derived<M: Machine>(
     if loaded.position.applied < covered {
         return Err(Doubt::Wrong("it is older than the newest snapshot"));
     }
-    if let Some(applied) = loaded.position.applied {
-        if log.id_at(applied.index).is_some_and(|id| id != applied) {
-            return Err(Doubt::Wrong("it contradicts the log"));
-        }
+    let applied = loaded.position.applied;
+    let in_log = applied.and_then(|applied| log.id_at(applied.index));
+    if in_log.is_some() && in_log != applied {
+        return Err(Doubt::Wrong("it contradicts the log"));
     }
     let (derived, position, rows) = Derived::start(dir, loaded).map_err(Doubt::Thread)?;
     if position.applied.is_none() {

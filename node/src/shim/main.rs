@@ -27,7 +27,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
+use nix::sys::wait::waitpid;
+use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 use proto::version;
 use proto::wire::shim::Status;
 
@@ -50,8 +51,9 @@ pub const DIR_OPTION: &str = "--dir";
 
 /// Longest time a VMM may take to answer first; a busy host starts QEMU in a second.
 const VMM_UP_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long one wait for the end of the VMM lasts before the next: it has no deadline of its own.
-const LONG_WAIT: Duration = Duration::from_secs(24 * 3600);
+/// How long one wait for the end of the VMM lasts before the next. In between, the driver reads
+/// what the VMM has reported: at a few events a second they still fit into the socket by then.
+const LONG_WAIT: Duration = Duration::from_secs(300);
 /// How long the ends of the VMM's streams are waited for after its own end. They are in the pipe.
 const STREAMS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long clients that are owed the exit may take to receive it.
@@ -82,9 +84,9 @@ pub fn main(args: &[OsString]) -> ExitCode {
     };
     let forked = io::pipe().and_then(|pipe| Ok((pipe, fork()?)));
     match forked {
-        Ok(((report, ours), Side::Parent(_))) => {
+        Ok(((report, ours), Side::Parent(shim))) => {
             drop(ours);
-            await_report(report)
+            await_report(report, shim)
         }
         Ok(((theirs, report), Side::Child)) => {
             drop(theirs);
@@ -95,10 +97,15 @@ pub fn main(args: &[OsString]) -> ExitCode {
 }
 
 /// The starter's half: waits for the verdict, which a shim that dies gives by closing the pipe.
-fn await_report(report: PipeReader) -> ExitCode {
+fn await_report(report: PipeReader, shim: Pid) -> ExitCode {
     let mut said = String::new();
-    match report.take(MAX_REASON_BYTES).read_to_string(&mut said) {
-        Ok(_) if said == UP => ExitCode::SUCCESS,
+    let heard = report.take(MAX_REASON_BYTES).read_to_string(&mut said);
+    if heard.is_ok() && said == UP {
+        return ExitCode::SUCCESS;
+    }
+    // It is ending. Whoever hears its reason may rely on nothing of it being left.
+    let _reaped = waitpid(shim, None);
+    match heard {
         Ok(_) if said.is_empty() => complain("it ended without giving a reason"),
         Ok(_) => complain(said.trim_end()),
         Err(err) => complain(&format!("hear from the shim: {err}")),

@@ -210,6 +210,10 @@ impl Server {
 
     fn answer(&self, request: Request, client: BorrowedFd<'_>) -> io::Result<Answer> {
         Ok(match request.call {
+            // A shim on its way out is not alive: what became of the guest is on disk.
+            Some(Call::Hello(wire::Hello {})) if self.ending.record.get().is_some() => {
+                failure("the VMM has ended")
+            }
             Some(Call::Hello(wire::Hello {})) => Answer::Status(self.status.clone()),
             Some(Call::WaitExit(wire::WaitExit {})) => {
                 match self.ending.wait(None, Some(client))? {
@@ -292,5 +296,112 @@ impl Drop for Asking<'_> {
     fn drop(&mut self) {
         self.0.lock().asking -= 1;
         self.0.quiet.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::units::Stamp;
+
+    use super::*;
+    use crate::vmm::VmmExit;
+    use crate::vmm::fake::FakeVmm;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    /// A server for `vmm`, with somebody to announce its end, as the main thread would.
+    fn serve(vmm: FakeVmm) -> (Arc<Server>, Arc<FakeVmm>) {
+        let vmm = Arc::new(vmm);
+        let server = Server::new(wire::Status::default(), vmm.clone()).expect("pipes");
+        let (main, theirs) = (server.clone(), vmm.clone());
+        thread::spawn(move || {
+            if let Ok(Some(exit)) = theirs.wait(Instant::now() + SOON) {
+                let asked = main.ending.asked();
+                main.ending
+                    .announce(ExitRecord::new(exit, asked, String::new(), Stamp(0)));
+            }
+        });
+        (server, vmm)
+    }
+
+    fn dial(server: &Arc<Server>) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        server.start(theirs).expect("a thread");
+        ours.set_read_timeout(Some(SOON)).expect("set");
+        ours
+    }
+
+    fn ask(stream: &mut UnixStream, call: Call) -> Option<Answer> {
+        protocol::write(stream, &Request { call: Some(call) }).expect("sent");
+        let answered: Option<Response> = protocol::read(stream).expect("readable");
+        answered?.answer
+    }
+
+    fn stop(grace_ms: u32) -> Call {
+        Call::Stop(wire::Stop { grace_ms })
+    }
+
+    #[test]
+    fn a_guest_that_obeys_is_only_told_once() {
+        let (server, vmm) = serve(FakeVmm::obedient());
+        let answer = ask(&mut dial(&server), stop(5000));
+        assert!(matches!(answer, Some(Answer::Exit(exit)) if exit.asked));
+        assert_eq!(vmm.told(), ["shutdown"]);
+    }
+
+    #[test]
+    fn a_guest_that_ignores_its_button_is_ended_after_the_grace() {
+        let (server, vmm) = serve(FakeVmm::stubborn());
+        ask(&mut dial(&server), stop(1));
+        assert_eq!(vmm.told(), ["shutdown", "quit"]);
+    }
+
+    #[test]
+    fn a_vmm_that_does_not_listen_is_killed() {
+        let (server, vmm) = serve(FakeVmm::frozen());
+        let answer = ask(&mut dial(&server), stop(0));
+        assert!(matches!(answer, Some(Answer::Exit(exit)) if exit.signal == 9));
+        assert_eq!(vmm.told(), ["quit", "kill"]);
+    }
+
+    #[test]
+    fn an_end_nobody_asked_for_is_told_as_such() {
+        let (server, vmm) = serve(FakeVmm::stubborn());
+        let mut stream = dial(&server);
+        vmm.end(VmmExit::default());
+        let answer = ask(&mut stream, Call::WaitExit(wire::WaitExit {}));
+        assert!(matches!(answer, Some(Answer::Exit(exit)) if !exit.asked));
+        // And from then on the shim does not pass for alive.
+        let hello = ask(&mut stream, Call::Hello(wire::Hello {}));
+        assert!(matches!(hello, Some(Answer::Failure(_))), "{hello:?}");
+    }
+
+    #[test]
+    fn a_waiting_client_that_hangs_up_gives_its_place_back() {
+        let (server, _vmm) = serve(FakeVmm::stubborn());
+        for _ in 0..2 * MAX_CLIENTS {
+            let mut stream = dial(&server);
+            let request = Request {
+                call: Some(Call::WaitExit(wire::WaitExit {})),
+            };
+            protocol::write(&mut stream, &request).expect("sent");
+            drop(stream);
+            server.wait_quiet(Instant::now() + SOON);
+        }
+        let deadline = Instant::now() + SOON;
+        while server.lock().connected > 0 {
+            assert!(Instant::now() < deadline, "places are lost");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn clients_past_the_limit_are_let_go() {
+        let (server, _vmm) = serve(FakeVmm::stubborn());
+        let crowd: Vec<UnixStream> = (0..MAX_CLIENTS).map(|_| dial(&server)).collect();
+        let mut late = dial(&server);
+        let answered = protocol::read::<Response>(&mut late);
+        assert!(matches!(answered, Ok(None)), "{answered:?}");
+        drop(crowd);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use crate::base::remedy::Remedy;
 use crate::vmm::qemu::qmp::QmpError;
@@ -123,12 +122,6 @@ pub enum VmmError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The deadline passed before the VMM could be asked.
-    #[error("the VMM was still busy after {waited:?}")]
-    Busy {
-        /// How long the caller waited.
-        waited: Duration,
-    },
 }
 
 impl VmmError {
@@ -137,7 +130,6 @@ impl VmmError {
     pub fn remedy(&self) -> Remedy {
         match self {
             Self::Told { .. } => Remedy::BlameGuest,
-            Self::Busy { .. } => Remedy::RetryLater,
             Self::Kill { .. } | Self::Wait { .. } => Remedy::CallOperator,
         }
     }

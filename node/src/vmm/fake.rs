@@ -1,14 +1,16 @@
 //! A VMM without a process, for tests of what surrounds one.
 
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::vmm::qemu::qmp::QmpError;
 use crate::vmm::{Vmm, VmmError, VmmExit};
 
 /// A VMM that does as told and notes it. Its guest answers the power button if asked to.
 #[derive(Debug, Default)]
 pub struct FakeVmm {
     obedient: bool,
+    frozen: bool,
     state: Mutex<State>,
     ended: Condvar,
 }
@@ -33,6 +35,15 @@ impl FakeVmm {
     #[must_use]
     pub fn stubborn() -> Self {
         Self::default()
+    }
+
+    /// A VMM that only a kill can end.
+    #[must_use]
+    pub fn frozen() -> Self {
+        Self {
+            frozen: true,
+            ..Self::default()
+        }
     }
 
     /// What it was told so far, in order.
@@ -89,6 +100,15 @@ impl Vmm for FakeVmm {
 
     fn quit(&self, _: Instant) -> Result<(), VmmError> {
         self.note("quit");
+        if self.frozen {
+            return Err(VmmError::Told {
+                verb: "quit",
+                source: QmpError::TimedOut {
+                    command: "quit",
+                    waited: Duration::ZERO,
+                },
+            });
+        }
         self.end(VmmExit {
             code: Some(0),
             signal: None,

@@ -4,9 +4,11 @@
 //! taken away, and the death signal comes last, because changes of credentials clear it. Only
 //! async-signal-safe calls are made, on values that were prepared before the fork.
 //!
-//! A VMM keeps two capabilities, both about reading files: images may lie below a directory that
-//! only a person, not root, may enter. It loses all others, may gain none, writes no core files
-//! (they would hold the guest's memory) and holds only the descriptors named.
+//! A VMM keeps one capability, that of reading files and entering directories: images may lie
+//! below a directory that only a person, not root, may enter. It loses all others, may gain none,
+//! writes no core files (they would hold the guest's memory) and holds only the descriptors
+//! named. It still has root's user id, so it may write what belongs to root; handing it its files
+//! as descriptors and an id of its own is the next step.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -23,8 +25,8 @@ use nix::unistd::{ForkResult, Pid, getppid};
 
 /// Descriptors a VMM may have open: its own few dozen, with room for threads and block jobs.
 const MAX_OPEN_FILES: u64 = 512;
-/// `CAP_DAC_OVERRIDE` and `CAP_DAC_READ_SEARCH`: see the head of this file.
-const KEPT_CAPABILITIES: [libc::c_ulong; 2] = [1, 2];
+/// `CAP_DAC_READ_SEARCH`: see the head of this file.
+const KEPT_CAPABILITY: libc::c_ulong = 2;
 /// Past the last capability of any kernel; the loop ends at the first that does not exist.
 const CAPABILITY_END: libc::c_ulong = 64;
 
@@ -138,10 +140,10 @@ pub fn pidfd_kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// Takes all but [`KEPT_CAPABILITIES`] out of the bounding set, so `exec` cannot give them back.
+/// Takes all but [`KEPT_CAPABILITY`] out of the bounding set, so `exec` cannot give them back.
 fn drop_capabilities() -> Result<(), Errno> {
     for capability in 0..CAPABILITY_END {
-        if KEPT_CAPABILITIES.contains(&capability) {
+        if capability == KEPT_CAPABILITY {
             continue;
         }
         // SAFETY: the arguments of this prctl are integers.

@@ -30,8 +30,9 @@ use crate::vmm::{Accelerator, VmmSpec, spawn};
 /// What a guest that runs prints on its console.
 pub const OK_LINE: &str = "wrenn-probe: ok";
 
-/// Longest a probe's guest may take under KVM; one second is usual.
-const KVM_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest a probe's guest may take under KVM; one second is usual. A KVM that cannot run Linux
+/// often just spins, so this is also what such a host waits at its first start.
+const KVM_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest under TCG: two seconds are usual, ten on a busy host with one core.
 const TCG_TIMEOUT: Duration = Duration::from_secs(45);
 /// Memory of a probe's guest: its kernel, its initramfs, and room.

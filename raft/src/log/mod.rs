@@ -21,7 +21,7 @@ mod writer;
 
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -49,6 +49,7 @@ const READ_BYTES: usize = 1024 * 1024;
 
 /// The handle to the log.
 pub(crate) struct Log {
+    dir: PathBuf,
     index: Arc<Mutex<Index>>,
     queue: mpsc::Sender<Op>,
     /// Entries up to here are covered by a durable snapshot file.
@@ -105,9 +106,13 @@ impl Log {
         writer.begin().map_err(OpenLogError::Disk)?;
         let thread = thread::Builder::new()
             .name("raft-log".into())
-            .spawn(move || writer.run(ops))
+            .spawn(move || {
+                let _report = ReportPanic(writer.fault.clone());
+                writer.run(ops);
+            })
             .map_err(|source| OpenLogError::Disk(Fault::disk("start a thread for", dir, source)))?;
         Ok(Self {
+            dir: dir.to_owned(),
             index,
             queue,
             snapshot,
@@ -225,8 +230,7 @@ impl Log {
             .unwrap_or_else(|died| Err(io::Error::other(died)));
         entries.inspect_err(|source| {
             let copy = io::Error::new(source.kind(), source.to_string());
-            self.fault
-                .file(Fault::disk("read", Path::new("raft/log"), copy));
+            self.fault.file(Fault::disk("read", &self.dir, copy));
         })
     }
 
@@ -254,6 +258,18 @@ impl Log {
             if thread.join().is_err() {
                 self.fault.file(Fault::Died("log"));
             }
+        }
+    }
+}
+
+/// Files a fault if the thread that holds it panics: waiting callbacks are dropped then, and openraft
+/// alone would wait for them for ever.
+struct ReportPanic(FaultCell);
+
+impl Drop for ReportPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.file(Fault::Died("log"));
         }
     }
 }
@@ -292,3 +308,6 @@ fn read_entry(place: Place, file: &dyn LogFile, id: LogId) -> io::Result<Entry> 
         .filter(|entry| entry.log_id == id)
         .ok_or_else(damaged)
 }
+
+#[cfg(test)]
+mod tests;

@@ -123,16 +123,15 @@ pub(super) fn recover(
             let gap = numbers[0] + at as u64;
             return Err(OpenLogError::Missing(segment::path(dir, gap)));
         }
-        let may_be_unsynced = at + 2 >= numbers.len();
-        let scanned = scan(dir, number, may_be_unsynced, &mut index, disk)?;
-        if let Some(before) = newest.take().filter(|before| !before.sealed) {
-            if at + 1 < numbers.len() || !scanned.is_empty() || scanned.has_tail() {
+        let is_last = at + 1 == numbers.len();
+        if let Some(before) = newest.as_ref().filter(|before| !before.sealed) {
+            if !is_last || !drop_if_unused(dir, number, disk)? {
                 return Err(before.corrupt("an unreadable record before the newest segment"));
             }
-            drop_empty(&scanned, dir, disk).map_err(OpenLogError::Disk)?;
-            newest = Some(before);
             break;
         }
+        let may_be_unsynced = at + 2 >= numbers.len();
+        let scanned = scan(dir, number, may_be_unsynced, &mut index, disk)?;
         index.add_file(number, scanned.segment.file.clone());
         kept.push(Kept {
             number,
@@ -213,11 +212,19 @@ fn zero_tail(newest: &Scanned) -> Result<(), Fault> {
         .map_err(|source| Fault::disk("cut the torn tail of", &newest.segment.path, source))
 }
 
-fn drop_empty(scanned: &Scanned, dir: &Path, disk: &dyn Disk) -> Result<(), Fault> {
+/// Removes the newest segment if nothing was ever written to it: the crash came between its
+/// naming and the seal of the one before.
+fn drop_if_unused(dir: &Path, number: u64, disk: &dyn Disk) -> Result<bool, OpenLogError> {
+    let scanned = scan(dir, number, true, &mut Index::new(0), disk)?;
+    if !scanned.is_empty() || scanned.has_tail() {
+        return Ok(false);
+    }
     let path = &scanned.segment.path;
-    disk.remove(path)
-        .and_then(|()| disk.sync_dir(dir))
-        .map_err(|source| Fault::disk("remove unused log segment", path, source))
+    let removed = disk.remove(path).and_then(|()| disk.sync_dir(dir));
+    removed.map_err(|source| {
+        OpenLogError::Disk(Fault::disk("remove unused log segment", path, source))
+    })?;
+    Ok(true)
 }
 
 fn scan(

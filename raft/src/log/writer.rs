@@ -291,9 +291,11 @@ impl Writer {
     }
 
     fn take_next(&mut self) -> Result<Spare, Fault> {
-        match self.next.take() {
-            Some(making) => making.join().unwrap_or(Err(Fault::Died("log segment"))),
-            None => self.make_next(),
+        let made = self.next.take().map(JoinHandle::join);
+        match made {
+            Some(Ok(Ok(next))) => Ok(next),
+            // What failed in the background may work by now: nothing was promised on it.
+            _ => self.make_next(),
         }
     }
 

@@ -10,6 +10,7 @@
 
 pub mod disk;
 pub mod toy;
+pub mod writer;
 
 use std::path::Path;
 use std::sync::Arc;

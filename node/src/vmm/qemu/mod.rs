@@ -15,6 +15,8 @@ use crate::vmm::{Vmm, VmmError, VmmExit};
 
 /// How long a dead QEMU's last events are looked for; they are in the socket already.
 const LAST_EVENTS: Duration = Duration::from_millis(100);
+/// How long a living QEMU's events are looked for: what has come is in the socket already.
+const GLANCE: Duration = Duration::from_millis(2);
 
 /// One running QEMU.
 #[derive(Debug)]
@@ -75,6 +77,8 @@ impl Vmm for Qemu {
 
     fn wait(&self, deadline: Instant) -> Result<Option<VmmExit>, VmmError> {
         let Some(mut exit) = self.process.wait(deadline)? else {
+            // Events that nobody reads would pile up in QEMU's memory, and guests cause some.
+            self.qmp.drain(Instant::now() + GLANCE);
             return Ok(None);
         };
         exit.reason = self.last_words();

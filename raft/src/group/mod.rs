@@ -17,6 +17,11 @@
 //! Stopping, in order: openraft's core (no new work), its runtime (state machine, snapshots), the
 //! log's thread (writes and syncs what is queued), the derived state (flushed), the folder's lock.
 
+mod config;
+mod error;
+mod metrics;
+mod open;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,24 +32,29 @@ use openraft::errors::{
     ClientWriteError, Fatal, ForwardReason, ForwardToLeader, InitializeError,
     LinearizableReadError, RaftError,
 };
-use openraft::{Config, Raft, ReadPolicy, ServerState, SnapshotPolicy};
+use openraft::{Raft, ReadPolicy};
 use proto::ids::NodeId;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time;
 
+pub use self::config::{GroupConfig, Timeouts};
+pub use self::error::{BootstrapError, OpenError, ProposeError, ReadError};
+pub use self::metrics::{Member, Metrics, Role};
+
+use self::error::Ended;
+use self::open::Opened;
 use crate::adapter::{LogStore, Networks, StateMachine};
 use crate::disk::{Disk, RealDisk};
 use crate::fault::{Fault, FaultCell};
-use crate::identity::{ClaimError, Home};
+use crate::identity::Home;
 use crate::link::Link;
-use crate::log::{Log, LogOptions, OpenLogError};
 use crate::machine::Machine;
 use crate::peer::{self, Request};
-use crate::snapshot::{SnapshotFile, Snapshots};
-use crate::store::{Files, OpenStoreError, Store, View};
-use crate::types::{DiskId, Node, ProposalBytes, SnapshotMeta, Types, Vote};
+use crate::snapshot::{self, SnapshotFile};
+use crate::store::{Files, View};
+use crate::types::{Node, ProposalBytes, SnapshotMeta, Types, Vote};
 
 /// Threads of openraft's runtime: its core, and one more so that a long apply does not hold up
 /// heartbeats.
@@ -63,231 +73,6 @@ const LEASE_RETRY: Duration = Duration::from_millis(5);
 pub const MAX_PROPOSAL_BYTES: usize = 1024 * 1024;
 /// Share of a segment one proposal may take.
 const PROPOSALS_PER_SEGMENT: usize = 4;
-/// Entries openraft purges at once: each purge costs a sync.
-const PURGE_ENTRIES: u64 = 1000;
-
-/// When a member believes that the leader is gone.
-#[derive(Clone, Copy, Debug)]
-pub struct Timeouts {
-    /// Time between two heartbeats.
-    pub heartbeat: Duration,
-    /// Shortest silence after which a member stands for election.
-    pub election_min: Duration,
-    /// Longest one. A failover takes about this plus a random time between the two.
-    pub election_max: Duration,
-}
-
-impl Default for Timeouts {
-    /// For a LAN: a failover in about 0.9 s. Shorter ones are too tight for a host that also
-    /// boots guests.
-    fn default() -> Self {
-        Self {
-            heartbeat: Duration::from_millis(100),
-            election_min: Duration::from_millis(300),
-            election_max: Duration::from_millis(500),
-        }
-    }
-}
-
-/// How a group is laid out.
-#[derive(Clone, Debug)]
-pub struct GroupConfig {
-    /// Log, snapshots, identity. This is the truth: it must be on a disk that keeps its word.
-    pub dir: PathBuf,
-    /// The derived state; may be deleted while the node is down.
-    pub state_dir: PathBuf,
-    /// This member.
-    pub node_id: NodeId,
-    /// What the membership shall say about it.
-    pub node: Node,
-    /// Election timing.
-    pub timeouts: Timeouts,
-    /// Size of one log segment.
-    pub segment_bytes: u32,
-    /// Most bytes of log entries kept in memory for members that lag.
-    pub cache_bytes: usize,
-    /// Entries between two snapshots. Twice as many stay in the log behind the newest, so that a
-    /// short absence costs no snapshot and the older snapshot stays usable.
-    pub snapshot_entries: u64,
-}
-
-impl GroupConfig {
-    /// The usual layout.
-    #[must_use]
-    pub fn new(
-        dir: impl Into<PathBuf>,
-        state_dir: impl Into<PathBuf>,
-        node_id: NodeId,
-        node: Node,
-    ) -> Self {
-        Self {
-            dir: dir.into(),
-            state_dir: state_dir.into(),
-            node_id,
-            node,
-            timeouts: Timeouts::default(),
-            segment_bytes: 64 * 1024 * 1024,
-            cache_bytes: 8 * 1024 * 1024,
-            snapshot_entries: 5000,
-        }
-    }
-}
-
-/// Why a group cannot be opened. All but [`Self::InUse`] and [`Self::Config`] need an operator.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// Another process has it open.
-    #[error("{} is in use by another process", .0.display())]
-    InUse(PathBuf),
-    /// The log was removed but the disk's identity is still there. This member has forgotten what
-    /// it voted for: remove it from the cluster and let it join anew.
-    #[error("the log in {} is gone: this node must join anew", .0.display())]
-    LogGone(PathBuf),
-    /// The reverse: a log whose identity was removed.
-    #[error("{} is gone: this node must join anew", .0.display())]
-    IdentityGone(PathBuf),
-    /// The cluster knows this node with another disk.
-    #[error("this node's disk is {here}, the cluster knows it by {known}: it must join anew")]
-    OtherDisk {
-        /// The identity found here.
-        here: DiskId,
-        /// The one in the membership.
-        known: DiskId,
-    },
-    /// The log cannot be read.
-    #[error("open the log in {}", .0.display())]
-    Log(PathBuf, #[source] OpenLogError),
-    /// No usable state.
-    #[error("open the state")]
-    Store(#[from] OpenStoreError),
-    /// The disk refused.
-    #[error("open {}", .0.display())]
-    Disk(PathBuf, #[source] std::io::Error),
-    /// A snapshot folder that cannot be used.
-    #[error("open the snapshots")]
-    Snapshots(#[source] Fault),
-    /// Contradicting settings.
-    #[error("the timeouts contradict each other: {0}")]
-    Config(String),
-    /// openraft refuses what it found.
-    #[error("start raft: {0}")]
-    Core(String),
-}
-
-/// Why a proposal brought no answer.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum ProposeError {
-    /// Definitely not taken: ask the leader, or, if none is known, try again soon.
-    #[error("this node is not the leader")]
-    NotLeader {
-        /// Who is, as far as is known.
-        leader: Option<(NodeId, Node)>,
-    },
-    /// Definitely not taken, nor will it ever be: the caller must make it smaller.
-    #[error("a proposal of {bytes} bytes exceeds {limit}")]
-    TooLarge {
-        /// Its size.
-        bytes: usize,
-        /// The largest allowed.
-        limit: usize,
-    },
-    /// The deadline passed. It may have been applied, or may still be: repeat it under the same
-    /// request id.
-    #[error("no answer before the deadline; the outcome is unknown")]
-    Timeout,
-    /// Leadership moved while it was under way; like [`Self::Timeout`].
-    #[error("the leader changed; the outcome is unknown")]
-    LeaderChanged,
-    /// The group was shut down; like [`Self::Timeout`] for proposals that were under way.
-    #[error("the group was shut down")]
-    Stopped,
-    /// This member is broken; the outcome is unknown. An operator must act.
-    #[error("this node cannot go on")]
-    Fatal(#[source] Arc<Fault>),
-}
-
-/// Why a read is not known to be current.
-#[derive(Debug, Clone, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReadError {
-    /// Ask the leader, or, if none is known, try again soon.
-    #[error("this node is not the leader")]
-    NotLeader {
-        /// Who is, as far as is known.
-        leader: Option<(NodeId, Node)>,
-    },
-    /// Too few voters answered.
-    #[error("no quorum answers")]
-    NoQuorum,
-    /// The group was shut down.
-    #[error("the group was shut down")]
-    Stopped,
-    /// This member is broken. An operator must act.
-    #[error("this node cannot go on")]
-    Fatal(#[source] Arc<Fault>),
-}
-
-/// Why a cluster of one could not be formed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BootstrapError {
-    /// It did not become ready in time; trying again is safe.
-    #[error("not ready after {0:?}")]
-    TimedOut(Duration),
-    /// The group was shut down.
-    #[error("the group was shut down")]
-    Stopped,
-    /// This member is broken. An operator must act.
-    #[error("this node cannot go on")]
-    Fatal(#[source] Arc<Fault>),
-}
-
-/// What a member is at the moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Takes proposals. Whether it may at this very moment only a proposal tells.
-    Leader,
-    /// Votes and follows.
-    Follower,
-    /// Stands for election.
-    Candidate,
-    /// Receives the log, does not vote.
-    Learner,
-    /// Stopped, or broken.
-    Stopped,
-}
-
-/// One member as the membership has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Member {
-    /// Its record.
-    pub node: Node,
-    /// Whether it counts for the quorum.
-    pub voter: bool,
-}
-
-/// How a group is doing.
-#[derive(Clone, Debug)]
-pub struct Metrics {
-    /// What this member is.
-    pub role: Role,
-    /// Its term.
-    pub term: u64,
-    /// Who leads, as far as is known.
-    pub leader: Option<NodeId>,
-    /// The last entry in its log.
-    pub last_log: Option<u64>,
-    /// The last entry applied to its state.
-    pub applied: Option<u64>,
-    /// The entry its newest snapshot covers.
-    pub snapshot: Option<u64>,
-    /// The last entry purged from its log.
-    pub purged: Option<u64>,
-    /// All members, by id.
-    pub members: BTreeMap<NodeId, Member>,
-}
 
 /// One member's part of the replicated state; clones are handles to the same.
 pub struct Group<M: Machine> {
@@ -345,7 +130,7 @@ impl<M: Machine> Group<M> {
         link: impl Link,
         disk: Arc<dyn Disk>,
     ) -> Result<Self, OpenError> {
-        let raft_config = raft_config(&config)?;
+        let raft_config = config::raft_config(&config)?;
         let opening = config.clone();
         let opened = spawn_blocking(move || Opened::<M>::open(&opening, disk)).await;
         let opened = opened.map_err(|died| OpenError::Core(died.to_string()))??;
@@ -511,7 +296,7 @@ impl<M: Machine> Group<M> {
         if self.inner.files.fault.get().is_some() {
             return Role::Stopped;
         }
-        role_of(self.inner.raft.metrics().borrow_watched().state)
+        metrics::role_of(self.inner.raft.metrics().borrow_watched().state)
     }
 
     /// How the group is doing.
@@ -519,25 +304,7 @@ impl<M: Machine> Group<M> {
     pub fn metrics(&self) -> Metrics {
         // Cloned at once: a borrow would block openraft's core.
         let metrics = self.inner.raft.metrics().borrow_watched().clone();
-        let membership = metrics.membership_config.membership().clone();
-        let voters: Vec<u64> = membership.voter_ids().collect();
-        let members = membership.nodes().map(|(&id, node)| {
-            let member = Member {
-                node: node.clone(),
-                voter: voters.contains(&id),
-            };
-            (NodeId(id), member)
-        });
-        Metrics {
-            role: self.role(),
-            term: metrics.current_term,
-            leader: metrics.current_leader.map(NodeId),
-            last_log: metrics.last_log_index,
-            applied: metrics.last_applied.map(|id| id.index),
-            snapshot: metrics.snapshot.map(|id| id.index),
-            purged: metrics.purged.map(|id| id.index),
-            members: members.collect(),
-        }
+        Metrics::new(self.role(), &metrics)
     }
 
     /// This member's record, with the identity of its disk.
@@ -606,6 +373,15 @@ impl<M: Machine> Group<M> {
     }
 
     async fn install(&self, vote: Vote, meta: SnapshotMeta, path: PathBuf) -> Vec<u8> {
+        // Checked before openraft gets it: a transfer gone wrong must not stop this member.
+        let file = path.clone();
+        let read = spawn_blocking(move || snapshot::read(&file)).await;
+        match read {
+            Ok(Ok(loaded)) if loaded.meta == meta => {}
+            Ok(Ok(_)) => return peer::answer_stopped("another snapshot than announced".into()),
+            Ok(Err(err)) => return peer::answer_stopped(err.to_string()),
+            Err(died) => return peer::answer_stopped(died.to_string()),
+        }
         let snapshot = openraft::Snapshot {
             meta,
             snapshot: SnapshotFile { path },
@@ -654,104 +430,6 @@ impl<M: Machine> Inner<M> {
     }
 }
 
-/// Why the core answers no more.
-enum Ended {
-    Stopped,
-    Fault(Arc<Fault>),
-}
-
-impl From<Ended> for ProposeError {
-    fn from(ended: Ended) -> Self {
-        match ended {
-            Ended::Stopped => Self::Stopped,
-            Ended::Fault(fault) => Self::Fatal(fault),
-        }
-    }
-}
-
-impl From<Ended> for ReadError {
-    fn from(ended: Ended) -> Self {
-        match ended {
-            Ended::Stopped => Self::Stopped,
-            Ended::Fault(fault) => Self::Fatal(fault),
-        }
-    }
-}
-
-impl From<Ended> for BootstrapError {
-    fn from(ended: Ended) -> Self {
-        match ended {
-            Ended::Stopped => Self::Stopped,
-            Ended::Fault(fault) => Self::Fatal(fault),
-        }
-    }
-}
-
-/// Everything on disk, open.
-struct Opened<M> {
-    home: Home,
-    disk_id: DiskId,
-    store: Store<M>,
-}
-
-impl<M: Machine> Opened<M> {
-    fn open(config: &GroupConfig, disk: Arc<dyn Disk>) -> Result<Self, OpenError> {
-        let home = Home::claim(&config.dir, disk.as_ref()).map_err(|err| match err {
-            ClaimError::Taken => OpenError::InUse(config.dir.clone()),
-            ClaimError::Io(source) => OpenError::Disk(config.dir.clone(), source),
-        })?;
-        let fault = FaultCell::new();
-        let (log, disk_id) = open_log(&home, config, &disk, &fault)?;
-        let snapshots =
-            Snapshots::open(&home.snapshot_dir(), disk).map_err(OpenError::Snapshots)?;
-        let store = Store::open(snapshots, &config.state_dir, Arc::new(log), fault)?;
-        check_disk(&store, config.node_id, disk_id)?;
-        Ok(Self {
-            home,
-            disk_id,
-            store,
-        })
-    }
-}
-
-fn open_log(
-    home: &Home,
-    config: &GroupConfig,
-    disk: &Arc<dyn Disk>,
-    fault: &FaultCell,
-) -> Result<(Log, DiskId), OpenError> {
-    let io = |source| OpenError::Disk(home.id_path(), source);
-    let known = home.disk_id().map_err(io)?;
-    if known.is_some() && !home.has_log().map_err(io)? {
-        return Err(OpenError::LogGone(home.log_dir()));
-    }
-    let options = LogOptions {
-        segment_bytes: config.segment_bytes,
-        cache_bytes: config.cache_bytes,
-    };
-    let log = Log::open(&home.log_dir(), options, Arc::clone(disk), fault.clone())
-        .map_err(|source| OpenError::Log(home.log_dir(), source))?;
-    match known {
-        Some(id) => Ok((log, id)),
-        None if log.was_pristine() => {
-            let id = home.make_disk_id(disk.as_ref()).map_err(io)?;
-            Ok((log, id))
-        }
-        None => Err(OpenError::IdentityGone(home.id_path())),
-    }
-}
-
-fn check_disk<M: Machine>(store: &Store<M>, id: NodeId, here: DiskId) -> Result<(), OpenError> {
-    let membership = store.position().membership.membership();
-    match membership.get_node(&id.0) {
-        Some(node) if node.disk != here => Err(OpenError::OtherDisk {
-            here,
-            known: node.disk,
-        }),
-        _ => Ok(()),
-    }
-}
-
 fn core_runtime() -> std::io::Result<Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(CORE_THREADS)
@@ -759,24 +437,6 @@ fn core_runtime() -> std::io::Result<Runtime> {
         .thread_name("raft-core")
         .enable_time()
         .build()
-}
-
-fn raft_config(config: &GroupConfig) -> Result<Config, OpenError> {
-    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-    let wanted = Config {
-        cluster_name: "wrenn".into(),
-        heartbeat_interval: millis(config.timeouts.heartbeat),
-        election_timeout_min: millis(config.timeouts.election_min),
-        election_timeout_max: millis(config.timeouts.election_max),
-        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_entries),
-        max_in_snapshot_log_to_keep: config.snapshot_entries.saturating_mul(2),
-        purge_batch_size: PURGE_ENTRIES.min(config.snapshot_entries),
-        enable_pre_vote: Some(true),
-        ..Config::default()
-    };
-    wanted
-        .validate()
-        .map_err(|err| OpenError::Config(err.to_string()))
 }
 
 /// Files a fault when openraft ends by itself, so that nobody has to propose to find out.
@@ -802,12 +462,5 @@ fn leader_of(forward: ForwardToLeader<Types>) -> Option<(NodeId, Node)> {
     Some((NodeId(forward.leader_id?), forward.leader_node?))
 }
 
-const fn role_of(state: ServerState) -> Role {
-    match state {
-        ServerState::Leader => Role::Leader,
-        ServerState::Follower => Role::Follower,
-        ServerState::Candidate => Role::Candidate,
-        ServerState::Learner => Role::Learner,
-        ServerState::Shutdown => Role::Stopped,
-    }
-}
+#[cfg(test)]
+mod tests;

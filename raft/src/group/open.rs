@@ -1,0 +1,82 @@
+//! Opening everything a group has on disk, in the order of trust: folder and lock, log and
+//! identity, snapshots, state. Blocks.
+
+use std::sync::Arc;
+
+use proto::ids::NodeId;
+
+use super::{GroupConfig, OpenError};
+use crate::disk::Disk;
+use crate::fault::FaultCell;
+use crate::identity::{ClaimError, Home};
+use crate::log::{Log, LogOptions};
+use crate::machine::Machine;
+use crate::snapshot::Snapshots;
+use crate::store::Store;
+use crate::types::DiskId;
+
+/// Everything on disk, open.
+pub(super) struct Opened<M> {
+    pub(super) home: Home,
+    pub(super) disk_id: DiskId,
+    pub(super) store: Store<M>,
+}
+
+impl<M: Machine> Opened<M> {
+    /// Finds or makes the group's files.
+    pub(super) fn open(config: &GroupConfig, disk: Arc<dyn Disk>) -> Result<Self, OpenError> {
+        let home = Home::claim(&config.dir, disk.as_ref()).map_err(|err| match err {
+            ClaimError::Taken => OpenError::InUse(config.dir.clone()),
+            ClaimError::Io(source) => OpenError::Disk(config.dir.clone(), source),
+        })?;
+        let fault = FaultCell::new();
+        let (log, disk_id) = open_log(&home, config, &disk, &fault)?;
+        let snapshots =
+            Snapshots::open(&home.snapshot_dir(), disk).map_err(OpenError::Snapshots)?;
+        let store = Store::open(snapshots, &config.state_dir, Arc::new(log), fault)?;
+        check_disk(&store, config.node_id, disk_id)?;
+        Ok(Self {
+            home,
+            disk_id,
+            store,
+        })
+    }
+}
+
+fn open_log(
+    home: &Home,
+    config: &GroupConfig,
+    disk: &Arc<dyn Disk>,
+    fault: &FaultCell,
+) -> Result<(Log, DiskId), OpenError> {
+    let io = |source| OpenError::Disk(home.id_path(), source);
+    let known = home.disk_id().map_err(io)?;
+    if known.is_some() && !home.has_log().map_err(io)? {
+        return Err(OpenError::LogGone(home.log_dir()));
+    }
+    let options = LogOptions {
+        segment_bytes: config.segment_bytes,
+        cache_bytes: config.cache_bytes,
+    };
+    let log = Log::open(&home.log_dir(), options, Arc::clone(disk), fault.clone())
+        .map_err(|source| OpenError::Log(home.log_dir(), source))?;
+    match known {
+        Some(id) => Ok((log, id)),
+        None if log.was_pristine() => {
+            let id = home.make_disk_id(disk.as_ref()).map_err(io)?;
+            Ok((log, id))
+        }
+        None => Err(OpenError::IdentityGone(home.id_path())),
+    }
+}
+
+fn check_disk<M: Machine>(store: &Store<M>, id: NodeId, here: DiskId) -> Result<(), OpenError> {
+    let membership = store.position().membership.membership();
+    match membership.get_node(&id.0) {
+        Some(node) if node.disk != here => Err(OpenError::OtherDisk {
+            here,
+            known: node.disk,
+        }),
+        _ => Ok(()),
+    }
+}
