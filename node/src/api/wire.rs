@@ -1,6 +1,7 @@
 //! The JSON shapes of the public interface, and the one place where a sandbox becomes a capsule.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use proto::units::Stamp;
@@ -66,6 +67,9 @@ pub(super) struct Capsule {
     /// Why it ended or broke.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) reason: String,
+    /// How long each stage of its start took, in milliseconds.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) start_ms: BTreeMap<&'static str, f64>,
 }
 
 impl Capsule {
@@ -96,17 +100,19 @@ impl Capsule {
             node: owner.map_or_else(|| sandbox.owner.to_string(), |node| node.name.clone()),
             node_id: sandbox.owner.to_string(),
             reason: sandbox.reason.clone(),
+            start_ms: BTreeMap::new(),
         }
     }
 
     /// The same with what takes a look at the disk.
     pub(super) fn in_detail(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
-        let used = api
-            .relay
-            .facts(sandbox.id)
-            .and_then(|facts| facts.disk_used_bytes);
+        let facts = api.relay.facts(sandbox.id);
+        let used = facts.as_ref().and_then(|facts| facts.disk_used_bytes);
+        let stages = facts.map(|facts| facts.start_stages).unwrap_or_default();
+        let in_ms = |(stage, took): (&'static str, Duration)| (stage, took.as_secs_f64() * 1000.0);
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
+            start_ms: stages.into_iter().map(in_ms).collect(),
             ..Self::of(api, state, sandbox)
         }
     }
