@@ -197,3 +197,286 @@ fn ended_report(end: &End) -> Report {
         End::Failed { reason } => Report::Failed { reason },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proto::ids::{NodeKey, TeamId};
+    use proto::units::Mib;
+    use raft::command::{Command, Proposal, StopCause};
+    use raft::state::{GuestVersions, Node, Resources, SandboxSpec, Template};
+
+    use super::*;
+
+    const HERE: NodeId = NodeId(1);
+    const ID: SandboxId = SandboxId([7; 16]);
+    const IDLE: Duration = Duration::from_secs(60);
+
+    fn at() -> Circumstances {
+        Circumstances {
+            here: HERE,
+            now: Stamp(1_000_000),
+            ended_retention: Duration::from_secs(100),
+            prunes: false,
+        }
+    }
+
+    /// A state in which `commands` were applied after a node, a template and a create of `ID`.
+    fn state_after(commands: impl IntoIterator<Item = Command>) -> State {
+        let room = Resources {
+            vcpus: 8,
+            memory: Mib(4096),
+            disk: Mib(9000),
+            sandboxes: 8,
+        };
+        let node = Node {
+            id: HERE,
+            name: "n1".into(),
+            key: NodeKey([1; 32]),
+            api_url: String::new(),
+            cluster_address: String::new(),
+            capacity: room,
+            vmm: String::new(),
+            vmm_version: String::new(),
+            accelerator: String::new(),
+            version: String::new(),
+            admitted_at: Stamp(0),
+        };
+        let template = Template {
+            name: "minimal".into(),
+            digest: [0; 32],
+            disk: Mib(1),
+            size_bytes: 1,
+            created_at: Stamp(0),
+        };
+        let spec = SandboxSpec {
+            template: "minimal".into(),
+            vcpus: 1,
+            memory: Mib(256),
+            disk: Mib(1),
+            idle_timeout: Some(IDLE),
+            ..SandboxSpec::default()
+        };
+        let team = TeamId::default();
+        let first = [
+            Command::AdmitNode(node),
+            Command::PutTemplate(template),
+            Command::CreateSandbox { id: ID, team, spec },
+        ];
+        let mut state = State::default();
+        for (index, command) in (1..).zip(first.into_iter().chain(commands)) {
+            let applied = state.apply(
+                index,
+                Proposal {
+                    at: Stamp(index * 1000),
+                    command,
+                },
+            );
+            applied.answer.expect("the command fits");
+        }
+        state
+    }
+
+    fn report(report: Report) -> Command {
+        Command::ReportSandbox {
+            id: ID,
+            epoch: Epoch(3),
+            node: HERE,
+            report,
+        }
+    }
+
+    fn running() -> Command {
+        report(Report::Running(GuestVersions::default()))
+    }
+
+    fn stop() -> Command {
+        Command::StopSandbox {
+            id: ID,
+            cause: StopCause::Asked,
+        }
+    }
+
+    fn seen(state: ObservedState) -> BTreeMap<SandboxId, Observed> {
+        seen_under(Epoch(3), state, Duration::ZERO)
+    }
+
+    fn seen_under(
+        epoch: Epoch,
+        state: ObservedState,
+        idle_for: Duration,
+    ) -> BTreeMap<SandboxId, Observed> {
+        BTreeMap::from([(
+            ID,
+            Observed {
+                epoch,
+                state,
+                idle_for,
+            },
+        )])
+    }
+
+    fn ready() -> ObservedState {
+        ObservedState::Ready(GuestVersions::default())
+    }
+
+    fn gone() -> ObservedState {
+        ObservedState::Gone(End::Failed {
+            reason: "broke".into(),
+        })
+    }
+
+    fn steps(state: &State, observed: &BTreeMap<SandboxId, Observed>) -> Vec<Step> {
+        plan(at(), state, observed).steps
+    }
+
+    #[test]
+    fn a_wanted_sandbox_that_is_not_here_is_started() {
+        assert_eq!(steps(&state_after([]), &BTreeMap::new()), [Step::Start(ID)]);
+    }
+
+    #[test]
+    fn a_starting_sandbox_is_left_to_start() {
+        assert_eq!(steps(&state_after([]), &seen(ObservedState::Starting)), []);
+    }
+
+    #[test]
+    fn a_ready_guest_is_reported_once() {
+        let expected = Report::Running(GuestVersions::default());
+        let reported = Step::Report {
+            id: ID,
+            epoch: Epoch(3),
+            report: expected,
+        };
+        assert_eq!(steps(&state_after([]), &seen(ready())), [reported]);
+        assert_eq!(steps(&state_after([running()]), &seen(ready())), []);
+    }
+
+    #[test]
+    fn a_running_sandbox_that_vanished_is_reported_failed_and_never_restarted() {
+        let planned = steps(&state_after([running()]), &BTreeMap::new());
+        let [
+            Step::Report {
+                report: Report::Failed { .. },
+                ..
+            },
+        ] = planned[..]
+        else {
+            panic!("{planned:?}");
+        };
+    }
+
+    #[test]
+    fn an_unwanted_sandbox_is_stopped_then_reported_then_forgotten() {
+        let stopping = state_after([running(), stop()]);
+        assert_eq!(steps(&stopping, &seen(ready())), [Step::Stop(ID)]);
+        assert_eq!(steps(&stopping, &seen(ObservedState::Releasing)), []);
+        let planned = steps(&stopping, &seen(gone()));
+        let [Step::Report { .. }] = planned[..] else {
+            panic!("{planned:?}")
+        };
+        let stopped = report(Report::Stopped {
+            reason: String::new(),
+        });
+        let ended = state_after([running(), stop(), stopped]);
+        assert_eq!(steps(&ended, &seen(gone())), [Step::Forget(ID)]);
+    }
+
+    #[test]
+    fn a_stop_of_a_sandbox_that_is_not_here_is_reported_done() {
+        let planned = steps(&state_after([stop()]), &BTreeMap::new());
+        let [
+            Step::Report {
+                report: Report::Stopped { .. },
+                ..
+            },
+        ] = planned[..]
+        else {
+            panic!("{planned:?}");
+        };
+    }
+
+    #[test]
+    fn what_runs_under_an_old_epoch_is_stopped_beside_the_start_of_the_new_one() {
+        let observed = seen_under(Epoch(2), ready(), Duration::ZERO);
+        let planned = steps(&state_after([running()]), &observed);
+        assert!(planned.contains(&Step::Stop(ID)), "{planned:?}");
+    }
+
+    #[test]
+    fn what_no_record_names_is_stopped_and_forgotten() {
+        let state = State::default();
+        assert_eq!(steps(&state, &seen(ready())), [Step::Stop(ID)]);
+        assert_eq!(steps(&state, &seen(gone())), [Step::Forget(ID)]);
+    }
+
+    #[test]
+    fn an_idle_sandbox_is_stopped_when_its_timeout_has_passed_and_not_before() {
+        let state = state_after([running()]);
+        let nearly = seen_under(
+            Epoch(3),
+            ready(),
+            IDLE.saturating_sub(Duration::from_secs(1)),
+        );
+        let waiting = plan(at(), &state, &nearly);
+        assert_eq!(waiting.steps, []);
+        assert_eq!(waiting.look_again_in, Some(Duration::from_secs(1)));
+        let over = seen_under(Epoch(3), ready(), IDLE);
+        assert_eq!(steps(&state, &over), [Step::StopIdle(ID)]);
+    }
+
+    #[test]
+    fn ended_records_are_pruned_after_their_retention_and_not_before() {
+        let ended = state_after([report(Report::Failed {
+            reason: "broke".into(),
+        })]);
+        // It ended at 4 s, now is 1000 s, kept for 100 s.
+        let old = Circumstances {
+            prunes: true,
+            ..at()
+        };
+        let planned = plan(old, &ended, &BTreeMap::new()).steps;
+        let expected = Step::Prune {
+            ended_before: Stamp(900_000),
+        };
+        assert_eq!(planned, [expected]);
+        let soon = Circumstances {
+            now: Stamp(100_000),
+            prunes: true,
+            ..at()
+        };
+        let waiting = plan(soon, &ended, &BTreeMap::new());
+        assert_eq!(waiting.steps, []);
+        assert_eq!(waiting.look_again_in, Some(Duration::from_millis(4001)));
+    }
+
+    fn any_state() -> impl Strategy<Value = ObservedState> {
+        prop_oneof![
+            Just(ObservedState::Starting),
+            Just(ready()),
+            Just(ObservedState::Releasing),
+            Just(gone()),
+        ]
+    }
+
+    proptest! {
+        /// A looks-again loop must come to rest: nothing is started that is here, and at most one
+        /// step is planned for a sandbox.
+        #[test]
+        fn at_most_one_step_is_planned_for_a_sandbox_that_is_seen_under_its_epoch(
+            state in any_state(), stopped: bool, ran: bool, idle in 0_u64..200,
+        ) {
+            let mut commands = Vec::new();
+            if ran {
+                commands.push(running());
+            }
+            if stopped {
+                commands.push(stop());
+            }
+            let observed = seen_under(Epoch(3), state, Duration::from_secs(idle));
+            let planned = steps(&state_after(commands), &observed);
+            prop_assert!(planned.len() <= 1, "{planned:?}");
+            prop_assert!(!planned.contains(&Step::Start(ID)), "{planned:?}");
+        }
+    }
+}
