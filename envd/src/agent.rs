@@ -64,7 +64,11 @@ impl Agent {
     /// An agent with default settings.
     #[must_use]
     pub fn new(surroundings: Surroundings) -> Self {
-        let scope = if std::process::id() == 1 { Scope::Everyone } else { Scope::Own };
+        let scope = if std::process::id() == 1 {
+            Scope::Everyone
+        } else {
+            Scope::Own
+        };
         let settings = Settings {
             token: None,
             global: Global::new(surroundings.in_guest),
@@ -89,7 +93,9 @@ impl Agent {
 
     /// The settings, to be changed.
     pub fn settings_mut(&self) -> RwLockWriteGuard<'_, Settings> {
-        self.settings.write().unwrap_or_else(PoisonError::into_inner)
+        self.settings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The search path that processes inherit.
@@ -120,6 +126,10 @@ impl Agent {
         path: &str,
     ) -> Result<PathBuf, crate::paths::ResolvePathError> {
         let settings = self.settings();
-        Base { home: &user.home, workdir: settings.default_workdir.as_deref() }.resolve(path)
+        Base {
+            home: &user.home,
+            workdir: settings.default_workdir.as_deref(),
+        }
+        .resolve(path)
     }
 }

@@ -65,10 +65,15 @@ pub fn decide_init(
     }
     if let Some(published) = published {
         let given_text = given.map_or("", |token| token.0.as_str());
-        let matches = same(hex(&Sha512::digest(given_text)).as_bytes(), published.as_bytes());
+        let matches = same(
+            hex(&Sha512::digest(given_text)).as_bytes(),
+            published.as_bytes(),
+        );
         return matches.then(|| TokenChange::Become(given.cloned()));
     }
-    current.is_none().then(|| TokenChange::Become(given.cloned()))
+    current
+        .is_none()
+        .then(|| TokenChange::Become(given.cloned()))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -109,7 +114,12 @@ impl SignedUrl<'_> {
     /// The signature of this URL under `token`.
     #[must_use]
     pub fn signature(&self, token: &Token) -> String {
-        let Self { path, operation, username, .. } = self;
+        let Self {
+            path,
+            operation,
+            username,
+            ..
+        } = self;
         let mut text = format!("{path}:{operation}:{username}:{}", token.0);
         if let Some(expiration) = self.expiration {
             text = format!("{text}:{expiration}");
@@ -130,7 +140,11 @@ impl SignedUrl<'_> {
     ) -> Result<(), RefuseFile> {
         let Some(token) = token else { return Ok(()) };
         if let Some(header) = header {
-            return if token.admits(header) { Ok(()) } else { Err(RefuseFile::WrongToken) };
+            return if token.admits(header) {
+                Ok(())
+            } else {
+                Err(RefuseFile::WrongToken)
+            };
         }
         let signature = signature.ok_or(RefuseFile::NoSignature)?;
         if !same(signature.as_bytes(), self.signature(token).as_bytes()) {
@@ -161,7 +175,12 @@ mod tests {
             ("a", "a", None, Some(TokenChange::Keep)),
             ("a", "a", Some(&hash_of_b), Some(TokenChange::Keep)),
             ("b", "a", Some(&hash_of_b), become_b.clone()),
-            ("", "a", Some(&hash_of_none), Some(TokenChange::Become(None))),
+            (
+                "",
+                "a",
+                Some(&hash_of_none),
+                Some(TokenChange::Become(None)),
+            ),
             ("b", "", None, become_b.clone()),
             ("", "", None, Some(TokenChange::Become(None))),
             ("b", "a", None, None),
@@ -170,22 +189,41 @@ mod tests {
             ("c", "a", Some(&hash_of_b), None),
         ] {
             let (given, current) = (token(given), token(current));
-            let decided =
-                decide_init(given.as_ref(), current.as_ref(), published.map(String::as_str));
-            assert_eq!(decided, expected, "given {given:?} current {current:?} {published:?}");
+            let decided = decide_init(
+                given.as_ref(),
+                current.as_ref(),
+                published.map(String::as_str),
+            );
+            assert_eq!(
+                decided, expected,
+                "given {given:?} current {current:?} {published:?}"
+            );
         }
     }
 
-    const URL: SignedUrl<'_> =
-        SignedUrl { operation: "read", path: "/a", username: "u", expiration: Some(100) };
+    const URL: SignedUrl<'_> = SignedUrl {
+        operation: "read",
+        path: "/a",
+        username: "u",
+        expiration: Some(100),
+    };
 
     #[test]
     fn signature_is_the_digest_of_the_parts_in_order() {
         let secret = token("t").expect("not empty");
-        let expected = format!("v1_{}", STANDARD_NO_PAD.encode(Sha256::digest("/a:read:u:t:100")));
+        let expected = format!(
+            "v1_{}",
+            STANDARD_NO_PAD.encode(Sha256::digest("/a:read:u:t:100"))
+        );
         assert_eq!(URL.signature(&secret), expected);
-        let endless = SignedUrl { expiration: None, ..URL };
-        let expected = format!("v1_{}", STANDARD_NO_PAD.encode(Sha256::digest("/a:read:u:t")));
+        let endless = SignedUrl {
+            expiration: None,
+            ..URL
+        };
+        let expected = format!(
+            "v1_{}",
+            STANDARD_NO_PAD.encode(Sha256::digest("/a:read:u:t"))
+        );
         assert_eq!(endless.signature(&secret), expected);
     }
 
@@ -196,9 +234,15 @@ mod tests {
         let check = |header, signature, now| URL.check(secret.as_ref(), header, signature, now);
         assert_eq!(URL.check(None, None, None, 0), Ok(()));
         assert_eq!(check(Some("t"), None, 0), Ok(()));
-        assert_eq!(check(Some("x"), Some(&good), 0), Err(RefuseFile::WrongToken));
+        assert_eq!(
+            check(Some("x"), Some(&good), 0),
+            Err(RefuseFile::WrongToken)
+        );
         assert_eq!(check(None, None, 0), Err(RefuseFile::NoSignature));
-        assert_eq!(check(None, Some("v1_x"), 999), Err(RefuseFile::WrongSignature));
+        assert_eq!(
+            check(None, Some("v1_x"), 999),
+            Err(RefuseFile::WrongSignature)
+        );
         assert_eq!(check(None, Some(&good), 100), Ok(()));
         assert_eq!(check(None, Some(&good), 101), Err(RefuseFile::Expired));
     }

@@ -23,7 +23,10 @@ pub fn must_step(guest: Timestamp, host: Timestamp) -> bool {
 pub fn follow(host: Timestamp) -> nix::Result<()> {
     if must_step(Timestamp::now(), host) {
         let nanoseconds = i64::from(host.subsec_nanosecond());
-        clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(host.as_second(), nanoseconds))?;
+        clock_settime(
+            ClockId::CLOCK_REALTIME,
+            TimeSpec::new(host.as_second(), nanoseconds),
+        )?;
     }
     Ok(())
 }
@@ -35,9 +38,13 @@ mod tests {
     #[test]
     fn clock_is_stepped_only_past_the_limits() {
         let guest = Timestamp::from_second(1_000).expect("valid");
-        for (host_ms, stepped) in
-            [(0, false), (50, false), (51, true), (-5_000, false), (-5_001, true)]
-        {
+        for (host_ms, stepped) in [
+            (0, false),
+            (50, false),
+            (51, true),
+            (-5_000, false),
+            (-5_001, true),
+        ] {
             let host = guest + SignedDuration::from_millis(host_ms);
             assert_eq!(must_step(guest, host), stepped, "host at {host_ms} ms");
         }

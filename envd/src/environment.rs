@@ -34,7 +34,10 @@ impl Global {
     #[must_use]
     pub fn new(in_guest: bool) -> Self {
         let marks = FAMILIES.map(|family| (format!("{family}_SANDBOX"), in_guest.to_string()));
-        Self { user: BTreeMap::new(), builtin: marks.into() }
+        Self {
+            user: BTreeMap::new(),
+            builtin: marks.into(),
+        }
     }
 
     /// Replaces the user's part and keeps the built-in one.
@@ -45,11 +48,13 @@ impl Global {
     /// Sets the built-in variables that carry the sandbox's identity.
     pub fn identify(&mut self, identity: &Identity) {
         for family in FAMILIES {
-            for (name, value) in
-                [("SANDBOX_ID", &identity.sandbox_id), ("TEMPLATE_ID", &identity.template_id)]
-            {
+            for (name, value) in [
+                ("SANDBOX_ID", &identity.sandbox_id),
+                ("TEMPLATE_ID", &identity.template_id),
+            ] {
                 if let Some(value) = value {
-                    self.builtin.insert(format!("{family}_{name}"), value.clone());
+                    self.builtin
+                        .insert(format!("{family}_{name}"), value.clone());
                 }
             }
         }
@@ -78,7 +83,11 @@ impl Global {
             ("LOGNAME".to_owned(), user.name.clone()),
         ]);
         env.extend(self.all());
-        env.extend(request.iter().map(|(name, value)| (name.clone(), value.clone())));
+        env.extend(
+            request
+                .iter()
+                .map(|(name, value)| (name.clone(), value.clone())),
+        );
         // Such a name cannot be expressed in an environment block.
         env.retain(|name, _| !name.is_empty() && !name.contains('='));
         env
@@ -91,35 +100,62 @@ mod tests {
     use crate::users::Accounts;
 
     fn env(global: &Global, request: &[(&str, &str)]) -> BTreeMap<String, String> {
-        let user = Accounts::from_text("u:x:5:5::/h:", "").user("u").expect("listed");
-        let request = request.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect();
+        let user = Accounts::from_text("u:x:5:5::/h:", "")
+            .user("u")
+            .expect("listed");
+        let request = request
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect();
         global.for_process("/bin", &user, &request)
     }
 
     fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect()
     }
 
     #[test]
     fn request_wins_over_global_and_global_over_identity() {
         let mut global = Global::new(true);
-        global.replace_user(variables(&[("HOME", "/g"), ("A", "global"), ("B", "global")]));
+        global.replace_user(variables(&[
+            ("HOME", "/g"),
+            ("A", "global"),
+            ("B", "global"),
+        ]));
         let env = env(&global, &[("A", "request")]);
-        assert_eq!((env["A"].as_str(), env["B"].as_str(), env["HOME"].as_str()), ("request", "global", "/g"));
+        assert_eq!(
+            (env["A"].as_str(), env["B"].as_str(), env["HOME"].as_str()),
+            ("request", "global", "/g")
+        );
         assert_eq!((env["USER"].as_str(), env["PATH"].as_str()), ("u", "/bin"));
     }
 
     #[test]
     fn replacing_the_users_part_keeps_the_builtin_one() {
         let mut global = Global::new(true);
-        let identity = Identity { sandbox_id: Some("s1".into()), template_id: None };
+        let identity = Identity {
+            sandbox_id: Some("s1".into()),
+            template_id: None,
+        };
         global.identify(&identity);
         global.replace_user(variables(&[("OLD", "1")]));
         global.replace_user(variables(&[("NEW", "1"), ("WRENN_SANDBOX", "forged")]));
         let all = global.all();
         assert!(!all.contains_key("OLD"));
-        assert_eq!((all["NEW"].as_str(), all["WRENN_SANDBOX"].as_str()), ("1", "true"));
-        assert_eq!((all["WRENN_SANDBOX_ID"].as_str(), all["E2B_SANDBOX_ID"].as_str()), ("s1", "s1"));
+        assert_eq!(
+            (all["NEW"].as_str(), all["WRENN_SANDBOX"].as_str()),
+            ("1", "true")
+        );
+        assert_eq!(
+            (
+                all["WRENN_SANDBOX_ID"].as_str(),
+                all["E2B_SANDBOX_ID"].as_str()
+            ),
+            ("s1", "s1")
+        );
     }
 
     #[test]

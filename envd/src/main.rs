@@ -47,7 +47,11 @@ fn main() -> ExitCode {
         // The kernel passes words of its command line that it does not know; they are not ours.
         boot::enter();
     }
-    let args = if first { Args::parse_from(["envd"]) } else { Args::parse() };
+    let args = if first {
+        Args::parse_from(["envd"])
+    } else {
+        Args::parse()
+    };
     if args.commit {
         println!("{}", option_env!("WRENN_COMMIT").unwrap_or("unknown"));
         return ExitCode::SUCCESS;
@@ -85,16 +89,28 @@ fn run(args: &Args, first: bool) -> std::io::Result<()> {
 
 async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {
     let (power_sender, mut power_asked) = mpsc::channel(1);
-    let groups = if args.isnotfc { Groups::none() } else { Groups::create(&args.cgroup_root) };
+    let groups = if args.isnotfc {
+        Groups::none()
+    } else {
+        Groups::create(&args.cgroup_root)
+    };
     let agent = Arc::new(Agent::new(Surroundings {
         in_guest: !args.isnotfc,
         power: first.then_some(power_sender),
         groups,
     }));
     tokio::spawn(agent.processes.reaper().clone().listen()?);
-    let host = if args.isnotfc { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+    let host = if args.isnotfc {
+        Ipv4Addr::LOCALHOST
+    } else {
+        Ipv4Addr::UNSPECIFIED
+    };
     let listener = serve::listen(SocketAddr::new(IpAddr::V4(host), args.port)).await?;
-    log!("version {} listening on {}", proto::version::ENVD, listener.local_addr()?);
+    log!(
+        "version {} listening on {}",
+        proto::version::ENVD,
+        listener.local_addr()?
+    );
     if let Some(line) = &args.cmd {
         boot::command::start(&agent, line);
     }

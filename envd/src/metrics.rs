@@ -84,18 +84,26 @@ fn hundredths(part: u64, whole: u64) -> f64 {
 
 /// Whether a line of `/proc/stat` is one CPU's.
 fn is_cpu(line: &str) -> bool {
-    line.strip_prefix("cpu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    line.strip_prefix("cpu")
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 impl CpuTicks {
     /// Reads the sum line: user nice system idle iowait irq softirq steal.
     fn parse(stat: &str) -> Self {
         let line = stat.lines().next().unwrap_or_default();
-        let ticks: Vec<u64> =
-            line.split_ascii_whitespace().skip(1).take(8).filter_map(|t| t.parse().ok()).collect();
+        let ticks: Vec<u64> = line
+            .split_ascii_whitespace()
+            .skip(1)
+            .take(8)
+            .filter_map(|t| t.parse().ok())
+            .collect();
         let all = ticks.iter().sum();
         let idle: u64 = ticks.iter().skip(3).take(2).sum();
-        Self { busy: all - idle, all }
+        Self {
+            busy: all - idle,
+            all,
+        }
     }
 }
 
@@ -111,7 +119,12 @@ impl Memory {
     fn parse(meminfo: &str) -> Self {
         let field = |name: &str| {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
-            let kib: u64 = line.trim_start_matches(':').split_whitespace().next()?.parse().ok()?;
+            let kib: u64 = line
+                .trim_start_matches(':')
+                .split_whitespace()
+                .next()?
+                .parse()
+                .ok()?;
             kib.checked_mul(1024)
         };
         let field = |name: &str| field(name).unwrap_or_default();
@@ -132,7 +145,10 @@ fn disk() -> (u64, u64) {
     nix::sys::statvfs::statvfs("/").map_or((0, 0), |root| {
         let unit = root.fragment_size();
         let total = root.blocks().saturating_mul(unit);
-        (total.saturating_sub(root.blocks_available().saturating_mul(unit)), total)
+        (
+            total.saturating_sub(root.blocks_available().saturating_mul(unit)),
+            total,
+        )
     })
 }
 
@@ -144,8 +160,18 @@ mod tests {
     fn cpu_use_is_the_mean_since_the_last_question() {
         let meter = CpuMeter::default();
         assert!((meter.cpu_used_percent(CpuTicks { busy: 50, all: 200 }) - 25.0).abs() < 1e-9);
-        assert!((meter.cpu_used_percent(CpuTicks { busy: 150, all: 500 }) - 33.33).abs() < 1e-9);
-        let too_soon = meter.cpu_used_percent(CpuTicks { busy: 151, all: 501 });
+        assert!(
+            (meter.cpu_used_percent(CpuTicks {
+                busy: 150,
+                all: 500
+            }) - 33.33)
+                .abs()
+                < 1e-9
+        );
+        let too_soon = meter.cpu_used_percent(CpuTicks {
+            busy: 151,
+            all: 501,
+        });
         assert!((too_soon - 33.33).abs() < 1e-9);
     }
 
@@ -156,6 +182,9 @@ mod tests {
         assert_eq!(stat.lines().filter(|line| is_cpu(line)).count(), 2);
         assert_eq!(CpuTicks::parse("nonsense"), CpuTicks::default());
         let memory = Memory::parse("MemTotal:  2048 kB\nMemAvailable: 1024 kB\nCached: x\n");
-        assert_eq!((memory.total, memory.used(), memory.cache), (2 << 20, 1 << 20, 0));
+        assert_eq!(
+            (memory.total, memory.used(), memory.cache),
+            (2 << 20, 1 << 20, 0)
+        );
     }
 }

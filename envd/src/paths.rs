@@ -75,7 +75,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn resolve(path: &str, workdir: Option<&str>) -> Result<PathBuf, ResolvePathError> {
-        Base { home: Path::new("/home/u"), workdir: workdir.map(Path::new) }.resolve(path)
+        Base {
+            home: Path::new("/home/u"),
+            workdir: workdir.map(Path::new),
+        }
+        .resolve(path)
     }
 
     #[test]
@@ -93,13 +97,20 @@ mod tests {
             ("../../../../x", None, "/x"),
             ("/", None, "/"),
         ] {
-            assert_eq!(resolve(path, workdir), Ok(expected.into()), "{path:?} in {workdir:?}");
+            assert_eq!(
+                resolve(path, workdir),
+                Ok(expected.into()),
+                "{path:?} in {workdir:?}"
+            );
         }
     }
 
     #[test]
     fn another_users_home_and_zero_bytes_are_refused() {
-        assert_eq!(resolve("~bob/x", None), Err(ResolvePathError::OtherHome("~bob/x".into())));
+        assert_eq!(
+            resolve("~bob/x", None),
+            Err(ResolvePathError::OtherHome("~bob/x".into()))
+        );
         assert_eq!(resolve("a\0b", None), Err(ResolvePathError::ZeroByte));
     }
 

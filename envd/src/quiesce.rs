@@ -10,5 +10,7 @@ use std::io;
 /// # Errors
 /// When the thread that waits for the disks could not run.
 pub async fn prepare() -> io::Result<()> {
-    tokio::task::spawn_blocking(nix::unistd::sync).await.map_err(io::Error::other)
+    tokio::task::spawn_blocking(nix::unistd::sync)
+        .await
+        .map_err(io::Error::other)
 }

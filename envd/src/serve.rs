@@ -34,8 +34,14 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 pub async fn run(listener: TcpListener, router: Router, stop: CancellationToken) {
     let graceful = GracefulShutdown::new();
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT);
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(Some(IDLE_TIMEOUT));
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(IDLE_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(Some(IDLE_TIMEOUT));
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let stream = match accepted {
             Ok((stream, _peer)) => stream,
@@ -49,7 +55,9 @@ pub async fn run(listener: TcpListener, router: Router, stop: CancellationToken)
             log!("set up a connection: {err}");
         }
         let service = TowerToHyperService::new(router.clone());
-        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        let connection = builder
+            .serve_connection(TokioIo::new(stream), service)
+            .into_owned();
         let connection = graceful.watch(connection);
         // A connection that breaks is its client's affair; handlers report their own errors.
         tokio::spawn(async move { drop(connection.await) });
@@ -73,5 +81,7 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
 /// # Errors
 /// What the kernel said.
 pub async fn listen(address: std::net::SocketAddr) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await.inspect_err(|err| log!("listen on {address}: {}", chain(err)))
+    TcpListener::bind(address)
+        .await
+        .inspect_err(|err| log!("listen on {address}: {}", chain(err)))
 }

@@ -43,7 +43,10 @@ impl CStrings {
     fn new(owned: Vec<CString>) -> Self {
         let mut pointers: Vec<_> = owned.iter().map(|text| text.as_ptr()).collect();
         pointers.push(std::ptr::null());
-        Self { _owned: owned, pointers }
+        Self {
+            _owned: owned,
+            pointers,
+        }
     }
 }
 
@@ -101,7 +104,9 @@ impl ChildPlan {
             script.extend(argv.iter().skip(1).cloned());
             candidates.push((file, CStrings::new(script)));
         }
-        let cgroup_procs = spec.cgroup_procs.map(|path| CString::new(path.as_os_str().as_bytes()));
+        let cgroup_procs = spec
+            .cgroup_procs
+            .map(|path| CString::new(path.as_os_str().as_bytes()));
         Ok(Self {
             candidates,
             argv: CStrings::new(argv),
@@ -157,7 +162,12 @@ impl ChildPlan {
         // SAFETY: only numbers are passed.
         unsafe {
             libc::setpriority(libc::PRIO_PROCESS, 0, 0);
-            libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4);
+            libc::syscall(
+                libc::SYS_ioprio_set,
+                IOPRIO_WHO_PROCESS,
+                0,
+                IOPRIO_BEST_EFFORT_4,
+            );
         }
     }
 
@@ -171,8 +181,18 @@ impl ChildPlan {
             if groups != 0 && libc::geteuid() == 0 {
                 return Err(io::Error::last_os_error());
             }
-            check_long(libc::syscall(libc::SYS_setresgid, self.gid, self.gid, self.gid))?;
-            check_long(libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid))
+            check_long(libc::syscall(
+                libc::SYS_setresgid,
+                self.gid,
+                self.gid,
+                self.gid,
+            ))?;
+            check_long(libc::syscall(
+                libc::SYS_setresuid,
+                self.uid,
+                self.uid,
+                self.uid,
+            ))
         }
     }
 
@@ -207,7 +227,10 @@ impl ChildPlan {
 }
 
 fn to_c_strings(texts: &[String]) -> io::Result<Vec<CString>> {
-    texts.iter().map(|text| CString::new(text.as_str()).map_err(io::Error::from)).collect()
+    texts
+        .iter()
+        .map(|text| CString::new(text.as_str()).map_err(io::Error::from))
+        .collect()
 }
 
 /// Writes a small file from a forked child; failure is ignored by design of the callers.
@@ -223,11 +246,19 @@ fn write_file(path: &std::ffi::CStr, text: &[u8]) {
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn check_long(result: libc::c_long) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Which child to reap.
@@ -252,6 +283,19 @@ pub fn reap(which: Reap) -> Option<(i32, ExitStatus)> {
     // SAFETY: `status` is a valid place for the answer.
     let pid = unsafe { libc::waitpid(target, &raw mut status, libc::WNOHANG) };
     (pid > 0).then(|| (pid, ExitStatus::from_raw(status)))
+}
+
+/// Whether this process has any child, dead or alive. For process 1 this is the question whether
+/// anything at all still runs.
+#[must_use]
+pub fn has_children() -> bool {
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: all zeroes is a valid `siginfo_t`, and the kernel only writes into it.
+    let result = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        libc::waitid(libc::P_ALL, 0, &raw mut info, flags)
+    };
+    result == 0
 }
 
 /// The raw ioctls, each with the number the kernel's headers give it.
@@ -300,11 +344,19 @@ struct RandPoolInfo {
 /// `InvalidInput` for a seed that is too long; else what opening or the ioctl said.
 pub fn add_entropy(seed: &[u8]) -> io::Result<()> {
     let length = i32::try_from(seed.len()).unwrap_or(i32::MAX);
-    let mut info =
-        RandPoolInfo { entropy_count: length.saturating_mul(8), buf_size: length, buf: [0; 512] };
-    let room = info.buf.get_mut(..seed.len()).ok_or(io::ErrorKind::InvalidInput)?;
+    let mut info = RandPoolInfo {
+        entropy_count: length.saturating_mul(8),
+        buf_size: length,
+        buf: [0; 512],
+    };
+    let room = info
+        .buf
+        .get_mut(..seed.len())
+        .ok_or(io::ErrorKind::InvalidInput)?;
     room.copy_from_slice(seed);
-    let random = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    let random = std::fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/urandom")?;
     // SAFETY: `info` is laid out as the kernel expects and says how much of it is filled.
     unsafe {
         ioctl::add_random(random.as_raw_fd(), &raw const info)?;
@@ -319,7 +371,8 @@ pub fn add_entropy(seed: &[u8]) -> io::Result<()> {
 /// What the kernel said; a module that is already there is no error.
 pub fn load_module(file: &std::fs::File) -> io::Result<()> {
     // SAFETY: the descriptor is open, the parameter string is empty, flags are zero.
-    let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
     match check_long(result) {
         Err(err) if err.raw_os_error() == Some(libc::EEXIST) => Ok(()),
         other => other,
@@ -357,7 +410,10 @@ impl Interface {
         for (place, byte) in buffer.iter_mut().zip(name.bytes()) {
             *place = libc::c_char::from_ne_bytes([byte]);
         }
-        Ok(Self { socket: std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?, name: buffer })
+        Ok(Self {
+            socket: std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?,
+            name: buffer,
+        })
     }
 
     /// Gives the interface its address and network mask.
@@ -365,8 +421,18 @@ impl Interface {
     /// # Errors
     /// What the kernel said.
     pub fn set_address(&self, address: Ipv4Addr, mask: Ipv4Addr) -> io::Result<()> {
-        self.call(libc::SIOCSIFADDR, libc::__c_anonymous_ifr_ifru { ifru_addr: inet(address) })?;
-        self.call(libc::SIOCSIFNETMASK, libc::__c_anonymous_ifr_ifru { ifru_netmask: inet(mask) })
+        self.call(
+            libc::SIOCSIFADDR,
+            libc::__c_anonymous_ifr_ifru {
+                ifru_addr: inet(address),
+            },
+        )?;
+        self.call(
+            libc::SIOCSIFNETMASK,
+            libc::__c_anonymous_ifr_ifru {
+                ifru_netmask: inet(mask),
+            },
+        )
     }
 
     /// Switches the interface on.
@@ -376,7 +442,10 @@ impl Interface {
     pub fn bring_up(&self) -> io::Result<()> {
         #[allow(clippy::cast_possible_truncation)] // IFF_UP and IFF_RUNNING are 1 and 64
         let flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        self.call(libc::SIOCSIFFLAGS, libc::__c_anonymous_ifr_ifru { ifru_flags: flags })
+        self.call(
+            libc::SIOCSIFFLAGS,
+            libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
+        )
     }
 
     /// Sends everything without a better route to `gateway`.
@@ -400,7 +469,10 @@ impl Interface {
     }
 
     fn call(&self, request: libc::Ioctl, argument: libc::__c_anonymous_ifr_ifru) -> io::Result<()> {
-        let mut packet = libc::ifreq { ifr_name: self.name, ifr_ifru: argument };
+        let mut packet = libc::ifreq {
+            ifr_name: self.name,
+            ifr_ifru: argument,
+        };
         // SAFETY: `packet` outlives the call and is laid out as the kernel expects.
         check(unsafe { libc::ioctl(self.socket.as_raw_fd(), request, &raw mut packet) })
     }
@@ -414,7 +486,10 @@ fn inet(address: Ipv4Addr) -> libc::sockaddr {
     }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // AF_INET is 2
     let family = libc::AF_INET as libc::sa_family_t;
-    libc::sockaddr { sa_family: family, sa_data: data }
+    libc::sockaddr {
+        sa_family: family,
+        sa_data: data,
+    }
 }
 
 /// Names of the extended attributes of an open file.
@@ -425,8 +500,12 @@ pub fn list_attributes(file: impl AsFd) -> io::Result<Vec<OsString>> {
     let fd = file.as_fd().as_raw_fd();
     // SAFETY: the buffer is valid for the length that is passed with it.
     let names = read_growing(|buffer, room| unsafe { libc::flistxattr(fd, buffer.cast(), room) })?;
-    let names = names.split(|byte| *byte == 0).filter(|name| !name.is_empty());
-    Ok(names.map(|name| OsStr::from_bytes(name).to_owned()).collect())
+    let names = names
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty());
+    Ok(names
+        .map(|name| OsStr::from_bytes(name).to_owned())
+        .collect())
 }
 
 /// The value of one extended attribute of an open file.

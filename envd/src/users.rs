@@ -40,13 +40,19 @@ impl Accounts {
     /// Reads `/etc/passwd` and `/etc/group`; a missing file counts as empty.
     #[must_use]
     pub fn read() -> Self {
-        Self { passwd: read_lossy("/etc/passwd"), group: read_lossy("/etc/group") }
+        Self {
+            passwd: read_lossy("/etc/passwd"),
+            group: read_lossy("/etc/group"),
+        }
     }
 
     /// Accounts from the text of the two files.
     #[must_use]
     pub fn from_text(passwd: &str, group: &str) -> Self {
-        Self { passwd: passwd.to_owned(), group: group.to_owned() }
+        Self {
+            passwd: passwd.to_owned(),
+            group: group.to_owned(),
+        }
     }
 
     /// The account called `name`. Root exists even where the file does not.
@@ -54,11 +60,24 @@ impl Accounts {
     /// # Errors
     /// [`UnknownUser`] when no line has the name.
     pub fn user(&self, name: &str) -> Result<User, UnknownUser> {
-        let line = self.passwd.lines().filter_map(PasswdLine::parse).find(|line| line.name == name);
+        let line = self
+            .passwd
+            .lines()
+            .filter_map(PasswdLine::parse)
+            .find(|line| line.name == name);
         let line = match (line, name) {
             (Some(line), _) => line,
-            (None, "root") => PasswdLine { name, uid: 0, gid: 0, home: "/root" },
-            (None, _) => return Err(UnknownUser { name: name.to_owned() }),
+            (None, "root") => PasswdLine {
+                name,
+                uid: 0,
+                gid: 0,
+                home: "/root",
+            },
+            (None, _) => {
+                return Err(UnknownUser {
+                    name: name.to_owned(),
+                });
+            }
         };
         let mut groups = vec![line.gid];
         for group in self.groups().filter(|group| group.has_member(name)) {
@@ -67,14 +86,22 @@ impl Accounts {
             }
         }
         let home = PathBuf::from(if line.home.is_empty() { "/" } else { line.home });
-        Ok(User { name: name.to_owned(), uid: line.uid, gid: line.gid, home, groups })
+        Ok(User {
+            name: name.to_owned(),
+            uid: line.uid,
+            gid: line.gid,
+            home,
+            groups,
+        })
     }
 
     /// The name of a user id; the number itself when nobody has it.
     #[must_use]
     pub fn user_name(&self, uid: u32) -> String {
         let mut lines = self.passwd.lines().filter_map(PasswdLine::parse);
-        lines.find(|line| line.uid == uid).map_or_else(|| uid.to_string(), |line| line.name.into())
+        lines
+            .find(|line| line.uid == uid)
+            .map_or_else(|| uid.to_string(), |line| line.name.into())
     }
 
     /// The name of a group id; the number itself when there is no such group.
@@ -90,7 +117,10 @@ impl Accounts {
 }
 
 fn read_lossy(path: impl AsRef<Path>) -> String {
-    fs::read(path).map_or_else(|_| String::new(), |text| String::from_utf8_lossy(&text).into())
+    fs::read(path).map_or_else(
+        |_| String::new(),
+        |text| String::from_utf8_lossy(&text).into(),
+    )
 }
 
 /// `name:password:uid:gid:gecos:home:shell`
@@ -104,10 +134,17 @@ struct PasswdLine<'a> {
 impl<'a> PasswdLine<'a> {
     fn parse(line: &'a str) -> Option<Self> {
         let mut fields = line.split(':');
-        let name = fields.next().filter(|name| !name.is_empty() && !name.starts_with('#'))?;
+        let name = fields
+            .next()
+            .filter(|name| !name.is_empty() && !name.starts_with('#'))?;
         let uid = fields.nth(1)?.parse().ok()?;
         let gid = fields.next()?.parse().ok()?;
-        Some(Self { name, uid, gid, home: fields.nth(1).unwrap_or_default() })
+        Some(Self {
+            name,
+            uid,
+            gid,
+            home: fields.nth(1).unwrap_or_default(),
+        })
     }
 }
 
@@ -121,9 +158,15 @@ struct GroupLine<'a> {
 impl<'a> GroupLine<'a> {
     fn parse(line: &'a str) -> Option<Self> {
         let mut fields = line.split(':');
-        let name = fields.next().filter(|name| !name.is_empty() && !name.starts_with('#'))?;
+        let name = fields
+            .next()
+            .filter(|name| !name.is_empty() && !name.starts_with('#'))?;
         let gid = fields.nth(1)?.parse().ok()?;
-        Some(Self { name, gid, members: fields.next().unwrap_or_default() })
+        Some(Self {
+            name,
+            gid,
+            members: fields.next().unwrap_or_default(),
+        })
     }
 
     fn has_member(&self, name: &str) -> bool {
@@ -145,7 +188,9 @@ mod tests {
 
     #[test]
     fn home_and_groups_come_from_the_files() {
-        let user = Accounts::from_text(PASSWD, GROUP).user("user").expect("listed");
+        let user = Accounts::from_text(PASSWD, GROUP)
+            .user("user")
+            .expect("listed");
         assert_eq!((user.uid, user.gid), (1000, 1000));
         assert_eq!(user.home, Path::new("/home/elsewhere"));
         assert_eq!(user.groups, [1000, 27]);
@@ -153,22 +198,33 @@ mod tests {
 
     #[test]
     fn unknown_user_is_named_in_the_refusal() {
-        let refusal = Accounts::from_text(PASSWD, GROUP).user("root123").expect_err("not listed");
+        let refusal = Accounts::from_text(PASSWD, GROUP)
+            .user("root123")
+            .expect_err("not listed");
         assert_eq!(refusal.to_string(), "invalid username: 'root123'");
     }
 
     #[test]
     fn root_exists_without_any_file_and_nobody_else_does() {
         let accounts = Accounts::default();
-        assert_eq!(accounts.user("root").expect("root").home, Path::new("/root"));
+        assert_eq!(
+            accounts.user("root").expect("root").home,
+            Path::new("/root")
+        );
         assert!(accounts.user("").is_err());
     }
 
     #[test]
     fn ids_without_a_name_are_shown_as_numbers() {
         let accounts = Accounts::from_text(PASSWD, GROUP);
-        assert_eq!((accounts.user_name(1000), accounts.user_name(4)), ("user".into(), "4".into()));
-        assert_eq!((accounts.group_name(27), accounts.group_name(4)), ("sudo".into(), "4".into()));
+        assert_eq!(
+            (accounts.user_name(1000), accounts.user_name(4)),
+            ("user".into(), "4".into())
+        );
+        assert_eq!(
+            (accounts.group_name(27), accounts.group_name(4)),
+            ("sudo".into(), "4".into())
+        );
     }
 
     proptest! {

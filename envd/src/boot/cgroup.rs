@@ -48,8 +48,10 @@ impl Group {
             Self::Terminal => (200, 50),
             Self::Forwarder => (150, 50),
         };
-        let mut settings =
-            vec![("cpu.weight", cpu.to_string()), ("io.weight", format!("default {io}"))];
+        let mut settings = vec![
+            ("cpu.weight", cpu.to_string()),
+            ("io.weight", format!("default {io}")),
+        ];
         match self {
             Self::User | Self::Terminal => {
                 settings.push(("memory.high", workload.to_string()));
@@ -82,9 +84,14 @@ impl Groups {
     pub fn create(root: &Path) -> Self {
         let subtree = root.join(SUBTREE);
         match create(root, &subtree) {
-            Ok(()) => Self { subtree: Some(subtree) },
+            Ok(()) => Self {
+                subtree: Some(subtree),
+            },
             Err(err) => {
-                log!("processes will not be grouped: create {}: {err}", subtree.display());
+                log!(
+                    "processes will not be grouped: create {}: {err}",
+                    subtree.display()
+                );
                 Self::none()
             }
         }
@@ -93,7 +100,12 @@ impl Groups {
     /// The file a process writes itself into to join `group`.
     #[must_use]
     pub fn procs_file(&self, group: Group) -> Option<PathBuf> {
-        Some(self.subtree.as_ref()?.join(group.directory()).join("cgroup.procs"))
+        Some(
+            self.subtree
+                .as_ref()?
+                .join(group.directory())
+                .join("cgroup.procs"),
+        )
     }
 }
 
@@ -116,7 +128,10 @@ fn create(root: &Path, subtree: &Path) -> io::Result<()> {
 /// One at a time: a controller the kernel lacks must not keep the others off.
 fn enable_controllers(directory: &Path) {
     for controller in CONTROLLERS {
-        let _ = fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}"));
+        let _ = fs::write(
+            directory.join("cgroup.subtree_control"),
+            format!("+{controller}"),
+        );
     }
 }
 

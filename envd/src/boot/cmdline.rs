@@ -63,7 +63,9 @@ impl Options {
             "gw" => self.gateway = value.parse().ok()?,
             "dns" => {
                 let servers = value.split(',').filter(|server| !server.is_empty());
-                self.dns = servers.map(|server| server.parse().ok()).collect::<Option<_>>()?;
+                self.dns = servers
+                    .map(|server| server.parse().ok())
+                    .collect::<Option<_>>()?;
             }
             "hostname" => value.clone_into(&mut self.hostname),
             "probe" => self.probe = value == "1",
@@ -98,8 +100,14 @@ mod tests {
         let text = "wrenn.root=/dev/vdb wrenn.ip=10.0.2.15/24 wrenn.gw=10.0.2.2 wrenn.dns=1.1.1.1 \
                     wrenn.hostname=box wrenn.probe=1";
         let options = Options::parse(text).expect("well formed");
-        assert_eq!((options.root.as_str(), options.hostname.as_str()), ("/dev/vdb", "box"));
-        assert_eq!((options.address, options.prefix), (Ipv4Addr::new(10, 0, 2, 15), 24));
+        assert_eq!(
+            (options.root.as_str(), options.hostname.as_str()),
+            ("/dev/vdb", "box")
+        );
+        assert_eq!(
+            (options.address, options.prefix),
+            (Ipv4Addr::new(10, 0, 2, 15), 24)
+        );
         assert_eq!(options.gateway, Ipv4Addr::new(10, 0, 2, 2));
         assert_eq!(options.dns, [Ipv4Addr::new(1, 1, 1, 1)]);
         assert!(options.probe);
@@ -107,7 +115,12 @@ mod tests {
 
     #[test]
     fn malformed_option_is_named() {
-        for word in ["wrenn.ip=10.0.2.15", "wrenn.ip=1.2.3.4/33", "wrenn.gw=x", "wrenn.root=vda"] {
+        for word in [
+            "wrenn.ip=10.0.2.15",
+            "wrenn.ip=1.2.3.4/33",
+            "wrenn.gw=x",
+            "wrenn.root=vda",
+        ] {
             assert_eq!(Options::parse(word), Err(word.to_owned()));
         }
     }

@@ -20,8 +20,15 @@ pub fn start(agent: &Arc<Agent>, line: &str) {
         args: vec!["-c".to_owned(), line.to_owned()],
         ..CommandLine::default()
     };
-    let env = agent.settings().global.for_process(agent.path(), &user, &command.envs);
-    let cwd = if user.home.is_dir() { user.home.clone() } else { "/".into() };
+    let env = agent
+        .settings()
+        .global
+        .for_process(agent.path(), &user, &command.envs);
+    let cwd = if user.home.is_dir() {
+        user.home.clone()
+    } else {
+        "/".into()
+    };
     let launch = Launch {
         command,
         tag: None,

@@ -25,9 +25,9 @@ pub mod power;
 use std::fs::{self, OpenOptions};
 use std::io;
 
-use cmdline::Options;
 use crate::log::chain;
 use crate::{log, sys};
+use cmdline::Options;
 
 /// The port every host expects the agent on.
 pub const PORT: u16 = 49983;
@@ -81,7 +81,10 @@ pub enum BootError {
 
 impl BootError {
     /// A failed file operation.
-    pub(crate) fn file(step: &'static str, path: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn file(
+        step: &'static str,
+        path: impl Into<String>,
+    ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::File { step, path, source }
     }

@@ -31,7 +31,12 @@ struct Mount {
 
 const fn at(kind: &'static str, target: &'static str, data: &'static str) -> Mount {
     let safe = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
-    Mount { kind, target, flags: safe, data }
+    Mount {
+        kind,
+        target,
+        flags: safe,
+        data,
+    }
 }
 
 impl Mount {
@@ -41,8 +46,17 @@ impl Mount {
 
     fn mount(&self) -> Result<(), BootError> {
         make_directory(self.target)?;
-        mount(Some(self.kind), self.target, Some(self.kind), self.flags, Some(self.data))
-            .map_err(|source| BootError::Mount { target: self.target.to_owned(), source })
+        mount(
+            Some(self.kind),
+            self.target,
+            Some(self.kind),
+            self.flags,
+            Some(self.data),
+        )
+        .map_err(|source| BootError::Mount {
+            target: self.target.to_owned(),
+            source,
+        })
     }
 }
 
@@ -63,7 +77,10 @@ pub fn kernel_file_systems() -> Result<(), BootError> {
     ] {
         match entry.mount() {
             // A kernel may mount devtmpfs by itself.
-            Err(BootError::Mount { source: nix::Error::EBUSY, .. }) => {}
+            Err(BootError::Mount {
+                source: nix::Error::EBUSY,
+                ..
+            }) => {}
             other => other?,
         }
     }
@@ -78,32 +95,49 @@ pub fn switch_root(device: &str) -> Result<(), BootError> {
     wait_for_device(device)?;
     make_directory(NEW_ROOT)?;
     let flags = MsFlags::MS_NOATIME;
-    mount(Some(device), NEW_ROOT, Some(ROOT_TYPE), flags, None::<&str>)
-        .map_err(|source| BootError::Mount { target: format!("{device} as root"), source })?;
+    mount(Some(device), NEW_ROOT, Some(ROOT_TYPE), flags, None::<&str>).map_err(|source| {
+        BootError::Mount {
+            target: format!("{device} as root"),
+            source,
+        }
+    })?;
     for target in ["/dev", "/proc", "/sys"] {
         let moved = format!("{NEW_ROOT}{target}");
         make_directory(&moved)?;
         move_mount(target, &moved)?;
     }
-    let entered = chdir(NEW_ROOT).map_err(|source| BootError::Mount { target: "/".into(), source });
+    let entered = chdir(NEW_ROOT).map_err(|source| BootError::Mount {
+        target: "/".into(),
+        source,
+    });
     entered?;
     // What the initramfs still holds would cost memory for ever; this file stays while it runs.
     let _ = fs::remove_file("/init");
     move_mount(".", "/")?;
     let switched = chroot(".").and_then(|()| chdir("/"));
-    switched.map_err(|source| BootError::Mount { target: "/".into(), source })
+    switched.map_err(|source| BootError::Mount {
+        target: "/".into(),
+        source,
+    })
 }
 
 fn move_mount(from: &str, to: &str) -> Result<(), BootError> {
-    mount(Some(from), to, None::<&str>, MsFlags::MS_MOVE, None::<&str>)
-        .map_err(|source| BootError::Mount { target: to.to_owned(), source })
+    mount(Some(from), to, None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(|source| {
+        BootError::Mount {
+            target: to.to_owned(),
+            source,
+        }
+    })
 }
 
 fn wait_for_device(device: &str) -> Result<(), BootError> {
     let began = Instant::now();
     while !Path::new(device).exists() {
         if began.elapsed() > DEVICE_TIMEOUT {
-            return Err(BootError::NoRootDevice { path: device.into(), waited: DEVICE_TIMEOUT });
+            return Err(BootError::NoRootDevice {
+                path: device.into(),
+                waited: DEVICE_TIMEOUT,
+            });
         }
         thread::sleep(DEVICE_POLL);
     }

@@ -19,7 +19,10 @@ const OWN_ADDRESS: &str = "127.0.1.1";
 pub fn set(hostname: &str) -> Result<(), BootError> {
     sethostname(hostname).map_err(BootError::Hostname)?;
     write(HOSTNAME, &format!("{hostname}\n"))?;
-    write(HOSTS, &hosts(&fs::read_to_string(HOSTS).unwrap_or_default(), hostname))
+    write(
+        HOSTS,
+        &hosts(&fs::read_to_string(HOSTS).unwrap_or_default(), hostname),
+    )
 }
 
 /// Writes a file under `/etc`, through no symbolic link: an image's link may lead anywhere.
@@ -40,17 +43,21 @@ pub fn write(path: &str, text: &str) -> Result<(), BootError> {
 fn hosts(existing: &str, hostname: &str) -> String {
     let mut lines: Vec<&str> = Vec::new();
     let names = |line: &str, name: &str| line.split_ascii_whitespace().skip(1).any(|n| n == name);
-    for (address, line) in [("127.0.0.1", "127.0.0.1\tlocalhost"), ("::1", "::1\tlocalhost")] {
-        let present = existing
-            .lines()
-            .any(|line| line.split_ascii_whitespace().next() == Some(address) && names(line, "localhost"));
+    for (address, line) in [
+        ("127.0.0.1", "127.0.0.1\tlocalhost"),
+        ("::1", "::1\tlocalhost"),
+    ] {
+        let present = existing.lines().any(|line| {
+            line.split_ascii_whitespace().next() == Some(address) && names(line, "localhost")
+        });
         if !present {
             lines.push(line);
         }
     }
     let own = format!("{OWN_ADDRESS}\t{hostname}");
-    let kept =
-        existing.lines().filter(|l| l.split_ascii_whitespace().next() != Some(OWN_ADDRESS));
+    let kept = existing
+        .lines()
+        .filter(|l| l.split_ascii_whitespace().next() != Some(OWN_ADDRESS));
     lines.extend(kept);
     lines.push(&own);
     lines.join("\n") + "\n"
@@ -63,7 +70,10 @@ mod tests {
     #[test]
     fn missing_lines_are_added_and_others_kept() {
         let made = hosts("", "capsule");
-        assert_eq!(made, "127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\tcapsule\n");
+        assert_eq!(
+            made,
+            "127.0.0.1\tlocalhost\n::1\tlocalhost\n127.0.1.1\tcapsule\n"
+        );
         let again = hosts(&format!("{made}10.0.0.1 db\n"), "other");
         let expected = "127.0.0.1\tlocalhost\n::1\tlocalhost\n10.0.0.1 db\n127.0.1.1\tother\n";
         assert_eq!(again, expected);

@@ -22,13 +22,17 @@ const CARD_POLL: Duration = Duration::from_millis(2);
 /// [`BootError`] names the interface or file.
 pub fn bring_up(options: &Options) -> Result<(), BootError> {
     let loopback = Interface::new("lo").map_err(BootError::file("open interface", "lo"))?;
-    loopback.bring_up().map_err(BootError::file("bring up interface", "lo"))?;
+    loopback
+        .bring_up()
+        .map_err(BootError::file("bring up interface", "lo"))?;
     wait_for_card()?;
     let card = Interface::new(CARD).map_err(BootError::file("open interface", CARD))?;
     card.set_address(options.address, options.mask())
         .map_err(BootError::file("set address of", CARD))?;
-    card.bring_up().map_err(BootError::file("bring up interface", CARD))?;
-    card.add_default_route(options.gateway).map_err(BootError::file("add route over", CARD))?;
+    card.bring_up()
+        .map_err(BootError::file("bring up interface", CARD))?;
+    card.add_default_route(options.gateway)
+        .map_err(BootError::file("add route over", CARD))?;
     name::write("/etc/resolv.conf", &resolv_conf(&options.dns))
 }
 
@@ -36,7 +40,10 @@ fn wait_for_card() -> Result<(), BootError> {
     let began = Instant::now();
     while !Path::new("/sys/class/net").join(CARD).exists() {
         if began.elapsed() > CARD_TIMEOUT {
-            return Err(BootError::NoInterface { name: CARD.to_owned(), waited: CARD_TIMEOUT });
+            return Err(BootError::NoInterface {
+                name: CARD.to_owned(),
+                waited: CARD_TIMEOUT,
+            });
         }
         thread::sleep(CARD_POLL);
     }
@@ -44,5 +51,8 @@ fn wait_for_card() -> Result<(), BootError> {
 }
 
 fn resolv_conf(servers: &[Ipv4Addr]) -> String {
-    servers.iter().map(|server| format!("nameserver {server}\n")).collect()
+    servers
+        .iter()
+        .map(|server| format!("nameserver {server}\n"))
+        .collect()
 }

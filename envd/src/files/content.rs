@@ -8,7 +8,10 @@ const UNKNOWN: &str = "application/octet-stream";
 /// The media type that a file's extension stands for.
 #[must_use]
 pub fn media_type(path: &Path) -> &'static str {
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    let extension = path
+        .extension()
+        .and_then(|extension| extension.to_str())
+        .unwrap_or_default();
     match extension.to_ascii_lowercase().as_str() {
         "txt" | "log" | "text" => "text/plain; charset=utf-8",
         "html" | "htm" => "text/html; charset=utf-8",
@@ -53,9 +56,16 @@ pub fn disposition(name: &str) -> String {
     }
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
     let encode = |byte: u8| {
-        if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }
+        if is_plain(byte) {
+            char::from(byte).to_string()
+        } else {
+            format!("%{byte:02X}")
+        }
     };
-    format!("inline; filename*=utf-8''{}", name.bytes().map(encode).collect::<String>())
+    format!(
+        "inline; filename*=utf-8''{}",
+        name.bytes().map(encode).collect::<String>()
+    )
 }
 
 #[cfg(test)]
@@ -64,14 +74,20 @@ mod tests {
 
     #[test]
     fn extension_decides_the_type() {
-        assert_eq!(media_type(Path::new("/a/b.TXT")), "text/plain; charset=utf-8");
+        assert_eq!(
+            media_type(Path::new("/a/b.TXT")),
+            "text/plain; charset=utf-8"
+        );
         assert_eq!(media_type(Path::new("/a.txt/b")), UNKNOWN);
     }
 
     #[test]
     fn names_are_quoted_only_as_far_as_needed() {
         assert_eq!(disposition("a.txt"), "inline; filename=a.txt");
-        assert_eq!(disposition("a \"b\".txt"), "inline; filename=\"a \\\"b\\\".txt\"");
+        assert_eq!(
+            disposition("a \"b\".txt"),
+            "inline; filename=\"a \\\"b\\\".txt\""
+        );
         assert_eq!(disposition("ä\n"), "inline; filename*=utf-8''%C3%A4%0A");
     }
 }

@@ -46,7 +46,9 @@ pub async fn download(
     let caller = Caller::admit(&agent, &parts.uri, &parts.headers, Operation::Read)?;
     let path = caller.query.path.as_deref().unwrap_or_default();
     let path = caller.resolve(&agent, path)?;
-    let opened = spawn_blocking(move || Opened::open(path)).await.map_err(ApiError::internal)??;
+    let opened = spawn_blocking(move || Opened::open(path))
+        .await
+        .map_err(ApiError::internal)??;
     let is_head = parts.method == Method::HEAD;
     opened.answer(&parts.headers, is_head).await
 }
@@ -65,7 +67,9 @@ impl Opened {
     fn open(path: PathBuf) -> Result<Self, ApiError> {
         // Not blocking: opening a pipe would otherwise wait for its writer.
         let mut options = File::options();
-        options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         let mut file = options.open(&path).map_err(|err| open_error(&path, err))?;
         let stat = file.metadata().map_err(ApiError::internal)?;
         if stat.is_dir() {
@@ -82,7 +86,13 @@ impl Opened {
         } else {
             Some(stat.len()).filter(|size| *size >= first.len() as u64)
         };
-        Ok(Self { path, file, first, size, modified: stat.modified().ok() })
+        Ok(Self {
+            path,
+            file,
+            first,
+            size,
+            modified: stat.modified().ok(),
+        })
     }
 
     async fn answer(self, asked: &HeaderMap, is_head: bool) -> Result<Response, ApiError> {
@@ -93,8 +103,7 @@ impl Opened {
             encoding::choose(accepted)
         };
         let refusal = "neither gzip nor identity is acceptable";
-        let chosen =
-            chosen.ok_or_else(|| ApiError::new(StatusCode::NOT_ACCEPTABLE, refusal))?;
+        let chosen = chosen.ok_or_else(|| ApiError::new(StatusCode::NOT_ACCEPTABLE, refusal))?;
         let described = self.headers()?;
         let mut response = match condition(asked, self.modified) {
             Condition::NotModified => StatusCode::NOT_MODIFIED.into_response(),
@@ -140,7 +149,9 @@ impl Opened {
         let size = self.size;
         let mut response = Response::new(if is_head { Body::empty() } else { self.body() });
         if let Some(size) = size {
-            response.headers_mut().insert(header::CONTENT_LENGTH, size.into());
+            response
+                .headers_mut()
+                .insert(header::CONTENT_LENGTH, size.into());
         }
         response
     }
@@ -150,7 +161,11 @@ impl Opened {
         if left == Some(0) {
             return self.first.into();
         }
-        Body::from_stream(pieces(Pieces { file: self.file, ready: Some(self.first), left }))
+        Body::from_stream(pieces(Pieces {
+            file: self.file,
+            ready: Some(self.first),
+            left,
+        }))
     }
 
     fn gzipped(self, is_head: bool) -> Response {
@@ -166,7 +181,9 @@ impl Opened {
         };
         let mut response = Response::new(body);
         let gzip = HeaderValue::from_static("gzip");
-        response.headers_mut().insert(header::CONTENT_ENCODING, gzip);
+        response
+            .headers_mut()
+            .insert(header::CONTENT_ENCODING, gzip);
         response
     }
 
@@ -176,19 +193,28 @@ impl Opened {
         let seek = move || file.seek(SeekFrom::Start(start)).map(|_| file);
         let sought = spawn_blocking(seek).await.map_err(ApiError::internal)?;
         let file = sought.map_err(ApiError::internal)?;
-        let body = Body::from_stream(pieces(Pieces { file, ready: None, left: Some(length) }));
+        let body = Body::from_stream(pieces(Pieces {
+            file,
+            ready: None,
+            left: Some(length),
+        }));
         let mut response = Response::new(if is_head { Body::empty() } else { body });
         *response.status_mut() = StatusCode::PARTIAL_CONTENT;
         let range = format!("bytes {start}-{}/{size}", start + length - 1);
         let range = HeaderValue::try_from(range).map_err(ApiError::internal)?;
         response.headers_mut().insert(header::CONTENT_RANGE, range);
-        response.headers_mut().insert(header::CONTENT_LENGTH, length.into());
+        response
+            .headers_mut()
+            .insert(header::CONTENT_LENGTH, length.into());
         Ok(response)
     }
 
     fn unsatisfiable(&self) -> Response {
         let range = format!("bytes */{}", self.size.unwrap_or_default());
-        let refusal = ApiError::new(StatusCode::RANGE_NOT_SATISFIABLE, "range is outside the file");
+        let refusal = ApiError::new(
+            StatusCode::RANGE_NOT_SATISFIABLE,
+            "range is outside the file",
+        );
         ([(header::CONTENT_RANGE, range)], refusal).into_response()
     }
 }
@@ -196,9 +222,10 @@ impl Opened {
 fn open_error(path: &Path, err: io::Error) -> ApiError {
     let shown = path.display();
     match err.raw_os_error() {
-        Some(libc::ENOENT | libc::ENOTDIR) => {
-            ApiError::new(StatusCode::NOT_FOUND, format!("path '{shown}' does not exist"))
-        }
+        Some(libc::ENOENT | libc::ENOTDIR) => ApiError::new(
+            StatusCode::NOT_FOUND,
+            format!("path '{shown}' does not exist"),
+        ),
         Some(libc::ELOOP | libc::ENAMETOOLONG | libc::ENXIO) => {
             ApiError::bad_request(format!("open '{shown}': {err}"))
         }
@@ -254,7 +281,9 @@ fn condition(asked: &HeaderMap, modified: Option<SystemTime>) -> Condition {
         return Condition::NotModified;
     }
     let same = newer_than(&header::IF_RANGE) == Some(false);
-    Condition::Send { ranges: !asked.contains_key(header::IF_RANGE) || same }
+    Condition::Send {
+        ranges: !asked.contains_key(header::IF_RANGE) || same,
+    }
 }
 
 fn seconds(time: SystemTime) -> Option<i64> {
@@ -263,12 +292,19 @@ fn seconds(time: SystemTime) -> Option<i64> {
 
 fn http_date(time: SystemTime) -> Option<HeaderValue> {
     let time = Timestamp::try_from(time).ok()?;
-    let text = DateTimePrinter::new().timestamp_to_rfc9110_string(&time).ok()?;
+    let text = DateTimePrinter::new()
+        .timestamp_to_rfc9110_string(&time)
+        .ok()?;
     HeaderValue::try_from(text).ok()
 }
 
 fn parse_http_date(text: &str) -> Option<i64> {
-    Some(jiff::fmt::rfc2822::parse(text).ok()?.timestamp().as_second())
+    Some(
+        jiff::fmt::rfc2822::parse(text)
+            .ok()?
+            .timestamp()
+            .as_second(),
+    )
 }
 
 /// Reads until `room` bytes are there or the file ends.
@@ -291,7 +327,9 @@ fn pieces(state: Pieces) -> impl futures::Stream<Item = io::Result<Bytes>> {
         if let Some(ready) = state.ready.take() {
             return Ok(Some((ready, state)));
         }
-        spawn_blocking(move || state.read()).await.map_err(io::Error::other)?
+        spawn_blocking(move || state.read())
+            .await
+            .map_err(io::Error::other)?
     })
 }
 
@@ -326,7 +364,9 @@ struct Compressing {
 
 fn compressed(state: Compressing) -> impl futures::Stream<Item = io::Result<Bytes>> {
     stream::try_unfold(state, async |state| {
-        spawn_blocking(move || state.next()).await.map_err(io::Error::other)?
+        spawn_blocking(move || state.next())
+            .await
+            .map_err(io::Error::other)?
     })
 }
 
@@ -367,12 +407,21 @@ mod tests {
     #[test]
     fn conditions_compare_whole_seconds() {
         let send = Condition::Send { ranges: true };
-        assert_eq!(decide(header::IF_MODIFIED_SINCE, SAME), Condition::NotModified);
+        assert_eq!(
+            decide(header::IF_MODIFIED_SINCE, SAME),
+            Condition::NotModified
+        );
         assert_eq!(decide(header::IF_MODIFIED_SINCE, EARLIER), send);
         assert_eq!(decide(header::IF_MODIFIED_SINCE, "yesterday"), send);
-        assert_eq!(decide(header::IF_UNMODIFIED_SINCE, EARLIER), Condition::Failed);
+        assert_eq!(
+            decide(header::IF_UNMODIFIED_SINCE, EARLIER),
+            Condition::Failed
+        );
         assert_eq!(decide(header::IF_UNMODIFIED_SINCE, SAME), send);
-        assert_eq!(decide(header::IF_RANGE, EARLIER), Condition::Send { ranges: false });
+        assert_eq!(
+            decide(header::IF_RANGE, EARLIER),
+            Condition::Send { ranges: false }
+        );
         assert_eq!(decide(header::IF_RANGE, SAME), send);
         assert_eq!(decide(header::IF_NONE_MATCH, "*"), Condition::NotModified);
         assert_eq!(decide(header::IF_MATCH, "\"tag\""), Condition::Failed);

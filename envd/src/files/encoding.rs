@@ -25,9 +25,15 @@ pub fn choose(header: Option<&str>) -> Option<Encoding> {
         return Some(Encoding::Identity);
     };
     let weights = Weights::parse(header);
-    let gzip = weights.gzip.or(weights.any.map(|any| any.min(1))).unwrap_or(0);
+    let gzip = weights
+        .gzip
+        .or(weights.any.map(|any| any.min(1)))
+        .unwrap_or(0);
     // Unnamed, identity is acceptable, but less than anything that was named.
-    let identity = weights.identity.or(weights.any).unwrap_or(u16::from(gzip == 0 || weights.gzip.is_some()));
+    let identity = weights
+        .identity
+        .or(weights.any)
+        .unwrap_or(u16::from(gzip == 0 || weights.gzip.is_some()));
     match (gzip, identity) {
         (0, 0) => None,
         (gzip, identity) if gzip >= identity && (weights.gzip.is_some() || identity == 0) => {
@@ -66,7 +72,8 @@ impl Weights {
 /// A weight between 0 and 1; what is no number counts as not acceptable.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // clamped to 0..=1000
 fn thousandths(text: &str) -> u16 {
-    text.parse::<f64>().map_or(0, |weight| (weight.clamp(0.0, 1.0) * 1000.0) as u16)
+    text.parse::<f64>()
+        .map_or(0, |weight| (weight.clamp(0.0, 1.0) * 1000.0) as u16)
 }
 
 #[cfg(test)]

@@ -24,7 +24,11 @@ struct Inflating {
 /// Decodes `source`. A body that is cut off or is not gzip ends in an error.
 pub fn gunzip(source: BodyDataStream) -> impl Stream<Item = io::Result<Bytes>> {
     let decoder = Some(MultiGzDecoder::new(Vec::new()));
-    let state = Inflating { source, pending: Bytes::new(), decoder };
+    let state = Inflating {
+        source,
+        pending: Bytes::new(),
+        decoder,
+    };
     stream::try_unfold(state, async |mut state| {
         let piece = state.next().await?;
         Ok(piece.map(|piece| (piece, state)))
@@ -71,7 +75,9 @@ mod tests {
     }
 
     async fn inflate(body: Vec<u8>) -> io::Result<Vec<u8>> {
-        let pieces = body.chunks(7_000).map(|piece| Ok::<_, io::Error>(piece.to_vec()));
+        let pieces = body
+            .chunks(7_000)
+            .map(|piece| Ok::<_, io::Error>(piece.to_vec()));
         let body = Body::from_stream(stream::iter(pieces.collect::<Vec<_>>()));
         let pieces: Vec<Bytes> = gunzip(body.into_data_stream()).try_collect().await?;
         Ok(pieces.concat())
@@ -89,9 +95,16 @@ mod tests {
     async fn cut_or_foreign_bodies_are_errors() {
         let whole = gzip(&[7; 50_000]);
         for length in [0, 5, whole.len() / 2, whole.len() - 1] {
-            assert!(inflate(whole[..length].to_vec()).await.is_err(), "cut at {length}");
+            assert!(
+                inflate(whole[..length].to_vec()).await.is_err(),
+                "cut at {length}"
+            );
         }
-        assert!(inflate(b"not gzip at all, not at all".to_vec()).await.is_err());
+        assert!(
+            inflate(b"not gzip at all, not at all".to_vec())
+                .await
+                .is_err()
+        );
     }
 
     #[tokio::test]
@@ -99,7 +112,11 @@ mod tests {
         let body = Body::from(gzip(&vec![0; 32 << 20]));
         let mut pieces = std::pin::pin!(gunzip(body.into_data_stream()));
         while let Some(piece) = pieces.try_next().await.expect("valid") {
-            assert!(piece.len() <= SLICE_BYTES * 1_100, "{} bytes at once", piece.len());
+            assert!(
+                piece.len() <= SLICE_BYTES * 1_100,
+                "{} bytes at once",
+                piece.len()
+            );
         }
     }
 }

@@ -48,7 +48,9 @@ pub fn from_headers(headers: &HeaderMap) -> Result<Metadata, MetadataError> {
     let is_printable = |text: &str| text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     let mut metadata = Metadata::new();
     for (name, value) in headers {
-        let Some(key) = name.as_str().strip_prefix(HEADER_PREFIX) else { continue };
+        let Some(key) = name.as_str().strip_prefix(HEADER_PREFIX) else {
+            continue;
+        };
         if key.is_empty() || key.len() > MAX_KEY_BYTES || !is_printable(key) {
             return Err(MetadataError::Key(key.to_owned()));
         }
@@ -74,7 +76,10 @@ pub fn replace(file: &File, metadata: &Metadata) -> io::Result<()> {
 
 fn try_replace(file: &File, metadata: &Metadata) -> io::Result<()> {
     for name in ours(file)? {
-        let key = name.as_bytes().get(ATTRIBUTE_PREFIX.len()..).unwrap_or_default();
+        let key = name
+            .as_bytes()
+            .get(ATTRIBUTE_PREFIX.len()..)
+            .unwrap_or_default();
         if !metadata.keys().any(|kept| kept.as_bytes() == key) {
             sys::remove_attribute(file, &name)?;
         }
@@ -94,7 +99,11 @@ pub fn read(file: &File) -> Metadata {
         let value = String::from_utf8(sys::get_attribute(file, &name).ok()?).ok()?;
         Some((key, value))
     };
-    ours(file).unwrap_or_default().into_iter().filter_map(pair).collect()
+    ours(file)
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(pair)
+        .collect()
 }
 
 fn ours(file: &File) -> io::Result<Vec<OsString>> {
@@ -118,14 +127,20 @@ mod tests {
     fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
         let pair = |(name, value): &(&str, &str)| {
             let name = HeaderName::from_bytes(name.as_bytes()).expect("a name");
-            (name, HeaderValue::from_bytes(value.as_bytes()).expect("a value"))
+            (
+                name,
+                HeaderValue::from_bytes(value.as_bytes()).expect("a value"),
+            )
         };
         pairs.iter().map(pair).collect()
     }
 
     #[test]
     fn keys_are_the_rest_of_the_header_name_in_lower_case() {
-        let read = from_headers(&headers(&[("X-Metadata-Purpose", "a b"), ("x-other", "no")]));
+        let read = from_headers(&headers(&[
+            ("X-Metadata-Purpose", "a b"),
+            ("x-other", "no"),
+        ]));
         assert_eq!(read, Ok(Metadata::from([("purpose".into(), "a b".into())])));
     }
 
@@ -133,7 +148,10 @@ mod tests {
     fn limits_are_those_of_the_spec() {
         let key = |length: usize| format!("x-metadata-{}", "k".repeat(length));
         assert!(from_headers(&headers(&[(&key(246), "v")])).is_ok());
-        assert!(matches!(from_headers(&headers(&[(&key(247), "v")])), Err(MetadataError::Key(_))));
+        assert!(matches!(
+            from_headers(&headers(&[(&key(247), "v")])),
+            Err(MetadataError::Key(_))
+        ));
         let value = |length: usize| "v".repeat(length);
         assert!(from_headers(&headers(&[(&key(1), &value(4086))])).is_ok());
         let too_much = from_headers(&headers(&[(&key(1), &value(4087))]));

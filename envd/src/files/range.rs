@@ -57,7 +57,10 @@ fn part(start: u64, end: u64, size: u64) -> Part {
         return Part::Unsatisfiable;
     }
     let past = end.saturating_add(1).min(size);
-    Part::Bytes { start, length: past - start }
+    Part::Bytes {
+        start,
+        length: past - start,
+    }
 }
 
 #[cfg(test)]

@@ -65,7 +65,9 @@ impl Caller {
             username: query.username.as_deref().unwrap_or_default(),
             expiration: query.signature_expiration,
         };
-        let header = headers.get(TOKEN_HEADER).map(|value| value.to_str().unwrap_or_default());
+        let header = headers
+            .get(TOKEN_HEADER)
+            .map(|value| value.to_str().unwrap_or_default());
         let now = Timestamp::now().as_second();
         let token = agent.settings().token.clone();
         url.check(token.as_ref(), header, query.signature.as_deref(), now)

@@ -40,8 +40,17 @@ pub struct Written {
 
 impl Written {
     fn new(path: &Path, metadata: Metadata) -> Self {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Self { path: path.to_owned(), name, r#type: "file", metadata }
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Self {
+            path: path.to_owned(),
+            name,
+            r#type: "file",
+            metadata,
+        }
     }
 }
 
@@ -57,7 +66,11 @@ pub async fn upload(
     let caller = Caller::admit(&agent, request.uri(), request.headers(), Operation::Write)?;
     let metadata = metadata::from_headers(request.headers());
     let metadata = metadata.map_err(|err| ApiError::bad_request(chain(&err)))?;
-    let upload = Upload { agent, caller, metadata };
+    let upload = Upload {
+        agent,
+        caller,
+        metadata,
+    };
     let kind = content_type(request.headers());
     let request = plain(request)?;
     let written = if kind.starts_with("multipart/") {
@@ -65,15 +78,23 @@ pub async fn upload(
     } else if kind == "application/octet-stream" {
         vec![upload.octets(request).await?]
     } else {
-        return Err(ApiError::bad_request(format!("content type '{kind}' is not supported")));
+        return Err(ApiError::bad_request(format!(
+            "content type '{kind}' is not supported"
+        )));
     };
     Ok(Json(written))
 }
 
 /// The media type without its parameters.
 fn content_type(headers: &HeaderMap) -> String {
-    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let media_type = value.unwrap_or_default().split(';').next().unwrap_or_default();
+    let value = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let media_type = value
+        .unwrap_or_default()
+        .split(';')
+        .next()
+        .unwrap_or_default();
     media_type.trim().to_ascii_lowercase()
 }
 
@@ -81,9 +102,16 @@ fn content_type(headers: &HeaderMap) -> String {
 fn plain(request: Request) -> Result<Request, ApiError> {
     let (mut parts, body) = request.into_parts();
     let encoding = parts.headers.remove(header::CONTENT_ENCODING);
-    let encoding = encoding.as_ref().map_or(Ok("identity"), |value| value.to_str());
+    let encoding = encoding
+        .as_ref()
+        .map_or(Ok("identity"), |value| value.to_str());
     let watched = Body::from_stream(watch(body.into_data_stream()));
-    let body = match encoding.unwrap_or("unknown").trim().to_ascii_lowercase().as_str() {
+    let body = match encoding
+        .unwrap_or("unknown")
+        .trim()
+        .to_ascii_lowercase()
+        .as_str()
+    {
         "" | "identity" => watched,
         "gzip" | "x-gzip" => Body::from_stream(gunzip(watched.into_data_stream())),
         other => {
@@ -112,7 +140,10 @@ fn watch<E: std::error::Error + Send + Sync + 'static>(
 fn body_error(err: &(dyn std::error::Error + 'static)) -> ApiError {
     let mut cause = Some(err);
     while let Some(error) = cause {
-        if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::TimedOut) {
+        if error
+            .downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::TimedOut)
+        {
             return ApiError::new(StatusCode::REQUEST_TIMEOUT, "upload stalled");
         }
         cause = error.source();
@@ -128,7 +159,12 @@ struct Upload {
 
 impl Upload {
     async fn octets(&self, request: Request) -> Result<Written, ApiError> {
-        let path = self.caller.query.path.as_deref().filter(|path| !path.is_empty());
+        let path = self
+            .caller
+            .query
+            .path
+            .as_deref()
+            .filter(|path| !path.is_empty());
         let path = path.ok_or_else(|| ApiError::bad_request("path query is required"))?;
         let path = self.caller.resolve(&self.agent, path)?;
         let body = request.into_body().into_data_stream();
@@ -152,13 +188,20 @@ impl Upload {
             written.push(self.write(path, part).await?);
         }
         if written.is_empty() {
-            return Err(ApiError::bad_request(format!("no part is named '{FILE_PART}'")));
+            return Err(ApiError::bad_request(format!(
+                "no part is named '{FILE_PART}'"
+            )));
         }
         Ok(written)
     }
 
     fn part_path(&self, part: &Field<'_>) -> Result<PathBuf, ApiError> {
-        let asked = self.caller.query.path.as_deref().filter(|path| !path.is_empty());
+        let asked = self
+            .caller
+            .query
+            .path
+            .as_deref()
+            .filter(|path| !path.is_empty());
         let named = asked.or(part.file_name()).filter(|path| !path.is_empty());
         let path = named.ok_or_else(|| ApiError::bad_request("part has no file name"))?;
         self.caller.resolve(&self.agent, path)

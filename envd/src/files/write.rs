@@ -74,9 +74,9 @@ impl WriteError {
 impl From<WriteError> for ApiError {
     fn from(err: WriteError) -> Self {
         match err {
-            WriteError::IsDirectory(_) | WriteError::NotDirectory(_) | WriteError::NotRegular(_) => {
-                Self::bad_request(chain(&err))
-            }
+            WriteError::IsDirectory(_)
+            | WriteError::NotDirectory(_)
+            | WriteError::NotRegular(_) => Self::bad_request(chain(&err)),
             WriteError::NoSpace { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, chain(&err)),
             WriteError::Io { .. } => Self::internal(err),
         }
@@ -103,7 +103,12 @@ impl Writing {
             let opened = open(&path, &user, &metadata);
             let (file, created) = opened.map_err(|err| WriteError::new(&path, err))?;
             let pending = BytesMut::new();
-            Ok(Self { path, file: Arc::new(file), pending, remove_on_failure: created })
+            Ok(Self {
+                path,
+                file: Arc::new(file),
+                pending,
+                remove_on_failure: created,
+            })
         };
         blocking(open).await
     }
@@ -141,9 +146,16 @@ impl Writing {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let (file, piece, path) =
-            (self.file.clone(), self.pending.split().freeze(), self.path.clone());
-        let write = move || (&*file).write_all(&piece).map_err(|err| WriteError::new(&path, err));
+        let (file, piece, path) = (
+            self.file.clone(),
+            self.pending.split().freeze(),
+            self.path.clone(),
+        );
+        let write = move || {
+            (&*file)
+                .write_all(&piece)
+                .map_err(|err| WriteError::new(&path, err))
+        };
         blocking(write).await
     }
 }
@@ -161,7 +173,10 @@ impl Drop for Writing {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, WriteError> + Send + 'static,
 ) -> Result<T, WriteError> {
-    let stopped = |err| WriteError::Io { path: PathBuf::new(), source: io::Error::other(err) };
+    let stopped = |err| WriteError::Io {
+        path: PathBuf::new(),
+        source: io::Error::other(err),
+    };
     spawn_blocking(work).await.map_err(stopped)?
 }
 
@@ -171,7 +186,9 @@ fn open(path: &Path, user: &User, metadata: &Metadata) -> io::Result<(File, bool
         make_directories(parent, user)?;
     }
     let mut options = OpenOptions::new();
-    options.write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    options
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
     let (file, created) = match options.open(path) {
         Ok(file) => (file, false),
         Err(err) if err.kind() == io::ErrorKind::NotFound => {

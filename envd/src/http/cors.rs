@@ -35,7 +35,10 @@ fn preflight(asked: &HeaderMap) -> Response {
     headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, METHODS);
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE);
     // The wildcard would not cover Authorization, so what was asked for is repeated.
-    let allowed = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned().unwrap_or(ANY);
+    let allowed = asked
+        .get(header::ACCESS_CONTROL_REQUEST_HEADERS)
+        .cloned()
+        .unwrap_or(ANY);
     headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, allowed);
     (StatusCode::NO_CONTENT, headers).into_response()
 }

@@ -19,7 +19,10 @@ pub struct ApiError {
 impl ApiError {
     /// An answer of `status` that says `message`.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into() }
+        Self {
+            status,
+            message: message.into(),
+        }
     }
 
     /// 400: the caller must change the request.

@@ -65,15 +65,24 @@ impl Body {
         }
         let body: Self = serde_json::from_slice(text)
             .map_err(|err| ApiError::bad_request(format!("parse the body: {err}")))?;
-        if body.hostname.as_deref().is_some_and(|name| !is_hostname(name)) {
+        if body
+            .hostname
+            .as_deref()
+            .is_some_and(|name| !is_hostname(name))
+        {
             return Err(ApiError::bad_request("hostname is not a host name"));
         }
         Ok(body)
     }
 
     fn seed(&self) -> Result<Option<Vec<u8>>, ApiError> {
-        let Some(entropy) = &self.entropy else { return Ok(None) };
-        let seed = STANDARD.decode(entropy).ok().filter(|seed| seed.len() <= MAX_ENTROPY_BYTES);
+        let Some(entropy) = &self.entropy else {
+            return Ok(None);
+        };
+        let seed = STANDARD
+            .decode(entropy)
+            .ok()
+            .filter(|seed| seed.len() <= MAX_ENTROPY_BYTES);
         let words = || format!("entropy is not base64 of at most {MAX_ENTROPY_BYTES} bytes");
         seed.map(Some).ok_or_else(|| ApiError::bad_request(words()))
     }
@@ -85,7 +94,9 @@ fn is_hostname(name: &str) -> bool {
         !label.is_empty()
             && !label.starts_with('-')
             && !label.ends_with('-')
-            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
     };
     name.len() <= MAX_HOSTNAME_BYTES && name.split('.').all(is_label)
 }
@@ -101,8 +112,15 @@ pub async fn init(
     let text = read_body(request).await?;
     let body = Body::parse(&text)?;
     let seed = body.seed()?;
-    let busy = |_| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "another /init is in progress");
-    let mut last = timeout(TURN_TIMEOUT, agent.init.lock()).await.map_err(busy)?;
+    let busy = |_| {
+        ApiError::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "another /init is in progress",
+        )
+    };
+    let mut last = timeout(TURN_TIMEOUT, agent.init.lock())
+        .await
+        .map_err(busy)?;
 
     let change = decide_token(&agent, body.access_token.clone())?;
     let stale = matches!((body.timestamp, *last), (Some(new), Some(last)) if new <= last);
@@ -132,8 +150,11 @@ async fn read_body(request: Request) -> Result<Bytes, ApiError> {
 fn decide_token(agent: &Agent, given: Option<String>) -> Result<TokenChange, ApiError> {
     let given = given.and_then(Token::new);
     let published = agent.published.as_ref().and_then(|source| source.hash());
-    let decided =
-        decide_init(given.as_ref(), agent.settings().token.as_ref(), published.as_deref());
+    let decided = decide_init(
+        given.as_ref(),
+        agent.settings().token.as_ref(),
+        published.as_deref(),
+    );
     decided.ok_or_else(|| ApiError::unauthorized("access token does not match"))
 }
 
@@ -153,7 +174,10 @@ fn apply_settings(agent: &Agent, body: &Body) {
 
 impl Body {
     fn identity(&self) -> Identity {
-        Identity { sandbox_id: self.sandbox_id.clone(), template_id: self.template_id.clone() }
+        Identity {
+            sandbox_id: self.sandbox_id.clone(),
+            template_id: self.template_id.clone(),
+        }
     }
 }
 
@@ -199,7 +223,13 @@ mod tests {
 
     #[test]
     fn malformed_bodies_are_refused() {
-        for text in ["{", "[]x", "\"a\"", r#"{"envVars":{"A":1}}"#, r#"{"timestamp":"soon"}"#] {
+        for text in [
+            "{",
+            "[]x",
+            "\"a\"",
+            r#"{"envVars":{"A":1}}"#,
+            r#"{"timestamp":"soon"}"#,
+        ] {
             assert!(Body::parse(text.as_bytes()).is_err(), "{text}");
         }
         for name in ["", "a b", "-a", "a..b", "a\\nb", &"a".repeat(65)] {
@@ -210,8 +240,13 @@ mod tests {
 
     #[test]
     fn seed_is_bounded_base64() {
-        let body = |entropy: String| Body { entropy: Some(entropy), ..Body::default() };
-        assert!(matches!(body(STANDARD.encode([7; 512])).seed(), Ok(Some(seed)) if seed.len() == 512));
+        let body = |entropy: String| Body {
+            entropy: Some(entropy),
+            ..Body::default()
+        };
+        assert!(
+            matches!(body(STANDARD.encode([7; 512])).seed(), Ok(Some(seed)) if seed.len() == 512)
+        );
         assert!(body(STANDARD.encode([7; 513])).seed().is_err());
         assert!(body("%%%".into()).seed().is_err());
     }

@@ -69,8 +69,11 @@ async fn require_token(State(agent): State<Arc<Agent>>, request: Request, next: 
     if has_own_rules(request.uri().path()) || admits(&agent, request.headers()) {
         return next.run(request).await;
     }
-    ApiError::new(StatusCode::UNAUTHORIZED, "access token is missing or does not match")
-        .into_response()
+    ApiError::new(
+        StatusCode::UNAUTHORIZED,
+        "access token is missing or does not match",
+    )
+    .into_response()
 }
 
 /// Health is open; files accept a signature; `/init` has its own table.
@@ -80,8 +83,12 @@ fn has_own_rules(path: &str) -> bool {
 
 fn admits(agent: &Agent, headers: &axum::http::HeaderMap) -> bool {
     let settings = agent.settings();
-    let Some(token) = &settings.token else { return true };
-    let presented = headers.get(TOKEN_HEADER).and_then(|value| value.to_str().ok());
+    let Some(token) = &settings.token else {
+        return true;
+    };
+    let presented = headers
+        .get(TOKEN_HEADER)
+        .and_then(|value| value.to_str().ok());
     presented.is_some_and(|presented| token.admits(presented))
 }
 

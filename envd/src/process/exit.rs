@@ -28,7 +28,11 @@ impl Exit {
         let words = match (status.code(), status.signal()) {
             (Some(code), _) => format!("exit status {code}"),
             (None, Some(signal)) => {
-                let dumped = if status.core_dumped() { " (core dumped)" } else { "" };
+                let dumped = if status.core_dumped() {
+                    " (core dumped)"
+                } else {
+                    ""
+                };
                 format!("signal: {}{dumped}", signal_words(signal))
             }
             (None, None) => "unknown".to_owned(),
@@ -82,7 +86,10 @@ mod tests {
     fn success_has_no_error() {
         let success = exit(0);
         assert_eq!((success.code, success.exited), (0, true));
-        assert_eq!((success.status.as_str(), success.error), ("exit status 0", None));
+        assert_eq!(
+            (success.status.as_str(), success.error),
+            ("exit status 0", None)
+        );
     }
 
     #[test]
@@ -97,7 +104,10 @@ mod tests {
         let killed = exit(libc::SIGKILL);
         assert_eq!((killed.code, killed.exited), (-1, false));
         assert_eq!(killed.error.as_deref(), Some("signal: killed"));
-        assert_eq!(exit(libc::SIGABRT | 0x80).status, "signal: aborted (core dumped)");
+        assert_eq!(
+            exit(libc::SIGABRT | 0x80).status,
+            "signal: aborted (core dumped)"
+        );
         assert_eq!(exit(40).status, "signal: signal 40");
     }
 }

@@ -104,8 +104,12 @@ impl TerminalSize {
     /// # Errors
     /// What the kernel said.
     pub fn apply(self, terminal: impl AsFd) -> io::Result<()> {
-        let size =
-            libc::winsize { ws_row: self.rows, ws_col: self.cols, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = libc::winsize {
+            ws_row: self.rows,
+            ws_col: self.cols,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         sys::resize_terminal(terminal.as_fd(), &size)
     }
 }

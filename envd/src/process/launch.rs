@@ -79,19 +79,27 @@ impl Launch {
     /// # Errors
     /// [`LaunchError`] says whether the request or the system is at fault. An unknown command is
     /// no error: the process exits with 127.
-    pub fn start(self, registry: &Arc<Registry>) -> Result<(Arc<Process>, Subscription), LaunchError> {
+    pub fn start(
+        self,
+        registry: &Arc<Registry>,
+    ) -> Result<(Arc<Process>, Subscription), LaunchError> {
         if self.command.cmd.is_empty() {
             return Err(LaunchError::NoCommand);
         }
         if !self.cwd.is_dir() {
             return Err(LaunchError::NoDirectory(self.cwd));
         }
-        let spawn_error =
-            |source| LaunchError::Spawn { cmd: self.command.cmd.clone(), source };
+        let spawn_error = |source| LaunchError::Spawn {
+            cmd: self.command.cmd.clone(),
+            source,
+        };
         let plan = self.plan().map_err(spawn_error)?;
         let streams = Streams::open(&self).map_err(LaunchError::Streams)?;
         let (carrier, master) = streams.into_command().map_err(LaunchError::Streams)?;
-        let forked = registry.reaper().start(|| plan.spawn(carrier)).map_err(spawn_error)?;
+        let forked = registry
+            .reaper()
+            .start(|| plan.spawn(carrier))
+            .map_err(spawn_error)?;
         let (mut child, pid, exit) = forked;
 
         let output = Arc::new(Fanout::default());
@@ -124,7 +132,11 @@ impl Launch {
         ChildPlan::new(ChildSpec {
             candidates: candidates(&self.command.cmd, self.env.get("PATH").map(String::as_str)),
             argv,
-            envp: self.env.iter().map(|(name, value)| format!("{name}={value}")).collect(),
+            envp: self
+                .env
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect(),
             cwd: &self.cwd,
             uid: self.user.uid,
             gid: self.user.gid,
@@ -141,7 +153,13 @@ fn candidates(cmd: &str, path: Option<&str>) -> Vec<OsString> {
         return vec![cmd.into()];
     }
     let directories = path.unwrap_or_default().split(':');
-    directories.map(|dir| Path::new(if dir.is_empty() { "." } else { dir }).join(cmd).into()).collect()
+    directories
+        .map(|dir| {
+            Path::new(if dir.is_empty() { "." } else { dir })
+                .join(cmd)
+                .into()
+        })
+        .collect()
 }
 
 /// What becomes the child's standard streams.
@@ -153,13 +171,24 @@ enum Streams {
 impl Streams {
     fn open(launch: &Launch) -> io::Result<Self> {
         let Some(size) = launch.terminal else {
-            return Ok(Self::Pipes { stdin: launch.stdin });
+            return Ok(Self::Pipes {
+                stdin: launch.stdin,
+            });
         };
         let terminal = openpty(None, None)?;
         // The descriptors must not leak into other children; ours must not block.
-        fcntl(&terminal.master, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-        fcntl(&terminal.slave, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-        fcntl(&terminal.master, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
+        fcntl(
+            &terminal.master,
+            FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+        )?;
+        fcntl(
+            &terminal.slave,
+            FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+        )?;
+        fcntl(
+            &terminal.master,
+            FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK),
+        )?;
         if size.cols > 0 && size.rows > 0 {
             size.apply(&terminal.slave)?;
         }
@@ -167,7 +196,10 @@ impl Streams {
         let (uid, gid) = (launch.user.uid.into(), launch.user.gid.into());
         // Not owning it costs only that reopening.
         let _ = nix::unistd::fchown(&terminal.slave, Some(uid), Some(gid));
-        Ok(Self::Terminal { master: terminal.master, slave: terminal.slave })
+        Ok(Self::Terminal {
+            master: terminal.master,
+            slave: terminal.slave,
+        })
     }
 
     /// A command that carries the streams into the fork; its program name is never used.
@@ -176,11 +208,17 @@ impl Streams {
         match self {
             Self::Pipes { stdin } => {
                 let stdin = if stdin { Stdio::piped() } else { Stdio::null() };
-                command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+                command
+                    .stdin(stdin)
+                    .stdout(Stdio::piped())
+                    .stderr(Stdio::piped());
                 Ok((command, None))
             }
             Self::Terminal { master, slave } => {
-                command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
+                command
+                    .stdin(slave.try_clone()?)
+                    .stdout(slave.try_clone()?)
+                    .stderr(slave);
                 Ok((command, Some(Arc::new(watch(master)?))))
             }
         }
@@ -196,12 +234,14 @@ fn connect(
     output: &Arc<Fanout>,
     exit: &ExitWatch,
 ) -> io::Result<Connected> {
-    let pump = |source, channel| {
-        tokio::spawn(pump::run(source, channel, output.clone(), exit.clone()))
-    };
+    let pump =
+        |source, channel| tokio::spawn(pump::run(source, channel, output.clone(), exit.clone()));
     if let Some(master) = master {
         let source = Source::Terminal(master.clone());
-        return Ok((Input::Terminal(master.clone()), vec![pump(source, Channel::Terminal)]));
+        return Ok((
+            Input::Terminal(master.clone()),
+            vec![pump(source, Channel::Terminal)],
+        ));
     }
     let mut pumps = Vec::new();
     if let Some(stdout) = child.stdout.take() {
@@ -223,7 +263,10 @@ mod tests {
 
     #[test]
     fn bare_name_is_searched_and_a_path_is_not() {
-        assert_eq!(candidates("ls", Some("/a:/b")), [OsString::from("/a/ls"), "/b/ls".into()]);
+        assert_eq!(
+            candidates("ls", Some("/a:/b")),
+            [OsString::from("/a/ls"), "/b/ls".into()]
+        );
         assert_eq!(candidates("./ls", Some("/a")), [OsString::from("./ls")]);
         assert_eq!(candidates("ls", Some("")), [OsString::from("./ls")]);
     }

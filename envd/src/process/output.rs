@@ -81,11 +81,18 @@ impl Fanout {
             listeners.end = Some(exit.clone());
             std::mem::take(&mut listeners.queues)
         };
-        join_all(queues.iter().map(|queue| queue.send(Output::End(exit.clone())))).await;
+        join_all(
+            queues
+                .iter()
+                .map(|queue| queue.send(Output::End(exit.clone()))),
+        )
+        .await;
     }
 
     fn lock(&self) -> MutexGuard<'_, Listeners> {
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+        self.listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -103,7 +110,9 @@ mod tests {
     async fn every_listener_hears_every_chunk_and_the_end() {
         let fanout = Fanout::default();
         let mut listeners = [fanout.subscribe(), fanout.subscribe()];
-        fanout.publish(Channel::Stdout, Bytes::from_static(b"x")).await;
+        fanout
+            .publish(Channel::Stdout, Bytes::from_static(b"x"))
+            .await;
         fanout.finish(ended()).await;
         for listener in &mut listeners {
             let chunk = Output::Data(Channel::Stdout, Bytes::from_static(b"x"));
@@ -116,7 +125,9 @@ mod tests {
     #[tokio::test]
     async fn late_listener_hears_the_end() {
         let fanout = Fanout::default();
-        fanout.publish(Channel::Stdout, Bytes::from_static(b"lost")).await;
+        fanout
+            .publish(Channel::Stdout, Bytes::from_static(b"lost"))
+            .await;
         fanout.finish(ended()).await;
         assert_eq!(fanout.subscribe().recv().await, Some(Output::End(ended())));
     }
@@ -129,7 +140,9 @@ mod tests {
             let fanout = fanout.clone();
             async move {
                 for _ in 0..2 * QUEUE_CHUNKS {
-                    fanout.publish(Channel::Stdout, Bytes::from_static(b"x")).await;
+                    fanout
+                        .publish(Channel::Stdout, Bytes::from_static(b"x"))
+                        .await;
                 }
                 fanout.finish(ended()).await;
             }
@@ -147,7 +160,9 @@ mod tests {
         let fanout = Fanout::default();
         drop(fanout.subscribe());
         for _ in 0..2 * QUEUE_CHUNKS {
-            fanout.publish(Channel::Stdout, Bytes::from_static(b"x")).await;
+            fanout
+                .publish(Channel::Stdout, Bytes::from_static(b"x"))
+                .await;
         }
     }
 }

@@ -90,7 +90,9 @@ pub async fn run(mut source: Source, channel: Channel, fanout: Arc<Fanout>, mut 
         if filled == 0 {
             return;
         }
-        fanout.publish(channel, Bytes::copy_from_slice(&buffer[..filled])).await;
+        fanout
+            .publish(channel, Bytes::copy_from_slice(&buffer[..filled]))
+            .await;
     }
     if !drain(&mut source, &mut buffer, channel, &fanout).await {
         tokio::spawn(async move { while source.read(&mut buffer).await > 0 {} });
@@ -112,7 +114,9 @@ async fn drain(source: &mut Source, buffer: &mut [u8], channel: Channel, fanout:
         }
         grace = grace.saturating_sub(asked.elapsed());
         room = room.saturating_sub(filled);
-        fanout.publish(channel, Bytes::copy_from_slice(&buffer[..filled])).await;
+        fanout
+            .publish(channel, Bytes::copy_from_slice(&buffer[..filled]))
+            .await;
     }
     false
 }

@@ -41,7 +41,10 @@ impl Reaper {
     /// A reaper with no children yet.
     #[must_use]
     pub fn new(scope: Scope) -> Self {
-        Self { scope, children: Mutex::default() }
+        Self {
+            scope,
+            children: Mutex::default(),
+        }
     }
 
     /// Runs `fork` and remembers the child before anybody can reap it.

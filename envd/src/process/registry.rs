@@ -66,7 +66,10 @@ impl Registry {
     /// An empty table.
     #[must_use]
     pub fn new(reaper: Arc<Reaper>) -> Self {
-        Self { reaper, table: Mutex::default() }
+        Self {
+            reaper,
+            table: Mutex::default(),
+        }
     }
 
     /// Who starts and reaps.
@@ -84,7 +87,13 @@ impl Registry {
         });
         table.started += 1;
         let order = table.started;
-        table.known.insert(order, Entry { process, ended: None });
+        table.known.insert(
+            order,
+            Entry {
+                process,
+                ended: None,
+            },
+        );
     }
 
     /// Every process that lives at this moment.
@@ -108,7 +117,8 @@ impl Registry {
     /// # Errors
     /// [`FindError`] repeats the selector.
     pub fn find_retained(&self, selector: &Selector) -> Result<Arc<Process>, FindError> {
-        self.find(selector).or_else(|_| self.search(selector, |_| true))
+        self.find(selector)
+            .or_else(|_| self.search(selector, |_| true))
     }
 
     fn search(
@@ -117,8 +127,13 @@ impl Registry {
         accept: impl Fn(&Entry) -> bool,
     ) -> Result<Arc<Process>, FindError> {
         let table = self.current();
-        let mut matches = table.known.values().filter(|entry| selector.selects(&entry.process));
-        let found = matches.find(|entry| accept(entry)).map(|entry| entry.process.clone());
+        let mut matches = table
+            .known
+            .values()
+            .filter(|entry| selector.selects(&entry.process));
+        let found = matches
+            .find(|entry| accept(entry))
+            .map(|entry| entry.process.clone());
         found.ok_or_else(|| match selector {
             Selector::Pid(pid) => FindError::Pid(*pid),
             Selector::Tag(tag) => FindError::Tag(tag.clone()),
@@ -134,7 +149,9 @@ impl Registry {
             if entry.ended.is_none() && !entry.process.is_alive() {
                 entry.ended = Some(now);
             }
-            entry.ended.is_none_or(|ended| now.duration_since(ended) < RETAIN)
+            entry
+                .ended
+                .is_none_or(|ended| now.duration_since(ended) < RETAIN)
         });
         table
     }

@@ -45,22 +45,39 @@ impl ProcessService {
         Self { agent }
     }
 
-    fn find(&self, selector: &MessageFieldOf<wire::ProcessSelector>) -> Result<Arc<Process>, ConnectError> {
+    fn find(
+        &self,
+        selector: &MessageFieldOf<wire::ProcessSelector>,
+    ) -> Result<Arc<Process>, ConnectError> {
         Ok(self.agent.processes.find(&to_selector(selector)?)?)
     }
 
-    fn launch(&self, ctx: &RequestContext, request: wire::StartRequest) -> Result<Launch, ConnectError> {
+    fn launch(
+        &self,
+        ctx: &RequestContext,
+        request: wire::StartRequest,
+    ) -> Result<Launch, ConnectError> {
         let user = rpc_user(&self.agent, ctx)?;
         let command = to_command(request.process);
-        let cwd = self.agent.resolve(&user, command.cwd.as_deref().unwrap_or_default());
+        let cwd = self
+            .agent
+            .resolve(&user, command.cwd.as_deref().unwrap_or_default());
         let mut cwd = cwd.map_err(|err| ConnectError::invalid_argument(chain(&err)))?;
         // Nobody asked for the home directory by name, so a missing one is no mistake of theirs.
         if command.cwd.as_deref().unwrap_or_default().is_empty() && !cwd.is_dir() {
             cwd = "/".into();
         }
-        let env = self.agent.settings().global.for_process(self.agent.path(), &user, &command.envs);
+        let env = self
+            .agent
+            .settings()
+            .global
+            .for_process(self.agent.path(), &user, &command.envs);
         let terminal = request.pty.as_option().map(to_size);
-        let group = if terminal.is_some() { Group::Terminal } else { Group::User };
+        let group = if terminal.is_some() {
+            Group::Terminal
+        } else {
+            Group::User
+        };
         Ok(Launch {
             command,
             tag: request.tag,
@@ -86,7 +103,9 @@ pub fn rpc_user(agent: &Agent, ctx: &RequestContext) -> Result<User, ConnectErro
         .header(http::header::AUTHORIZATION)
         .and_then(|value| value.to_str().ok())
         .and_then(basic_user);
-    agent.user(name.as_deref()).map_err(|err| ConnectError::unauthenticated(chain(&err)))
+    agent
+        .user(name.as_deref())
+        .map_err(|err| ConnectError::unauthenticated(chain(&err)))
 }
 
 /// The user name of a Basic `Authorization` value.
@@ -96,11 +115,19 @@ fn basic_user(value: &str) -> Option<String> {
         return None;
     }
     let credentials = String::from_utf8(STANDARD.decode(credentials.trim()).ok()?).ok()?;
-    Some(credentials.split_once(':').map_or(credentials.as_str(), |(name, _)| name).to_owned())
+    Some(
+        credentials
+            .split_once(':')
+            .map_or(credentials.as_str(), |(name, _)| name)
+            .to_owned(),
+    )
 }
 
 fn to_selector(selector: &MessageFieldOf<wire::ProcessSelector>) -> Result<Selector, ConnectError> {
-    match selector.as_option().and_then(|selector| selector.selector.as_ref()) {
+    match selector
+        .as_option()
+        .and_then(|selector| selector.selector.as_ref())
+    {
         Some(oneof::process_selector::Selector::Pid(pid)) => Ok(Selector::Pid(*pid)),
         Some(oneof::process_selector::Selector::Tag(tag)) => Ok(Selector::Tag(tag.clone())),
         None => Err(ConnectError::invalid_argument("request selects no process")),
@@ -119,7 +146,10 @@ fn to_command(config: MessageFieldOf<wire::ProcessConfig>) -> CommandLine {
 
 fn to_size(pty: &wire::PTY) -> TerminalSize {
     let clamp = |cells: u32| u16::try_from(cells).unwrap_or(u16::MAX);
-    TerminalSize { cols: clamp(pty.size.cols), rows: clamp(pty.size.rows) }
+    TerminalSize {
+        cols: clamp(pty.size.cols),
+        rows: clamp(pty.size.rows),
+    }
 }
 
 fn to_piece(input: &MessageFieldOf<wire::ProcessInput>) -> Result<Piece, ConnectError> {
@@ -152,11 +182,17 @@ fn to_info(process: &Process) -> wire::ProcessInfo {
 }
 
 fn event(event: impl Into<Option<oneof::process_event::Event>>) -> wire::ProcessEvent {
-    wire::ProcessEvent { event: event.into(), ..Default::default() }
+    wire::ProcessEvent {
+        event: event.into(),
+        ..Default::default()
+    }
 }
 
 fn start_event(pid: u32) -> wire::ProcessEvent {
-    event(StartEvent { pid, ..Default::default() })
+    event(StartEvent {
+        pid,
+        ..Default::default()
+    })
 }
 
 fn output_event(output: Output) -> wire::ProcessEvent {
@@ -168,11 +204,24 @@ fn output_event(output: Output) -> wire::ProcessEvent {
                 Channel::Stderr => Data::Stderr(data.into()),
                 Channel::Terminal => Data::Pty(data.into()),
             };
-            event(DataEvent { output: Some(data), ..Default::default() })
+            event(DataEvent {
+                output: Some(data),
+                ..Default::default()
+            })
         }
-        Output::End(Exit { code, exited, status, error, .. }) => {
-            event(EndEvent { exit_code: code, exited, status, error, ..Default::default() })
-        }
+        Output::End(Exit {
+            code,
+            exited,
+            status,
+            error,
+            ..
+        }) => event(EndEvent {
+            exit_code: code,
+            exited,
+            status,
+            error,
+            ..Default::default()
+        }),
     }
 }
 
@@ -191,15 +240,29 @@ impl Events {
     /// Events for a caller who attached: its deadline ends the stream and spares the process.
     fn attached(ctx: &RequestContext, subscription: Subscription) -> Self {
         let deadline = ctx.deadline().map(Instant::from_std);
-        Self { deadline, owns_process_deadline: false, ..Self::started(ctx, subscription) }
+        Self {
+            deadline,
+            owns_process_deadline: false,
+            ..Self::started(ctx, subscription)
+        }
     }
 
     /// Events for the caller who started the process: the deadline is the process's own.
     fn started(ctx: &RequestContext, subscription: Subscription) -> Self {
-        let asked = ctx.header(KEEPALIVE_HEADER).and_then(|value| value.to_str().ok());
-        let asked = asked.and_then(|seconds| seconds.parse().ok()).filter(|seconds| *seconds > 0);
+        let asked = ctx
+            .header(KEEPALIVE_HEADER)
+            .and_then(|value| value.to_str().ok());
+        let asked = asked
+            .and_then(|seconds| seconds.parse().ok())
+            .filter(|seconds| *seconds > 0);
         let keepalive = asked.map_or(KEEPALIVE_INTERVAL, Duration::from_secs);
-        Self { subscription, keepalive, deadline: None, owns_process_deadline: true, ended: false }
+        Self {
+            subscription,
+            keepalive,
+            deadline: None,
+            owns_process_deadline: true,
+            ended: false,
+        }
     }
 
     async fn next(&mut self) -> Option<Result<wire::ProcessEvent, ConnectError>> {
@@ -223,7 +286,9 @@ impl Events {
             Ok(None) => None,
             Ok(Some(Output::End(exit))) if exit.by_deadline && self.owns_process_deadline => {
                 self.ended = true;
-                Some(Err(ConnectError::deadline_exceeded("process ran past its deadline")))
+                Some(Err(ConnectError::deadline_exceeded(
+                    "process ran past its deadline",
+                )))
             }
             Ok(Some(output)) => {
                 self.ended = matches!(output, Output::End(_));
@@ -274,8 +339,17 @@ impl wire::Process for ProcessService {
         _ctx: RequestContext,
         _request: ServiceRequest<'_, wire::ListRequest>,
     ) -> ServiceResult<wire::ListResponse> {
-        let processes = self.agent.processes.live().iter().map(|live| to_info(live)).collect();
-        Response::ok(wire::ListResponse { processes, ..Default::default() })
+        let processes = self
+            .agent
+            .processes
+            .live()
+            .iter()
+            .map(|live| to_info(live))
+            .collect();
+        Response::ok(wire::ListResponse {
+            processes,
+            ..Default::default()
+        })
     }
 
     async fn start(
@@ -288,7 +362,10 @@ impl wire::Process for ProcessService {
         let events = Events::started(&ctx, subscription).after_start(process.pid_on_wire());
         Response::stream_ok(events.map(|event| {
             let event = MessageField::some(event?);
-            Ok(wire::StartResponse { event, ..Default::default() })
+            Ok(wire::StartResponse {
+                event,
+                ..Default::default()
+            })
         }))
     }
 
@@ -302,7 +379,10 @@ impl wire::Process for ProcessService {
         let events = Events::attached(&ctx, process.output.subscribe());
         Response::stream_ok(events.after_start(process.pid_on_wire()).map(|event| {
             let event = MessageField::some(event?);
-            Ok(wire::ConnectResponse { event, ..Default::default() })
+            Ok(wire::ConnectResponse {
+                event,
+                ..Default::default()
+            })
         }))
     }
 
@@ -338,7 +418,9 @@ impl wire::Process for ProcessService {
                 }
                 (Some(Event::Keepalive(_)) | None, _) => {}
                 (Some(Event::Start(_)), Some(_)) => {
-                    return Err(ConnectError::invalid_argument("stream selects a process twice"));
+                    return Err(ConnectError::invalid_argument(
+                        "stream selects a process twice",
+                    ));
                 }
                 (Some(Event::Data(_)), None) => {
                     return Err(ConnectError::invalid_argument("stream begins with data"));
@@ -369,7 +451,9 @@ impl wire::Process for ProcessService {
             EnumValue::Known(wire::Signal::SIGNAL_SIGTERM) => UnixSignal::SIGTERM,
             EnumValue::Known(wire::Signal::SIGNAL_SIGKILL) => UnixSignal::SIGKILL,
             EnumValue::Known(wire::Signal::SIGNAL_UNSPECIFIED) | EnumValue::Unknown(_) => {
-                return Err(ConnectError::invalid_argument("only SIGTERM and SIGKILL can be sent"));
+                return Err(ConnectError::invalid_argument(
+                    "only SIGTERM and SIGKILL can be sent",
+                ));
             }
         };
         let process = self.find(&request.process)?;
@@ -399,7 +483,10 @@ mod tests {
         let encode = |text: &str| format!("Basic {}", STANDARD.encode(text));
         assert_eq!(basic_user(&encode("user:")).as_deref(), Some("user"));
         assert_eq!(basic_user(&encode("user")).as_deref(), Some("user"));
-        assert_eq!(basic_user(&encode("a:b:c").replace("Basic", "basic")).as_deref(), Some("a"));
+        assert_eq!(
+            basic_user(&encode("a:b:c").replace("Basic", "basic")).as_deref(),
+            Some("a")
+        );
         assert_eq!(basic_user("Bearer abc"), None);
         assert_eq!(basic_user("Basic !!!"), None);
     }
