@@ -136,6 +136,7 @@ impl ChildPlan {
     /// Runs in the child. Comes back only with an error that happened before exec.
     fn become_child(&self) -> io::Result<()> {
         self.detach()?;
+        Self::keep_descriptors_to_ourselves();
         self.lower_priority();
         self.drop_privileges()?;
         // SAFETY: `cwd` is a valid C string.
@@ -169,6 +170,13 @@ impl ChildPlan {
                 IOPRIO_BEST_EFFORT_4,
             );
         }
+    }
+
+    /// Nothing but the standard streams reaches the command, whatever the agent inherited itself.
+    fn keep_descriptors_to_ourselves() {
+        let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        // SAFETY: only numbers are passed; descriptors stay open until exec.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     }
 
     /// Raw system calls: glibc's wrappers would signal threads that do not exist in the child.

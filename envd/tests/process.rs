@@ -191,6 +191,19 @@ async fn arguments_arrive_untouched_and_scripts_need_no_interpreter_line() {
 }
 
 #[tokio::test]
+async fn children_start_with_plain_signals_and_three_descriptors() {
+    let envd = Envd::start();
+    // Descriptor 3 is the directory that `ls` itself reads.
+    assert_eq!(envd.shell("ls /proc/self/fd").await.out(), "0\n1\n2\n3\n");
+    let line = "grep -E 'Sig(Blk|Ign)|NSsid' /proc/self/status | tr -d '\\t0\\n'; echo; \
+                [ $(ps -o sid= -p $$) = $$ ] && echo leader";
+    let ran = envd.shell(line).await;
+    let lines: Vec<_> = ran.out().lines().collect();
+    assert!(lines[0].contains("SigBlk:SigIgn:"), "{lines:?}");
+    assert_eq!(lines[1], "leader");
+}
+
+#[tokio::test]
 async fn environment_is_built_and_not_inherited() {
     let envd = Envd::start();
     envd.post("/init", r#"{"envVars":{"GLOBAL":"g","BOTH":"g"}}"#)

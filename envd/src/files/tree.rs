@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
-use super::entry::Entry;
+use super::entry::{Entry, Kind};
 use super::write::make_directories;
 use crate::users::{Accounts, User};
 
@@ -106,7 +106,7 @@ pub fn list(path: &Path, depth: u32, accounts: &Accounts) -> Result<Vec<Entry>, 
         if entries.len() == MAX_ENTRIES {
             return Err(TreeError::TooMany(path.to_owned()));
         }
-        let is_real_directory = entry.permissions.starts_with('d');
+        let is_real_directory = entry.kind == Kind::Directory && entry.symlink_target.is_none();
         entries.push(entry);
         if is_real_directory && level < depth.max(1) {
             let below = children(&child).unwrap_or_default();
