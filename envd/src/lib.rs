@@ -1,1 +1,35 @@
-//! Placeholder.
+//! The agent inside the guest.
+//!
+//! It is the guest's first process: it finds the root disk, mounts what a Linux system expects,
+//! brings up the network, and then serves files and processes to the host over one TCP port. It is
+//! linked statically and lives in the initramfs, so templates need no agent inside. Started by
+//! hand with `--port` it only serves, which is how it is tested.
+//!
+//! | room | who lives there |
+//! |---|---|
+//! | [`boot`] | the duties of process 1, from the first mount to the poweroff |
+//! | [`serve`] | the listening socket and its connections |
+//! | [`http`] | routes, tokens, `/init` and the other plain endpoints |
+//! | [`process`] | starting, feeding, watching and ending processes |
+//! | [`files`] | upload, download and the file service |
+//! | [`agent`] | the state they share |
+//! | [`auth`] [`environment`] [`paths`] [`users`] [`clock`] [`metrics`] | rules, mostly pure |
+//! | [`sys`] | the only `unsafe` code |
+
+#![deny(unsafe_code)]
+
+pub mod agent;
+pub mod auth;
+pub mod boot;
+pub mod clock;
+pub mod environment;
+pub mod files;
+pub mod http;
+pub mod log;
+pub mod metrics;
+pub mod paths;
+pub mod process;
+pub mod quiesce;
+pub mod serve;
+pub mod sys;
+pub mod users;

@@ -1,2 +1,133 @@
-//! Placeholder.
-fn main() {}
+//! Starts the agent: as the guest's first process, or by hand for tests.
+//!
+//! As process 1 everything that changes mounts and roots happens before the runtime exists, while
+//! there is a single thread. Then both cases are the same: listen, serve, wait for a reason to
+//! stop. Process 1 must never return; its way out is [`envd::boot::power`].
+
+#![deny(unsafe_code)]
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use envd::agent::{Agent, Surroundings};
+use envd::boot::cgroup::Groups;
+use envd::boot::{self, power};
+use envd::log::chain;
+use envd::{http, log, serve};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// The agent inside the guest.
+#[derive(Debug, Parser)]
+#[command(name = "envd", version = proto::version::ENVD)]
+struct Args {
+    /// TCP port to serve on.
+    #[arg(long, default_value_t = boot::PORT)]
+    port: u16,
+    /// Print the commit this was built from, and exit.
+    #[arg(long)]
+    commit: bool,
+    /// A shell line to run at start.
+    #[arg(long)]
+    cmd: Option<String>,
+    /// Where the cgroup file system is.
+    #[arg(long, default_value = boot::cgroup::ROOT)]
+    cgroup_root: PathBuf,
+    /// Not in a guest: serve on loopback only, touch neither clock nor host name nor cgroups.
+    #[arg(long)]
+    isnotfc: bool,
+}
+
+fn main() -> ExitCode {
+    let first = std::process::id() == 1;
+    if first {
+        // The kernel passes words of its command line that it does not know; they are not ours.
+        boot::enter();
+    }
+    let args = if first {
+        Args::parse_from(["envd"])
+    } else {
+        Args::parse()
+    };
+    if args.commit {
+        println!("{}", option_env!("WRENN_COMMIT").unwrap_or("unknown"));
+        return ExitCode::SUCCESS;
+    }
+    let outcome = run(&args, first);
+    if first {
+        // Whatever happened, process 1 must not return.
+        if let Err(err) = &outcome {
+            log!("{}", chain(err));
+        }
+        power::off();
+    }
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            log!("{}", chain(&err));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Two workers: one may be held up by a large encoding while the other answers health checks.
+const WORKER_THREADS: usize = 2;
+/// How long file operations under way may take to end when the agent stops.
+const BLOCKED_TIMEOUT: Duration = Duration::from_secs(1);
+/// File operations that may block at once.
+const BLOCKING_THREADS: usize = 32;
+
+fn run(args: &Args, first: bool) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS)
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(agent_main(args, first));
+    // A file operation stuck on a dead disk must not keep the guest from going down.
+    runtime.shutdown_timeout(BLOCKED_TIMEOUT);
+    outcome
+}
+
+async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {
+    let (power_sender, mut power_asked) = mpsc::channel(1);
+    let groups = if args.isnotfc {
+        Groups::none()
+    } else {
+        Groups::create(&args.cgroup_root)
+    };
+    let agent = Arc::new(Agent::new(Surroundings {
+        in_guest: !args.isnotfc,
+        power: first.then_some(power_sender),
+        groups,
+    }));
+    tokio::spawn(agent.processes.reaper().clone().listen()?);
+    let host = if args.isnotfc {
+        Ipv4Addr::LOCALHOST
+    } else {
+        Ipv4Addr::UNSPECIFIED
+    };
+    let listener = serve::listen(SocketAddr::new(IpAddr::V4(host), args.port)).await?;
+    log!(
+        "version {} listening on {}",
+        proto::version::ENVD,
+        listener.local_addr()?
+    );
+    if let Some(line) = &args.cmd {
+        boot::command::start(&agent, line);
+    }
+
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(serve::run(listener, http::router(agent), stop.clone()));
+    let mut signals = power::Signals::listen()?;
+    tokio::select! {
+        name = signals.recv() => log!("{name} received, stopping"),
+        Some(()) = power_asked.recv() => log!("poweroff asked for"),
+    }
+    stop.cancel();
+    serving.await.map_err(std::io::Error::other)
+}

@@ -1,0 +1,223 @@
+//! `POST /files`: one or several files, streamed to disk as they arrive.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::multipart::Field;
+use axum::extract::{FromRequest, Multipart, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use futures::{Stream, StreamExt, TryStreamExt};
+use serde::Serialize;
+use tokio::time::timeout;
+
+use super::inflate::gunzip;
+use super::metadata::{self, Metadata};
+use super::request::{Caller, Operation};
+use super::write::Writing;
+use crate::agent::Agent;
+use crate::http::error::ApiError;
+use crate::log::chain;
+
+/// How long a client may send nothing in the middle of an upload.
+const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// Form name of the parts that are files.
+const FILE_PART: &str = "file";
+
+/// One written file, as answered.
+#[derive(Debug, Serialize)]
+pub struct Written {
+    path: PathBuf,
+    name: String,
+    r#type: &'static str,
+    #[serde(skip_serializing_if = "Metadata::is_empty")]
+    metadata: Metadata,
+}
+
+impl Written {
+    fn new(path: &Path, metadata: Metadata) -> Self {
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Self {
+            path: path.to_owned(),
+            name,
+            r#type: "file",
+            metadata,
+        }
+    }
+}
+
+/// Handles `POST /files`.
+///
+/// # Errors
+/// 400 for what the caller must change, 401 by token and signature, 408 when nothing more comes,
+/// 507 when the disk is full.
+pub async fn upload(
+    State(agent): State<Arc<Agent>>,
+    request: Request,
+) -> Result<Json<Vec<Written>>, ApiError> {
+    let caller = Caller::admit(&agent, request.uri(), request.headers(), Operation::Write)?;
+    let metadata = metadata::from_headers(request.headers());
+    let metadata = metadata.map_err(|err| ApiError::bad_request(chain(&err)))?;
+    let upload = Upload {
+        agent,
+        caller,
+        metadata,
+    };
+    let kind = content_type(request.headers());
+    let request = plain(request)?;
+    let written = if kind.starts_with("multipart/") {
+        upload.multipart(request).await?
+    } else if kind == "application/octet-stream" {
+        vec![upload.octets(request).await?]
+    } else {
+        return Err(ApiError::bad_request(format!(
+            "content type '{kind}' is not supported"
+        )));
+    };
+    Ok(Json(written))
+}
+
+/// The media type without its parameters.
+fn content_type(headers: &HeaderMap) -> String {
+    let value = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    let media_type = value
+        .unwrap_or_default()
+        .split(';')
+        .next()
+        .unwrap_or_default();
+    media_type.trim().to_ascii_lowercase()
+}
+
+/// The request with its body decompressed and watched for stalls.
+fn plain(request: Request) -> Result<Request, ApiError> {
+    let (mut parts, body) = request.into_parts();
+    let encoding = parts.headers.remove(header::CONTENT_ENCODING);
+    let encoding = encoding
+        .as_ref()
+        .map_or(Ok("identity"), |value| value.to_str());
+    let watched = Body::from_stream(watch(body.into_data_stream()));
+    let body = match encoding
+        .unwrap_or("unknown")
+        .trim()
+        .to_ascii_lowercase()
+        .as_str()
+    {
+        "" | "identity" => watched,
+        "gzip" | "x-gzip" => Body::from_stream(gunzip(watched.into_data_stream())),
+        other => {
+            let words = format!("content encoding '{other}' is not supported");
+            return Err(ApiError::bad_request(words));
+        }
+    };
+    Ok(Request::from_parts(parts, body))
+}
+
+/// Ends a body in an error when nothing comes for too long.
+fn watch<E: std::error::Error + Send + Sync + 'static>(
+    body: impl Stream<Item = Result<Bytes, E>> + Send + Unpin + 'static,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+    futures::stream::try_unfold(body, async |mut body| {
+        let stalled = |_| io::Error::from(io::ErrorKind::TimedOut);
+        match timeout(STALL_TIMEOUT, body.next()).await.map_err(stalled)? {
+            None => Ok(None),
+            Some(Ok(piece)) => Ok(Some((piece, body))),
+            Some(Err(err)) => Err(io::Error::other(err)),
+        }
+    })
+}
+
+/// A body that ended early or made no sense: the caller's fault, or its connection's.
+fn body_error(err: &(dyn std::error::Error + 'static)) -> ApiError {
+    let mut cause = Some(err);
+    while let Some(error) = cause {
+        if error
+            .downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::TimedOut)
+        {
+            return ApiError::new(StatusCode::REQUEST_TIMEOUT, "upload stalled");
+        }
+        cause = error.source();
+    }
+    ApiError::bad_request(format!("read the body: {}", chain(err)))
+}
+
+struct Upload {
+    agent: Arc<Agent>,
+    caller: Caller,
+    metadata: Metadata,
+}
+
+impl Upload {
+    async fn octets(&self, request: Request) -> Result<Written, ApiError> {
+        let path = self
+            .caller
+            .query
+            .path
+            .as_deref()
+            .filter(|path| !path.is_empty());
+        let path = path.ok_or_else(|| ApiError::bad_request("path query is required"))?;
+        let path = self.caller.resolve(&self.agent, path)?;
+        let body = request.into_body().into_data_stream();
+        self.write(path, body).await
+    }
+
+    async fn multipart(&self, request: Request) -> Result<Vec<Written>, ApiError> {
+        let parts = Multipart::from_request(request, &()).await;
+        let mut parts = parts.map_err(|err| ApiError::bad_request(err.body_text()))?;
+        let mut written = Vec::new();
+        let mut seen = BTreeSet::new();
+        while let Some(part) = parts.next_field().await.map_err(|err| body_error(&err))? {
+            if part.name() != Some(FILE_PART) {
+                continue;
+            }
+            let path = self.part_path(&part)?;
+            if !seen.insert(path.clone()) {
+                let words = format!("two parts are for '{}'", path.display());
+                return Err(ApiError::bad_request(words));
+            }
+            written.push(self.write(path, part).await?);
+        }
+        if written.is_empty() {
+            return Err(ApiError::bad_request(format!(
+                "no part is named '{FILE_PART}'"
+            )));
+        }
+        Ok(written)
+    }
+
+    fn part_path(&self, part: &Field<'_>) -> Result<PathBuf, ApiError> {
+        let asked = self
+            .caller
+            .query
+            .path
+            .as_deref()
+            .filter(|path| !path.is_empty());
+        let named = asked.or(part.file_name()).filter(|path| !path.is_empty());
+        let path = named.ok_or_else(|| ApiError::bad_request("part has no file name"))?;
+        self.caller.resolve(&self.agent, path)
+    }
+
+    async fn write<E: std::error::Error + 'static>(
+        &self,
+        path: PathBuf,
+        mut pieces: impl Stream<Item = Result<Bytes, E>> + Unpin,
+    ) -> Result<Written, ApiError> {
+        let user = self.caller.user.clone();
+        let mut writing = Writing::open(path, user, self.metadata.clone()).await?;
+        let path = writing.path().to_owned();
+        while let Some(piece) = pieces.try_next().await.map_err(|err| body_error(&err))? {
+            writing.push(piece).await?;
+        }
+        Ok(Written::new(&path, writing.complete().await?))
+    }
+}
