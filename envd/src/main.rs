@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use envd::agent::{Agent, Surroundings};
@@ -75,6 +76,8 @@ fn main() -> ExitCode {
 
 /// Two workers: one may be held up by a large encoding while the other answers health checks.
 const WORKER_THREADS: usize = 2;
+/// How long file operations under way may take to end when the agent stops.
+const BLOCKED_TIMEOUT: Duration = Duration::from_secs(1);
 /// File operations that may block at once.
 const BLOCKING_THREADS: usize = 32;
 
@@ -84,7 +87,10 @@ fn run(args: &Args, first: bool) -> std::io::Result<()> {
         .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()?;
-    runtime.block_on(agent_main(args, first))
+    let outcome = runtime.block_on(agent_main(args, first));
+    // A file operation stuck on a dead disk must not keep the guest from going down.
+    runtime.shutdown_timeout(BLOCKED_TIMEOUT);
+    outcome
 }
 
 async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {

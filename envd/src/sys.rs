@@ -136,6 +136,7 @@ impl ChildPlan {
     /// Runs in the child. Comes back only with an error that happened before exec.
     fn become_child(&self) -> io::Result<()> {
         self.detach()?;
+        Self::keep_descriptors_to_ourselves();
         self.lower_priority();
         self.drop_privileges()?;
         // SAFETY: `cwd` is a valid C string.
@@ -169,6 +170,13 @@ impl ChildPlan {
                 IOPRIO_BEST_EFFORT_4,
             );
         }
+    }
+
+    /// Nothing but the standard streams reaches the command, whatever the agent inherited itself.
+    fn keep_descriptors_to_ourselves() {
+        let (first, last, flags) = (3_u32, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        // SAFETY: only numbers are passed; descriptors stay open until exec.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     }
 
     /// Raw system calls: glibc's wrappers would signal threads that do not exist in the child.
@@ -283,6 +291,19 @@ pub fn reap(which: Reap) -> Option<(i32, ExitStatus)> {
     // SAFETY: `status` is a valid place for the answer.
     let pid = unsafe { libc::waitpid(target, &raw mut status, libc::WNOHANG) };
     (pid > 0).then(|| (pid, ExitStatus::from_raw(status)))
+}
+
+/// Whether this process has any child, dead or alive. For process 1 this is the question whether
+/// anything at all still runs.
+#[must_use]
+pub fn has_children() -> bool {
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: all zeroes is a valid `siginfo_t`, and the kernel only writes into it.
+    let result = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        libc::waitid(libc::P_ALL, 0, &raw mut info, flags)
+    };
+    result == 0
 }
 
 /// The raw ioctls, each with the number the kernel's headers give it.

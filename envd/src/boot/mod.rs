@@ -28,6 +28,7 @@ use std::io;
 use crate::log::chain;
 use crate::{log, sys};
 use cmdline::Options;
+use nix::sys::resource::{Resource, setrlimit};
 
 /// The port every host expects the agent on.
 pub const PORT: u16 = 49983;
@@ -113,9 +114,21 @@ fn bring_up() -> Result<(), BootError> {
     mounts::volatile_file_systems()?;
     name::set(&options.hostname)?;
     network::bring_up(&options)?;
+    raise_limits();
     // So that ctrl-alt-del of the VMM is a signal to us instead of a reset.
     let _ = nix::sys::reboot::set_cad_enabled(false);
     Ok(())
+}
+
+/// Open files that a process gets without asking, and that it may ask for. The kernel's own 1024
+/// and 4096 are too few for today's package managers and servers.
+const OPEN_FILES: (u64, u64) = (65_536, 524_288);
+
+fn raise_limits() {
+    let (soft, hard) = OPEN_FILES;
+    if let Err(err) = setrlimit(Resource::RLIMIT_NOFILE, soft, hard) {
+        log!("raise the limit of open files: {err}");
+    }
 }
 
 /// The kernel may have found no console when it started us; from here on there is one.

@@ -6,7 +6,7 @@
 //! | [`upload`] | `POST /files`: multipart and plain bodies, compressed or not |
 //! | [`write`] | one file written in place, piece by piece, owned by its user |
 //! | [`metadata`] | the user's key-value pairs, kept as extended attributes |
-//! | [`service`] [`entry`] | `filesystem.Filesystem` and how an entry is described |
+//! | [`service`] | `filesystem.Filesystem`, over [`tree`] (list, make, move, remove) and [`entry`] |
 //! | [`range`] [`encoding`] [`content`] | rules of HTTP; pure |
 //!
 //! Nothing here holds a whole file: memory per transfer is bounded by a few pieces, whatever the
@@ -15,10 +15,12 @@
 pub mod content;
 pub mod download;
 pub mod encoding;
+pub mod entry;
 pub mod inflate;
 pub mod metadata;
 pub mod range;
 pub mod request;
 pub mod service;
+pub mod tree;
 pub mod upload;
 pub mod write;

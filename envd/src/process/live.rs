@@ -2,7 +2,7 @@
 //!
 //! Order at the end: reaped (and so out of every list) → pumps have drained → end event. The
 //! deadline kills the whole process group; closing a stream kills nobody, because no stream owns
-//! anything here. Nothing survives the agent: its processes are the guest's.
+//! anything here.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;

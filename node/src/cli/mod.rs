@@ -1,1 +1,153 @@
 //! The command line: one file per noun.
+//!
+//! Everything but `node start`, `dev` and `doctor` is a client of the public interface. What those
+//! three need of the node itself comes in as [`Hooks`], joined in `main.rs`. Standard output
+//! carries answers only; progress and errors go to standard error. Exit codes: 0 done, 1 failed,
+//! 2 wrong usage; `capsule exec` passes the command's own, and 124 when its time ran out.
+
+mod capsule;
+mod client;
+mod completions;
+mod copy;
+mod dev;
+mod doctor;
+mod error;
+mod find;
+mod node;
+mod print;
+mod shell;
+mod template;
+
+use std::error::Error;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+
+use crate::config::Config;
+
+use client::Client;
+use error::CliError;
+
+/// What the command line needs of the rooms above it.
+#[derive(Clone, Copy, Debug)]
+pub struct Hooks {
+    /// Runs a node until it is asked to stop.
+    pub run_node: fn(Config) -> Result<(), Box<dyn Error>>,
+    /// Ends everything that a node with this data directory left on the host.
+    pub clean_up: fn(&Path) -> Result<(), Box<dyn Error + Send + Sync>>,
+    /// Boots a tiny guest and says what ran it.
+    pub probe: fn(&Config) -> Result<String, Box<dyn Error>>,
+}
+
+/// Wrenn: microVM sandboxes on your own machines.
+#[derive(Debug, Parser)]
+#[command(name = "wrenn", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+struct Global {
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where the API answers; found on this machine where absent.
+    #[arg(long, global = true, env = "WRENN_BASE_URL", value_name = "URL")]
+    url: Option<String>,
+    /// The API key; the first key of a local node where absent.
+    #[arg(
+        long,
+        global = true,
+        env = "WRENN_API_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    api_key: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Create and use capsules.
+    #[command(subcommand)]
+    Capsule(capsule::Command),
+    /// Show templates.
+    #[command(subcommand)]
+    Template(template::Command),
+    /// Run a node, and show the nodes of the cluster.
+    #[command(subcommand)]
+    Node(node::Command),
+    /// Check whether this machine can run a node, and fix what can be fixed safely.
+    Doctor(doctor::Options),
+    /// Run a cluster on this machine for development.
+    #[command(subcommand)]
+    Dev(dev::Command),
+    /// Print the completions of a shell.
+    Completions(completions::Options),
+}
+
+/// Does what the arguments say.
+#[must_use]
+pub fn run(hooks: Hooks) -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(hooks, cli) {
+        Ok(code) => code,
+        Err(err) => {
+            print::error(&err);
+            ExitCode::from(err.exit)
+        }
+    }
+}
+
+fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
+    let Cli { global, command } = cli;
+    match command {
+        Command::Completions(options) => completions::run(&options, Cli::command()),
+        Command::Doctor(options) => doctor::run(hooks, &global, options),
+        Command::Node(node::Command::Start(options)) => node::start(hooks, *options),
+        Command::Node(node::Command::Config(options)) => node::show_config(*options),
+        Command::Node(node::Command::Ls) => wait_for(async { node::ls(&global).await }),
+        Command::Capsule(command) => wait_for(capsule::run(&global, command)),
+        Command::Template(command) => wait_for(template::run(&global, command)),
+        Command::Dev(command) => wait_for(dev::run(hooks, &global, command)),
+    }
+}
+
+/// Runs a client's work on this thread alone.
+fn wait_for(work: impl Future<Output = Result<ExitCode, CliError>>) -> Result<ExitCode, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|err| CliError::new(format!("start the runtime: {err}")))?;
+    runtime.block_on(work)
+}
+
+impl Global {
+    /// A client of the node that these options, or this machine, name.
+    fn client(&self) -> Result<Client, CliError> {
+        let endpoint = find::endpoint(self.url.clone(), self.api_key.clone())?;
+        Client::new(&endpoint.url, &endpoint.key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grammar_has_no_contradictions() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_after_two_dashes_keeps_its_own_flags() {
+        let cli = Cli::try_parse_from([
+            "wrenn", "capsule", "exec", "cl-1", "--cwd", "/", "--", "ls", "--json", "-l",
+        ]);
+        assert!(!cli.expect("arguments").global.json);
+    }
+}

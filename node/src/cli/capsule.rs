@@ -1,0 +1,391 @@
+//! `wrenn capsule`.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use clap::{Args, Subcommand};
+use http::Method;
+use jiff::{Timestamp, Unit};
+use serde_json::{Value, json};
+use tokio::time::{self, Instant};
+
+use super::client::{Client, DEADLINE_EXCEEDED};
+use super::error::CliError;
+use super::{Global, copy, print, shell};
+use crate::config::Period;
+
+/// Exit code of a command whose time ran out, as of timeout(1).
+const TIMED_OUT: u8 = 124;
+/// Exit code that stands for a signal, or for a code that no process can have.
+const NO_CODE: u8 = 255;
+/// Added to a command's own time before this side gives up.
+const EXEC_GRACE: Duration = Duration::from_secs(15);
+/// Pause between two looks at a capsule that is starting.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What to do with capsules.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Create a capsule and print its id.
+    Create(Create),
+    /// List the capsules that have not ended.
+    Ls,
+    /// Show one capsule.
+    Get {
+        /// The capsule.
+        id: String,
+    },
+    /// Run a command in a capsule; its output and exit code become this command's.
+    Exec(Exec),
+    /// Type commands into a capsule, line by line.
+    ///
+    /// Each line runs to its end in a shell that keeps directory and exported variables. Programs
+    /// that need a terminal or read input come later.
+    Shell {
+        /// The capsule.
+        id: String,
+    },
+    /// Show what the guest's console printed.
+    Logs {
+        /// The capsule.
+        id: String,
+        /// Only the last lines.
+        #[arg(long, value_name = "LINES")]
+        tail: Option<u32>,
+    },
+    /// Copy a file into or out of a capsule; `-` is standard input or output.
+    Cp {
+        /// A file here, or `ID:/path`.
+        from: String,
+        /// A file here, or `ID:/path`.
+        to: String,
+    },
+    /// Move a capsule's inactivity timer back to its start.
+    Ping {
+        /// The capsule.
+        id: String,
+    },
+    /// Destroy capsules.
+    Destroy {
+        /// The capsules.
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+}
+
+/// A capsule to create.
+#[derive(Debug, Args)]
+pub(super) struct Create {
+    /// The template to start from.
+    #[arg(long, default_value = "minimal")]
+    template: String,
+    /// Virtual processors.
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u32>,
+    /// Memory.
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// Destroy it after this long without activity, e.g. 10m; never where absent.
+    #[arg(long, value_name = "TIME", value_parser = period)]
+    timeout: Option<Duration>,
+    /// A label; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    metadata: Vec<(String, String)>,
+    /// Do not wait until it runs.
+    #[arg(long)]
+    no_wait: bool,
+    /// Wait this long at most.
+    #[arg(long, value_name = "TIME", value_parser = period, default_value = "2m")]
+    wait: Duration,
+}
+
+/// A command to run.
+#[derive(Debug, Args)]
+pub(super) struct Exec {
+    /// The capsule.
+    id: String,
+    /// Working directory.
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<String>,
+    /// An environment variable; may be repeated.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
+    env: Vec<(String, String)>,
+    /// Kill the command after this long, e.g. 90s.
+    #[arg(long, value_name = "TIME", value_parser = period, default_value = "30s")]
+    timeout: Duration,
+    /// Leave it running and print its process id.
+    #[arg(long)]
+    background: bool,
+    /// A name for the background process.
+    #[arg(long, requires = "background")]
+    tag: Option<String>,
+    /// The program and its arguments, after `--`.
+    #[arg(required = true, last = true)]
+    command: Vec<String>,
+}
+
+/// Does it.
+pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, CliError> {
+    let client = global.client()?;
+    match command {
+        Command::Create(request) => create(global, &client, request).await?,
+        Command::Ls => list(global, &client).await?,
+        Command::Get { id } => show(global, &get(&client, &id).await?)?,
+        Command::Exec(request) => return exec(global, &client, request).await,
+        Command::Shell { id } => return shell::run(&client, &id).await,
+        Command::Logs { id, tail } => logs(&client, &id, tail).await?,
+        Command::Cp { from, to } => copy::run(&client, &from, &to).await?,
+        Command::Ping { id } => {
+            client
+                .call(Method::POST, &format!("{}/ping", path(&id)?), None)
+                .await?;
+        }
+        Command::Destroy { ids } => destroy(&client, &ids).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The route of one capsule. The id is checked here, so that nothing else gets into a path.
+pub(super) fn path(id: &str) -> Result<String, CliError> {
+    let id: proto::ids::SandboxId = id
+        .parse()
+        .map_err(|err: proto::ids::ParseIdError| CliError::usage(err.to_string()))?;
+    Ok(format!("/v1/capsules/{id}"))
+}
+
+async fn create(global: &Global, client: &Client, request: Create) -> Result<(), CliError> {
+    let deadline = Instant::now() + request.wait;
+    let metadata: BTreeMap<_, _> = request.metadata.into_iter().collect();
+    let body = json!({
+        "template": request.template,
+        "vcpus": request.vcpus,
+        "memory_mb": request.memory,
+        "timeout_sec": request.timeout.map(|timeout| timeout.as_secs()),
+        "metadata": metadata,
+    });
+    let asked = client.call(Method::POST, "/v1/capsules", Some(body));
+    let mut capsule = print::progress("creating the capsule", asked).await?;
+    if !request.no_wait {
+        let id = print::text(&capsule, "id");
+        let running = until_running(client, &id, capsule, deadline);
+        capsule = print::progress("waiting for the guest", running).await?;
+    }
+    if global.json {
+        return print::json(&capsule);
+    }
+    print::line(&print::text(&capsule, "id"))
+}
+
+async fn until_running(
+    client: &Client,
+    id: &str,
+    mut capsule: Value,
+    deadline: Instant,
+) -> Result<Value, CliError> {
+    loop {
+        match capsule["status"].as_str().unwrap_or_default() {
+            "running" => return Ok(capsule),
+            "starting" if Instant::now() < deadline => {}
+            "starting" => {
+                let err = CliError::new(format!("capsule {id} is still starting"));
+                return Err(err.hint(format!("it goes on; `wrenn capsule get {id}` tells")));
+            }
+            other => {
+                let why = print::text(&capsule, "reason");
+                let err = CliError::new(format!("capsule {id} is {other}: {why}"));
+                return Err(err.hint(format!("`wrenn capsule logs {id}` may tell more")));
+            }
+        }
+        time::sleep(POLL_INTERVAL).await;
+        capsule = get(client, id).await?;
+    }
+}
+
+async fn get(client: &Client, id: &str) -> Result<Value, CliError> {
+    client.call(Method::GET, &path(id)?, None).await
+}
+
+async fn list(global: &Global, client: &Client) -> Result<(), CliError> {
+    let all = client.call(Method::GET, "/v1/capsules", None).await?;
+    if global.json {
+        return print::json(&all);
+    }
+    let row = |capsule: &Value| {
+        vec![
+            print::text(capsule, "id"),
+            print::text(capsule, "status"),
+            print::text(capsule, "template"),
+            print::text(capsule, "vcpus"),
+            format!("{} MiB", capsule["memory_mb"]),
+            age(&print::text(capsule, "created_at")),
+            print::text(capsule, "node"),
+        ]
+    };
+    let rows: Vec<_> = all.as_array().into_iter().flatten().map(row).collect();
+    let headings = ["ID", "STATUS", "TEMPLATE", "VCPUS", "MEMORY", "AGE", "NODE"];
+    print::table(&headings, &rows)
+}
+
+fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
+    if global.json {
+        return print::json(capsule);
+    }
+    let fields = capsule.as_object().into_iter().flatten();
+    let rows: Vec<_> = fields
+        .filter(|(_, value)| !value.is_null())
+        .map(|(key, _)| vec![key.clone(), print::text(capsule, key)])
+        .collect();
+    print::table(&["FIELD", "VALUE"], &rows)
+}
+
+async fn exec(global: &Global, client: &Client, request: Exec) -> Result<ExitCode, CliError> {
+    let route = format!("{}/exec", path(&request.id)?);
+    let (cmd, args) = request
+        .command
+        .split_first()
+        .ok_or_else(|| CliError::usage("no command was given"))?;
+    let envs: BTreeMap<_, _> = request.env.into_iter().collect();
+    let body = json!({
+        "cmd": cmd,
+        "args": args,
+        "background": request.background,
+        "timeout_sec": request.timeout.as_secs().max(1),
+        "cwd": request.cwd,
+        "envs": envs,
+        "tag": request.tag,
+    });
+    let limit = request.timeout + EXEC_GRACE;
+    let asked = client.call_within(Method::POST, &route, Some(body), limit);
+    let answer = match print::progress(cmd, asked).await {
+        Ok(answer) => answer,
+        Err(err) if err.detail.as_deref() == Some(DEADLINE_EXCEEDED) => {
+            let exit = TIMED_OUT;
+            return Err(CliError { exit, ..err }.hint("--timeout gives it longer"));
+        }
+        Err(err) => return Err(err),
+    };
+    if global.json {
+        print::json(&answer)?;
+    } else if request.background {
+        let (pid, tag) = (&answer["pid"], print::text(&answer, "tag"));
+        print::line(&format!("{pid} {tag}"))?;
+    } else {
+        forward(&answer)?;
+    }
+    Ok(exit_code(&answer))
+}
+
+/// Writes what a command wrote, byte by byte, where it wrote it.
+pub(super) fn forward(answer: &Value) -> Result<(), CliError> {
+    print::out(&stream(answer, "stdout")?)?;
+    print::err(&stream(answer, "stderr")?);
+    Ok(())
+}
+
+/// The exit code of a command; 0 for one that was left running.
+pub(super) fn exit_code(answer: &Value) -> ExitCode {
+    let code = answer["exit_code"].as_i64().unwrap_or(0);
+    ExitCode::from(u8::try_from(code).unwrap_or(NO_CODE))
+}
+
+fn stream(answer: &Value, key: &str) -> Result<Vec<u8>, CliError> {
+    let text = answer[key].as_str().unwrap_or_default();
+    if answer["encoding"] != "base64" {
+        return Ok(text.as_bytes().to_vec());
+    }
+    let decoded = STANDARD.decode(text);
+    decoded.map_err(|err| CliError::from_error("decode the command's output", &err))
+}
+
+async fn logs(client: &Client, id: &str, tail: Option<u32>) -> Result<(), CliError> {
+    let query = tail
+        .map(|lines| format!("?tail={lines}"))
+        .unwrap_or_default();
+    let route = format!("{}/logs{query}", path(id)?);
+    let answer = client.open(Method::GET, &route, None).await?;
+    print::out(&client.whole(answer).await?)
+}
+
+async fn destroy(client: &Client, ids: &[String]) -> Result<(), CliError> {
+    let routes: Vec<String> = ids.iter().map(|id| path(id)).collect::<Result<_, _>>()?;
+    for (id, route) in ids.iter().zip(routes) {
+        let asked = client.call(Method::DELETE, &route, None);
+        print::progress(&format!("destroying {id}"), asked).await?;
+    }
+    Ok(())
+}
+
+/// How long ago, in words as long as needed.
+fn age(created_at: &str) -> String {
+    let Ok(then) = created_at.parse::<Timestamp>() else {
+        return String::new();
+    };
+    let Ok(seconds) = (Timestamp::now() - then).total(Unit::Second) else {
+        return String::new();
+    };
+    match seconds {
+        s if s < 120.0 => format!("{s:.0}s"),
+        s if s < 7200.0 => format!("{:.0}m", s / 60.0),
+        s if s < 172_800.0 => format!("{:.0}h", s / 3600.0),
+        s => format!("{:.0}d", s / 86_400.0),
+    }
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
+    if key.is_empty() {
+        return Err("the key is empty".into());
+    }
+    Ok((key.into(), value.into()))
+}
+
+/// A time with its unit, or a number of seconds.
+fn period(text: &str) -> Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    let period: Period = text.parse().map_err(|err| format!("{err}"))?;
+    Ok(period.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn binary_output_is_forwarded_as_it_was() {
+        let answer = json!({"stdout": "AP8K", "stderr": "", "encoding": "base64"});
+        assert_eq!(stream(&answer, "stdout"), Ok(vec![0, 255, 10]));
+        let answer = json!({"stdout": "AP8K", "encoding": "utf-8"});
+        assert_eq!(stream(&answer, "stdout"), Ok(b"AP8K".to_vec()));
+    }
+
+    #[test]
+    fn an_exit_code_that_no_process_can_have_is_255() {
+        let code = |code: i64| format!("{:?}", exit_code(&json!({"exit_code": code})));
+        assert_eq!(code(-1), format!("{:?}", ExitCode::from(255)));
+        assert_eq!(code(42), format!("{:?}", ExitCode::from(42)));
+    }
+
+    #[test]
+    fn times_may_lack_their_unit() {
+        assert_eq!(period("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(period("2m"), Ok(Duration::from_secs(120)));
+        assert!(period("soon").is_err());
+    }
+
+    #[test]
+    fn an_id_cannot_lead_to_another_route() {
+        for bad in [
+            "",
+            "..",
+            "cl-1/../../nodes",
+            "cl-0000000000000000000000001?x",
+        ] {
+            assert!(path(bad).is_err(), "{bad}");
+        }
+    }
+}

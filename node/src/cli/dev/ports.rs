@@ -1,0 +1,75 @@
+//! Who listens on a port: read from `/proc`, so that a refusal can say whom to blame.
+
+use std::fs;
+use std::path::Path;
+
+/// The process that listens on TCP `port`, in words.
+pub(super) fn holder(port: u16) -> String {
+    let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
+        .iter()
+        .filter_map(|path| fs::read_to_string(path).ok())
+        .find_map(|table| listening_inode(&table, port));
+    let pid = inode.and_then(|inode| owner(&format!("socket:[{inode}]")));
+    let Some(pid) = pid else {
+        return "a process that cannot be seen from here".into();
+    };
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!("process {pid} ({})", name.trim())
+}
+
+/// The inode of the socket that listens on `port`, in a table of the kernel's.
+fn listening_inode(table: &str, port: u16) -> Option<u64> {
+    /// The kernel's number for a listening socket.
+    const LISTEN: &str = "0A";
+    table.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
+        let matches = u16::from_str_radix(local_port, 16) == Ok(port) && *fields.get(3)? == LISTEN;
+        matches.then(|| fields.get(9)?.parse().ok()).flatten()
+    })
+}
+
+/// The process that has `link` among its descriptors.
+fn owner(link: &str) -> Option<u32> {
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    processes
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .find(|pid| has_descriptor(*pid, link))
+}
+
+fn has_descriptor(pid: u32, link: &str) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    descriptors
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .any(|target| target == Path::new(link))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn the_holder_of_a_port_is_named_with_its_process() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let holder = holder(port);
+        assert!(
+            holder.contains(&format!("process {}", std::process::id())),
+            "{holder}"
+        );
+    }
+
+    #[test]
+    fn a_line_of_the_kernel_table_is_read_in_its_own_base() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
+             0: 0100007F:1C98 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4242 1\n";
+        assert_eq!(listening_inode(table, 7320), Some(4242));
+        assert_eq!(listening_inode(table, 7321), None);
+        assert_eq!(listening_inode("", 7320), None);
+    }
+}

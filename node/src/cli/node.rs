@@ -1,0 +1,192 @@
+//! `wrenn node`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use http::Method;
+use serde_json::Value;
+
+use super::error::{CliError, chain};
+use super::{Global, Hooks, print};
+use crate::config::{AcceleratorChoice, Cidr, Config, Period, VmmChoice, Written, WrittenCapacity};
+
+/// What to do with nodes.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run a node on this machine until it is asked to stop. Its capsules outlive it.
+    Start(Box<Settings>),
+    /// List the nodes of the cluster.
+    Ls,
+    /// Show the configuration that `start` would use, as JSON.
+    Config(Box<Settings>),
+}
+
+/// The settings of a node. Each may also stand in a file or in the environment.
+#[derive(Debug, Default, Args)]
+pub(super) struct Settings {
+    /// A TOML file with settings of the same names (with `_` for `-`).
+    #[arg(long, value_name = "FILE", env = "WRENN_CONFIG")]
+    config: Option<PathBuf>,
+    /// Where the node keeps its state.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Where kernel, initramfs and templates lie; `images` in the data directory where absent.
+    #[arg(long, value_name = "DIR")]
+    images_dir: Option<PathBuf>,
+    /// What people call the node; the host name where absent.
+    #[arg(long)]
+    name: Option<String>,
+    /// Where the API listens.
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where peers reach the node (UDP); the port after it carries bulk transfers.
+    #[arg(long, value_name = "ADDR:PORT")]
+    cluster_listen: Option<SocketAddr>,
+    /// Where clients reach the API.
+    #[arg(long, value_name = "URL")]
+    public_url: Option<String>,
+    /// Which driver runs guests: auto, qemu, cloud-hypervisor.
+    #[arg(long)]
+    vmm: Option<VmmChoice>,
+    /// What executes guest code: auto, kvm, tcg.
+    #[arg(long)]
+    accelerator: Option<AcceleratorChoice>,
+    /// The QEMU program.
+    #[arg(long, value_name = "PROGRAM")]
+    qemu: Option<PathBuf>,
+    /// Index of this node's first network slot.
+    #[arg(long, value_name = "N")]
+    slot_base: Option<u16>,
+    /// How many network slots, and so capsules, there can be.
+    #[arg(long, value_name = "N")]
+    slot_count: Option<u16>,
+    /// How many slots are made in advance.
+    #[arg(long, value_name = "N")]
+    slot_pool: Option<u16>,
+    /// A private network that capsules may reach; may be repeated.
+    #[arg(long, value_name = "CIDR")]
+    egress_allow: Vec<Cidr>,
+    /// Virtual processors to offer.
+    #[arg(long, value_name = "N")]
+    capacity_vcpus: Option<u32>,
+    /// Memory to offer.
+    #[arg(long, value_name = "MIB")]
+    capacity_memory: Option<u32>,
+    /// Disk to offer.
+    #[arg(long, value_name = "MIB")]
+    capacity_disk: Option<u32>,
+    /// Longest a guest may take to boot, e.g. 120s.
+    #[arg(long, value_name = "TIME")]
+    boot_timeout: Option<Period>,
+    /// How long records of ended capsules are kept, e.g. 24h.
+    #[arg(long, value_name = "TIME")]
+    ended_retention: Option<Period>,
+    /// Leave the terminal's session; `wrenn dev` uses it.
+    #[arg(long, hide = true)]
+    detach: bool,
+}
+
+impl Settings {
+    /// The checked configuration these options lead to.
+    pub(super) fn into_config(self) -> Result<Config, CliError> {
+        let file = self.config;
+        let egress_allow = Some(self.egress_allow).filter(|list| !list.is_empty());
+        let flags = Written {
+            data_dir: self.data_dir,
+            images_dir: self.images_dir,
+            name: self.name,
+            listen: self.listen,
+            cluster_listen: self.cluster_listen,
+            public_url: self.public_url,
+            vmm: self.vmm,
+            accelerator: self.accelerator,
+            qemu: self.qemu,
+            slot_base: self.slot_base,
+            slot_count: self.slot_count,
+            slot_pool: self.slot_pool,
+            egress_allow,
+            capacity: WrittenCapacity {
+                vcpus: self.capacity_vcpus,
+                memory_mib: self.capacity_memory,
+                disk_mib: self.capacity_disk,
+            },
+            boot_timeout: self.boot_timeout,
+            ended_retention: self.ended_retention,
+        };
+        Ok(Config::load(flags, file.as_deref())?)
+    }
+}
+
+/// Runs a node.
+pub(super) fn start(hooks: Hooks, options: Settings) -> Result<ExitCode, CliError> {
+    if options.detach {
+        // Fails only where the process leads its group already, which is detached enough.
+        let _leads_already = nix::unistd::setsid();
+    }
+    let config = options.into_config()?;
+    (hooks.run_node)(config).map_err(|err| {
+        CliError::new(chain(err.as_ref())).hint("`wrenn doctor` checks this machine")
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Shows the configuration.
+pub(super) fn show_config(options: Settings) -> Result<ExitCode, CliError> {
+    let config = options.into_config()?;
+    let json = serde_json::to_value(config)
+        .map_err(|err| CliError::from_error("print the configuration", &err))?;
+    print::json(&json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Lists the nodes.
+pub(super) async fn ls(global: &Global) -> Result<ExitCode, CliError> {
+    let all = global
+        .client()?
+        .call(Method::GET, "/v1/nodes", None)
+        .await?;
+    if global.json {
+        print::json(&all)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let headings = [
+        "ID",
+        "NAME",
+        "ROLE",
+        "ALIVE",
+        "VMM",
+        "CAPSULES",
+        "VCPUS",
+        "MEMORY MIB",
+        "URL",
+    ];
+    let rows: Vec<_> = all.as_array().into_iter().flatten().map(row).collect();
+    print::table(&headings, &rows)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(node: &Value) -> Vec<String> {
+    let used = |key: &str| {
+        let (reserved, capacity) = (&node["reserved"][key], &node["capacity"][key]);
+        format!("{reserved}/{capacity}")
+    };
+    let is = |key: &str| node[key].as_bool().unwrap_or(false);
+    let leads = if is("leader") { " (leader)" } else { "" };
+    vec![
+        print::text(node, "id"),
+        print::text(node, "name"),
+        format!("{}{leads}", print::text(node, "role")),
+        if is("alive") { "yes" } else { "no" }.into(),
+        format!(
+            "{} {}",
+            print::text(node, "vmm"),
+            print::text(node, "accelerator")
+        ),
+        used("capsules"),
+        used("vcpus"),
+        used("memory_mb"),
+        print::text(node, "url"),
+    ]
+}
