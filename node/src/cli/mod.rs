@@ -110,6 +110,7 @@ fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
         Command::Doctor(options) => doctor::run(hooks, &global, options),
         Command::Node(node::Command::Start(options)) => node::start(hooks, *options),
         Command::Node(node::Command::Config(options)) => node::show_config(*options),
+        Command::Node(node::Command::CleanUp { data_dir }) => node::clean_up(hooks, &data_dir),
         Command::Node(node::Command::Ls) => wait_for(async { node::ls(&global).await }),
         Command::Capsule(command) => wait_for(capsule::run(&global, command)),
         Command::Template(command) => wait_for(template::run(&global, command)),

@@ -1,7 +1,7 @@
 //! `wrenn node`.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -19,8 +19,20 @@ pub(super) enum Command {
     Start(Box<Settings>),
     /// List the nodes of the cluster.
     Ls,
+    /// End everything a stopped node left running on this machine: capsules, VMMs, networks.
+    CleanUp {
+        /// Where the node keeps its state.
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+    },
     /// Show the configuration that `start` would use, as JSON.
     Config(Box<Settings>),
+}
+
+/// Ends everything a stopped node left running.
+pub(super) fn clean_up(hooks: Hooks, data_dir: &Path) -> Result<ExitCode, CliError> {
+    (hooks.clean_up)(data_dir).map_err(|err| CliError::new(chain(&*err)))?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The settings of a node. Each may also stand in a file or in the environment.

@@ -270,7 +270,11 @@ impl DigestCache {
     }
 }
 
-fn find_guest(images: &Path) -> Result<GuestImages, OpenCatalogError> {
+/// What every guest boots from, in an images directory; its templates are not looked at.
+///
+/// # Errors
+/// As [`Catalog::open`].
+pub fn find_guest(images: &Path) -> Result<GuestImages, OpenCatalogError> {
     let kernel = images.join("kernel/vmlinuz");
     let release = images.join("kernel/release");
     let initramfs = images.join("initramfs");

@@ -10,5 +10,5 @@ pub mod catalog;
 pub mod error;
 pub mod rootfs;
 
-pub use catalog::{Catalog, GuestImages, Template, TemplateName};
+pub use catalog::{Catalog, GuestImages, Template, TemplateName, find_guest};
 pub use error::{OpenCatalogError, TemplateError};

@@ -12,7 +12,7 @@ use crate::config::{AcceleratorChoice, Config};
 use crate::net::{SlotPool, SlotTag};
 use crate::sandbox::Host;
 use crate::store::DataPaths;
-use crate::template::Catalog;
+use crate::template::{Catalog, GuestImages};
 use crate::vmm::Accelerator;
 use crate::vmm::probe::{ProbeOutcome, ProbeRequest, probe};
 
@@ -25,7 +25,8 @@ pub(super) async fn choose_vmm(
     catalog: &Catalog,
     paths: &DataPaths,
 ) -> Result<Chosen, RunError> {
-    let request = probe_request(config, catalog, paths);
+    let cache = paths.cache().join("probe.json");
+    let request = probe_request(config, catalog.guest(), Some(cache));
     let program = request.qemu.clone();
     let probed = task::spawn_blocking(move || probe(&request)).await;
     let outcome = probed.map_err(|err| RunError::Broke(err.to_string()))??;
@@ -46,12 +47,16 @@ pub(super) async fn choose_vmm(
 }
 
 /// What the probe is to try.
-pub(super) fn probe_request(config: &Config, catalog: &Catalog, paths: &DataPaths) -> ProbeRequest {
+pub(super) fn probe_request(
+    config: &Config,
+    guest: &GuestImages,
+    cache: Option<PathBuf>,
+) -> ProbeRequest {
     ProbeRequest {
         qemu: find_program(&config.qemu),
-        kernel: catalog.guest().kernel.clone(),
-        initramfs: catalog.guest().initramfs.clone(),
-        cache: Some(paths.cache().join("probe.json")),
+        kernel: guest.kernel.clone(),
+        initramfs: guest.initramfs.clone(),
+        cache,
     }
 }
 

@@ -369,6 +369,25 @@ pub async fn clean_up(data_dir: &Path) -> Result<(), RunError> {
     Ok(())
 }
 
+/// Finds out what runs guests on this machine by running one, and says so in a sentence. For the
+/// command line: needs no node, and remembers nothing.
+///
+/// # Errors
+/// [`RunError::Images`] and [`RunError::Probe`].
+pub fn probe_accelerator(config: &Config) -> Result<String, RunError> {
+    let guest = crate::template::find_guest(&config.images_dir)?;
+    let outcome = crate::vmm::probe::probe(&host::probe_request(config, &guest, None))?;
+    let tried = outcome.attempts.iter();
+    let tried: Vec<_> = tried
+        .map(|it| format!("{}: {}", it.accelerator, it.detail))
+        .collect();
+    Ok(format!(
+        "{} ({})",
+        outcome.accelerator.name(),
+        tried.join("; ")
+    ))
+}
+
 /// The choice of hypervisor, and what led to it.
 #[derive(Clone, Debug)]
 struct Chosen {
