@@ -1,6 +1,8 @@
 //! Large bodies flow through the interface without being kept. Alone in its binary, because it
 //! measures the memory of the whole process, agent included.
 
+#![allow(clippy::unwrap_used)] // a failed test may panic
+
 mod api_world;
 
 use api_world::{KEY, World, encode_form, full, streamed};
