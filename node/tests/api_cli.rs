@@ -146,6 +146,16 @@ async fn exec_ends_with_124_when_the_time_runs_out() {
         complaint.starts_with("error: ") && complaint.contains("hint: "),
         "{complaint}"
     );
+    // This side may give up a moment before the agent does; the process must be gone all the same.
+    let path = format!("/v1/capsules/{id}/processes");
+    let is_gone = async || {
+        let all = terminal.world.get(&path).await.json();
+        all["processes"]
+            .as_array()
+            .is_some_and(Vec::is_empty)
+            .then_some(())
+    };
+    api_world::eventually(is_gone).await;
 }
 
 #[tokio::test]

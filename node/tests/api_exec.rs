@@ -100,7 +100,7 @@ async fn a_background_process_is_listed_under_its_tag_until_it_is_killed() {
     let world = World::new().await;
     let id = world.capsule().await;
     let body = json!({
-        "cmd": "/bin/sh", "args": ["-c", "test \"$A\" = b && sleep 1000"], "envs": {"A": "b"},
+        "cmd": "/bin/sh", "args": ["-c", "test \"$A\" = b && exec sleep 1000"], "envs": {"A": "b"},
         "background": true, "tag": "mine",
     });
     let started = post(&world, &id, body).await.is(202).json();
