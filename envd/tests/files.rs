@@ -501,6 +501,20 @@ async fn full_disk_is_reported_as_such_and_left_clean() {
 }
 
 #[tokio::test]
+async fn refused_upload_is_answered_even_while_it_is_still_sent() {
+    let envd = Envd::start();
+    envd.post("/init", r#"{"accessToken":"secret"}"#).await;
+    let body = noise(8 << 20);
+    for path in ["/files?path=/tmp/x", "/envs", "/nowhere"] {
+        let request = Request::post(path).header("content-type", "application/octet-stream");
+        let answer = envd
+            .fetch(request.body(full(body.clone())).expect("a request"))
+            .await;
+        assert_eq!(answer.status, 401, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn large_upload_is_streamed_and_never_held() {
     let envd = Envd::start();
     let dir = tempfile::tempdir().expect("a directory");

@@ -324,9 +324,10 @@ async fn deadline_kills_the_group_and_ends_the_stream() {
 async fn closed_stream_leaves_the_process_alive_and_it_can_be_joined_again() {
     let envd = Envd::start();
     for codec in BOTH {
-        let line = "trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done";
+        let line = "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.05; done";
         let mut stream = envd.start_process(codec, shell(line), &[]).await;
         let pid = stream.pid().await;
+        stream.until("ready").await;
         drop(stream);
         envd.get("/health").await;
         assert!(

@@ -1,6 +1,6 @@
 //! A daemon that is killed, or gives up half way, leaves nothing that cannot be found and swept.
 //!
-//! Ignored unless asked for: needs QEMU and `WRENN_TEST_KERNEL` (see `shim_support`).
+//! Ignored unless asked for: needs QEMU and the guest kernel (see `shim_support`).
 
 mod shim_support;
 

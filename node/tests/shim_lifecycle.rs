@@ -1,6 +1,6 @@
 //! A shim and a real guest, from the first word on the console to every way it can end.
 //!
-//! Ignored unless asked for: needs QEMU and `WRENN_TEST_KERNEL` (see `shim_support`).
+//! Ignored unless asked for: needs QEMU and the guest kernel (see `shim_support`).
 
 mod shim_support;
 

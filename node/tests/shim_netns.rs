@@ -1,6 +1,6 @@
 //! The VMM runs inside the sandbox's network namespace and drives its tap: with real packets.
 //!
-//! Ignored unless asked for: needs root, QEMU and `WRENN_TEST_KERNEL` (see `shim_support`).
+//! Ignored unless asked for: needs root, QEMU and the guest kernel (see `shim_support`).
 
 mod shim_support;
 

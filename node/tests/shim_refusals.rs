@@ -1,6 +1,6 @@
 //! What a shim refuses, and that nobody else notices: bad frames, second shims, bad specs, silence.
 //!
-//! Ignored unless asked for: needs QEMU and `WRENN_TEST_KERNEL` (see `shim_support`).
+//! Ignored unless asked for: needs QEMU and the guest kernel (see `shim_support`).
 
 mod shim_support;
 

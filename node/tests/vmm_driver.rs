@@ -1,6 +1,6 @@
 //! The QEMU driver by itself, without a shim around it.
 //!
-//! Ignored unless asked for: needs QEMU and `WRENN_TEST_KERNEL` (see `shim_support`).
+//! Ignored unless asked for: needs QEMU and the guest kernel (see `shim_support`).
 
 mod shim_support;
 

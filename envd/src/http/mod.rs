@@ -1,14 +1,15 @@
 //! Routes and what every request passes through first.
 //!
 //! ```text
-//! request ── cors (answers OPTIONS) ── token ── route: health, init, metrics, envs, files, poweroff
-//!                                              └─ rpc: process.Process, filesystem.Filesystem
+//! request ── cors (answers OPTIONS) ── drain ── token ─┬ health, init, metrics, envs, files, poweroff
+//!                                                      └ process.Process, filesystem.Filesystem
 //! ```
 //!
 //! Plain endpoints answer errors as `{"code": status, "message": text}` ([`error`]); the services
 //! answer in Connect's form. No layer compresses: a stream must leave message by message.
 
 pub mod cors;
+pub mod drain;
 pub mod error;
 pub mod init;
 
@@ -60,6 +61,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         })
         .layer(DefaultBodyLimit::disable())
         .layer(middleware::from_fn_with_state(agent.clone(), require_token))
+        .layer(middleware::from_fn(drain::layer))
         .layer(middleware::from_fn(cors::layer))
         .with_state(agent)
 }

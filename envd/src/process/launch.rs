@@ -121,7 +121,7 @@ impl Launch {
         let (watched, registry) = (process.clone(), registry.clone());
         tokio::spawn(async move {
             watched.supervise(pumps, deadline).await;
-            registry.tidy();
+            registry.forget_in_time().await;
         });
         Ok((process, subscription))
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::live::Process;
 use super::reap::Reaper;
@@ -156,12 +156,80 @@ impl Registry {
         table
     }
 
-    /// Notes deaths and forgets old ends, so that a table nobody asks does not grow.
-    pub fn tidy(&self) {
+    /// Notes a death and forgets it when its time is over, so that a table nobody asks does not
+    /// keep what ended processes held.
+    pub async fn forget_in_time(&self) {
+        drop(self.current());
+        sleep(RETAIN).await;
         drop(self.current());
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::launch::Launch;
+    use crate::process::live::CommandLine;
+    use crate::process::reap::Scope;
+    use crate::users::Accounts;
+
+    /// Starts `/bin/true` under `tag` and waits until it has been reaped.
+    async fn run(registry: &Arc<Registry>, tag: &str) -> Arc<Process> {
+        let launch = Launch {
+            command: CommandLine {
+                cmd: "/bin/true".into(),
+                ..CommandLine::default()
+            },
+            tag: Some(tag.into()),
+            user: Accounts::read().user("root").expect("always there"),
+            cwd: "/".into(),
+            env: BTreeMap::default(),
+            stdin: false,
+            terminal: None,
+            cgroup_procs: None,
+            deadline: None,
+        };
+        let (process, mut output) = launch.start(registry).expect("started");
+        while output.recv().await.is_some() {}
+        process
+    }
+
+    fn registry() -> Arc<Registry> {
+        let reaper = Arc::new(Reaper::new(Scope::Own));
+        tokio::spawn(reaper.clone().listen().expect("signals can be heard"));
+        Arc::new(Registry::new(reaper))
+    }
+
+    #[tokio::test]
+    async fn ended_process_is_remembered_for_half_a_minute() {
+        let registry = registry();
+        let process = run(&registry, "t").await;
+        let by_pid = Selector::Pid(process.pid_on_wire());
+        assert!(registry.find(&by_pid).is_err(), "dead at once");
+        tokio::time::pause();
+        tokio::time::advance(RETAIN - Duration::from_secs(1)).await;
+        assert!(registry.find_retained(&by_pid).is_ok());
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert!(registry.find_retained(&by_pid).is_err());
+    }
+
+    #[tokio::test]
+    async fn reused_tag_forgets_the_ended_process() {
+        let registry = registry();
+        let old = run(&registry, "t").await;
+        let new = run(&registry, "t").await;
+        let found = registry
+            .find_retained(&Selector::Tag("t".into()))
+            .expect("retained");
+        assert!(Arc::ptr_eq(&found, &new));
+        assert!(
+            registry
+                .find_retained(&Selector::Pid(old.pid_on_wire()))
+                .is_err()
+        );
     }
 }

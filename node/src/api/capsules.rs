@@ -44,7 +44,13 @@ pub(super) async fn create(
     let id = SandboxId(rand::random());
     let team = caller.team;
     let command = Command::CreateSandbox { id, team, spec };
-    api.proposer.propose(command).await?;
+    if let Err(err) = api.proposer.propose(command).await {
+        // No answer is not a no: the command may have been applied all the same.
+        let happened = api.view.state().sandbox(id).is_some();
+        if !happened {
+            return Err(err.into());
+        }
+    }
     info!(sandbox = %id, "create accepted");
     let settled = settle(&api, id, deadline, |phase| {
         matches!(phase, Phase::Running | Phase::Stopped | Phase::Error)

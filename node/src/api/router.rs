@@ -188,3 +188,39 @@ async fn bound(State(slots): State<Arc<Semaphore>>, request: Request, next: Next
         }))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http::StatusCode;
+    use tower::Service as _;
+
+    use super::*;
+
+    async fn status(router: &mut Router) -> StatusCode {
+        let request = Request::get("/").body(Body::empty()).expect("a request");
+        let Ok(response) = router.call(request).await;
+        response.status()
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_handler_is_answered_as_our_failure() {
+        let broken = async || -> StatusCode { panic!("a bug, for the test") };
+        let mut router = Router::new()
+            .route("/", get(broken))
+            .layer(middleware::from_fn(catch_panic));
+        assert_eq!(status(&mut router).await, StatusCode::INTERNAL_SERVER_ERROR);
+    }
+
+    #[tokio::test]
+    async fn a_request_counts_until_its_answer_was_read() {
+        let slots = Arc::new(Semaphore::new(1));
+        let mut router = Router::new()
+            .route("/", get(async || "body"))
+            .layer(middleware::from_fn_with_state(slots, bound));
+        let request = Request::get("/").body(Body::empty()).expect("a request");
+        let Ok(unread) = router.call(request).await;
+        assert_eq!(status(&mut router).await, StatusCode::SERVICE_UNAVAILABLE);
+        drop(unread);
+        assert_eq!(status(&mut router).await, StatusCode::OK);
+    }
+}

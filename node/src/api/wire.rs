@@ -220,10 +220,11 @@ pub(super) struct FileEntryShape {
 impl From<FileEntry> for FileEntryShape {
     fn from(entry: FileEntry) -> Self {
         Self {
-            kind: match entry.kind {
-                FileKind::File => "file",
-                FileKind::Directory => "directory",
-                FileKind::Symlink => "symlink",
+            // The agent tells what a link leads to; here a link is a link.
+            kind: match (entry.kind, &entry.symlink_target) {
+                (_, Some(_)) | (FileKind::Symlink, None) => "symlink",
+                (FileKind::File, None) => "file",
+                (FileKind::Directory, None) => "directory",
             },
             name: entry.name,
             path: entry.path,

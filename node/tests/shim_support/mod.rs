@@ -1,7 +1,8 @@
 //! What the tests with real guests share: a tiny guest, a sandbox directory that cleans up after
 //! itself however its test ends, and looking at processes.
 //!
-//! `WRENN_TEST_KERNEL` names an unpacked kernel package (`boot/vmlinuz-*`, `lib/modules/*`).
+//! The kernel and its modules come from the guest images (`deploy/images/kernel`): `WRENN_IMAGES`,
+//! or `.wrenn-dev/images` in the checkout.
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part")]
 
@@ -58,14 +59,13 @@ pub struct Images {
 pub fn images() -> &'static Images {
     static IMAGES: OnceLock<Images> = OnceLock::new();
     IMAGES.get_or_init(|| {
-        let package = std::env::var_os("WRENN_TEST_KERNEL")
-            .map(PathBuf::from)
-            .expect("WRENN_TEST_KERNEL names an unpacked kernel package");
-        let kernel = fs::read_dir(package.join("boot"))
-            .expect("the package has boot/")
-            .map(|entry| entry.expect("readable").path())
-            .find(|path| path.to_string_lossy().contains("vmlinuz-"))
-            .expect("the package has a kernel");
+        let package = std::env::var_os("WRENN_IMAGES").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../.wrenn-dev/images"),
+            PathBuf::from,
+        );
+        let package = package.join("kernel");
+        let kernel = package.join("vmlinuz");
+        assert!(kernel.exists(), "no guest kernel; run deploy/images/kernel");
         let own = scratch().join(format!("initramfs-{}", std::process::id()));
         fs::write(&own, initramfs_with(&package)).expect("write the initramfs");
         // Another test program may be starting a guest from the old one.
@@ -81,13 +81,7 @@ pub fn scratch() -> PathBuf {
 }
 
 fn initramfs_with(package: &Path) -> Vec<u8> {
-    let modules = fs::read_dir(package.join("lib/modules"))
-        .expect("the package has modules")
-        .next()
-        .expect("of one kernel")
-        .expect("readable")
-        .path()
-        .join("kernel");
+    let modules = package.join("modules/kernel");
     let mut archive = Cpio::default();
     for dir in ["dev", "proc", "sys", "modules"] {
         archive.add(dir, 0o040_755, b"");

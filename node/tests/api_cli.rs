@@ -1,0 +1,329 @@
+//! The command line against a running interface, as scripts use it.
+
+#![allow(clippy::unwrap_used)] // a failed test may panic
+
+mod api_world;
+
+use std::process::{Output, Stdio};
+
+use api_world::{Fate, KEY, World};
+use serde_json::Value;
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
+
+/// A world with the command line pointed at it.
+struct Terminal {
+    world: World,
+    home: tempfile::TempDir,
+}
+
+impl Terminal {
+    async fn new() -> Self {
+        Self {
+            world: World::new().await,
+            home: tempfile::tempdir().expect("a directory"),
+        }
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wrenn"));
+        command
+            .args(args)
+            .current_dir(self.home.path())
+            .env(
+                "WRENN_BASE_URL",
+                format!("http://{}/api/", self.world.address),
+            )
+            .env("WRENN_API_KEY", KEY)
+            .env_remove("WRENN_DEV_DIR")
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        command
+    }
+
+    async fn run(&self, args: &[&str]) -> Output {
+        let output = self.command(args).output();
+        let ran = tokio::time::timeout(api_world::PATIENCE, output).await;
+        ran.expect("in time").expect("a process")
+    }
+
+    /// Runs a command that must succeed, and returns what it printed.
+    async fn ok(&self, args: &[&str]) -> String {
+        let ran = self.run(args).await;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(ran.status.success(), "{args:?}: {}", text(&ran.stderr));
+        assert_eq!(text(&ran.stderr), "", "{args:?}");
+        text(&ran.stdout)
+    }
+
+    async fn json(&self, args: &[&str]) -> Value {
+        let mut all = vec!["--json"];
+        all.extend(args);
+        serde_json::from_str(&self.ok(&all).await).expect("JSON")
+    }
+
+    /// Runs a command that must fail with this code; returns its complaint.
+    async fn fails(&self, code: i32, args: &[&str]) -> String {
+        let ran = self.run(args).await;
+        let complaint = String::from_utf8_lossy(&ran.stderr).into_owned();
+        assert_eq!(ran.status.code(), Some(code), "{args:?}: {complaint}");
+        complaint
+    }
+
+    async fn capsule(&self) -> String {
+        self.ok(&["capsule", "create"]).await.trim().to_owned()
+    }
+}
+
+#[tokio::test]
+async fn a_capsule_is_created_shown_listed_and_destroyed() {
+    let terminal = Terminal::new().await;
+    let args = [
+        "capsule",
+        "create",
+        "--memory",
+        "256",
+        "--timeout",
+        "5m",
+        "--metadata",
+        "a=b=c",
+    ];
+    let made = terminal.json(&args).await;
+    assert_eq!(
+        (&made["memory_mb"], &made["timeout_sec"]),
+        (&256.into(), &300.into())
+    );
+    assert_eq!(made["metadata"]["a"], "b=c");
+    let id = made["id"].as_str().unwrap();
+    assert_eq!(terminal.json(&["capsule", "get", id]).await["node"], "here");
+    let table = terminal.ok(&["capsule", "ls"]).await;
+    assert!(table.contains(id) && table.starts_with("ID "), "{table}");
+    terminal.ok(&["capsule", "ping", id]).await;
+    assert_eq!(terminal.ok(&["capsule", "destroy", id]).await, "");
+    assert_eq!(
+        terminal.json(&["capsule", "ls"]).await,
+        serde_json::json!([])
+    );
+    assert!(terminal.ok(&["template", "ls"]).await.contains("minimal"));
+    assert!(
+        terminal
+            .ok(&["node", "ls"])
+            .await
+            .contains("voter (leader)")
+    );
+}
+
+#[tokio::test]
+async fn exec_passes_on_output_byte_by_byte_and_the_exit_code() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    let script = r"printf '\000\377\n'; printf 'e\376' >&2; echo $A; pwd; exit 7";
+    let args = [
+        "capsule", "exec", &id, "--cwd", "/usr", "--env", "A=x y", "--", "sh", "-c", script,
+    ];
+    let ran = terminal.run(&args).await;
+    assert_eq!(ran.status.code(), Some(7));
+    assert_eq!(ran.stdout, b"\0\xff\nx y\n/usr\n");
+    assert_eq!(ran.stderr, b"e\xfe");
+}
+
+#[tokio::test]
+async fn exec_ends_with_124_when_the_time_runs_out() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    let args = [
+        "capsule",
+        "exec",
+        &id,
+        "--timeout",
+        "1",
+        "--",
+        "sleep",
+        "1000",
+    ];
+    let complaint = terminal.fails(124, &args).await;
+    assert!(
+        complaint.starts_with("error: ") && complaint.contains("hint: "),
+        "{complaint}"
+    );
+    // This side may give up a moment before the agent does; the process must be gone all the same.
+    let path = format!("/v1/capsules/{id}/processes");
+    let is_gone = async || {
+        let all = terminal.world.get(&path).await.json();
+        all["processes"]
+            .as_array()
+            .is_some_and(Vec::is_empty)
+            .then_some(())
+    };
+    api_world::eventually(is_gone).await;
+}
+
+#[tokio::test]
+async fn a_background_process_is_named_and_stays() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    let args = [
+        "capsule",
+        "exec",
+        &id,
+        "--background",
+        "--tag",
+        "mine",
+        "--",
+        "sleep",
+        "1000",
+    ];
+    let printed = terminal.ok(&args).await;
+    let (pid, tag) = printed.trim().split_once(' ').expect("two words");
+    assert!(pid.parse::<u32>().is_ok() && tag == "mine");
+    let path = format!("/v1/capsules/{id}/processes/{pid}");
+    terminal.world.delete(&path).await.is(204);
+}
+
+#[tokio::test]
+async fn files_are_copied_in_and_out() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    let bytes: Vec<u8> = (0..=255).cycle().take(200_000).collect();
+    std::fs::write(terminal.home.path().join("in"), &bytes).unwrap();
+    let dir = terminal.home.path().display();
+    terminal
+        .ok(&["capsule", "cp", "in", &format!("{id}:{dir}/there/")])
+        .await;
+    terminal
+        .ok(&["capsule", "cp", &format!("{id}:{dir}/there/in"), "out"])
+        .await;
+    assert_eq!(
+        std::fs::read(terminal.home.path().join("out")).unwrap(),
+        bytes
+    );
+    let piped = terminal
+        .run(&["capsule", "cp", &format!("{id}:{dir}/there/in"), "-"])
+        .await;
+    assert_eq!(piped.stdout, bytes);
+
+    let missing = format!("{id}:/no/such/file");
+    let complaint = terminal
+        .fails(1, &["capsule", "cp", &missing, "gone"])
+        .await;
+    assert!(complaint.contains("hint: "), "{complaint}");
+    assert!(!terminal.home.path().join("gone").exists());
+    terminal.fails(2, &["capsule", "cp", "in", "out"]).await;
+    terminal.fails(2, &["capsule", "cp", ".", &missing]).await;
+}
+
+#[tokio::test]
+async fn a_shell_keeps_directory_and_variables_between_lines() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    let mut shell = terminal
+        .command(&["capsule", "shell", &id])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("a process");
+    let lines = "cd /usr\nexport A='it''s'\n\npwd; echo $A\nsh -c 'exit 3'\n";
+    let mut stdin = shell.stdin.take().unwrap();
+    stdin.write_all(lines.as_bytes()).await.expect("sent");
+    drop(stdin);
+    let ran = shell.wait_with_output().await.expect("an end");
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "/usr\nits\n");
+    assert_eq!(ran.status.code(), Some(3));
+}
+
+#[tokio::test]
+async fn logs_are_printed_as_they_are() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    *terminal.world.guests.console.lock().unwrap() = Some(b"one\ntwo\n".to_vec());
+    assert_eq!(terminal.ok(&["capsule", "logs", &id]).await, "one\ntwo\n");
+    assert_eq!(
+        terminal.ok(&["capsule", "logs", &id, "--tail", "1"]).await,
+        "two\n"
+    );
+}
+
+#[tokio::test]
+async fn failures_are_one_line_and_a_hint() {
+    let terminal = Terminal::new().await;
+    let unknown = "cl-0000000000000000000000001";
+    for (code, args) in [
+        (1, vec!["capsule", "get", unknown]),
+        (1, vec!["capsule", "exec", unknown, "--", "true"]),
+        (1, vec!["capsule", "create", "--template", "no-such"]),
+        (1, vec!["--api-key", "wrong", "capsule", "ls"]),
+        (1, vec!["--url", "http://127.0.0.1:1", "capsule", "ls"]),
+        (2, vec!["--url", "https://example.invalid", "capsule", "ls"]),
+    ] {
+        let complaint = terminal.fails(code, &args).await;
+        let lines: Vec<_> = complaint.lines().collect();
+        assert_eq!(lines.len(), 2, "{args:?}: {complaint}");
+        assert!(
+            lines[0].starts_with("error: ") && lines[1].starts_with("hint: "),
+            "{complaint}"
+        );
+    }
+    terminal.fails(2, &["capsule", "get", "../nodes"]).await;
+    terminal.fails(2, &["capsule", "exec", unknown]).await;
+    terminal.fails(2, &["no-such-noun"]).await;
+}
+
+#[tokio::test]
+async fn a_create_that_fails_tells_why() {
+    let terminal = Terminal::new().await;
+    *terminal.world.guests.start.lock().unwrap() = Some(Fate::Break("no kernel"));
+    let complaint = terminal.fails(1, &["capsule", "create"]).await;
+    assert!(complaint.contains("no kernel"), "{complaint}");
+}
+
+#[tokio::test]
+async fn a_reader_that_has_seen_enough_ends_the_command_quietly() {
+    let terminal = Terminal::new().await;
+    let id = terminal.capsule().await;
+    *terminal.world.guests.console.lock().unwrap() = Some(vec![b'x'; 1 << 20]);
+    let mut logs = terminal
+        .command(&["capsule", "logs", &id])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("a process");
+    drop(logs.stdout.take());
+    let ran = logs.wait_with_output().await.expect("an end");
+    assert!(ran.status.success());
+    assert_eq!(String::from_utf8_lossy(&ran.stderr), "");
+}
+
+#[tokio::test]
+async fn a_local_key_goes_to_no_other_node() {
+    let terminal = Terminal::new().await;
+    let data = terminal.home.path().join(".wrenn-dev/node1");
+    std::fs::create_dir_all(&data).unwrap();
+    let ready = format!(
+        r#"{{"id":"node-1","name":"n","url":"http://{}","pid":1}}"#,
+        terminal.world.address
+    );
+    std::fs::write(data.join("ready.json"), ready).unwrap();
+    std::fs::write(data.join("bootstrap.key"), format!("{KEY}\n")).unwrap();
+    let below = terminal.home.path().join("a/b");
+    std::fs::create_dir_all(&below).unwrap();
+    let run = async |args: &[&str]| {
+        let mut command = terminal.command(args);
+        command
+            .env_remove("WRENN_BASE_URL")
+            .env_remove("WRENN_API_KEY");
+        command
+            .current_dir(&below)
+            .output()
+            .await
+            .expect("a process")
+    };
+    let found = run(&["capsule", "ls"]).await;
+    assert!(
+        found.status.success(),
+        "{}",
+        String::from_utf8_lossy(&found.stderr)
+    );
+    let other = run(&["--url", "http://127.0.0.1:1", "capsule", "ls"]).await;
+    assert_eq!(other.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&other.stderr).contains("no API key"));
+}

@@ -1,0 +1,178 @@
+//! Commands and processes through the interface, run by the real agent.
+
+#![allow(clippy::unwrap_used)] // a failed test may panic
+
+mod api_world;
+
+use std::time::Instant;
+
+use api_world::{World, eventually};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+async fn post(world: &World, id: &str, body: Value) -> api_world::Answer {
+    world.post(&format!("/v1/capsules/{id}/exec"), body).await
+}
+
+async fn processes(world: &World, id: &str) -> Vec<Value> {
+    let all = world.get(&format!("/v1/capsules/{id}/processes")).await;
+    let all = all.is(200).json();
+    all["processes"].as_array().expect("an array").clone()
+}
+
+#[tokio::test]
+async fn both_streams_and_a_non_zero_exit_code_are_delivered() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let ran = world.exec(&id, "echo out; echo err >&2; exit 42").await;
+    assert_eq!(
+        (&ran["stdout"], &ran["stderr"]),
+        (&json!("out\n"), &json!("err\n"))
+    );
+    assert_eq!(
+        (&ran["exit_code"], &ran["encoding"]),
+        (&json!(42), &json!("utf-8"))
+    );
+    assert_eq!(
+        (&ran["sandbox_id"], &ran["cmd"]),
+        (&json!(id), &json!("/bin/sh"))
+    );
+    assert!(ran["duration_ms"].is_u64());
+    assert_eq!(world.exec(&id, "true").await["exit_code"], 0);
+    assert_eq!(world.exec(&id, "kill -9 $$").await["exit_code"], -1);
+}
+
+#[tokio::test]
+async fn directory_and_variables_reach_a_foreground_command() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let body = json!({
+        "cmd": "/bin/sh", "args": ["-c", "pwd; echo $A"], "cwd": "/usr", "envs": {"A": "b c"},
+    });
+    let ran = post(&world, &id, body).await.is(200).json();
+    assert_eq!(ran["stdout"], "/usr\nb c\n");
+    let body = json!({"cmd": "pwd", "cwd": "/no/such/directory"});
+    post(&world, &id, body)
+        .await
+        .refused(400, "invalid_request");
+}
+
+#[tokio::test]
+async fn output_that_is_no_text_comes_in_base64() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let ran = world.exec(&id, r"printf '\377\000a'; echo text >&2").await;
+    assert_eq!(ran["encoding"], "base64");
+    let decode = |key: &str| STANDARD.decode(ran[key].as_str().unwrap()).expect("base64");
+    assert_eq!(decode("stdout"), b"\xff\0a");
+    assert_eq!(decode("stderr"), b"text\n");
+}
+
+#[tokio::test]
+async fn a_command_past_its_deadline_is_killed_and_says_so() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let began = Instant::now();
+    let body = json!({"cmd": "sleep", "args": ["1000"], "timeout_sec": 1});
+    let answer = post(&world, &id, body).await;
+    answer.refused(502, "agent_error");
+    assert_eq!(answer.json()["error"]["detail"], "deadline_exceeded");
+    assert!(
+        began.elapsed().as_secs() < 11,
+        "it took {:?}",
+        began.elapsed()
+    );
+    eventually(async || processes(&world, &id).await.is_empty().then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_command_that_does_not_exist_exits_127() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let body = json!({"cmd": "/no/such/program"});
+    let answer = post(&world, &id, body).await;
+    assert_eq!(answer.is(200).json()["exit_code"], 127);
+}
+
+#[tokio::test]
+async fn a_background_process_is_listed_under_its_tag_until_it_is_killed() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let body = json!({
+        "cmd": "/bin/sh", "args": ["-c", "test \"$A\" = b && exec sleep 1000"], "envs": {"A": "b"},
+        "background": true, "tag": "mine",
+    });
+    let started = post(&world, &id, body).await.is(202).json();
+    let pid = started["pid"].as_u64().expect("a pid");
+    assert!(pid > 0);
+    assert_eq!(
+        (&started["tag"], &started["sandbox_id"]),
+        (&json!("mine"), &json!(id))
+    );
+    let listed = processes(&world, &id).await;
+    assert_eq!(
+        (listed[0]["pid"].as_u64(), &listed[0]["tag"]),
+        (Some(pid), &json!("mine"))
+    );
+
+    let path = format!("/v1/capsules/{id}/processes/mine?signal=SIGTERM");
+    world.delete(&path).await.is(204);
+    eventually(async || processes(&world, &id).await.is_empty().then_some(())).await;
+    world.delete(&path).await.refused(404, "not_found");
+}
+
+#[tokio::test]
+async fn a_process_is_killed_by_its_number_whatever_the_signal_is_called() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let body = json!({"cmd": "sleep", "args": ["1000"], "background": true});
+    let started = post(&world, &id, body).await.is(202).json();
+    assert!(started["tag"].as_str().unwrap().starts_with("proc-"));
+    let path = format!(
+        "/v1/capsules/{id}/processes/{}?signal=NONSENSE",
+        started["pid"]
+    );
+    world.delete(&path).await.is(204);
+    eventually(async || processes(&world, &id).await.is_empty().then_some(())).await;
+    let path = format!("/v1/capsules/{id}/processes/999999");
+    world.delete(&path).await.refused(404, "not_found");
+}
+
+#[tokio::test]
+async fn an_idle_capsule_has_an_empty_list_of_processes() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let all = world.get(&format!("/v1/capsules/{id}/processes")).await;
+    assert_eq!(all.is(200).json(), json!({"processes": []}));
+}
+
+#[tokio::test]
+async fn bad_commands_are_refused_before_the_guest_sees_them() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    for body in [
+        json!({}),
+        json!({"cmd": ""}),
+        json!({"cmd": 1}),
+        json!({"cmd": "a\0"}),
+        json!({"cmd": "a", "args": "b"}),
+        json!({"cmd": "a", "args": [1]}),
+        json!({"cmd": "a", "envs": {"A": 1}}),
+        json!({"cmd": "a", "envs": {"A=": "b"}}),
+        json!({"cmd": "a", "timeout_sec": -1}),
+        json!({"cmd": "a", "timeout_sec": 1.5}),
+        json!({"cmd": "a", "timeout_sec": 1_000_000_000}),
+        json!({"cmd": "a", "background": "yes"}),
+        json!({"cmd": "a", "background": true, "tag": "\u{7}"}),
+        json!([]),
+        json!("text"),
+    ] {
+        let answer = post(&world, &id, body.clone()).await;
+        assert_eq!(
+            (answer.status, answer.code().as_str()),
+            (400, "invalid_request"),
+            "{body}"
+        );
+    }
+}

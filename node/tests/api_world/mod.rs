@@ -1,0 +1,425 @@
+//! A world for tests of the interface: the real router on a real port over a log in memory, and
+//! the real guest agent in this process. Only the reconciler is played: it does to each sandbox
+//! what the test tells it to.
+
+#![allow(dead_code, missing_docs, unreachable_pub)] // each test file uses its part
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use envd::agent::{Agent, Surroundings};
+use futures::{Stream, StreamExt as _};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use proto::epoch::Epoch;
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId};
+use proto::units::{Mib, Stamp};
+use raft::command::{Command, Report};
+use raft::state::{GuestVersions, Key, Node, Phase, Resources, Template};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tokio::net::TcpListener;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use wrenn_node::api::{self, ApiState, NodeFacts};
+use wrenn_node::base::clock::HandClock;
+use wrenn_node::cluster::{Log, MemoryLog, Proposer};
+use wrenn_node::guest::{Guest, TcpDial};
+use wrenn_node::relay::{LocalGuests, Relay};
+
+/// The key of team 1, and the one of team 2.
+pub const KEY: &str = "wrn_00000000000000000000000000000001";
+pub const OTHER_KEY: &str = "wrn_00000000000000000000000000000002";
+/// No test waits longer than this for anything.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+const HERE: NodeId = NodeId(1);
+
+/// What becomes of a sandbox that is started or stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// What was asked for.
+    Obey,
+    /// Nothing, ever.
+    Hang,
+    /// It breaks, and this is why.
+    Break(&'static str),
+}
+
+/// The guests of the played node.
+#[derive(Debug, Default)]
+pub struct Guests {
+    running: Mutex<HashMap<SandboxId, Guest>>,
+    pub touched: Mutex<Vec<SandboxId>>,
+    pub active: Mutex<HashMap<SandboxId, Stamp>>,
+    pub console: Mutex<Option<Vec<u8>>>,
+    pub start: Mutex<Option<Fate>>,
+    pub stop: Mutex<Option<Fate>>,
+}
+
+impl LocalGuests for Guests {
+    fn guest(&self, id: SandboxId, _: Epoch) -> Option<Guest> {
+        self.running.lock().unwrap().get(&id).cloned()
+    }
+
+    fn touch(&self, id: SandboxId) {
+        self.touched.lock().unwrap().push(id);
+    }
+
+    fn last_active(&self, id: SandboxId) -> Option<Stamp> {
+        self.active.lock().unwrap().get(&id).copied()
+    }
+
+    fn disk_used_bytes(&self, _: SandboxId) -> Option<u64> {
+        Some((3 << 20) + 1)
+    }
+
+    fn console_tail(&self, _: SandboxId, bytes: usize) -> Option<Vec<u8>> {
+        let console = self.console.lock().unwrap().clone()?;
+        Some(console[console.len().saturating_sub(bytes)..].to_vec())
+    }
+}
+
+/// A running interface.
+pub struct World {
+    pub address: SocketAddr,
+    pub guests: Arc<Guests>,
+    pub proposer: Proposer,
+    pub clock: HandClock,
+    pub agent: SocketAddr,
+    http: Client<HttpConnector, Body>,
+    _stop: DropGuard,
+}
+
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+/// An answer that was read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|err| panic!("no JSON ({err}): {:?}", self.body))
+    }
+
+    pub fn code(&self) -> String {
+        self.json()["error"]["code"]
+            .as_str()
+            .expect("a code")
+            .into()
+    }
+
+    /// Asserts an error of this status and code, with a message.
+    #[track_caller]
+    pub fn refused(&self, status: u16, code: &str) {
+        let shown = String::from_utf8_lossy(&self.body);
+        assert_eq!(
+            (self.status, self.code().as_str()),
+            (status, code),
+            "{shown}"
+        );
+        assert!(
+            self.json()["error"]["message"]
+                .as_str()
+                .is_some_and(|it| !it.is_empty())
+        );
+    }
+
+    #[track_caller]
+    pub fn is(&self, status: u16) -> &Self {
+        assert_eq!(
+            self.status,
+            status,
+            "{}",
+            String::from_utf8_lossy(&self.body)
+        );
+        self
+    }
+}
+
+impl World {
+    pub async fn new() -> Self {
+        Self::with_waits(Duration::from_secs(20), Duration::from_secs(10)).await
+    }
+
+    pub async fn with_waits(create: Duration, destroy: Duration) -> Self {
+        let stop = CancellationToken::new();
+        let log: Arc<dyn Log> = Arc::new(MemoryLog::default());
+        let clock = HandClock::at(Stamp(1_700_000_000_000));
+        let proposer = Proposer::new(log, Arc::new(clock.clone()));
+        populate(&proposer).await;
+        let agent = start_agent(&stop).await;
+        let guests = Arc::new(Guests::default());
+        tokio::spawn(play_reconciler(proposer.clone(), guests.clone(), agent));
+
+        let relay = Relay::new(HERE, proposer.view(), guests.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let facts = NodeFacts {
+            id: HERE,
+            name: "here".into(),
+            url: format!("http://{address}"),
+            version: "1.2.3".into(),
+        };
+        let state = ApiState::new(proposer.clone(), relay, Arc::new(clock.clone()), facts)
+            .with_waits(create, destroy);
+        tokio::spawn(api::serve(listener, api::router(state), stop.clone()));
+        Self {
+            address,
+            guests,
+            proposer,
+            clock,
+            agent,
+            http: Client::builder(TokioExecutor::new()).build_http(),
+            _stop: stop.drop_guard(),
+        }
+    }
+
+    /// Sends a request as it is.
+    pub async fn send(&self, request: Request<Body>) -> Answer {
+        let response = self.open(request).await;
+        let (parts, body) = response.into_parts();
+        let collected = tokio::time::timeout(PATIENCE, body.collect());
+        let body = collected.await.expect("in time").expect("a whole answer");
+        Answer {
+            status: parts.status.as_u16(),
+            headers: parts.headers,
+            body: body.to_bytes(),
+        }
+    }
+
+    /// Sends a request and leaves the answer's body to the caller.
+    pub async fn open(&self, request: Request<Body>) -> Response<Incoming> {
+        let answered = tokio::time::timeout(PATIENCE, self.http.request(request));
+        answered.await.expect("in time").expect("an answer")
+    }
+
+    pub fn request(&self, method: Method, path: &str) -> http::request::Builder {
+        Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", self.address))
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.ask(Method::GET, path, KEY, "").await
+    }
+
+    pub async fn delete(&self, path: &str) -> Answer {
+        self.ask(Method::DELETE, path, KEY, "").await
+    }
+
+    pub async fn post(&self, path: &str, json: Value) -> Answer {
+        self.ask(Method::POST, path, KEY, &json.to_string()).await
+    }
+
+    pub async fn ask(&self, method: Method, path: &str, key: &str, body: &str) -> Answer {
+        let request = self.request(method, path).header("x-api-key", key);
+        self.send(request.body(full(body.to_owned())).unwrap())
+            .await
+    }
+
+    /// Creates a running capsule.
+    pub async fn capsule(&self) -> String {
+        let made = self.post("/v1/capsules", json!({})).await;
+        assert_eq!(made.status, 201, "{:?}", made.body);
+        made.json()["id"].as_str().expect("an id").to_owned()
+    }
+
+    pub async fn exec(&self, id: &str, script: &str) -> Value {
+        let body = json!({"cmd": "/bin/sh", "args": ["-c", script], "background": false});
+        let path = format!("/v1/capsules/{id}/exec");
+        self.post(&path, body).await.is(200).json()
+    }
+
+    /// Posts a form made of these fields, in this order.
+    pub async fn form(&self, path: &str, fields: &[(&str, &[u8])]) -> Answer {
+        let request = self
+            .request(Method::POST, path)
+            .header("x-api-key", KEY)
+            .header("content-type", "multipart/form-data; boundary=xyz");
+        self.send(request.body(full(encode_form(fields))).unwrap())
+            .await
+    }
+
+    /// Makes the guest of `id` one that nobody answers for.
+    pub fn cut_off(&self, id: &str) {
+        let id: SandboxId = id.parse().unwrap();
+        // Port 1 of loopback: nothing listens there.
+        let nowhere = Arc::new(TcpDial("127.0.0.1:1".parse().unwrap()));
+        let guest = Guest::new(nowhere, "token").unwrap();
+        self.guests.running.lock().unwrap().insert(id, guest);
+    }
+}
+
+pub fn encode_form(fields: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (name, data) in fields {
+        let head = format!("--xyz\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n");
+        bytes.extend_from_slice(head.as_bytes());
+        bytes.extend_from_slice(data);
+        bytes.extend_from_slice(b"\r\n");
+    }
+    bytes.extend_from_slice(b"--xyz--\r\n");
+    bytes
+}
+
+pub fn full(body: impl Into<Bytes>) -> Body {
+    Full::new(body.into())
+        .map_err(|never| match never {})
+        .boxed_unsync()
+}
+
+pub fn streamed(pieces: impl Stream<Item = Bytes> + Send + 'static) -> Body {
+    streamed_results(pieces.map(Ok))
+}
+
+pub fn streamed_results(
+    pieces: impl Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+) -> Body {
+    StreamBody::new(pieces.map(|piece| piece.map(Frame::data))).boxed_unsync()
+}
+
+/// Waits until `look` finds something.
+pub async fn eventually<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let search = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, search)
+        .await
+        .expect("in time")
+}
+
+/// Whether a status is one of the success class.
+pub fn is_success(status: u16) -> bool {
+    StatusCode::from_u16(status).is_ok_and(|status| status.is_success())
+}
+
+async fn populate(proposer: &Proposer) {
+    let node = Node {
+        id: HERE,
+        name: "here".into(),
+        key: NodeKey([7; 32]),
+        api_url: "http://here".into(),
+        cluster_address: "127.0.0.1:1".into(),
+        capacity: Resources {
+            vcpus: 64,
+            memory: Mib(16_384),
+            disk: Mib(100_000),
+            sandboxes: 32,
+        },
+        vmm: "fake".into(),
+        vmm_version: "1".into(),
+        accelerator: "none".into(),
+        version: "1.2.3".into(),
+        admitted_at: Stamp(0),
+    };
+    let template = Template {
+        name: "minimal".into(),
+        digest: [1; 32],
+        disk: Mib(5120),
+        size_bytes: 300 << 20,
+        created_at: Stamp(0),
+    };
+    propose(proposer, Command::AdmitNode(node)).await;
+    propose(proposer, Command::PutTemplate(template)).await;
+    for (number, secret) in [(1, KEY), (2, OTHER_KEY)] {
+        let key = Key {
+            id: KeyId([number; 16]),
+            team: TeamId([number; 16]),
+            name: "test".into(),
+            hash: Sha256::digest(secret).into(),
+            shown: secret[..10].into(),
+            created_at: Stamp(0),
+            revoked: false,
+        };
+        propose(proposer, Command::PutKey(key)).await;
+    }
+}
+
+pub async fn propose(proposer: &Proposer, command: Command) {
+    proposer.propose(command).await.expect("a change");
+}
+
+/// The real guest agent, serving in this process.
+async fn start_agent(stop: &CancellationToken) -> SocketAddr {
+    let agent = Arc::new(Agent::new(Surroundings::default()));
+    let reaper = agent.processes.reaper().clone();
+    tokio::spawn(reaper.listen().expect("a signal handler"));
+    let any = "127.0.0.1:0".parse().unwrap();
+    let listener = envd::serve::listen(any).await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let router = envd::http::router(agent);
+    tokio::spawn(envd::serve::run(listener, router, stop.clone()));
+    address
+}
+
+/// Does to every sandbox what the test says, as a reconciler and its reports would.
+async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketAddr) {
+    let mut view = proposer.view();
+    loop {
+        let state = view.state();
+        let todo: Vec<_> = state
+            .sandboxes()
+            .filter(|it| matches!(it.phase, Phase::Starting | Phase::Stopping))
+            .cloned()
+            .collect();
+        for sandbox in todo {
+            let fate = match sandbox.phase {
+                Phase::Starting => &guests.start,
+                _ => &guests.stop,
+            };
+            let fate = fate.lock().unwrap().clone().unwrap_or(Fate::Obey);
+            let report = match (fate, sandbox.phase) {
+                (Fate::Hang, _) => continue,
+                (Fate::Break(reason), _) => Report::Failed {
+                    reason: reason.into(),
+                },
+                (Fate::Obey, Phase::Starting) => {
+                    let guest = Guest::new(Arc::new(TcpDial(agent)), "token").unwrap();
+                    guests.running.lock().unwrap().insert(sandbox.id, guest);
+                    Report::Running(GuestVersions {
+                        kernel: "6.1".into(),
+                        vmm: "fake 1".into(),
+                        agent: "0.6.7".into(),
+                    })
+                }
+                (Fate::Obey, _) => {
+                    guests.running.lock().unwrap().remove(&sandbox.id);
+                    Report::Stopped {
+                        reason: String::new(),
+                    }
+                }
+            };
+            let (id, epoch, node) = (sandbox.id, sandbox.epoch, sandbox.owner);
+            propose(
+                &proposer,
+                Command::ReportSandbox {
+                    id,
+                    epoch,
+                    node,
+                    report,
+                },
+            )
+            .await;
+        }
+        if !view.changed().await {
+            return;
+        }
+    }
+}
