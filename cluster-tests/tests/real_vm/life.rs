@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
 use wrenn_cluster_tests::world::World;
 
+use crate::PATIENCE;
+
 /// How soon a process that ended must be gone from the list.
 const GONE_SOON: Duration = Duration::from_millis(500);
-/// Longest a killed process may take to be dead on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// What a command may add to its timeout before it must be answered.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
 /// More than any buffer on the way holds.
