@@ -1,64 +1,93 @@
 //! A real daemon with a data directory, ports and network slots of its own.
+//!
+//! As many worlds exist at once as there are [`PLACES`]; whoever wants one more waits. What the
+//! first daemon finds out about the accelerator is passed on to the others, since on a host whose
+//! KVM runs no guests finding out takes longer than most tests.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::time::{Duration, Instant};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 use std::{env, fs, thread};
 
-use serde_json::{Value, json};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use crate::client::wait_for;
 use crate::leaks;
 
 /// Longest a daemon may take to be ready: it may have to probe the accelerator with a real boot.
 const READY_TIMEOUT: Duration = Duration::from_secs(90);
-/// Longest a guest may take to boot under emulation on a busy machine.
-pub const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest a daemon or a sandbox may take to let go of what it has.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between two looks at something that another process changes.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// Network slots of one world.
-const SLOTS: u16 = 32;
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Network slots that one place has.
+const SLOTS: u16 = 16;
+/// Slots that a daemon keeps ready.
+const SLOT_POOL: u16 = 2;
+/// Worlds at once. Emulated guests want a core each, and some worlds mostly wait.
+const PLACES: usize = 3;
 
-/// Each world of this process gets other ports and slots.
-static WORLDS: AtomicU16 = AtomicU16::new(0);
+/// Which places are taken.
+static TAKEN: Mutex<[bool; PLACES]> = Mutex::new([false; PLACES]);
+/// Tells that one has become free.
+static FREED: Condvar = Condvar::new();
+/// What a daemon has found out about the accelerator: files of its data directory.
+static PROBED: Mutex<Option<Probed>> = Mutex::new(None);
+
+/// The remembered outcome, and the file without which a daemon takes no directory for its own.
+struct Probed {
+    version: Vec<u8>,
+    outcome: Vec<u8>,
+}
+
+/// The right to use certain ports and network slots.
+#[derive(Debug)]
+struct Place(usize);
+
+impl Place {
+    fn take() -> Self {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(free) = taken.iter().position(|taken| !taken) {
+                taken[free] = true;
+                return Self(free);
+            }
+            taken = FREED.wait(taken).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn number(&self) -> u16 {
+        u16::try_from(self.0).expect("there are few places")
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        TAKEN.lock().unwrap_or_else(PoisonError::into_inner)[self.0] = false;
+        FREED.notify_one();
+    }
+}
 
 /// One daemon, and what it needs to be started again.
 #[derive(Debug)]
 pub struct World {
     dir: TempDir,
-    number: u16,
     process: Option<Child>,
+    has_own_disk: bool,
     /// Extra arguments of `node start`.
     pub arguments: Vec<String>,
     /// Extra environment of the daemon.
     pub environment: Vec<(String, String)>,
-}
-
-/// An answer of the API.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
-    /// The HTTP status.
-    pub status: u16,
-    /// The body, as it came.
-    pub body: Vec<u8>,
-}
-
-impl Answer {
-    /// The body as JSON; `null` where it is none.
-    #[must_use]
-    pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or(Value::Null)
-    }
-
-    /// The stable code of an error answer.
-    #[must_use]
-    pub fn code(&self) -> String {
-        self.json()["error"]["code"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned()
-    }
+    /// The guest images.
+    pub images: PathBuf,
+    /// How many network slots the daemon may have.
+    pub slots: u16,
+    // Last, since fields are dropped in order: the place is free once everything is gone.
+    place: Place,
 }
 
 impl World {
@@ -73,25 +102,47 @@ impl World {
     /// A world whose daemon has never been started.
     ///
     /// # Panics
-    /// Where the images or the binary have not been built: a test of the real thing needs both.
+    /// Where the images have not been built: a test of the real thing needs them.
     #[must_use]
     pub fn asleep() -> Self {
         assert!(
             images().join("initramfs").exists(),
             "no guest images; run deploy/test real-vm"
         );
-        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let place = Place::take();
         let dir = tempfile::Builder::new()
             .prefix("wrenn-test-")
             .tempdir()
             .expect("a temp dir");
         Self {
             dir,
-            number,
             process: None,
+            has_own_disk: false,
             arguments: Vec::new(),
             environment: Vec::new(),
+            images: images(),
+            slots: SLOTS,
+            place,
         }
+    }
+
+    /// Puts the data directory, which must not exist yet, on a disk of its own.
+    ///
+    /// # Panics
+    /// Where nothing can be mounted.
+    pub fn use_small_disk(&mut self, mib: u32) {
+        fs::create_dir(self.data()).expect("a new directory");
+        let options = format!("size={mib}m");
+        let flags = nix::mount::MsFlags::empty();
+        let (kind, options) = (Some("tmpfs"), Some(options.as_str()));
+        nix::mount::mount(kind, &self.data(), kind, flags, options).expect("a tmpfs");
+        self.has_own_disk = true;
+    }
+
+    /// Where everything of this world lies.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The daemon's data directory.
@@ -100,11 +151,18 @@ impl World {
         self.dir.path().join("data")
     }
 
-    /// The first port of this world. Ports of other processes on this machine are avoided by
-    /// taking the process id into account.
-    fn port(&self) -> u16 {
-        let process = u16::try_from(std::process::id() % 1000).unwrap_or(0);
-        20_000 + process * 20 + self.number % 10 * 2
+    /// The directory of one sandbox.
+    #[must_use]
+    pub fn sandbox_dir(&self, id: &str) -> PathBuf {
+        self.data().join("sandboxes").join(id)
+    }
+
+    /// The first port of this world, below those that the kernel gives to clients. Other test
+    /// programs on this machine are avoided by taking the process id into account.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        let process = u16::try_from(std::process::id() % 1500).expect("below 1500");
+        20_000 + process * 8 + self.place.number() * 2
     }
 
     /// The API's base URL.
@@ -115,7 +173,8 @@ impl World {
 
     fn slot_base(&self) -> u16 {
         // Above what a quickstart on the same machine uses.
-        8192 + u16::try_from(std::process::id() % 256).unwrap_or(0) * 64 + self.number % 2 * SLOTS
+        let process = u16::try_from(std::process::id() % 512).expect("below 512");
+        8192 + process * 64 + self.place.number() * SLOTS
     }
 
     /// The bootstrap key.
@@ -133,16 +192,39 @@ impl World {
     /// # Panics
     /// When it does not get ready; its log is shown.
     pub fn start(&mut self) {
+        // Held only by the first: whoever finds a result passes it on and starts at once.
+        let probed = PROBED.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = match &*probed {
+            Some(known) => {
+                self.hand_on_probe(known);
+                None
+            }
+            None => Some(probed),
+        };
         self.spawn();
-        let deadline = Instant::now() + READY_TIMEOUT;
-        while !self.is_ready() {
+        let ready = wait_for(READY_TIMEOUT, || {
             assert!(self.is_alive(), "the daemon ended:\n{}", self.log());
-            assert!(
-                Instant::now() < deadline,
-                "the daemon is not ready:\n{}",
-                self.log()
-            );
-            thread::sleep(LOOK_AGAIN);
+            self.is_ready().then_some(())
+        });
+        assert!(ready.is_some(), "the daemon is not ready:\n{}", self.log());
+        if let Some(mut probed) = first {
+            *probed = Some(Probed {
+                version: fs::read(self.data().join("version")).expect("a version"),
+                outcome: fs::read(self.probe_file()).expect("an outcome"),
+            });
+        }
+    }
+
+    fn probe_file(&self) -> PathBuf {
+        self.data().join("cache/probe.json")
+    }
+
+    /// Other images or another QEMU do not match what is remembered, and are tried anew.
+    fn hand_on_probe(&self, probed: &Probed) {
+        if !self.data().join("version").exists() {
+            fs::create_dir_all(self.data().join("cache")).expect("a directory");
+            fs::write(self.probe_file(), &probed.outcome).expect("a file");
+            fs::write(self.data().join("version"), &probed.version).expect("a file");
         }
     }
 
@@ -157,24 +239,34 @@ impl World {
             .append(true)
             .open(self.log_file())
             .expect("a log file");
-        let port = self.port();
+        let mut command = self.command();
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a log file"))
+            .stderr(log);
+        self.process = Some(command.spawn().expect("the wrenn binary runs"));
+    }
+
+    /// The command that starts the daemon.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let address = format!("127.0.0.1:{}", self.port());
         let mut command = Command::new(wrenn());
         command
             .args(["node", "start", "--name", "test"])
             .arg("--data-dir")
             .arg(self.data())
             .arg("--images-dir")
-            .arg(images())
-            .args(["--listen", &format!("127.0.0.1:{port}")])
-            .args(["--cluster-listen", &format!("127.0.0.1:{port}")])
+            .arg(&self.images)
+            .args(["--listen", &address])
+            .args(["--cluster-listen", &address])
             .args(["--slot-base", &self.slot_base().to_string()])
-            .args(["--slot-count", &SLOTS.to_string()])
+            .args(["--slot-count", &self.slots.to_string()])
+            .args(["--slot-pool", &SLOT_POOL.to_string()])
             .args(&self.arguments)
-            .envs(self.environment.clone())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().expect("a log file"))
-            .stderr(log);
-        self.process = Some(command.spawn().expect("the wrenn binary runs"));
+            .env("NO_COLOR", "1")
+            .envs(self.environment.clone());
+        command
     }
 
     fn is_ready(&self) -> bool {
@@ -192,21 +284,19 @@ impl World {
         }
     }
 
-    /// Waits until the daemon's process has ended by itself.
+    /// Waits until the daemon's process has ended by itself; tells how.
     ///
     /// # Panics
     /// When it has not after a while.
-    pub fn wait_end(&mut self) {
-        let deadline = Instant::now() + READY_TIMEOUT;
-        while self.is_alive() {
-            assert!(
-                Instant::now() < deadline,
-                "the daemon does not end:\n{}",
-                self.log()
-            );
-            thread::sleep(LOOK_AGAIN);
+    pub fn wait_end(&mut self) -> ExitStatus {
+        let mut process = self.process.take().expect("a started daemon");
+        let ended = wait_for(READY_TIMEOUT, || process.try_wait().expect("an own child"));
+        if ended.is_none() {
+            let log = self.log();
+            self.process = Some(process);
+            panic!("the daemon does not end:\n{log}");
         }
-        self.process = None;
+        ended.expect("it has ended")
     }
 
     /// The daemon's process id.
@@ -229,11 +319,11 @@ impl World {
     /// Asks the daemon to stop and waits until it has.
     ///
     /// # Panics
-    /// When it cannot be signalled.
+    /// When it cannot be signalled, does not end, or ends with an error.
     pub fn stop(&mut self) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()).expect("a pid"));
-        nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).expect("an own child");
-        self.wait_end();
+        signal(self.pid(), Signal::SIGTERM);
+        let status = self.wait_end();
+        assert!(status.success(), "{status}\n{}", self.log());
     }
 
     /// Everything the daemon has logged.
@@ -248,8 +338,59 @@ impl World {
 
     /// What this world has on the host now.
     #[must_use]
-    pub fn footprint(&self) -> std::collections::BTreeSet<String> {
+    pub fn footprint(&self) -> BTreeSet<String> {
         leaks::of_node(&self.slot_tag(), self.dir.path())
+    }
+
+    /// What this world has on the host beyond a daemon whose sandboxes are `live`: one shim, one
+    /// VMM, one directory and one network slot each, and the slots that are kept ready.
+    ///
+    /// # Panics
+    /// When the daemon does not run.
+    #[must_use]
+    pub fn excess(&self, live: &[&str]) -> Vec<String> {
+        let daemon = format!("process {} ", self.pid());
+        let (mut excess, mut slots) = (Vec::new(), 0);
+        let mut awaited: Vec<(&str, usize)> = live.iter().map(|id| (*id, 2)).collect();
+        for trace in self.footprint() {
+            let of = awaited.iter_mut().find(|(id, _)| trace.contains(*id));
+            match of {
+                Some((_, processes @ 1..)) if trace.starts_with("process") => *processes -= 1,
+                _ if trace.starts_with(&daemon) || trace.starts_with("nft") => {}
+                _ if trace.starts_with("mount") && self.has_own_disk => {}
+                _ if trace.starts_with("netns") || trace.starts_with("link") => slots += 1,
+                _ => excess.push(trace),
+            }
+        }
+        let missing = awaited.iter().filter(|(_, processes)| *processes > 0);
+        excess.extend(missing.map(|(id, _)| format!("no shim or no VMM of {id}")));
+        // A namespace and a link on the host each.
+        let expected = 2 * (usize::from(SLOT_POOL.min(self.slots)) + live.len());
+        if slots != expected.min(2 * usize::from(self.slots)) {
+            excess.push(format!("{slots} namespaces and links, not {expected}"));
+        }
+        excess.extend(self.sandbox_dirs().filter(|dir| !live.contains(&&**dir)));
+        excess
+    }
+
+    fn sandbox_dirs(&self) -> impl Iterator<Item = String> {
+        let dirs = fs::read_dir(self.data().join("sandboxes")).into_iter();
+        dirs.flatten()
+            .flatten()
+            .filter_map(|dir| dir.file_name().into_string().ok())
+    }
+
+    /// Waits until the host carries exactly what the sandboxes in `live` and an idle daemon need.
+    ///
+    /// # Panics
+    /// When something else stays.
+    pub fn wait_only(&self, live: &[&str]) {
+        let clean = wait_for(RELEASE_TIMEOUT, || {
+            self.excess(live).is_empty().then_some(())
+        });
+        if clean.is_none() {
+            panic!("too much or too little: {:#?}", self.excess(live));
+        }
     }
 
     /// The tag in the names of this world's network slots.
@@ -261,168 +402,20 @@ impl World {
             .to_owned()
     }
 
-    /// A GET without a key; `None` where nobody answers.
-    #[must_use]
-    pub fn get(&self, path: &str) -> Option<Answer> {
-        self.send("GET", path, &[], None)
-    }
-
-    /// A request with the bootstrap key and a JSON body.
-    ///
-    /// # Panics
-    /// Where nobody answers.
-    #[must_use]
-    pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
-        let key = self.key();
-        let mut headers = vec![("X-API-Key", key.as_str())];
-        let bytes = body.map(|body| body.to_string().into_bytes());
-        if bytes.is_some() {
-            headers.push(("Content-Type", "application/json"));
-        }
-        self.send(method, path, &headers, bytes.as_deref())
-            .unwrap_or_else(|| {
-                panic!(
-                    "{method} {path}: no answer; the daemon's log:\n{}",
-                    self.log()
-                )
-            })
-    }
-
-    /// Any request; `None` where nobody answers.
-    #[must_use]
-    pub fn send(
-        &self,
-        method: &str,
-        path: &str,
-        headers: &[(&str, &str)],
-        body: Option<&[u8]>,
-    ) -> Option<Answer> {
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .allow_non_standard_methods(true)
-            .timeout_global(Some(BOOT_TIMEOUT))
-            .build();
-        let mut request = ureq::http::Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.url()));
-        for (name, value) in headers {
-            request = request.header(*name, *value);
-        }
-        let agent = ureq::Agent::new_with_config(config);
-        let mut response = match body {
-            Some(body) => agent.run(request.body(body).expect("a request")).ok()?,
-            None => agent.run(request.body(()).expect("a request")).ok()?,
-        };
-        let status = response.status().as_u16();
-        let body = response
-            .body_mut()
-            .with_config()
-            .limit(u64::MAX)
-            .read_to_vec()
-            .ok()?;
-        Some(Answer { status, body })
-    }
-
-    /// A running capsule of the `minimal` template.
-    ///
-    /// # Panics
-    /// When it does not get running.
-    #[must_use]
-    pub fn capsule(&self) -> String {
-        self.capsule_with(&json!({ "memory_mb": 256 }))
-    }
-
-    /// A running capsule.
-    ///
-    /// # Panics
-    /// When it does not get running.
-    #[must_use]
-    pub fn capsule_with(&self, request: &Value) -> String {
-        let created = self.call("POST", "/v1/capsules", Some(request));
-        assert!(
-            matches!(created.status, 201 | 202),
-            "{created:?}\n{}",
-            self.log()
-        );
-        let id = created.json()["id"].as_str().expect("an id").to_owned();
-        self.wait_status(&id, "running");
-        id
-    }
-
-    /// Waits until a capsule has a status.
-    ///
-    /// # Panics
-    /// When it gets another final one, or takes too long.
-    pub fn wait_status(&self, id: &str, wanted: &str) {
-        let deadline = Instant::now() + BOOT_TIMEOUT;
-        loop {
-            let seen = self.call("GET", &format!("/v1/capsules/{id}"), None).json();
-            let status = seen["status"].as_str().unwrap_or_default();
-            if status == wanted {
-                return;
-            }
-            let final_one = matches!(status, "stopped" | "error");
-            assert!(!final_one, "{id} is {seen}, not {wanted}\n{}", self.log());
-            assert!(
-                Instant::now() < deadline,
-                "{id} stays {seen}\n{}",
-                self.log()
-            );
-            thread::sleep(LOOK_AGAIN);
-        }
-    }
-
-    /// Runs a shell line in a capsule.
-    #[must_use]
-    pub fn exec(&self, id: &str, line: &str) -> Value {
-        let request = json!({ "cmd": "/bin/sh", "args": ["-c", line] });
-        let answer = self.call("POST", &format!("/v1/capsules/{id}/exec"), Some(&request));
-        assert_eq!(answer.status, 200, "{line}: {answer:?}");
-        answer.json()
-    }
-
-    /// What a shell line prints in a capsule, without the last line break.
-    #[must_use]
-    pub fn output(&self, id: &str, line: &str) -> String {
-        let ran = self.exec(id, line);
-        assert_eq!(ran["exit_code"], 0, "{line}: {ran}");
-        ran["stdout"]
-            .as_str()
-            .unwrap_or_default()
-            .trim_end()
-            .to_owned()
-    }
-
-    /// Process ids of the VMMs that work for a capsule.
-    #[must_use]
-    pub fn vmm_pids(&self, id: &str) -> Vec<u32> {
-        processes_naming(id, "qemu")
-    }
-
-    /// Process ids of the shims that work for a capsule.
-    #[must_use]
-    pub fn shim_pids(&self, id: &str) -> Vec<u32> {
-        processes_naming(id, "shim")
-    }
-
-    /// Ends everything this world left on the host.
-    ///
-    /// # Panics
-    /// When the cleaning command fails.
-    pub fn clean_up(&mut self) {
+    /// Ends everything this world left on the host; tells what went wrong.
+    fn clean_up(&mut self) -> Result<(), String> {
         self.kill();
-        if self.data().exists() {
+        if self.data().join("version").exists() {
             let cleaned = Command::new(wrenn())
                 .args(["node", "clean-up", "--data-dir"])
                 .arg(self.data())
                 .output()
                 .expect("the wrenn binary runs");
-            assert!(
-                cleaned.status.success(),
-                "{}",
-                String::from_utf8_lossy(&cleaned.stderr)
-            );
+            if !cleaned.status.success() {
+                return Err(String::from_utf8_lossy(&cleaned.stderr).into_owned());
+            }
         }
+        Ok(())
     }
 }
 
@@ -434,31 +427,45 @@ impl Default for World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        let tag = self.slot_tag();
-        self.clean_up();
-        let left = if tag.is_empty() {
-            std::collections::BTreeSet::default()
-        } else {
-            leaks::of_node(&tag, self.dir.path())
-        };
-        if thread::panicking() {
+        let failing = thread::panicking();
+        if failing {
             eprintln!("--- the daemon's log\n{}", self.log());
+        }
+        let tag = self.slot_tag();
+        let cleaned = self.clean_up();
+        if self.has_own_disk {
+            let _busy = nix::mount::umount(&self.data());
+        }
+        let mut left = BTreeSet::new();
+        if !tag.is_empty() {
+            left = leaks::of_node(&tag, self.dir.path());
+        }
+        if failing {
+            // A second panic would hide the first.
+            eprintln!("--- cleaned: {cleaned:?}; left: {left:#?}");
         } else {
+            assert_eq!(cleaned, Ok(()));
             assert!(left.is_empty(), "left behind: {left:#?}");
         }
     }
 }
 
-/// Live processes with both words in their command line.
-fn processes_naming(id: &str, word: &str) -> Vec<u32> {
-    let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let names_it = |pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).into_owned();
-        line.contains(id) && line.contains(word)
-    };
-    pids.filter(names_it).collect()
+/// Sends a signal to a process.
+///
+/// # Panics
+/// When there is no such process.
+pub fn signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
+    kill(pid, signal).expect("the process lives");
+}
+
+/// Whether a process exists and is no zombie.
+#[must_use]
+pub fn lives(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the name, which ends at the last bracket.
+    let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+    state.is_some_and(|state| !state.starts_with(['Z', 'X']))
 }
 
 /// The guest images under test.

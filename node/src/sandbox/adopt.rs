@@ -18,7 +18,7 @@ use super::record::Record;
 use super::registry::Registry;
 use super::resources::Held;
 use crate::base::chain::chain;
-use crate::net::Serial;
+use crate::net::{NetError, Serial};
 use crate::shim::discover::{Found, FoundState, discover};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataPaths, SandboxPaths};
@@ -77,11 +77,16 @@ async fn take_over_one(registry: &Registry, leftover: Leftover) -> Result<(), Ac
     let Leftover { found, record } = leftover;
     let id = found.sandbox;
     let paths = SandboxPaths::new(found.dir);
-    let Some(record) = record else {
+    let Some(mut record) = record else {
         return remove(paths).await;
     };
     if let Some(slot) = &record.slot {
-        registry.host().slots.adopt(slot.serial, slot.index).await?;
+        match registry.host().slots.adopt(slot.serial, slot.index).await {
+            Ok(_) => {}
+            // Given back already, by a release that was cut off or by the host's own restart.
+            Err(NetError::Gone { .. }) => record.slot = None,
+            Err(err) => return Err(err.into()),
+        }
     }
     let mut held = Held {
         paths,

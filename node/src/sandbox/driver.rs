@@ -61,7 +61,10 @@ impl Driver {
             }
             Err(err) => {
                 warn!(err = chain(&err), "could not start");
-                // The directory may be half made; the next start of the daemon removes it.
+                // The directory may be half made, and nothing but itself belongs to it.
+                if let Err(err) = self.shared.remove_dir().await {
+                    warn!(%err, "could not remove its directory; the next start will");
+                }
                 self.shared.set_phase(Phase::Gone { end: failed(&err) });
             }
         }

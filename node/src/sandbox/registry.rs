@@ -12,6 +12,7 @@ use proto::epoch::Epoch;
 use proto::ids::SandboxId;
 use raft::state::GuestVersions;
 use tokio::sync::watch;
+use tokio::task;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info_span;
@@ -121,6 +122,13 @@ impl Shared {
 
     pub(super) fn console_tail(&self, bytes: usize) -> Option<Vec<u8>> {
         tail(&self.paths.console(), bytes).ok()
+    }
+
+    /// Removes the directory of a sandbox that never held anything else.
+    pub(super) async fn remove_dir(&self) -> io::Result<()> {
+        let paths = self.paths.clone();
+        let removed = task::spawn_blocking(move || paths.remove()).await;
+        removed.map_err(io::Error::other)?
     }
 
     fn observed(&self) -> Observed {

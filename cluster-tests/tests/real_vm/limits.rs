@@ -1,0 +1,141 @@
+//! What happens when there is no more: of disk, slots, memory, or patience.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use wrenn_cluster_tests::client::wait_for;
+use wrenn_cluster_tests::world::{World, images};
+
+/// The shortest inactivity timeout there is.
+const IDLE: Duration = Duration::from_secs(60);
+/// What a stop may take after it on a busy machine.
+const IDLE_GRACE: Duration = Duration::from_secs(30);
+/// Size of a data directory that holds a node and no more.
+const SMALL_DISK_MIB: u32 = 96;
+
+#[test]
+fn a_full_disk_refuses_creates_and_harms_nobody() {
+    let mut world = World::asleep();
+    world.use_small_disk(SMALL_DISK_MIB);
+    world.images = tiny_template(&world);
+    world.arguments = vec!["--capacity-disk".into(), "100000".into()];
+    world.start();
+    let filler = world.data().join("filler");
+    fill(&filler);
+
+    for _ in 0..3 {
+        let created = world.call("POST", "/v1/capsules", Some(&json!({ "memory_mb": 256 })));
+        assert!(
+            matches!(created.status, 500 | 502 | 503),
+            "{}",
+            created.json()
+        );
+        let message = created.message();
+        assert!(message.contains("No space left on device"), "{message}");
+        assert!(world.is_alive(), "{}", world.log());
+        assert!(world.listed().is_empty());
+        world.wait_only(&[]);
+    }
+    fs::remove_file(filler).expect("the filler");
+    // With room again the node is as before; this template holds no system to boot.
+    let created = world.call("POST", "/v1/capsules", Some(&json!({ "memory_mb": 256 })));
+    assert!(
+        !created.message().contains("No space"),
+        "{}",
+        created.json()
+    );
+    world.stop();
+    world.start();
+}
+
+/// Images whose template has next to nothing in it, so that a small disk can hold it.
+fn tiny_template(world: &World) -> std::path::PathBuf {
+    let dir = world.dir().join("images");
+    let template = dir.join("templates/minimal");
+    fs::create_dir_all(&template).expect("a directory");
+    for shared in ["kernel", "initramfs"] {
+        symlink(images().join(shared), dir.join(shared)).expect("a link");
+    }
+    let rootfs = fs::File::create(template.join("rootfs.raw")).expect("a file");
+    rootfs.set_len(64 << 20).expect("a hole");
+    let made = std::process::Command::new("mkfs.ext4")
+        .args(["-q", "-F"])
+        .arg(template.join("rootfs.raw"))
+        .status();
+    assert!(made.is_ok_and(|status| status.success()), "mkfs.ext4");
+    let description = json!({ "name": "minimal", "disk_mib": 64 }).to_string();
+    fs::write(template.join("template.json"), description).expect("a file");
+    dir
+}
+
+/// Writes until the disk takes no more.
+fn fill(path: &std::path::Path) {
+    use std::io::Write as _;
+    let mut file = fs::File::create(path).expect("a file");
+    for piece in [1 << 16, 1 << 9, 1] {
+        while file.write_all(&vec![0; piece]).is_ok() {}
+    }
+}
+
+#[test]
+fn creates_past_slots_or_memory_are_refused_by_name() {
+    let mut world = World::asleep();
+    world.slots = 2;
+    world.arguments = vec!["--capacity-memory".into(), "600".into()];
+    world.start();
+    let create = |memory: u32| {
+        let request = json!({ "memory_mb": memory });
+        world.call("POST", "/v1/capsules", Some(&request))
+    };
+    let refused = |memory: u32, lack: &str| {
+        let answer = create(memory);
+        assert_eq!(
+            answer.refusal(),
+            (503, "no_hosts_available".into()),
+            "{}",
+            answer.json()
+        );
+        assert!(answer.message().contains(lack), "{}", answer.message());
+    };
+    refused(601, "memory (601 MiB wanted, 600 MiB free)");
+    let first = world.capsule();
+    refused(345, "memory (345 MiB wanted, 344 MiB free)");
+    let second = world.capsule();
+    refused(88, "memory");
+    let mut listed = world.listed();
+    listed.sort();
+    let mut both = [first.clone(), second];
+    both.sort();
+    assert_eq!(listed, both);
+
+    // What one gives back another can have.
+    world.destroy(&first);
+    let third = world.capsule_with(&json!({ "memory_mb": 128 }));
+    refused(128, "capsule slots (1 wanted, 0 free)");
+    world.destroy(&third);
+}
+
+#[test]
+fn an_idle_capsule_is_stopped_and_a_used_one_is_not() {
+    let world = World::new();
+    // Shorter timeouts than the shortest are raised to it.
+    let request = json!({ "memory_mb": 256, "timeout_sec": 1 });
+    let used = world.capsule_with(&request);
+    assert_eq!(world.record(&used)["timeout_sec"], IDLE.as_secs());
+    let asked = Instant::now();
+    let idle = world.capsule_with(&request);
+    let ended = wait_for(IDLE + IDLE_GRACE + Duration::from_secs(60), || {
+        assert_eq!(world.about("POST", &used, "/ping", None).status, 204);
+        let record = world.record(&idle);
+        (record["status"] != "running" && record["status"] != "stopping").then_some(record)
+    });
+    let record = ended.expect("an idle capsule ends");
+    assert!(asked.elapsed() >= IDLE, "after {:?}", asked.elapsed());
+    assert_eq!(record["status"], "stopped", "{record}");
+    let reason = record["reason"].as_str().unwrap_or_default();
+    assert!(reason.starts_with("inactivity"), "{reason}");
+    assert_eq!(world.output(&used, "echo used"), "used");
+    world.wait_only(&[&used]);
+}
