@@ -57,11 +57,11 @@ impl Outside {
         );
         shell(&format!(
             "ip netns add {name}
-             ip link add {name} type veth peer name up netns {name}
+             ip link add {name} type veth peer name uplink netns {name}
              ip addr add {here}/31 dev {name}
              ip link set {name} up
-             ip -n {name} addr add {there}/31 dev up
-             ip -n {name} link set up up
+             ip -n {name} addr add {there}/31 dev uplink
+             ip -n {name} link set uplink up
              ip -n {name} link set lo up
              ip -n {name} route add default via {here}"
         ));

@@ -83,7 +83,7 @@ fn fill(path: &std::path::Path) {
 fn creates_past_slots_or_memory_are_refused_by_name() {
     let mut world = World::asleep();
     world.slots = 2;
-    world.arguments = vec!["--capacity-memory".into(), "600".into()];
+    world.arguments = vec!["--capacity-memory".into(), "700".into()];
     world.start();
     let create = |memory: u32| {
         let request = json!({ "memory_mb": memory });
@@ -99,11 +99,11 @@ fn creates_past_slots_or_memory_are_refused_by_name() {
         );
         assert!(answer.message().contains(lack), "{}", answer.message());
     };
-    refused(601, "memory (601 MiB wanted, 600 MiB free)");
+    refused(701, "memory (701 MiB wanted, 700 MiB free)");
     let first = world.capsule();
-    refused(345, "memory (345 MiB wanted, 344 MiB free)");
+    refused(445, "memory (445 MiB wanted, 444 MiB free)");
     let second = world.capsule();
-    refused(88, "memory");
+    refused(189, "memory (189 MiB wanted, 188 MiB free), capsule slots");
     let mut listed = world.listed();
     listed.sort();
     let mut both = [first.clone(), second];
