@@ -6,7 +6,9 @@ use wrenn_node::net::build::{Step, raise_by, raze};
 use wrenn_node::net::{NetError, Serial, Slot, SlotIndex, SlotPool, SlotTag, sweep};
 
 use crate::guest::Guest;
-use crate::world::{NOBODY, OUTSIDE, PRIVATE, call, call_from_host, on_a_host, reachable, traces};
+use crate::world::{
+    NOBODY, OUTSIDE, PRIVATE, await_traces, call, call_from_host, on_a_host, reachable, traces,
+};
 
 fn tag() -> SlotTag {
     "t".parse().unwrap()
@@ -36,11 +38,11 @@ fn a_slot_half_unmade_is_swept_too() {
         raise_by(&slot, &[], &Step::ALL).unwrap();
         crate::world::shell(&format!("ip link del {}", slot.veth));
         host.wait(sweep::sweep(&tag(), &BTreeSet::new())).unwrap();
-        assert_eq!(traces(), before);
+        await_traces(&before);
         raise_by(&Slot::new(&tag(), Serial(6), SlotIndex(0)), &[], &Step::ALL).unwrap();
         crate::world::shell("umount /run/netns/wrenn-t-6; rm /run/netns/wrenn-t-6");
         host.wait(sweep::sweep(&tag(), &BTreeSet::new())).unwrap();
-        assert_eq!(traces(), before);
+        await_traces(&before);
     });
 }
 
@@ -52,7 +54,7 @@ fn unmaking_a_slot_twice_is_as_good_as_once() {
         raise_by(&slot, &[], &Step::ALL).unwrap();
         raze(&slot).unwrap();
         raze(&slot).unwrap();
-        assert_eq!(traces(), before);
+        await_traces(&before);
     });
 }
 
@@ -74,7 +76,7 @@ fn a_failed_step_is_named_and_undone() {
             with_squatter,
             "the name is of our tag: it is ours to take"
         );
-        assert_eq!(traces(), before);
+        await_traces(&before);
     });
 }
 
@@ -94,7 +96,7 @@ fn a_sweep_keeps_what_it_is_told_and_what_is_not_of_its_tag() {
         for expected in [vec![Serial(4)], vec![]] {
             let swept = host.wait(sweep::sweep(&tag(), &keep)).unwrap();
             assert_eq!(swept.slots, expected.into_iter().collect());
-            assert_eq!(traces(), with_kept);
+            await_traces(&with_kept);
         }
         drop(foreign);
     });

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, Waker};
 
 use wrenn_node::net::{NetError, SlotIndex};
 
-use crate::world::{on_a_host, shell, traces};
+use crate::world::{await_traces, on_a_host, shell, traces};
 
 #[test]
 fn an_exhausted_range_refuses_at_once_until_a_slot_comes_back() {
@@ -38,7 +38,7 @@ fn a_used_slot_is_gone_for_good_and_cannot_be_released_twice() {
         let before = traces();
         let slot = host.wait(node.pool.take()).unwrap();
         host.wait(node.pool.release(slot.clone())).unwrap();
-        assert_eq!(traces(), before);
+        await_traces(&before);
         let again = host.wait(node.pool.release(slot.clone()));
         assert!(matches!(again, Err(NetError::NotHeld(serial)) if serial == slot.serial));
         assert_ne!(host.wait(node.pool.take()).unwrap().serial, slot.serial);

@@ -182,6 +182,18 @@ pub(crate) fn traces() -> Traces {
     }
 }
 
+/// Waits until the host looks like `wanted` again: the kernel takes devices of a dead namespace
+/// apart in its own time.
+pub(crate) fn await_traces(wanted: &Traces) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut seen = traces();
+    while seen != *wanted && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+        seen = traces();
+    }
+    assert_eq!(seen, *wanted);
+}
+
 /// Answers on [`PORT`], inside the namespace at `path`: TCP of every address, UDP of `addresses`
 /// (one socket each, so that the answer comes from the address that was asked).
 pub(crate) fn serve(path: &Path, addresses: &[Ipv4Addr]) {
