@@ -16,6 +16,7 @@ use serde::Serialize;
 use tracing::{error, warn};
 use utoipa::ToSchema;
 
+use crate::base::chain::chain;
 use crate::base::remedy::Remedy;
 use crate::cluster::ProposeError;
 use crate::guest::{GuestCode, GuestError};
@@ -253,22 +254,6 @@ impl IntoResponse for ApiError {
         };
         (status, Json(ErrorBody { error })).into_response()
     }
-}
-
-/// An error and its causes, one phrase each.
-fn chain(err: &dyn Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        let phrase = err.to_string();
-        // A transparent layer repeats its source.
-        if !text.ends_with(&phrase) {
-            text.push_str(": ");
-            text.push_str(&phrase);
-        }
-        cause = err.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -78,7 +78,9 @@ impl Capsule {
         let spec = &sandbox.spec;
         let owner = state.node(sandbox.owner);
         let facts = api.relay.facts(sandbox.id);
-        let active = facts.map(|facts| facts.last_active).or(sandbox.started_at);
+        let active = facts
+            .and_then(|facts| facts.last_active)
+            .or(sandbox.started_at);
         let mut metadata = spec.metadata.clone();
         metadata.extend(version_labels(&sandbox.versions));
         Self {

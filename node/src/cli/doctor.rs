@@ -104,7 +104,7 @@ impl Check {
 /// Checks, fixes if asked to, and tells.
 pub(super) fn run(hooks: Hooks, global: &Global, options: Options) -> Result<ExitCode, CliError> {
     let (fix, boot) = (options.fix, !options.no_boot);
-    let config = options.node.into_config()?;
+    let config = options.node.or_dev_cluster().into_config()?;
     let mut checks = examine(hooks, &config, boot);
     if fix && checks.iter().any(|check| check.fix.is_some()) {
         for check in &checks {

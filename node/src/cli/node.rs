@@ -9,7 +9,7 @@ use http::Method;
 use serde_json::Value;
 
 use super::error::{CliError, chain};
-use super::{Global, Hooks, print};
+use super::{Global, Hooks, find, print};
 use crate::config::{AcceleratorChoice, Cidr, Config, Period, VmmChoice, Written, WrittenCapacity};
 
 /// What to do with nodes.
@@ -101,6 +101,16 @@ pub(super) struct Settings {
 }
 
 impl Settings {
+    /// These settings, looking where a development cluster of this checkout lies unless they name
+    /// another place.
+    pub(super) fn or_dev_cluster(mut self) -> Self {
+        let named = self.config.is_some() || self.data_dir.is_some() || self.images_dir.is_some();
+        if let Some(dir) = find::dev_dir().filter(|_| !named) {
+            self.images_dir = Some(dir.join("images")).filter(|images| images.is_dir());
+        }
+        self
+    }
+
     /// The checked configuration these options lead to.
     pub(super) fn into_config(self) -> Result<Config, CliError> {
         let file = self.config;

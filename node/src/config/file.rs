@@ -168,3 +168,24 @@ impl FromStr for List {
         parts.map(str::parse).collect::<Result<_, _>>().map(Self)
     }
 }
+
+#[cfg(test)]
+mod example {
+    use super::Written;
+
+    #[test]
+    fn the_example_file_parses_as_it_is_and_with_every_line_uncommented() {
+        let example = include_str!("../../../deploy/wrenn.toml");
+        let parse = |text: &str| toml::from_str::<Written>(text);
+        assert_eq!(parse(example).expect("valid"), Written::default());
+        // A setting has no space after its `#`, prose has.
+        let is_setting = |line: &str| line.starts_with(|it: char| it.is_ascii_lowercase());
+        let uncommented = |line: &str| match line.strip_prefix('#') {
+            Some(setting) if is_setting(setting) => format!("{setting}\n"),
+            _ => format!("{line}\n"),
+        };
+        let all: String = example.lines().map(uncommented).collect();
+        let written = parse(&all).expect("valid with every line");
+        assert!(written.slot_count.is_some() && written.capacity.disk_mib.is_some());
+    }
+}

@@ -21,6 +21,7 @@ use tokio::time::{self, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, info_span, warn};
 
+use crate::base::chain::chain;
 use crate::base::stop::Tasks;
 
 use super::build::{self, raise, raze};
@@ -442,15 +443,4 @@ fn restore_host_rules(config: &NetConfig) -> Result<bool, NetError> {
             .map_err(NetError::kernel(doing, &config.tag))?;
     }
     Ok(gone)
-}
-
-/// An error and its causes, on one line.
-fn chain(err: &NetError) -> String {
-    let mut line = err.to_string();
-    let mut cause = std::error::Error::source(err);
-    while let Some(err) = cause {
-        line = format!("{line}: {err}");
-        cause = err.source();
-    }
-    line
 }

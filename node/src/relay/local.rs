@@ -28,8 +28,8 @@ pub trait LocalGuests: fmt::Debug + Send + Sync + 'static {
 /// What only the node that runs a sandbox knows of it; none of it is replicated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalFacts {
-    /// When somebody last used it.
-    pub last_active: Stamp,
+    /// When somebody last used it; `None` where nobody has yet.
+    pub last_active: Option<Stamp>,
     /// Bytes that its disk occupies.
     pub disk_used_bytes: Option<u64>,
     /// How long each stage of its start took, where this daemon started it.

@@ -32,6 +32,7 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 use proto::version;
 use proto::wire::shim::Status;
 
+use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
 use crate::pager::memory::GuestMemory;
 use crate::shim::console::{BoundedLog, pump, pump_keeping_tail};
@@ -40,7 +41,6 @@ use crate::shim::exit::ExitRecord;
 use crate::shim::files::{self, SocketPath};
 use crate::shim::serve::Server;
 use crate::shim::spec::ShimSpec;
-use crate::vmm::error::chain;
 use crate::vmm::jail::{Side, fork};
 use crate::vmm::{self, Started, Vmm, VmmExit};
 

@@ -19,11 +19,11 @@ use proto::wire::shim::request::Call;
 use proto::wire::shim::response::Answer;
 use proto::wire::shim::{self as wire, Request, Response};
 
+use crate::base::chain::chain;
 use crate::shim::error::StopError;
 use crate::shim::exit::ExitRecord;
 use crate::shim::protocol;
 use crate::vmm::Vmm;
-use crate::vmm::error::chain;
 use crate::vmm::process::poll_timeout;
 
 /// Clients served at once. The daemon needs two (one waits for the exit); a second daemon, a

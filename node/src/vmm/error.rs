@@ -134,16 +134,3 @@ impl VmmError {
         }
     }
 }
-
-/// An error and its causes on one line, for files and wires that carry text only.
-#[must_use]
-pub fn chain(err: &dyn std::error::Error) -> String {
-    let mut line = err.to_string();
-    let mut next = err.source();
-    while let Some(cause) = next {
-        line.push_str(": ");
-        line.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    line
-}

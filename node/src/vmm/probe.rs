@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 use proto::units::Mib;
 use serde::{Deserialize, Serialize};
 
+use crate::base::chain::chain;
 use crate::pager::memory::GuestMemory;
 use crate::vmm::cmdline::GuestArgs;
-use crate::vmm::error::chain;
 use crate::vmm::{Accelerator, VmmSpec, spawn};
 
 /// What a guest that runs prints on its console.

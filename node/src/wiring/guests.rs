@@ -28,7 +28,7 @@ impl LocalGuests for RegistryGuests {
         let idle = self.0.idle_for(id)?;
         let idle_ms = u64::try_from(idle.as_millis()).unwrap_or(u64::MAX);
         Some(LocalFacts {
-            last_active: Stamp(SystemClock.now().0.saturating_sub(idle_ms)),
+            last_active: Some(Stamp(SystemClock.now().0.saturating_sub(idle_ms))),
             disk_used_bytes: self.0.disk_used_bytes(id),
             start_stages: self.0.timings(id).map(stages).unwrap_or_default(),
         })

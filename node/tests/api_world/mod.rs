@@ -32,7 +32,7 @@ use wrenn_node::api::{self, ApiState, NodeFacts};
 use wrenn_node::base::clock::HandClock;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{Guest, TcpDial};
-use wrenn_node::relay::{LocalGuests, Relay};
+use wrenn_node::relay::{LocalFacts, LocalGuests, Relay};
 
 /// The key of team 1, and the one of team 2.
 pub const KEY: &str = "wrn_00000000000000000000000000000001";
@@ -72,12 +72,12 @@ impl LocalGuests for Guests {
         self.touched.lock().unwrap().push(id);
     }
 
-    fn last_active(&self, id: SandboxId) -> Option<Stamp> {
-        self.active.lock().unwrap().get(&id).copied()
-    }
-
-    fn disk_used_bytes(&self, _: SandboxId) -> Option<u64> {
-        Some((3 << 20) + 1)
+    fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
+        Some(LocalFacts {
+            last_active: self.active.lock().unwrap().get(&id).copied(),
+            disk_used_bytes: Some((3 << 20) + 1),
+            start_stages: Vec::new(),
+        })
     }
 
     fn console_tail(&self, _: SandboxId, bytes: usize) -> Option<Vec<u8>> {
