@@ -228,6 +228,33 @@ impl World {
         id
     }
 
+    /// A capsule whose VMM runs and whose guest does not answer yet.
+    ///
+    /// # Panics
+    /// When it does not get that far, or is ready already.
+    #[must_use]
+    pub fn booting_capsule(&self) -> String {
+        // The create is answered when the guest is ready, so it is sent and left alone.
+        let body = json!({ "memory_mb": 256 }).to_string();
+        let (key, length) = (self.key(), body.len());
+        let address = self.url().replace("http://", "");
+        let mut stream = TcpStream::connect(address).expect("the API listens");
+        write!(
+            stream,
+            "POST /v1/capsules HTTP/1.1\r\nHost: test\r\nX-API-Key: {key}\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )
+        .expect("the API takes requests");
+        let booting = wait_for(BOOT_TIMEOUT, || {
+            let list = self.call("GET", "/v1/capsules", None).json();
+            let new = list[0]["id"].as_str().unwrap_or_default().to_owned();
+            let boots =
+                list[0]["status"] == "starting" && !processes_naming(&new, "qemu").is_empty();
+            boots.then_some(new)
+        });
+        booting.expect("a guest that boots")
+    }
+
     /// What the API says of a capsule.
     #[must_use]
     pub fn record(&self, id: &str) -> Value {

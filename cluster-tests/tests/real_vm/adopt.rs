@@ -71,3 +71,19 @@ fn a_capsule_that_died_while_the_daemon_was_down_is_told_of_after_its_restart() 
     }
     world.wait_only(&[]);
 }
+
+#[test]
+fn a_capsule_that_boots_while_the_daemon_ends_is_retaken_and_gets_ready() {
+    let mut world = World::new();
+    for end in [World::kill, World::stop] {
+        let id = world.booting_capsule();
+        let vmm = world.vmm_pid(&id);
+        end(&mut world);
+        world.start();
+        world.wait_status(&id, "running");
+        assert_eq!(world.vmm_pid(&id), vmm);
+        assert_eq!(world.output(&id, "echo retaken"), "retaken");
+        world.destroy(&id);
+    }
+    world.wait_only(&[]);
+}

@@ -152,3 +152,30 @@ fn a_full_guest_disk_is_reported_and_leaves_the_capsule_usable() {
     assert_eq!(answer.json()["error"]["detail"], Value::from("no_space"));
     assert_eq!(world.output(&id, "echo usable"), "usable");
 }
+
+#[test]
+fn a_capsule_destroyed_while_it_boots_leaves_nothing() {
+    let world = World::new();
+    let id = world.booting_capsule();
+    assert_eq!(world.about("DELETE", &id, "", None).status, 204);
+    assert_eq!(world.record(&id)["status"], "stopped");
+    world.wait_only(&[]);
+}
+
+#[test]
+fn a_guest_that_does_not_get_ready_in_time_fails_its_create() {
+    let mut world = World::asleep();
+    // No emulated guest makes it in this time.
+    world.arguments = ["--boot-timeout", "1s"].map(str::to_owned).into();
+    world.start();
+    let created = world.call("POST", "/v1/capsules", Some(&json!({ "memory_mb": 256 })));
+    assert_eq!(
+        created.refusal(),
+        (502, "agent_error".into()),
+        "{}",
+        created.json()
+    );
+    assert!(created.message().contains("guest"), "{}", created.message());
+    assert!(world.listed().is_empty());
+    world.wait_only(&[]);
+}

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
@@ -117,13 +117,19 @@ fn bind(port: u16) -> TcpListener {
 fn serve(listener: TcpListener, ready: &mpsc::Sender<u16>) {
     let port = listener.local_addr().expect("it is bound").port();
     ready.send(port).expect("somebody waits");
-    for mut stream in listener.incoming().flatten() {
-        let length = WORD.len();
-        let _gone = write!(
-            stream,
-            "HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n{WORD}"
-        );
+    for stream in listener.incoming().flatten() {
+        // A caller that never hangs up must not keep others waiting.
+        thread::spawn(move || answer(stream));
     }
+}
+
+fn answer(mut stream: TcpStream) {
+    let length = WORD.len();
+    let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n");
+    let _gone = stream.write_all(format!("{head}{WORD}").as_bytes());
+    let _gone = stream.shutdown(Shutdown::Write);
+    // Closing with a request unread would take the answer back.
+    let _gone = stream.read_to_end(&mut Vec::new());
 }
 
 /// Listens on every address of the host; tells the port.

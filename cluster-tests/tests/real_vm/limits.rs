@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -39,13 +40,14 @@ fn a_full_disk_refuses_creates_and_harms_nobody() {
         world.wait_only(&[]);
     }
     fs::remove_file(filler).expect("the filler");
-    // With room again the node is as before; this template holds no system to boot.
+    // With room again the node is as before: it counts what is left and finds it too little.
     let created = world.call("POST", "/v1/capsules", Some(&json!({ "memory_mb": 256 })));
     assert!(
-        !created.message().contains("No space"),
+        created.message().contains("MiB needed"),
         "{}",
         created.json()
     );
+    world.wait_only(&[]);
     world.stop();
     world.start();
 }
@@ -115,6 +117,42 @@ fn creates_past_slots_or_memory_are_refused_by_name() {
     let third = world.capsule_with(&json!({ "memory_mb": 128 }));
     refused(128, "capsule slots (1 wanted, 0 free)");
     world.destroy(&third);
+}
+
+#[test]
+fn creates_at_once_are_promised_no_more_than_there_is() {
+    const ROOM: u16 = 3;
+    const CALLERS: usize = 8;
+    let mut world = World::asleep();
+    world.slots = ROOM;
+    world.start();
+    let world = world;
+    let answers: Vec<_> = thread::scope(|scope| {
+        let create = || world.call("POST", "/v1/capsules", Some(&json!({ "memory_mb": 128 })));
+        let callers: Vec<_> = (0..CALLERS).map(|_| scope.spawn(create)).collect();
+        callers
+            .into_iter()
+            .map(|caller| caller.join().expect("an answer"))
+            .collect()
+    });
+    let made = answers.iter().filter(|it| matches!(it.status, 201 | 202));
+    let ids: Vec<String> = made
+        .map(|it| it.json()["id"].as_str().expect("an id").to_owned())
+        .collect();
+    assert_eq!(ids.len(), usize::from(ROOM), "{answers:?}");
+    for refused in answers.iter().filter(|it| !matches!(it.status, 201 | 202)) {
+        assert_eq!(refused.refusal(), (503, "no_hosts_available".into()));
+    }
+    for id in &ids {
+        world.wait_status(id, "running");
+        assert_eq!(world.output(id, "hostname"), "capsule");
+    }
+    thread::scope(|scope| {
+        for id in &ids {
+            scope.spawn(|| world.destroy(id));
+        }
+    });
+    world.wait_only(&[]);
 }
 
 #[test]
