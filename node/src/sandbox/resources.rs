@@ -23,6 +23,7 @@ use super::record::{ReadyFacts, Record};
 use super::spec::{Host, StartSpec};
 use crate::base::fault;
 use crate::guest::{AgentSetup, Guest, TcpDial};
+use crate::net::NetError;
 use crate::net::slot::GUEST_MAC;
 use crate::shim::client::{self, ShimClient};
 use crate::shim::error::CallShimError;
@@ -36,6 +37,7 @@ use crate::vmm::{NetworkSpec, VmmSpec};
 const AGENT_PORT: u16 = 49983;
 /// A sandbox's disk goes with it, so its guest is not asked to flush: the VMM is ended at once.
 const STOP_GRACE: Duration = Duration::ZERO;
+
 /// What one sandbox holds.
 #[derive(Debug)]
 pub(super) struct Held {
@@ -48,15 +50,34 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// What a record names, without a shim.
+    pub(super) const fn found(paths: SandboxPaths, record: Record) -> Self {
+        Self {
+            paths,
+            record,
+            shim: None,
+        }
+    }
+
+    /// What is left after a sweep of its slot.
+    pub(super) fn swept(mut self) -> Self {
+        self.record.slot = None;
+        self
+    }
+
+    /// Takes over the slot that the record names.
+    pub(super) async fn adopt_slot(&self, host: &Host) -> Result<(), AcquireError> {
+        if let Some(slot) = &self.record.slot {
+            host.slots.adopt(slot.serial, slot.index).await?;
+        }
+        Ok(())
+    }
+
     /// Step 1: the directory and a record that says nothing is held yet.
     pub(super) async fn create(host: &Host, spec: &StartSpec) -> Result<Self, AcquireError> {
         let paths = host.data.sandbox(spec.id);
         let record = Record::new(spec.id, spec.epoch, &spec.template);
-        let held = Self {
-            paths,
-            record,
-            shim: None,
-        };
+        let held = Self::found(paths, record);
         let (paths, record) = (held.paths.clone(), held.record.clone());
         blocking_io(move || {
             paths.create()?;
@@ -175,8 +196,12 @@ impl Held {
         self.shim = None;
         fault::point("release.vmm");
         if let Some(slot) = self.record.slot.clone() {
-            host.slots.release(slot).await?;
-            self.record.slot = None;
+            match host.slots.release(slot).await {
+                // Not held: it was gone already, as after a reboot, or when it could not be
+                // adopted. Refusing to go on would keep the sandbox for ever.
+                Ok(()) | Err(NetError::NotHeld(_)) => self.record.slot = None,
+                Err(err) => return Err(err.into()),
+            }
         }
         fault::point("release.slot");
         let paths = self.paths.clone();
