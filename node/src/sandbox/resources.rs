@@ -16,13 +16,14 @@ use std::time::Duration;
 
 use tokio::task;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::error::AcquireError;
 use super::record::{ReadyFacts, Record};
 use super::spec::{Host, StartSpec};
 use crate::base::fault;
-use crate::guest::{AgentSetup, Guest, TcpDial};
+use crate::guest::{AgentSetup, CutDial, Guest, TcpDial};
 use crate::net::NetError;
 use crate::net::slot::GUEST_MAC;
 use crate::shim::client::{self, ShimClient};
@@ -37,6 +38,8 @@ use crate::vmm::{NetworkSpec, VmmSpec};
 const AGENT_PORT: u16 = 49983;
 /// A sandbox's disk goes with it, so its guest is not asked to flush: the VMM is ended at once.
 const STOP_GRACE: Duration = Duration::ZERO;
+/// As much of the agent's version as is kept; ours is far shorter.
+const VERSION_CHARS: usize = 64;
 
 /// What one sandbox holds.
 #[derive(Debug)]
@@ -47,15 +50,18 @@ pub(super) struct Held {
     pub(super) record: Record,
     /// Its shim, once the VMM runs.
     pub(super) shim: Option<ShimClient>,
+    /// Breaks every stream to its guest, once it is being released.
+    gone: CancellationToken,
 }
 
 impl Held {
     /// What a record names, without a shim.
-    pub(super) const fn found(paths: SandboxPaths, record: Record) -> Self {
+    pub(super) fn found(paths: SandboxPaths, record: Record) -> Self {
         Self {
             paths,
             record,
             shim: None,
+            gone: CancellationToken::new(),
         }
     }
 
@@ -159,7 +165,7 @@ impl Held {
         });
         let facts = ReadyFacts {
             vmm,
-            agent: health.version,
+            agent: printable(&health.version),
         };
         self.record.ready = Some(facts.clone());
         self.save().await?;
@@ -167,17 +173,20 @@ impl Held {
         Ok(facts)
     }
 
-    /// A client of the guest's agent.
+    /// A client of the guest's agent, of no use any more once the release has begun: the slot's
+    /// address will be another guest's.
     pub(super) fn guest(&self) -> Result<Option<Guest>, AcquireError> {
         let Some(slot) = &self.record.slot else {
             return Ok(None);
         };
         let dial = TcpDial(SocketAddr::from((slot.guest_addr, AGENT_PORT)));
+        let dial = CutDial::new(dial, self.gone.clone());
         Ok(Some(Guest::new(Arc::new(dial), &self.record.token)?))
     }
 
     /// Gives everything back, newest first. May be repeated until it succeeds.
     pub(super) async fn release(&mut self, host: &Host) -> Result<(), AcquireError> {
+        self.gone.cancel();
         if let Some(shim) = &self.shim {
             match shim.stop(STOP_GRACE).await {
                 Ok(_) | Err(CallShimError::Gone { .. }) => {}
@@ -212,6 +221,12 @@ impl Held {
         let (dir, record) = (self.paths.dir().to_owned(), self.record.clone());
         blocking_io(move || record.save(&dir)).await
     }
+}
+
+/// A guest's word for its version, in bounds: it goes into the replicated record.
+fn printable(version: &str) -> String {
+    let plain = version.chars().filter(|it| !it.is_control());
+    plain.take(VERSION_CHARS).collect()
 }
 
 /// Runs blocking work off the runtime's workers.
