@@ -183,7 +183,8 @@ impl Reconciler {
 fn note(done: Result<Subject, tokio::task::JoinError>, attempts: &mut Attempts) {
     match done {
         Ok(subject) => attempts.done(subject, Instant::now()),
-        // Steps hold no lock and own no state; the next look plans afresh.
+        // Its sandbox would count as busy for ever: half a reconciler is worse than a restart.
+        Err(err) if err.is_panic() => std::panic::resume_unwind(err.into_panic()),
         Err(err) => error!(%err, "a reconcile step broke"),
     }
 }
