@@ -13,6 +13,7 @@ mod facts;
 mod guests;
 mod host;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -40,7 +41,7 @@ use crate::base::stop::Tasks;
 use crate::cluster::{GroupLog, ProposeError, Proposer};
 use crate::config::Config;
 use crate::dashboard;
-use crate::net::{self, Cidr, NetConfig, NetError, SlotPool};
+use crate::net::{self, Cidr, NetConfig, NetError, SlotPool, SlotTag};
 use crate::reconcile::Reconciler;
 use crate::relay::Relay;
 use crate::sandbox::{Registry, adopt};
@@ -136,7 +137,7 @@ pub async fn run(config: Config) -> Result<(), RunError> {
     let running = Running::start(config).await?;
     let broke = tokio::select! {
         () = stop.wait() => None,
-        () = running.tasks.token().cancelled() => Some("a task ended in a panic".to_owned()),
+        () = running.panicked() => Some("a task ended in a panic".to_owned()),
         fault = running.group.failed() => Some(chain(&*fault)),
     };
     info!("stopping; capsules keep running");
@@ -184,6 +185,8 @@ struct Running {
 impl Running {
     async fn start(config: Config) -> Result<Self, RunError> {
         let data = open_data(&config.data_dir)?;
+        // A daemon that was killed left it.
+        facts::remove_ready(data.paths())?;
         // Bound before anything slow or lasting: a taken port is the most common mistake.
         let listener = listen(config.listen).await?;
         let identity = Identity::load_or_create(&data.paths().identity())?;
@@ -244,9 +247,21 @@ impl Running {
         })
     }
 
+    /// Waits for a panic in any task: it stops the others of its kind, and half a node is worse
+    /// than a restart.
+    async fn panicked(&self) {
+        tokio::select! {
+            () = self.tasks.token().cancelled() => {}
+            () = self.slot_tasks.token().cancelled() => {}
+            () = self.api_tasks.token().cancelled() => {}
+        }
+    }
+
     async fn stop(self) {
-        // Gone first, so that nobody takes a stopping node for a ready one.
-        let _absent = std::fs::remove_file(self.data.paths().root().join(READY_FILE));
+        // First, so that nobody takes a stopping node for a ready one.
+        if let Err(err) = facts::remove_ready(self.data.paths()) {
+            warn!(err = chain(&err), "it still looks ready");
+        }
         self.api_tasks.stop_and_join().await;
         self.transport.stop(Instant::now() + TRANSPORT_STOP).await;
         self.tasks.stop_and_join().await;
@@ -297,6 +312,7 @@ async fn start_slots(
     tasks: &Tasks,
 ) -> Result<SlotPool, RunError> {
     let tag = host::slot_tag(config.slot_base)?;
+    leave_old_tag(paths, &tag).await?;
     durable::write(&host::tag_file(paths), tag.as_str().as_bytes())
         .map_err(disk("remember the slot tag"))?;
     let swept = net::sweep::sweep(&tag, &adopt::slots_in_use(leftovers)).await?;
@@ -315,6 +331,17 @@ async fn start_slots(
         serial_file: paths.net().join("serial"),
     };
     Ok(SlotPool::start(config, tasks).await?)
+}
+
+/// Takes away what is there under another tag than `tag`: the range was moved in the
+/// configuration, and from now on nobody would look for it.
+async fn leave_old_tag(paths: &DataPaths, tag: &SlotTag) -> Result<(), RunError> {
+    let Some(old) = host::known_tag(paths)?.filter(|old| old != tag) else {
+        return Ok(());
+    };
+    warn!(%old, new = %tag, "the slot range has moved; capsules of the old one end");
+    net::sweep::sweep(&old, &BTreeSet::new()).await?;
+    Ok(net::sweep::teardown_host(&old).await?)
 }
 
 /// The networks that guests may reach although they are private.
@@ -360,13 +387,11 @@ pub async fn clean_up(data_dir: &Path) -> Result<(), RunError> {
             .remove()
             .map_err(disk("remove a sandbox's directory"))?;
     }
-    let Some(tag) = host::known_tag(&paths)? else {
-        return Ok(());
-    };
-    net::sweep::sweep(&tag, &std::collections::BTreeSet::new()).await?;
-    net::sweep::teardown_host(&tag).await?;
-    let _absent = std::fs::remove_file(paths.root().join(READY_FILE));
-    Ok(())
+    if let Some(tag) = host::known_tag(&paths)? {
+        net::sweep::sweep(&tag, &BTreeSet::new()).await?;
+        net::sweep::teardown_host(&tag).await?;
+    }
+    facts::remove_ready(&paths)
 }
 
 /// Finds out what runs guests on this machine by running one, and says so in a sentence. For the
