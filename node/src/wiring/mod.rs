@@ -1,7 +1,7 @@
 //! Builds the rooms, joins them, starts them, and stops them in reverse.
 //!
 //! ```text
-//! start  data dir, identity > images > accelerator > raft > slots > sandboxes > facts > reconcile > transport, API
+//! start  data dir, identity > images > accelerator > raft > transport > slots > sandboxes > facts > reconcile > API
 //! stop   API > transport > reconcile, sandbox drivers > slots > raft > data dir
 //! ```
 //!
@@ -34,6 +34,7 @@ use tracing::{info, info_span, warn};
 use transport::identity::IdentityError;
 use transport::{Identity, Membership, Transport};
 
+use self::host::TagClaim;
 use crate::api::{self, ApiState, NodeFacts};
 use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
@@ -96,6 +97,12 @@ pub enum RunError {
     /// The network could not be prepared.
     #[error("prepare the network")]
     Network(#[from] NetError),
+    /// Another node of this host has the network slots.
+    #[error("another node of this host uses the slots from {base} on; give each its own slot_base")]
+    SlotsTaken {
+        /// Where the range begins.
+        base: u16,
+    },
     /// The address for other nodes cannot be used.
     #[error("listen for other nodes")]
     Transport(#[from] transport::StartError),
@@ -131,7 +138,7 @@ pub enum RunError {
 /// Runs a node until it is asked to stop (SIGTERM, SIGINT). Sandboxes keep running without it.
 ///
 /// # Errors
-/// [`RunError`]; whatever was started has been stopped again.
+/// [`RunError`]. What a failed start left on the host, the next start sweeps.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let mut stop = StopSignals::new()?;
     let running = Running::start(config).await?;
@@ -176,6 +183,7 @@ struct Running {
     /// The pool's task; it outlives the drivers, which give slots back.
     slot_tasks: Tasks,
     slots: SlotPool,
+    _slot_claim: TagClaim,
     /// Sandbox drivers and the reconciler.
     tasks: Tasks,
     transport: Transport,
@@ -197,11 +205,15 @@ impl Running {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let proposer = Proposer::new(log, Arc::clone(&clock));
 
+        // Before anything is made on the host: its ports may be taken as well.
+        let transport = start_transport(&config, &identity)?;
+
         let (slot_tasks, tasks, api_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
         let leftovers = adopt::scan(data.paths())
             .await
             .map_err(disk("look for sandboxes"))?;
-        let slots = start_slots(&config, data.paths(), &leftovers, &slot_tasks).await?;
+        let (slots, slot_claim) =
+            start_slots(&config, data.paths(), &leftovers, &slot_tasks).await?;
         let host = host::of(&config, data.paths(), &catalog, &chosen, slots.clone())?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
@@ -219,7 +231,6 @@ impl Running {
             ended_retention: config.ended_retention,
         }
         .spawn(&tasks);
-        let transport = start_transport(&config, &identity)?;
 
         let guests = Arc::new(guests::RegistryGuests(registry));
         let relay = Relay::new(FOUNDER, proposer.view(), guests);
@@ -241,6 +252,7 @@ impl Running {
             group,
             slot_tasks,
             slots,
+            _slot_claim: slot_claim,
             tasks,
             transport,
             api_tasks,
@@ -310,8 +322,10 @@ async fn start_slots(
     paths: &DataPaths,
     leftovers: &[adopt::Leftover],
     tasks: &Tasks,
-) -> Result<SlotPool, RunError> {
+) -> Result<(SlotPool, TagClaim), RunError> {
     let tag = host::slot_tag(config.slot_base)?;
+    let base = config.slot_base;
+    let claim = host::claim_tag(&tag)?.ok_or(RunError::SlotsTaken { base })?;
     leave_old_tag(paths, &tag).await?;
     durable::write(&host::tag_file(paths), tag.as_str().as_bytes())
         .map_err(disk("remember the slot tag"))?;
@@ -330,7 +344,7 @@ async fn start_slots(
         egress_allow: allowed(&config.egress_allow)?,
         serial_file: paths.net().join("serial"),
     };
-    Ok(SlotPool::start(config, tasks).await?)
+    Ok((SlotPool::start(config, tasks).await?, claim))
 }
 
 /// Takes away what is there under another tag than `tag`: the range was moved in the
@@ -340,8 +354,18 @@ async fn leave_old_tag(paths: &DataPaths, tag: &SlotTag) -> Result<(), RunError>
         return Ok(());
     };
     warn!(%old, new = %tag, "the slot range has moved; capsules of the old one end");
-    net::sweep::sweep(&old, &BTreeSet::new()).await?;
-    Ok(net::sweep::teardown_host(&old).await?)
+    clear_tag(&old).await
+}
+
+/// Takes everything of `tag` off the host, unless it is another node's by now: that one has swept
+/// what was left of ours.
+async fn clear_tag(tag: &SlotTag) -> Result<(), RunError> {
+    let Some(_claim) = host::claim_tag(tag)? else {
+        warn!(%tag, "another node uses these slots; they are left to it");
+        return Ok(());
+    };
+    net::sweep::sweep(tag, &BTreeSet::new()).await?;
+    Ok(net::sweep::teardown_host(tag).await?)
 }
 
 /// The networks that guests may reach although they are private.
@@ -388,8 +412,7 @@ pub async fn clean_up(data_dir: &Path) -> Result<(), RunError> {
             .map_err(disk("remove a sandbox's directory"))?;
     }
     if let Some(tag) = host::known_tag(&paths)? {
-        net::sweep::sweep(&tag, &BTreeSet::new()).await?;
-        net::sweep::teardown_host(&tag).await?;
+        clear_tag(&tag).await?;
     }
     facts::remove_ready(&paths)
 }
