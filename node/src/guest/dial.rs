@@ -13,6 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 /// Longest a connection to a guest may take. The path is local, so a guest that has not answered
 /// a SYN by then is not there.
@@ -40,6 +41,99 @@ impl Dial for TcpDial {
             stream.set_nodelay(true)?;
             Ok(GuestStream(Box::new(stream)))
         })
+    }
+}
+
+/// A [`Dial`] whose streams break when the guest is gone.
+///
+/// A killed guest closes no connection and its host's end of the link vanishes with it, so a
+/// reader would wait for ever; and its address will be another guest's.
+#[derive(Clone, Debug)]
+pub struct CutDial<D> {
+    dial: D,
+    gone: CancellationToken,
+}
+
+impl<D: Dial> CutDial<D> {
+    /// Dials by `dial` until `gone`.
+    pub const fn new(dial: D, gone: CancellationToken) -> Self {
+        Self { dial, gone }
+    }
+}
+
+impl<D: Dial> Dial for CutDial<D> {
+    fn dial(&self) -> DialFuture {
+        let (dialling, gone) = (self.dial.dial(), self.gone.clone());
+        Box::pin(async move {
+            let dialled = gone.run_until_cancelled(dialling).await;
+            let inner = dialled.unwrap_or_else(|| Err(guest_gone()))?;
+            Ok(GuestStream::new(CutStream {
+                inner,
+                reader: Box::pin(gone.clone().cancelled_owned()),
+                writer: Box::pin(gone.cancelled_owned()),
+            }))
+        })
+    }
+}
+
+fn guest_gone() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, "the guest is gone")
+}
+
+/// A stream that breaks when its guest is gone. Each half waits for that by itself, since they
+/// may be polled by different tasks.
+struct CutStream {
+    inner: GuestStream,
+    reader: Pin<Box<WaitForCancellationFutureOwned>>,
+    writer: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl CutStream {
+    /// Pending, unless the guest is gone.
+    fn unless_gone<T>(
+        gone: &mut Pin<Box<WaitForCancellationFutureOwned>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        gone.as_mut().poll(cx).map(|()| Err(guest_gone()))
+    }
+}
+
+impl AsyncRead for CutStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        // What has arrived is still given out.
+        match Pin::new(&mut self.inner).poll_read(cx, buf) {
+            Poll::Pending => Self::unless_gone(&mut self.reader, cx),
+            ready @ Poll::Ready(_) => ready,
+        }
+    }
+}
+
+impl AsyncWrite for CutStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match Self::unless_gone(&mut self.writer, cx) {
+            Poll::Pending => Pin::new(&mut self.inner).poll_write(cx, buf),
+            broken @ Poll::Ready(_) => broken,
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match Self::unless_gone(&mut self.writer, cx) {
+            Poll::Pending => Pin::new(&mut self.inner).poll_flush(cx),
+            broken @ Poll::Ready(_) => broken,
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Closing a socket needs no guest.
+        Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
 
@@ -107,5 +201,39 @@ impl tower::Service<http::Uri> for Connector {
     fn call(&mut self, _: http::Uri) -> Self::Future {
         let dialled = self.0.dial();
         Box::pin(async move { Ok(TokioIo::new(dialled.await?)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn streams_of_a_guest_that_is_gone_break_and_no_new_one_opens() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let address = listener.local_addr().expect("an address");
+        let gone = CancellationToken::new();
+        let dial = CutDial::new(TcpDial(address), gone.clone());
+        let mut stream = dial.dial().await.expect("dialled");
+        let (mut silent, _) = listener.accept().await.expect("accepted");
+        silent.write_all(b"last").await.expect("written");
+        let mut word = [0; 4];
+        stream.read_exact(&mut word).await.expect("read");
+
+        let reading = tokio::spawn(async move {
+            let read = stream.read_u8().await;
+            (read, stream)
+        });
+        tokio::task::yield_now().await;
+        gone.cancel();
+        let (read, mut stream) = reading.await.expect("not stuck");
+        assert_eq!(read.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let written = stream.write_u8(0).await;
+        assert_eq!(written.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        let again = dial.dial().await.map(|_| ());
+        assert_eq!(again.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! One [`Guest`] per running sandbox: an HTTP client over streams that a [`Dial`] opens (TCP to
 //! the sandbox's slot here, a relayed stream elsewhere), its connection pool, and the agent's
-//! access token. The pool dies with the `Guest`, so a connection never outlives the sandbox whose
-//! address it was made for.
+//! access token. A [`CutDial`] ends its streams, idle or in use, with the sandbox whose address
+//! they were made for.
 
 pub mod dial;
 mod error;
@@ -12,7 +12,7 @@ mod http;
 mod process;
 mod ready;
 
-pub use dial::{Dial, GuestStream, TcpDial};
+pub use dial::{CutDial, Dial, GuestStream, TcpDial};
 pub use error::{GuestCode, GuestError};
 pub use files::{FileEntry, FileKind};
 pub use http::{Guest, GuestBody};

@@ -1,6 +1,7 @@
 //! From a booting guest to one that may work: wait for its agent, then hand over what only the
 //! host knows (token, clock, entropy, identity).
 
+use std::fmt;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -29,7 +30,7 @@ pub struct Health {
 }
 
 /// What a fresh guest is told before its workload runs.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct AgentSetup {
     /// From now on required of every caller.
     pub token: String,
@@ -37,6 +38,15 @@ pub struct AgentSetup {
     pub sandbox_id: String,
     /// The name of its template.
     pub template: String,
+}
+
+impl fmt::Debug for AgentSetup {
+    /// Without the token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AgentSetup")
+            .field("sandbox_id", &self.sandbox_id)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Guest {

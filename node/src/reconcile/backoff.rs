@@ -59,7 +59,7 @@ impl Attempts {
                 step: last,
                 tries,
                 state: AttemptState::Done { again_at },
-            }) if last == step => {
+            }) if repeats(last, step) => {
                 if *again_at > now {
                     return Verdict::Wait(*again_at - now);
                 }
@@ -93,6 +93,11 @@ impl Attempts {
     }
 }
 
+/// Whether a step is the last one again. A prune carries the time, so each would be new.
+fn repeats(last: &Step, step: &Step) -> bool {
+    last == step || matches!((last, step), (Step::Prune { .. }, Step::Prune { .. }))
+}
+
 /// The wait after `tries` tries of the same step in a row.
 fn after(tries: u32) -> Duration {
     let doublings = tries.saturating_sub(1).min(16);
@@ -101,6 +106,8 @@ fn after(tries: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use proto::units::Stamp;
+
     use super::*;
 
     const ID: SandboxId = SandboxId([7; 16]);
@@ -110,6 +117,18 @@ mod tests {
         assert_eq!(after(1), FIRST);
         assert_eq!(after(2), FIRST * 2);
         assert_eq!(after(u32::MAX), LONGEST);
+    }
+
+    #[test]
+    fn a_prune_that_failed_waits_although_the_clock_has_moved_on() {
+        let mut attempts = Attempts::default();
+        let now = Instant::now();
+        let prune = |ms| Step::Prune {
+            ended_before: Stamp(ms),
+        };
+        assert_eq!(attempts.judge(&prune(1), now), Verdict::Start);
+        attempts.done(None, now);
+        assert_eq!(attempts.judge(&prune(2), now), Verdict::Wait(FIRST));
     }
 
     #[test]

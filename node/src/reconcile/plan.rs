@@ -23,6 +23,10 @@ use raft::state::{Desired, Phase, Sandbox, State};
 
 use crate::sandbox::{End, Observed, ObservedState};
 
+/// As much of a reason as is told to the cluster. It quotes what VMM and guest said, and a report
+/// larger than the log takes would be refused for ever.
+const REASON_CHARS: usize = 4096;
+
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -89,11 +93,12 @@ pub struct Circumstances {
 pub fn plan(at: Circumstances, state: &State, observed: &BTreeMap<SandboxId, Observed>) -> Plan {
     let mut plan = Plan::default();
     for sandbox in state.sandboxes().filter(|sandbox| sandbox.owner == at.here) {
-        let seen = observed
-            .get(&sandbox.id)
-            .filter(|seen| seen.epoch == sandbox.epoch);
-        plan.steps
-            .extend(for_record(sandbox, seen, &mut plan.look_again_in));
+        let seen = observed.get(&sandbox.id);
+        // What is here under another epoch goes first, below: one id has one driver.
+        if seen.is_none_or(|seen| seen.epoch == sandbox.epoch) {
+            plan.steps
+                .extend(for_record(sandbox, seen, &mut plan.look_again_in));
+        }
     }
     for (id, seen) in observed {
         let record = state.sandbox(*id).filter(|known| known.owner == at.here);
@@ -192,9 +197,14 @@ fn sooner(look_again_in: &mut Option<Duration>, wait: Duration) {
 }
 
 fn ended_report(end: &End) -> Report {
-    match end.clone() {
-        End::Stopped { reason } => Report::Stopped { reason },
-        End::Failed { reason } => Report::Failed { reason },
+    let bounded = |reason: &str| reason.chars().take(REASON_CHARS).collect();
+    match end {
+        End::Stopped { reason } => Report::Stopped {
+            reason: bounded(reason),
+        },
+        End::Failed { reason } => Report::Failed {
+            reason: bounded(reason),
+        },
     }
 }
 
@@ -383,6 +393,23 @@ mod tests {
     }
 
     #[test]
+    fn a_reason_of_any_length_is_reported_in_bounds() {
+        let reason = "\u{e9}".repeat(1 << 20);
+        let ended = seen(ObservedState::Gone(End::Failed { reason }));
+        let planned = steps(&state_after([]), &ended);
+        let [
+            Step::Report {
+                report: Report::Failed { reason },
+                ..
+            },
+        ] = &planned[..]
+        else {
+            panic!("{planned:?}");
+        };
+        assert_eq!(reason.chars().count(), REASON_CHARS);
+    }
+
+    #[test]
     fn a_stop_of_a_sandbox_that_is_not_here_is_reported_done() {
         let planned = steps(&state_after([stop()]), &BTreeMap::new());
         let [
@@ -397,10 +424,13 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_under_an_old_epoch_is_stopped_beside_the_start_of_the_new_one() {
-        let observed = seen_under(Epoch(2), ready(), Duration::ZERO);
-        let planned = steps(&state_after([running()]), &observed);
-        assert!(planned.contains(&Step::Stop(ID)), "{planned:?}");
+    fn what_runs_under_an_old_epoch_is_gone_before_anything_else_is_planned() {
+        for state in [state_after([]), state_after([running()])] {
+            let old = |seen| seen_under(Epoch(2), seen, Duration::ZERO);
+            assert_eq!(steps(&state, &old(ready())), [Step::Stop(ID)]);
+            assert_eq!(steps(&state, &old(ObservedState::Releasing)), []);
+            assert_eq!(steps(&state, &old(gone())), [Step::Forget(ID)]);
+        }
     }
 
     #[test]

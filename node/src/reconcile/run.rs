@@ -126,13 +126,7 @@ impl Reconciler {
                 })
                 .await;
             }
-            Step::StopIdle(id) => {
-                self.propose(Command::StopSandbox {
-                    id,
-                    cause: StopCause::Idle,
-                })
-                .await;
-            }
+            Step::StopIdle(id) => self.stop_idle(id).await,
             Step::Prune { ended_before } => {
                 self.propose(Command::PruneSandboxes { ended_before }).await;
             }
@@ -172,18 +166,35 @@ impl Reconciler {
         });
     }
 
-    /// Proposes; a failure is told here and tried again by the next look.
-    async fn propose(&self, command: Command) {
-        if let Err(err) = self.proposer.propose(command).await {
-            warn!(%err, "could not tell the cluster");
+    /// Stops a sandbox for idleness unless somebody has begun to use it since the plan was made.
+    async fn stop_idle(&self, id: SandboxId) {
+        let state = self.view.state();
+        let timeout = state.sandbox(id).and_then(|it| it.spec.idle_timeout);
+        if !timeout.is_some_and(|timeout| self.registry.withhold_idle(id, timeout)) {
+            return;
         }
+        let cause = StopCause::Idle;
+        let told = self.propose(Command::StopSandbox { id, cause }).await;
+        if !told {
+            self.registry.give_out_again(id);
+        }
+    }
+
+    /// Proposes, and says whether it came about; a failure is told here and tried again by the
+    /// next look.
+    async fn propose(&self, command: Command) -> bool {
+        let proposed = self.proposer.propose(command).await;
+        proposed
+            .inspect_err(|err| warn!(%err, "could not tell the cluster"))
+            .is_ok()
     }
 }
 
 fn note(done: Result<Subject, tokio::task::JoinError>, attempts: &mut Attempts) {
     match done {
         Ok(subject) => attempts.done(subject, Instant::now()),
-        // Steps hold no lock and own no state; the next look plans afresh.
+        // Its sandbox would count as busy for ever: half a reconciler is worse than a restart.
+        Err(err) if err.is_panic() => std::panic::resume_unwind(err.into_panic()),
         Err(err) => error!(%err, "a reconcile step broke"),
     }
 }

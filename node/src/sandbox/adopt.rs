@@ -1,9 +1,10 @@
 //! After a restart: retake what an earlier daemon left running, and release the rest.
 //!
-//! The data directory is read before any slot is swept, so that the slots of sandboxes that may
-//! live on are kept. A sandbox lives on when its shim answers; of any other, what the record and
-//! the directory name is released like that of a sandbox that has just ended. A directory without
-//! a readable record holds nothing but itself: the record is written before anything is acquired.
+//! The data directory is read before any slot is swept, so that the slots of sandboxes that live
+//! on are kept. A sandbox lives on when its shim answers and its slot is whole; what any other
+//! left is released like that of a sandbox that has just ended, except its slot: nobody keeps it,
+//! so the sweep has taken it, however much of it a crash or a reboot left. A directory without a
+//! record holds nothing but itself: the record is written before anything is acquired.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -18,7 +19,7 @@ use super::record::Record;
 use super::registry::Registry;
 use super::resources::Held;
 use crate::base::chain::chain;
-use crate::net::{NetError, Serial};
+use crate::net::Serial;
 use crate::shim::discover::{Found, FoundState, discover};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataPaths, SandboxPaths};
@@ -33,37 +34,41 @@ pub struct Leftover {
 /// Looks at every sandbox directory.
 ///
 /// # Errors
-/// The directory of sandboxes itself cannot be read.
+/// The directory of sandboxes, or a record in it, cannot be read.
 pub async fn scan(data: &DataPaths) -> io::Result<Vec<Leftover>> {
     let mut leftovers = Vec::new();
     for found in discover(&data.sandboxes()).await? {
         let record = match Record::load(&found.dir, found.sandbox) {
             Ok(record) => Some(record),
             Err(err) if err.kind() == io::ErrorKind::NotFound => None,
-            Err(err) => {
+            Err(err) if err.kind() == io::ErrorKind::InvalidData => {
                 let id = found.sandbox;
                 warn!(%id, %err, "unreadable record; what the directory names is released");
                 None
             }
+            // The disk, or a lack of descriptors: no reason to end a sandbox.
+            Err(err) => return Err(err),
         };
         leftovers.push(Leftover { found, record });
     }
     Ok(leftovers)
 }
 
-/// The network slots that must not be swept.
+/// The network slots that must not be swept: those of sandboxes that live on.
 #[must_use]
 pub fn slots_in_use(leftovers: &[Leftover]) -> BTreeSet<Serial> {
-    let records = leftovers
+    let living = leftovers
         .iter()
-        .filter_map(|leftover| leftover.record.as_ref());
-    records
+        .filter(|leftover| matches!(leftover.found.state, FoundState::Alive(_)));
+    living
+        .filter_map(|leftover| leftover.record.as_ref())
         .filter_map(|record| record.slot.as_ref())
         .map(|slot| slot.serial)
         .collect()
 }
 
 /// Gives each leftover to a driver of its own: the living to be driven on, the dead to be buried.
+/// Call it after every slot but [`slots_in_use`] was swept.
 pub async fn take_over(registry: &Registry, leftovers: Vec<Leftover>) {
     for leftover in leftovers {
         let id = leftover.found.sandbox;
@@ -77,36 +82,34 @@ async fn take_over_one(registry: &Registry, leftover: Leftover) -> Result<(), Ac
     let Leftover { found, record } = leftover;
     let id = found.sandbox;
     let paths = SandboxPaths::new(found.dir);
-    let Some(mut record) = record else {
+    let Some(record) = record else {
         return remove(paths).await;
     };
-    if let Some(slot) = &record.slot {
-        match registry.host().slots.adopt(slot.serial, slot.index).await {
-            Ok(_) => {}
-            // Given back already, by a release that was cut off or by the host's own restart.
-            Err(NetError::Gone { .. }) => record.slot = None,
-            Err(err) => return Err(err.into()),
-        }
-    }
-    let mut held = Held {
-        paths,
-        record,
-        shim: None,
-    };
+    let mut held = Held::found(paths, record);
     match found.state {
         FoundState::Alive(shim) => {
-            info!(%id, vmm = shim.known_status().vmm_pid, "retaken with its VMM running");
+            let vmm = shim.known_status().vmm_pid;
             held.shim = Some(shim);
-            registry.adopt(id, held);
+            match held.adopt_slot(registry.host()).await {
+                Ok(()) => {
+                    info!(%id, vmm, "retaken with its VMM running");
+                    registry.adopt(id, held);
+                }
+                // Without its network nobody reaches it: it ends, and what is left is released.
+                Err(err) => {
+                    let reason = chain(&err);
+                    registry.bury(id, held, End::Failed { reason });
+                }
+            }
         }
-        FoundState::Exited(exit) => registry.bury(id, held, end_of(&exit)),
+        FoundState::Exited(exit) => registry.bury(id, held.swept(), end_of(&exit)),
         FoundState::Dead { why } => {
             info!(%id, %why, "its VMM is gone");
             let reason = "its VMM ended while the host's daemon was down".into();
-            registry.bury(id, held, End::Failed { reason });
+            registry.bury(id, held.swept(), End::Failed { reason });
         }
         // Not even begun: as if it had never been here, so that a wanted one is started anew.
-        FoundState::NeverStarted => held.release(registry.host()).await?,
+        FoundState::NeverStarted => held.swept().release(registry.host()).await?,
     }
     Ok(())
 }
@@ -122,4 +125,52 @@ async fn remove(paths: SandboxPaths) -> Result<(), AcquireError> {
     removed.await.map_err(|err| AcquireError::Record {
         source: io::Error::other(err),
     })?
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::epoch::Epoch;
+    use proto::ids::SandboxId;
+
+    use super::*;
+    use crate::net::{Slot, SlotIndex};
+
+    const ID: SandboxId = SandboxId([7; 16]);
+
+    fn record_with_slot() -> Record {
+        let tag = "t".parse().expect("a tag");
+        let mut record = Record::new(ID, Epoch(3), "minimal");
+        record.slot = Some(Slot::new(&tag, Serial(5), SlotIndex(1)));
+        record
+    }
+
+    #[tokio::test]
+    async fn the_slot_of_a_sandbox_that_ended_is_swept_and_not_asked_for_again() {
+        let root = tempfile::tempdir().expect("a directory");
+        let data = DataPaths::new(root.path());
+        let dir = data.sandbox(ID).dir().to_owned();
+        std::fs::create_dir_all(&dir).expect("made");
+        record_with_slot().save(&dir).expect("saved");
+        let leftovers = scan(&data).await.expect("scanned");
+        assert_eq!(leftovers.len(), 1);
+        assert!(leftovers[0].record.is_some());
+        assert_eq!(slots_in_use(&leftovers), BTreeSet::new());
+        let held = Held::found(data.sandbox(ID), record_with_slot());
+        assert_eq!(held.swept().record.slot, None);
+    }
+
+    #[tokio::test]
+    async fn a_record_that_is_no_record_is_one_less_and_a_broken_disk_is_an_error() {
+        let root = tempfile::tempdir().expect("a directory");
+        let data = DataPaths::new(root.path());
+        let dir = data.sandbox(ID).dir().to_owned();
+        std::fs::create_dir_all(&dir).expect("made");
+        std::fs::write(dir.join("sandbox.json"), b"{").expect("written");
+        let leftovers = scan(&data).await.expect("scanned");
+        assert!(leftovers[0].record.is_none());
+        std::fs::remove_file(dir.join("sandbox.json")).expect("removed");
+        // What cannot be read for a reason of the disk's: here, since it is a directory.
+        std::fs::create_dir(dir.join("sandbox.json")).expect("made");
+        assert!(scan(&data).await.is_err());
+    }
 }

@@ -108,9 +108,11 @@ impl Driver {
         }
         let mark = Instant::now();
         let event = self.await_guest(held).await;
-        timings.guest = mark.elapsed();
-        info!(?timings, "started");
-        self.shared.set_timings(timings);
+        if matches!(event, Some(Event::GuestReady)) {
+            timings.guest = mark.elapsed();
+            info!(?timings, "started");
+            self.shared.set_timings(timings);
+        }
         event
     }
 
@@ -188,13 +190,19 @@ impl Driver {
             }
             next = match actions.first() {
                 Some(Action::Release) => Some(self.release(&mut held).await),
-                Some(Action::ReleaseLater) => {
-                    time::sleep(RELEASE_AGAIN).await;
-                    Some(self.release(&mut held).await)
-                }
+                Some(Action::ReleaseLater) => self.release_later(&mut held).await,
                 None => self.next_event(&held).await,
             };
         }
+    }
+
+    /// One more try, after a rest. `None` when the daemon is stopping: the next one finds the
+    /// directory and goes on, where waiting here for a release that never succeeds would keep
+    /// this one from ever ending.
+    async fn release_later(&self, held: &mut Held) -> Option<Event> {
+        let rest = time::sleep(RELEASE_AGAIN);
+        self.detach.run_until_cancelled(rest).await?;
+        Some(self.release(held).await)
     }
 
     async fn release(&self, held: &mut Held) -> Event {
@@ -234,22 +242,27 @@ impl Driver {
         }
     }
 
-    /// The last line on the guest's console, for a reason people can use.
+    /// The last line on the guest's console, for a reason people can use. The guest's words end
+    /// up on terminals: control characters are left out.
     fn last_words(&self) -> String {
         let tail = self
             .shared
             .console_tail(LAST_WORDS_BYTES)
             .unwrap_or_default();
-        let text = String::from_utf8_lossy(&tail);
-        let last = text
-            .lines()
-            .rev()
-            .map(str::trim)
-            .find(|line| !line.is_empty());
-        last.map_or_else(String::new, |line| {
+        last_line(&tail).map_or_else(String::new, |line| {
             format!("; the console's last line: {line}")
         })
     }
+}
+
+/// The last line of `text` that says something, without control characters.
+fn last_line(text: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(text);
+    let lines = text.lines().rev();
+    lines
+        .map(|line| line.chars().filter(|it| !it.is_control()).collect())
+        .map(|line: String| line.trim().to_owned())
+        .find(|line| !line.is_empty())
 }
 
 fn start_failed(err: &AcquireError) -> Event {
@@ -301,5 +314,18 @@ pub(super) fn end_of(record: &ExitRecord) -> End {
                 reason: format!("its VMM ended with code {code}: {complaint}"),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_line;
+
+    #[test]
+    fn a_guests_last_words_cannot_steer_a_terminal() {
+        let console = b"booting\r\n\x1b]0;owned\x07no root\xff device\r\n \x1b\r\n";
+        let expected = Some("]0;ownedno root\u{fffd} device".to_owned());
+        assert_eq!(last_line(console), expected);
+        assert_eq!(last_line(b"\r\n\n"), None);
     }
 }

@@ -4,6 +4,7 @@
 //! more than the directory's name: `slot` before the slot is used, `ready` after the guest was
 //! set up. A resource is thus either named here or unused, and unused ones are swept.
 
+use std::fmt;
 use std::io;
 use std::path::Path;
 
@@ -22,7 +23,7 @@ const FILE: &str = "sandbox.json";
 const TOKEN_BYTES: usize = 16;
 
 /// A sandbox's record on its host.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 pub(super) struct Record {
     version: u32,
     /// Its id, as clients spell it.
@@ -36,6 +37,18 @@ pub(super) struct Record {
     pub(super) slot: Option<Slot>,
     /// Its hypervisor and agent, once the guest was set up.
     pub(super) ready: Option<ReadyFacts>,
+}
+
+impl fmt::Debug for Record {
+    /// Without the token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Record")
+            .field("id", &self.id)
+            .field("epoch", &self.epoch)
+            .field("slot", &self.slot)
+            .field("ready", &self.ready)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What is known of a guest that was set up.
@@ -88,5 +101,34 @@ impl Record {
             return Err(bad(format!("the record is of {}", record.id)));
         }
         Ok(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn the_token_is_private_on_disk_and_never_shown() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let id = SandboxId([7; 16]);
+        let record = Record::new(id, Epoch(3), "minimal");
+        record.save(dir.path()).expect("saved");
+        let file = std::fs::metadata(dir.path().join(FILE)).expect("there");
+        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+        let loaded = Record::load(dir.path(), id).expect("loaded");
+        assert_eq!(loaded.token, record.token);
+        assert!(!format!("{record:?}").contains(&record.token));
+    }
+
+    #[test]
+    fn the_record_of_another_sandbox_is_not_taken_for_this_ones() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let record = Record::new(SandboxId([7; 16]), Epoch(3), "minimal");
+        record.save(dir.path()).expect("saved");
+        let refused = Record::load(dir.path(), SandboxId([8; 16])).expect_err("another id");
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -80,6 +80,8 @@ struct Told {
     versions: GuestVersions,
     timings: Option<StartTimings>,
     last_used: Instant,
+    /// Whether a stop for idleness is under way, so that nobody may begin to use the guest.
+    withheld: bool,
 }
 
 impl fmt::Debug for Shared {
@@ -118,6 +120,21 @@ impl Shared {
 
     pub(super) fn forget_guest(&self) {
         self.told().guest = None;
+    }
+
+    /// The guest, which counts as used from now on.
+    fn begin_use(&self) -> Option<Guest> {
+        let mut told = self.told();
+        let guest = told.guest.clone().filter(|_| !told.withheld)?;
+        told.last_used = Instant::now();
+        Some(guest)
+    }
+
+    /// Withholds the guest if nobody has used it for `timeout`.
+    fn withhold_idle(&self, timeout: Duration) -> bool {
+        let mut told = self.told();
+        told.withheld |= told.last_used.elapsed() >= timeout;
+        told.withheld
     }
 
     pub(super) fn console_tail(&self, bytes: usize) -> Option<Vec<u8>> {
@@ -219,11 +236,26 @@ impl Registry {
         }
     }
 
-    /// The guest of a sandbox that is ready here under `epoch`.
+    /// The guest of a sandbox that is ready here under `epoch`. Counts as use.
     #[must_use]
     pub fn guest(&self, id: SandboxId, epoch: Epoch) -> Option<Guest> {
         let shared = self.shared(id).filter(|shared| shared.epoch == epoch)?;
-        shared.told().guest.clone()
+        shared.begin_use()
+    }
+
+    /// Before a stop for idleness: withholds the guest, so that nobody begins to use what is about
+    /// to end. `false` where somebody has used it within `timeout`.
+    #[must_use]
+    pub fn withhold_idle(&self, id: SandboxId, timeout: Duration) -> bool {
+        self.shared(id)
+            .is_some_and(|shared| shared.withhold_idle(timeout))
+    }
+
+    /// After a stop for idleness that did not come about.
+    pub fn give_out_again(&self, id: SandboxId) {
+        if let Some(shared) = self.shared(id) {
+            shared.told().withheld = false;
+        }
     }
 
     /// Notes that somebody used a sandbox.
@@ -274,6 +306,7 @@ impl Registry {
             versions: GuestVersions::default(),
             timings: None,
             last_used: Instant::now(),
+            withheld: false,
         };
         let shared = Arc::new(Shared {
             epoch,
@@ -328,4 +361,42 @@ fn tail(path: &Path, bytes: usize) -> io::Result<Vec<u8>> {
     // Bounded again: the file may grow while it is read.
     file.take(bytes).read_to_end(&mut tail)?;
     Ok(tail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::TcpDial;
+
+    const IDLE: Duration = Duration::from_secs(60);
+
+    fn ready() -> Shared {
+        let nowhere = Arc::new(TcpDial("127.0.0.1:1".parse().expect("an address")));
+        let told = Told {
+            phase: Phase::Ready,
+            guest: Some(Guest::new(nowhere, "token").expect("a guest")),
+            versions: GuestVersions::default(),
+            timings: None,
+            last_used: Instant::now(),
+            withheld: false,
+        };
+        Shared {
+            epoch: Epoch(1),
+            paths: SandboxPaths::new("/nonexistent"),
+            changed: Arc::new(watch::Sender::new(())),
+            told: Mutex::new(told),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_sandbox_is_either_stopped_for_idleness_or_used() {
+        let shared = ready();
+        tokio::time::advance(IDLE).await;
+        assert!(shared.begin_use().is_some());
+        assert!(!shared.withhold_idle(IDLE), "it was just used");
+        tokio::time::advance(IDLE).await;
+        assert!(shared.withhold_idle(IDLE));
+        assert!(shared.begin_use().is_none(), "its stop is under way");
+        assert_eq!(shared.observed().idle_for, IDLE, "a refusal is no use");
+    }
 }

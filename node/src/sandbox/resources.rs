@@ -16,13 +16,15 @@ use std::time::Duration;
 
 use tokio::task;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::error::AcquireError;
 use super::record::{ReadyFacts, Record};
 use super::spec::{Host, StartSpec};
 use crate::base::fault;
-use crate::guest::{AgentSetup, Guest, TcpDial};
+use crate::guest::{AgentSetup, CutDial, Guest, TcpDial};
+use crate::net::NetError;
 use crate::net::slot::GUEST_MAC;
 use crate::shim::client::{self, ShimClient};
 use crate::shim::error::CallShimError;
@@ -36,6 +38,9 @@ use crate::vmm::{NetworkSpec, VmmSpec};
 const AGENT_PORT: u16 = 49983;
 /// A sandbox's disk goes with it, so its guest is not asked to flush: the VMM is ended at once.
 const STOP_GRACE: Duration = Duration::ZERO;
+/// As much of the agent's version as is kept; ours is far shorter.
+const VERSION_CHARS: usize = 64;
+
 /// What one sandbox holds.
 #[derive(Debug)]
 pub(super) struct Held {
@@ -45,18 +50,40 @@ pub(super) struct Held {
     pub(super) record: Record,
     /// Its shim, once the VMM runs.
     pub(super) shim: Option<ShimClient>,
+    /// Breaks every stream to its guest, once it is being released.
+    gone: CancellationToken,
 }
 
 impl Held {
+    /// What a record names, without a shim.
+    pub(super) fn found(paths: SandboxPaths, record: Record) -> Self {
+        Self {
+            paths,
+            record,
+            shim: None,
+            gone: CancellationToken::new(),
+        }
+    }
+
+    /// What is left after a sweep of its slot.
+    pub(super) fn swept(mut self) -> Self {
+        self.record.slot = None;
+        self
+    }
+
+    /// Takes over the slot that the record names.
+    pub(super) async fn adopt_slot(&self, host: &Host) -> Result<(), AcquireError> {
+        if let Some(slot) = &self.record.slot {
+            host.slots.adopt(slot.serial, slot.index).await?;
+        }
+        Ok(())
+    }
+
     /// Step 1: the directory and a record that says nothing is held yet.
     pub(super) async fn create(host: &Host, spec: &StartSpec) -> Result<Self, AcquireError> {
         let paths = host.data.sandbox(spec.id);
         let record = Record::new(spec.id, spec.epoch, &spec.template);
-        let held = Self {
-            paths,
-            record,
-            shim: None,
-        };
+        let held = Self::found(paths, record);
         let (paths, record) = (held.paths.clone(), held.record.clone());
         blocking_io(move || {
             paths.create()?;
@@ -138,7 +165,7 @@ impl Held {
         });
         let facts = ReadyFacts {
             vmm,
-            agent: health.version,
+            agent: printable(&health.version),
         };
         self.record.ready = Some(facts.clone());
         self.save().await?;
@@ -146,17 +173,20 @@ impl Held {
         Ok(facts)
     }
 
-    /// A client of the guest's agent.
+    /// A client of the guest's agent, of no use any more once the release has begun: the slot's
+    /// address will be another guest's.
     pub(super) fn guest(&self) -> Result<Option<Guest>, AcquireError> {
         let Some(slot) = &self.record.slot else {
             return Ok(None);
         };
         let dial = TcpDial(SocketAddr::from((slot.guest_addr, AGENT_PORT)));
+        let dial = CutDial::new(dial, self.gone.clone());
         Ok(Some(Guest::new(Arc::new(dial), &self.record.token)?))
     }
 
     /// Gives everything back, newest first. May be repeated until it succeeds.
     pub(super) async fn release(&mut self, host: &Host) -> Result<(), AcquireError> {
+        self.gone.cancel();
         if let Some(shim) = &self.shim {
             match shim.stop(STOP_GRACE).await {
                 Ok(_) | Err(CallShimError::Gone { .. }) => {}
@@ -175,8 +205,12 @@ impl Held {
         self.shim = None;
         fault::point("release.vmm");
         if let Some(slot) = self.record.slot.clone() {
-            host.slots.release(slot).await?;
-            self.record.slot = None;
+            match host.slots.release(slot).await {
+                // Not held: it was gone already, as after a reboot, or when it could not be
+                // adopted. Refusing to go on would keep the sandbox for ever.
+                Ok(()) | Err(NetError::NotHeld(_)) => self.record.slot = None,
+                Err(err) => return Err(err.into()),
+            }
         }
         fault::point("release.slot");
         let paths = self.paths.clone();
@@ -187,6 +221,12 @@ impl Held {
         let (dir, record) = (self.paths.dir().to_owned(), self.record.clone());
         blocking_io(move || record.save(&dir)).await
     }
+}
+
+/// A guest's word for its version, in bounds: it goes into the replicated record.
+fn printable(version: &str) -> String {
+    let plain = version.chars().filter(|it| !it.is_control());
+    plain.take(VERSION_CHARS).collect()
 }
 
 /// Runs blocking work off the runtime's workers.

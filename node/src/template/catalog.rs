@@ -78,7 +78,8 @@ pub struct Template {
 pub struct TemplateName(String);
 
 impl Catalog {
-    /// Reads and checks the images directory; templates become usable from `data`.
+    /// Reads and checks the images directory; templates become usable from `data`. Copies that a
+    /// crash interrupted are removed there.
     ///
     /// # Errors
     /// - [`OpenCatalogError::Missing`]: kernel, initramfs or the templates directory is not there.
@@ -87,6 +88,8 @@ impl Catalog {
         let guest = find_guest(images)?;
         let dir = images.join("templates");
         require(dir.is_dir(), "template", &dir, "deploy/images/rootfs")?;
+        let kept = data.templates();
+        durable::remove_leftovers(&kept).map_err(disk("clear leftovers in", &kept))?;
         let mut cache = DigestCache::load(data);
         let mut templates = BTreeMap::new();
         let mut unusable = Vec::new();

@@ -82,7 +82,7 @@ pub(super) async fn bootstrap_key(paths: &DataPaths, proposer: &Proposer) -> Res
     }
     let file = paths.root().join(BOOTSTRAP_KEY_FILE);
     let secret = match std::fs::read_to_string(&file) {
-        Ok(text) => text.trim().to_owned(),
+        Ok(text) => whole_key(text.trim()).map_err(disk("read the first API key"))?,
         Err(err) if err.kind() == io::ErrorKind::NotFound => {
             let random: [u8; KEY_BYTES] = rand::random();
             let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -109,6 +109,30 @@ pub(super) async fn bootstrap_key(paths: &DataPaths, proposer: &Proposer) -> Res
     Ok(())
 }
 
+/// A key as this node made it. Half a key, or none, must not become one that opens everything.
+fn whole_key(text: &str) -> io::Result<String> {
+    let digits = text.strip_prefix(KEY_PREFIX).unwrap_or_default();
+    let whole = digits.len() == 2 * KEY_BYTES
+        && digits
+            .bytes()
+            .all(|it| matches!(it, b'0'..=b'9' | b'a'..=b'f'));
+    if whole {
+        return Ok(text.to_owned());
+    }
+    let why = format!("{BOOTSTRAP_KEY_FILE} holds no key of this node; remove it to get a new one");
+    Err(io::Error::new(io::ErrorKind::InvalidData, why))
+}
+
+/// No longer says so: a starting or stopping node is not ready.
+pub(super) fn remove_ready(paths: &DataPaths) -> Result<(), RunError> {
+    match std::fs::remove_file(paths.root().join(READY_FILE)) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => {
+            Err(disk("say that the node is not ready")(err))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
 /// Says that the node is ready and where.
 pub(super) fn write_ready(paths: &DataPaths, name: &str, url: &str) -> Result<(), RunError> {
     let ready = serde_json::json!({
@@ -127,4 +151,58 @@ fn data_bytes(image: &Path) -> Result<u64, RunError> {
     const STAT_BLOCK_BYTES: u64 = 512;
     let image = std::fs::metadata(image).map_err(disk("look at a template's image"))?;
     Ok(image.blocks() * STAT_BLOCK_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::base::clock::HandClock;
+    use crate::cluster::MemoryLog;
+
+    fn proposer() -> Proposer {
+        Proposer::new(
+            Arc::new(MemoryLog::default()),
+            Arc::new(HandClock::default()),
+        )
+    }
+
+    #[tokio::test]
+    async fn the_first_key_is_private_and_outlives_the_loss_of_its_proposal() {
+        let root = tempfile::tempdir().expect("a directory");
+        let paths = DataPaths::new(root.path());
+        let file = root.path().join(BOOTSTRAP_KEY_FILE);
+        bootstrap_key(&paths, &proposer()).await.expect("made");
+        let secret = std::fs::read_to_string(&file).expect("read");
+        let mode = std::fs::metadata(&file).expect("there").permissions();
+        assert_eq!(mode.mode() & 0o777, 0o600);
+
+        let after_crash = proposer();
+        bootstrap_key(&paths, &after_crash).await.expect("made");
+        bootstrap_key(&paths, &after_crash).await.expect("kept");
+        assert_eq!(std::fs::read_to_string(&file).expect("read"), secret);
+        let hash: [u8; 32] = Sha256::digest(secret.as_bytes()).into();
+        let state = after_crash.view().state();
+        assert!(state.key_by_hash(&hash).is_some());
+        assert_eq!(state.keys().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_key_file_makes_no_key() {
+        let root = tempfile::tempdir().expect("a directory");
+        let paths = DataPaths::new(root.path());
+        for damaged in [
+            "",
+            "wrn_",
+            "wrn_0123",
+            "hunter2hunter2hunter2hunter2hunter2h",
+        ] {
+            std::fs::write(root.path().join(BOOTSTRAP_KEY_FILE), damaged).expect("written");
+            let proposer = proposer();
+            assert!(bootstrap_key(&paths, &proposer).await.is_err());
+            assert_eq!(proposer.view().state().keys().count(), 0, "{damaged:?}");
+        }
+    }
 }

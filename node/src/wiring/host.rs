@@ -1,6 +1,8 @@
 //! What this host offers: the hypervisor that really runs guests, and how much room there is.
 
 use std::io;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 
 use raft::state::Resources;
@@ -135,6 +137,22 @@ pub(super) fn slot_tag(base: u16) -> Result<SlotTag, RunError> {
     tag_of(&digits.map(char::from).iter().collect::<String>())
 }
 
+/// The right to the slots of one tag on this host, until dropped. The kernel takes it back with
+/// the process, and it leaves no file behind.
+#[derive(Debug)]
+pub(super) struct TagClaim(#[expect(dead_code, reason = "held open, never used")] UnixListener);
+
+/// Claims the slots of `tag`; `None` where another process has them. Without this, a second node
+/// with the same range would sweep the slots from under the first one's capsules.
+pub(super) fn claim_tag(tag: &SlotTag) -> Result<Option<TagClaim>, RunError> {
+    let name = SocketAddr::from_abstract_name(format!("wrenn-slots-{tag}"));
+    match name.and_then(|name| UnixListener::bind_addr(&name)) {
+        Ok(listener) => Ok(Some(TagClaim(listener))),
+        Err(err) if err.kind() == io::ErrorKind::AddrInUse => Ok(None),
+        Err(err) => Err(disk("claim the network slots")(err)),
+    }
+}
+
 /// Where the tag in use is remembered, so that a clean-up finds what belongs to it.
 pub(super) fn tag_file(paths: &DataPaths) -> PathBuf {
     paths.net().join("tag")
@@ -153,4 +171,23 @@ fn tag_of(text: &str) -> Result<SlotTag, RunError> {
     text.parse().map_err(|_| {
         disk("read the slot tag")(io::Error::new(io::ErrorKind::InvalidData, "not a tag"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_slots_of_a_tag_have_one_user_at_a_time() {
+        // No base leads to a tag with these letters, and other test runs have other ids.
+        let id = std::process::id() % 1000;
+        let tag = tag_of(&format!("y{id:03}")).expect("a tag");
+        let other = tag_of(&format!("z{id:03}")).expect("a tag");
+        let held = claim_tag(&tag).expect("asked");
+        assert!(held.is_some());
+        assert!(claim_tag(&tag).expect("asked").is_none());
+        assert!(claim_tag(&other).expect("asked").is_some());
+        drop(held);
+        assert!(claim_tag(&tag).expect("asked").is_some());
+    }
 }

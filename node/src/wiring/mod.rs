@@ -1,7 +1,7 @@
 //! Builds the rooms, joins them, starts them, and stops them in reverse.
 //!
 //! ```text
-//! start  data dir, identity > images > accelerator > raft > slots > sandboxes > facts > reconcile > transport, API
+//! start  data dir, identity > images > accelerator > raft > transport > slots > sandboxes > facts > reconcile > API
 //! stop   API > transport > reconcile, sandbox drivers > slots > raft > data dir
 //! ```
 //!
@@ -13,6 +13,7 @@ mod facts;
 mod guests;
 mod host;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,7 @@ use tracing::{info, info_span, warn};
 use transport::identity::IdentityError;
 use transport::{Identity, Membership, Transport};
 
+use self::host::TagClaim;
 use crate::api::{self, ApiState, NodeFacts};
 use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
@@ -40,7 +42,7 @@ use crate::base::stop::Tasks;
 use crate::cluster::{GroupLog, ProposeError, Proposer};
 use crate::config::Config;
 use crate::dashboard;
-use crate::net::{self, Cidr, NetConfig, NetError, SlotPool};
+use crate::net::{self, Cidr, NetConfig, NetError, SlotPool, SlotTag};
 use crate::reconcile::Reconciler;
 use crate::relay::Relay;
 use crate::sandbox::{Registry, adopt};
@@ -95,6 +97,12 @@ pub enum RunError {
     /// The network could not be prepared.
     #[error("prepare the network")]
     Network(#[from] NetError),
+    /// Another node of this host has the network slots.
+    #[error("another node of this host uses the slots from {base} on; give each its own slot_base")]
+    SlotsTaken {
+        /// Where the range begins.
+        base: u16,
+    },
     /// The address for other nodes cannot be used.
     #[error("listen for other nodes")]
     Transport(#[from] transport::StartError),
@@ -130,13 +138,13 @@ pub enum RunError {
 /// Runs a node until it is asked to stop (SIGTERM, SIGINT). Sandboxes keep running without it.
 ///
 /// # Errors
-/// [`RunError`]; whatever was started has been stopped again.
+/// [`RunError`]. What a failed start left on the host, the next start sweeps.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let mut stop = StopSignals::new()?;
     let running = Running::start(config).await?;
     let broke = tokio::select! {
         () = stop.wait() => None,
-        () = running.tasks.token().cancelled() => Some("a task ended in a panic".to_owned()),
+        () = running.panicked() => Some("a task ended in a panic".to_owned()),
         fault = running.group.failed() => Some(chain(&*fault)),
     };
     info!("stopping; capsules keep running");
@@ -175,6 +183,7 @@ struct Running {
     /// The pool's task; it outlives the drivers, which give slots back.
     slot_tasks: Tasks,
     slots: SlotPool,
+    _slot_claim: TagClaim,
     /// Sandbox drivers and the reconciler.
     tasks: Tasks,
     transport: Transport,
@@ -184,6 +193,8 @@ struct Running {
 impl Running {
     async fn start(config: Config) -> Result<Self, RunError> {
         let data = open_data(&config.data_dir)?;
+        // A daemon that was killed left it.
+        facts::remove_ready(data.paths())?;
         // Bound before anything slow or lasting: a taken port is the most common mistake.
         let listener = listen(config.listen).await?;
         let identity = Identity::load_or_create(&data.paths().identity())?;
@@ -194,11 +205,15 @@ impl Running {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let proposer = Proposer::new(log, Arc::clone(&clock));
 
+        // Before anything is made on the host: its ports may be taken as well.
+        let transport = start_transport(&config, &identity)?;
+
         let (slot_tasks, tasks, api_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
         let leftovers = adopt::scan(data.paths())
             .await
             .map_err(disk("look for sandboxes"))?;
-        let slots = start_slots(&config, data.paths(), &leftovers, &slot_tasks).await?;
+        let (slots, slot_claim) =
+            start_slots(&config, data.paths(), &leftovers, &slot_tasks).await?;
         let host = host::of(&config, data.paths(), &catalog, &chosen, slots.clone())?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
@@ -216,7 +231,6 @@ impl Running {
             ended_retention: config.ended_retention,
         }
         .spawn(&tasks);
-        let transport = start_transport(&config, &identity)?;
 
         let guests = Arc::new(guests::RegistryGuests(registry));
         let relay = Relay::new(FOUNDER, proposer.view(), guests);
@@ -238,15 +252,28 @@ impl Running {
             group,
             slot_tasks,
             slots,
+            _slot_claim: slot_claim,
             tasks,
             transport,
             api_tasks,
         })
     }
 
+    /// Waits for a panic in any task: it stops the others of its kind, and half a node is worse
+    /// than a restart.
+    async fn panicked(&self) {
+        tokio::select! {
+            () = self.tasks.token().cancelled() => {}
+            () = self.slot_tasks.token().cancelled() => {}
+            () = self.api_tasks.token().cancelled() => {}
+        }
+    }
+
     async fn stop(self) {
-        // Gone first, so that nobody takes a stopping node for a ready one.
-        let _absent = std::fs::remove_file(self.data.paths().root().join(READY_FILE));
+        // First, so that nobody takes a stopping node for a ready one.
+        if let Err(err) = facts::remove_ready(self.data.paths()) {
+            warn!(err = chain(&err), "it still looks ready");
+        }
         self.api_tasks.stop_and_join().await;
         self.transport.stop(Instant::now() + TRANSPORT_STOP).await;
         self.tasks.stop_and_join().await;
@@ -295,8 +322,11 @@ async fn start_slots(
     paths: &DataPaths,
     leftovers: &[adopt::Leftover],
     tasks: &Tasks,
-) -> Result<SlotPool, RunError> {
+) -> Result<(SlotPool, TagClaim), RunError> {
     let tag = host::slot_tag(config.slot_base)?;
+    let base = config.slot_base;
+    let claim = host::claim_tag(&tag)?.ok_or(RunError::SlotsTaken { base })?;
+    leave_old_tag(paths, &tag).await?;
     durable::write(&host::tag_file(paths), tag.as_str().as_bytes())
         .map_err(disk("remember the slot tag"))?;
     let swept = net::sweep::sweep(&tag, &adopt::slots_in_use(leftovers)).await?;
@@ -314,7 +344,28 @@ async fn start_slots(
         egress_allow: allowed(&config.egress_allow)?,
         serial_file: paths.net().join("serial"),
     };
-    Ok(SlotPool::start(config, tasks).await?)
+    Ok((SlotPool::start(config, tasks).await?, claim))
+}
+
+/// Takes away what is there under another tag than `tag`: the range was moved in the
+/// configuration, and from now on nobody would look for it.
+async fn leave_old_tag(paths: &DataPaths, tag: &SlotTag) -> Result<(), RunError> {
+    let Some(old) = host::known_tag(paths)?.filter(|old| old != tag) else {
+        return Ok(());
+    };
+    warn!(%old, new = %tag, "the slot range has moved; capsules of the old one end");
+    clear_tag(&old).await
+}
+
+/// Takes everything of `tag` off the host, unless it is another node's by now: that one has swept
+/// what was left of ours.
+async fn clear_tag(tag: &SlotTag) -> Result<(), RunError> {
+    let Some(_claim) = host::claim_tag(tag)? else {
+        warn!(%tag, "another node uses these slots; they are left to it");
+        return Ok(());
+    };
+    net::sweep::sweep(tag, &BTreeSet::new()).await?;
+    Ok(net::sweep::teardown_host(tag).await?)
 }
 
 /// The networks that guests may reach although they are private.
@@ -360,13 +411,10 @@ pub async fn clean_up(data_dir: &Path) -> Result<(), RunError> {
             .remove()
             .map_err(disk("remove a sandbox's directory"))?;
     }
-    let Some(tag) = host::known_tag(&paths)? else {
-        return Ok(());
-    };
-    net::sweep::sweep(&tag, &std::collections::BTreeSet::new()).await?;
-    net::sweep::teardown_host(&tag).await?;
-    let _absent = std::fs::remove_file(paths.root().join(READY_FILE));
-    Ok(())
+    if let Some(tag) = host::known_tag(&paths)? {
+        clear_tag(&tag).await?;
+    }
+    facts::remove_ready(&paths)
 }
 
 /// Finds out what runs guests on this machine by running one, and says so in a sentence. For the

@@ -50,6 +50,18 @@ impl World {
 }
 
 #[test]
+fn a_copy_that_a_crash_interrupted_is_removed() {
+    let world = World::new();
+    let kept = world.data.paths().template_image(world.minimal().digest);
+    let half = durable::temp_beside(&kept);
+    fs::write(&half, b"half").unwrap();
+
+    world.open().unwrap();
+    assert!(!half.exists());
+    assert!(kept.exists());
+}
+
+#[test]
 fn a_good_directory_yields_its_kernel_and_templates() {
     let world = World::new();
     let catalog = world.open().unwrap();
