@@ -88,7 +88,8 @@ fn one_by_one(run: &Run, world: &World, alone: &Alone) -> Outcome {
     for number in 1..=run.runs {
         run.go_on()?;
         let created = create(&mut api)?;
-        shim_time += process::thread_time(world.shim_pid(&created.id))?;
+        let shim = process::thread_times(world.shim_pid(&created.id))?;
+        shim_time += shim.values().sum::<Duration>();
         destroy(&mut api, &created.id)?;
         let qemu = ms(alone.time()?);
         beside_alone.add(created.running - created.stage("guest") - qemu);

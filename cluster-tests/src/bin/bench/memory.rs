@@ -97,10 +97,10 @@ fn daemon_at_rest(world: &World, name: &str) -> Outcome<Memory> {
 
 /// What the daemon does while nobody asks for anything.
 fn idle(run: &Run, world: &World, name: &str) -> Outcome {
-    let before = process::thread_time(world.pid())?;
+    let before = process::thread_times(world.pid())?;
     let start = Instant::now();
     thread::sleep(WATCH);
-    let spent = process::thread_time(world.pid())?.saturating_sub(before);
+    let spent = process::spent(&before, &process::thread_times(world.pid())?);
     let percent = 100.0 * ms(spent) / ms(start.elapsed());
     figure(&format!("{name}_processor"), percent, "%");
     at_most(

@@ -1,5 +1,7 @@
 //! What the kernel says of a process.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::time::Duration;
 use std::{fs, io};
 
@@ -30,7 +32,7 @@ pub(crate) fn memory(pid: u32) -> io::Result<Memory> {
 /// The processor time of the process `pid`, its ended threads and reaped children included.
 ///
 /// Good to a clock tick (10 ms): for sums over many runs.
-pub(crate) fn processor_time(pid: u32) -> Outcome {
+pub(crate) fn processor_time(pid: u32) -> io::Result<Duration> {
     /// Place of `utime` behind the name, which may hold spaces; stime, cutime and cstime follow.
     const UTIME: usize = 11;
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -42,18 +44,31 @@ pub(crate) fn processor_time(pid: u32) -> Outcome {
     Ok(Duration::from_secs(ticks) / per_second)
 }
 
-/// The processor time of the live threads of the process `pid`, to the nanosecond.
-pub(crate) fn thread_time(pid: u32) -> Outcome {
-    let mut total = Duration::ZERO;
+/// The processor time of each live thread of the process `pid` by its id, to the nanosecond.
+pub(crate) fn thread_times(pid: u32) -> io::Result<BTreeMap<OsString, Duration>> {
+    let mut times = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         // A thread may end while they are counted.
-        let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else {
+        let task = task?;
+        let Ok(text) = fs::read_to_string(task.path().join("schedstat")) else {
             continue;
         };
         let spent = text.split(' ').next().and_then(|it| it.parse().ok());
-        total += Duration::from_nanos(spent.unwrap_or(0));
+        times.insert(task.file_name(), Duration::from_nanos(spent.unwrap_or(0)));
     }
-    Ok(total)
+    Ok(times)
+}
+
+/// What the threads that live `after` have spent since `before`.
+pub(crate) fn spent(
+    before: &BTreeMap<OsString, Duration>,
+    after: &BTreeMap<OsString, Duration>,
+) -> Duration {
+    let since = |(id, time): (&OsString, &Duration)| {
+        let earlier = before.get(id).copied().unwrap_or_default();
+        time.saturating_sub(earlier)
+    };
+    after.iter().map(since).sum()
 }
 
 /// Its arguments, the program first.
@@ -61,8 +76,6 @@ pub(crate) fn arguments(pid: u32) -> io::Result<Vec<String>> {
     let line = fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
     Ok(line.split_terminator('\0').map(str::to_owned).collect())
 }
-
-type Outcome = io::Result<Duration>;
 
 fn mib_of(text: &str, field: &str) -> io::Result<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix(field));
@@ -81,9 +94,19 @@ mod tests {
         let memory = memory(own).unwrap();
         assert!(memory.resident >= memory.proportional && memory.proportional > 0.0);
         assert!(memory.resident > memory.anonymous && memory.anonymous > 0.0);
-        assert!(thread_time(own).unwrap() > Duration::ZERO);
         assert!(processor_time(own).is_ok());
         assert!(arguments(own).unwrap()[0].contains("bench"));
+    }
+
+    #[test]
+    fn a_thread_that_ended_takes_nothing_from_what_was_spent() {
+        let times = |list: &[(&str, u64)]| {
+            let one = |(id, ms): &(&str, u64)| ((*id).into(), Duration::from_millis(*ms));
+            list.iter().map(one).collect()
+        };
+        let (before, after) = (times(&[("1", 5), ("2", 90)]), times(&[("1", 7), ("3", 4)]));
+        assert_eq!(spent(&before, &after), Duration::from_millis(6));
+        assert!(!thread_times(std::process::id()).unwrap().is_empty());
     }
 
     #[test]
