@@ -19,6 +19,8 @@ use super::http::{Guest, UNARY_TIMEOUT, bounded};
 const RUN_OUTPUT_BYTES: usize = 64 << 20;
 /// Added to a run's own deadline before this side gives up waiting for the agent to enforce it.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
+/// Longest wait for the end of a stream whose last event has come. Both are sent together.
+const STREAM_END_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// What to start.
 #[derive(Clone, Debug, Default)]
@@ -266,6 +268,7 @@ async fn collect(guest: &Guest, mut events: EventStream) -> Result<RunOutput, Gu
             ProcessEvent::Stderr(bytes) => output.stderr.extend_from_slice(&bytes),
             ProcessEvent::End { exit_code } => {
                 output.exit_code = exit_code;
+                read_out(&mut events).await;
                 return Ok(output);
             }
             ProcessEvent::KeepAlive => {}
@@ -286,6 +289,12 @@ async fn collect(guest: &Guest, mut events: EventStream) -> Result<RunOutput, Gu
     Err(GuestError::Nonsense(
         "the process stream ended without an end event".into(),
     ))
+}
+
+/// Reads a stream behind its last event, so that its connection can carry the next call. One that
+/// does not end costs its connection and nothing else.
+async fn read_out(events: &mut EventStream) {
+    let _end = time::timeout(STREAM_END_TIMEOUT, events.next()).await;
 }
 
 fn from_wire(event: oneof::process_event::Event) -> ProcessEvent {

@@ -74,7 +74,11 @@ impl Driver {
     pub(super) async fn adopt(self, mut held: Held) {
         let first = match held.record.ready.clone() {
             Some(facts) => self.ready(&held, facts),
-            None => self.await_guest(&mut held).await,
+            // How long it took is not known: another daemon began it.
+            None => {
+                self.await_guest(&mut held, &mut StartTimings::default())
+                    .await
+            }
         };
         self.drive(held, first).await;
     }
@@ -98,18 +102,16 @@ impl Driver {
             held.make_disk(spec).await?;
             timings.disk = mark.elapsed();
             let mark = Instant::now();
-            held.start_vmm(&self.host, spec).await?;
-            timings.vmm = mark.elapsed();
+            timings.vmm = held.start_vmm(&self.host, spec).await?;
+            timings.shim = mark.elapsed().saturating_sub(timings.vmm);
             Ok(())
         }
         .await;
         if let Err(err) = acquired {
             return Some(start_failed(&err));
         }
-        let mark = Instant::now();
-        let event = self.await_guest(held).await;
+        let event = self.await_guest(held, &mut timings).await;
         if matches!(event, Some(Event::GuestReady)) {
-            timings.guest = mark.elapsed();
             info!(?timings, "started");
             self.shared.set_timings(timings);
         }
@@ -117,7 +119,7 @@ impl Driver {
     }
 
     /// The wait for the guest, cut by a stop, a detach, or the VMM's end.
-    async fn await_guest(&self, held: &mut Held) -> Option<Event> {
+    async fn await_guest(&self, held: &mut Held, timings: &mut StartTimings) -> Option<Event> {
         let guest = match held.guest() {
             Ok(Some(guest)) => guest,
             Ok(None) => {
@@ -140,7 +142,7 @@ impl Driver {
                 let last_words = self.last_words();
                 return Some(Event::StartFailed { reason: format!("{}{last_words}", words(&end)) });
             }
-            outcome = held.set_up_guest(&self.host, &guest) => Ok(outcome),
+            outcome = held.set_up_guest(&self.host, &guest, timings) => Ok(outcome),
         };
         match outcome {
             Ok(Ok(facts)) => self.ready(held, facts),

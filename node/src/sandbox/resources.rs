@@ -21,7 +21,7 @@ use tracing::warn;
 
 use super::error::AcquireError;
 use super::record::{ReadyFacts, Record};
-use super::spec::{Host, StartSpec};
+use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::fault;
 use crate::guest::{AgentSetup, CutDial, Guest, TcpDial};
 use crate::net::NetError;
@@ -113,12 +113,12 @@ impl Held {
         Ok(())
     }
 
-    /// Step 4: the shim, and in it the VMM.
+    /// Step 4: the shim, and in it the VMM. Returns what the VMM alone took.
     pub(super) async fn start_vmm(
         &mut self,
         host: &Host,
         spec: &StartSpec,
-    ) -> Result<(), AcquireError> {
+    ) -> Result<Duration, AcquireError> {
         let network = self.record.slot.as_ref().map(|slot| NetworkSpec {
             netns: slot.netns_path.clone(),
             tap: slot.tap.clone(),
@@ -140,9 +140,11 @@ impl Held {
             epoch: spec.epoch,
             vmm,
         };
-        self.shim = Some(client::spawn(self.paths.dir(), &shim, &host.wrenn).await?);
+        let client = client::spawn(self.paths.dir(), &shim, &host.wrenn).await?;
+        let vmm_start = client.known_status().vmm_start;
+        self.shim = Some(client);
         fault::point("create.vmm");
-        Ok(())
+        Ok(vmm_start)
     }
 
     /// Step 5: the guest answers and has been told who it is.
@@ -150,8 +152,12 @@ impl Held {
         &mut self,
         host: &Host,
         guest: &Guest,
+        timings: &mut StartTimings,
     ) -> Result<ReadyFacts, AcquireError> {
-        let health = guest.wait_ready(Instant::now() + host.boot_timeout).await?;
+        let began = Instant::now();
+        let health = guest.wait_ready(began + host.boot_timeout).await?;
+        timings.guest = began.elapsed();
+        let answered = Instant::now();
         guest
             .set_up(&AgentSetup {
                 token: self.record.token.clone(),
@@ -169,6 +175,7 @@ impl Held {
         };
         self.record.ready = Some(facts.clone());
         self.save().await?;
+        timings.setup = answered.elapsed();
         fault::point("create.guest");
         Ok(facts)
     }

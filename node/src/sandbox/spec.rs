@@ -62,8 +62,12 @@ pub struct StartTimings {
     pub slot: Duration,
     /// Root disk overlay made.
     pub disk: Duration,
-    /// Shim and VMM started (its VMM answers).
+    /// Shim started, without its VMM.
+    pub shim: Duration,
+    /// VMM started, from its spawn to its first answer.
     pub vmm: Duration,
-    /// Guest booted and its agent set up.
+    /// Guest booted (its agent answers).
     pub guest: Duration,
+    /// Agent told who it is, and that it is ready recorded.
+    pub setup: Duration,
 }

@@ -55,6 +55,8 @@ pub struct ShimStatus {
     pub vmm_version: String,
     /// What runs the guest's instructions.
     pub accelerator: String,
+    /// How long the VMM took from its spawn to its first answer.
+    pub vmm_start: Duration,
 }
 
 /// A shim that has answered.
@@ -244,6 +246,7 @@ async fn hello(dir: &Path) -> Result<ShimStatus, CallShimError> {
         vmm_pid: said.vmm_pid,
         vmm_version: said.vmm_version,
         accelerator: said.accelerator,
+        vmm_start: Duration::from_micros(said.vmm_start_us),
     })
 }
 

@@ -158,6 +158,7 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
         vmm,
         console,
         stderr,
+        took,
     } = vmm::spawn(
         &spec.vmm,
         &name,
@@ -175,7 +176,7 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
     })
     .map_err(system("start a thread"))?;
     let server =
-        Server::new(status(&spec, &*vmm), Arc::clone(&vmm)).map_err(system("make a pipe"))?;
+        Server::new(status(&spec, &*vmm, took), Arc::clone(&vmm)).map_err(system("make a pipe"))?;
     let listener = listen(dir).map_err(system("listen on shim.sock"))?;
     let accepting = Arc::clone(&server);
     thread_result("accept", move || accepting.accept_all(&listener))
@@ -272,7 +273,7 @@ fn listen(dir: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path.as_path())
 }
 
-fn status(spec: &ShimSpec, vmm: &dyn Vmm) -> Status {
+fn status(spec: &ShimSpec, vmm: &dyn Vmm, took: Duration) -> Status {
     Status {
         protocol_version: version::SHIM,
         shim_pid: std::process::id(),
@@ -281,6 +282,7 @@ fn status(spec: &ShimSpec, vmm: &dyn Vmm) -> Status {
         epoch: spec.epoch.0,
         vmm_version: vmm.version().to_owned(),
         accelerator: spec.vmm.accelerator.name().to_owned(),
+        vmm_start_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
     }
 }
 

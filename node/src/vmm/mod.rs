@@ -22,7 +22,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ChildStderr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 
@@ -159,6 +159,8 @@ pub struct Started {
     pub console: UnixStream,
     /// What the VMM itself complains about.
     pub stderr: ChildStderr,
+    /// How long the VMM took from its spawn to its first answer.
+    pub took: Duration,
 }
 
 /// Starts `spec` on the memory behind `ram`, and returns when the VMM answers.

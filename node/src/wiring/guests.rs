@@ -44,14 +44,18 @@ fn stages(timings: StartTimings) -> Vec<(&'static str, std::time::Duration)> {
         record,
         slot,
         disk,
+        shim,
         vmm,
         guest,
+        setup,
     } = timings;
     vec![
         ("record", record),
         ("slot", slot),
         ("disk", disk),
+        ("shim", shim),
         ("vmm", vmm),
         ("guest", guest),
+        ("setup", setup),
     ]
 }

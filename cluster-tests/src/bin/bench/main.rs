@@ -1,2 +1,203 @@
-//! Placeholder.
-fn main() {}
+//! Measures what Wrenn promises, on a real node with real guests.
+//!
+//! `bench [NAME...]` runs some benchmarks, all where none is named; `deploy/bench` builds what
+//! they need first. Standard output has nothing but results, for programs to read:
+//!
+//! ```text
+//! FIGURE <name> <value> <unit>    a measured value
+//! RATIO  <name> <value> <goal>    a measured value over what it is compared with, or over what it
+//!                                 may be at most; it holds when value <= goal
+//! ```
+//!
+//! `_p50` is the median, `_p99` the 99th percentile by nearest rank: with fewer than a hundred runs
+//! that is the slowest one. What is compared is measured in turns in one run, so that a busy
+//! machine slows both. Progress goes to standard error. The exit code says whether everything was
+//! measured, not whether every ratio holds: that depends on the machine, and is for a reader.
+//!
+//! Each benchmark makes its own world and takes it down again; an interrupt ends the run under way
+//! and then does the same.
+
+mod create;
+mod exec;
+mod figures;
+mod http;
+mod log;
+mod memory;
+mod process;
+mod qemu;
+mod slots;
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Fewer runs than this give a median that one slow run can move.
+const LEAST_RUNS: usize = 10;
+
+/// What a benchmark comes to: its figures are printed, only trouble is returned.
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+/// One benchmark.
+struct Benchmark {
+    name: &'static str,
+    about: &'static str,
+    run: fn(&Run) -> Outcome,
+}
+
+/// All there are, in the order in which they run: those that measure the quiet host come first.
+const BENCHMARKS: [Benchmark; 5] = [
+    Benchmark {
+        name: "log",
+        about: "durable proposals of a raft group of one, beside bare fdatasync",
+        run: log::run,
+    },
+    Benchmark {
+        name: "slots",
+        about: "network slots: taken from the pool, made, unmade",
+        run: slots::run,
+    },
+    Benchmark {
+        name: "memory",
+        about: "daemon and shim at rest: memory, processor, syncs",
+        run: memory::run,
+    },
+    Benchmark {
+        name: "exec",
+        about: "a command's round trip through the API, beside the agent called directly",
+        run: exec::run,
+    },
+    Benchmark {
+        name: "create",
+        about: "cold create to first answer, and our share of it",
+        run: create::run,
+    },
+];
+
+/// Measures what Wrenn promises, on a real node with real guests.
+#[derive(Debug, Parser)]
+#[command(name = "bench")]
+struct Arguments {
+    /// Which benchmarks to run; all where none is named.
+    names: Vec<String>,
+    /// Show the names there are.
+    #[arg(long)]
+    list: bool,
+    /// How often the slow ones repeat. Quick ones repeat a multiple of it.
+    #[arg(long, value_name = "N", default_value_t = LEAST_RUNS)]
+    runs: usize,
+}
+
+/// How a benchmark is to run.
+struct Run {
+    runs: usize,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Run {
+    /// Says what is under way.
+    fn note(&self, what: &str) {
+        eprintln!("  {what}");
+    }
+
+    /// To be called between two runs.
+    ///
+    /// # Errors
+    /// Somebody wants this to end.
+    fn go_on(&self) -> Outcome {
+        if self.interrupted.load(Ordering::Relaxed) {
+            return Err("interrupted".into());
+        }
+        Ok(())
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.list {
+        for benchmark in &BENCHMARKS {
+            println!("{:8} {}", benchmark.name, benchmark.about);
+        }
+        return ExitCode::SUCCESS;
+    }
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("bench: {err}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Outcome {
+    let chosen = choose(&arguments.names)?;
+    let run = Run {
+        runs: arguments.runs.max(1),
+        interrupted: notice_interrupts()?,
+    };
+    if run.runs < LEAST_RUNS {
+        eprintln!("fewer than {LEAST_RUNS} runs: the medians below are not worth writing down");
+    }
+    for benchmark in chosen {
+        eprintln!("{}: {}", benchmark.name, benchmark.about);
+        (benchmark.run)(&run).map_err(|err| format!("{}: {err}", benchmark.name))?;
+    }
+    Ok(())
+}
+
+fn choose(names: &[String]) -> Outcome<Vec<&'static Benchmark>> {
+    let known = |name: &String| BENCHMARKS.iter().any(|it| it.name == name);
+    if let Some(unknown) = names.iter().find(|name| !known(name)) {
+        return Err(format!("there is no benchmark {unknown:?}; --list shows them").into());
+    }
+    let wanted = |it: &&Benchmark| names.is_empty() || names.iter().any(|name| name == it.name);
+    Ok(BENCHMARKS.iter().filter(wanted).collect())
+}
+
+/// Turns interrupts into a flag, so that worlds are taken down on the way out.
+fn notice_interrupts() -> Outcome<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+        )
+    };
+    let theirs = Arc::clone(&flag);
+    thread::spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        theirs.store(true, Ordering::Relaxed);
+    });
+    Ok(flag)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_name_means_all_of_them() {
+        assert_eq!(choose(&[]).unwrap().len(), BENCHMARKS.len());
+    }
+
+    #[test]
+    fn names_choose_and_an_unknown_one_is_refused_by_name() {
+        let chosen = choose(&["exec".into(), "create".into()]).unwrap();
+        assert_eq!(chosen.len(), 2);
+        let refused = choose(&["exce".into()]).err().unwrap();
+        assert!(refused.to_string().contains("exce"), "{refused}");
+    }
+}

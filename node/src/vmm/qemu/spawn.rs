@@ -53,6 +53,7 @@ pub fn spawn(
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     jail.confine(&mut command);
+    let spawned = Instant::now();
     let mut child = command.spawn().map_err(start_failed)?;
     // From here on QEMU alone holds its ends: when it dies, ours see the end of the stream.
     drop((qmp_theirs, console_theirs));
@@ -63,6 +64,7 @@ pub fn spawn(
             vmm: Box::new(Qemu { process, qmp }),
             console,
             stderr,
+            took: spawned.elapsed(),
         }),
         Err(source) => Err(not_up(spec, &process, stderr, source)),
     }
