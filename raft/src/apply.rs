@@ -103,6 +103,10 @@ impl State {
                 Err(refusal)
             });
         }
+        // A secret has one record: under another id, a revoked one would come alive again.
+        if self.keys().any(|known| known.hash == key.hash) {
+            return Applied::untouched(Err(Refusal::IdTaken(key.id.to_string())));
+        }
         let id = key.id;
         self.put_key(key);
         Applied::touched(Receipt::Done(1), RowKey::Key(id))

@@ -295,12 +295,16 @@ fn a_revoked_key_opens_nothing_and_its_id_stays_taken() {
     assert!(world.state.key_by_hash(&[9; 32]).is_none());
     let again = Key {
         hash: [8; 32],
+        ..key.clone()
+    };
+    let revived = Key {
+        id: KeyId([6; 16]),
         ..key
     };
-    assert!(matches!(
-        world.apply(Command::PutKey(again)),
-        Err(Refusal::IdTaken(_))
-    ));
+    for key in [again, revived] {
+        let answer = world.apply(Command::PutKey(key));
+        assert!(matches!(answer, Err(Refusal::IdTaken(_))), "{answer:?}");
+    }
 }
 
 #[test]

@@ -177,3 +177,26 @@ fn an_idle_capsule_is_stopped_and_a_used_one_is_not() {
     assert_eq!(world.output(&used, "echo used"), "used");
     world.wait_only(&[&used]);
 }
+
+#[test]
+fn a_guest_on_a_full_host_disk_gets_errors_and_keeps_answering() {
+    let mut world = World::asleep();
+    // The template, the room that a create asks for, and little else.
+    world.use_small_disk(650);
+    world.arguments = vec!["--capacity-disk".into(), "100000".into()];
+    world.start();
+    let id = world.capsule();
+    let filler = world.data().join("filler");
+    fill(&filler);
+    let written = world.exec(
+        &id,
+        "dd if=/dev/zero of=/root/big bs=1M count=30 conv=fsync",
+    );
+    assert_ne!(written["exit_code"], 0, "{written}");
+    assert_eq!(world.output(&id, "echo alive"), "alive");
+    fs::remove_file(filler).expect("the filler");
+    assert_eq!(
+        world.output(&id, "echo alive > /dev/shm/x; cat /dev/shm/x"),
+        "alive"
+    );
+}

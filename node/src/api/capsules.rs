@@ -4,6 +4,8 @@
 //! acts, and the handler only watches the view for what came of it. A client that goes away
 //! changes nothing.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -13,8 +15,8 @@ use proto::ids::SandboxId;
 use raft::command::{Command, StopCause};
 use raft::state::{Phase, Sandbox};
 use serde::Deserialize;
-use tokio::time::Instant;
-use tracing::info;
+use tokio::time::{self, Instant};
+use tracing::{info, warn};
 
 use super::auth::Caller;
 use super::create::CreateCapsule;
@@ -22,7 +24,10 @@ use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, JsonBody, QueryOf};
 use super::state::{ApiState, owned};
 use super::wire::Capsule;
+use crate::cluster::{LogError, ProposeError};
 
+/// Longest the client of a create without an answer waits for its taking back.
+const DISOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most bytes of console log in one answer.
 const LOG_BYTES: usize = 1 << 20;
 
@@ -48,6 +53,9 @@ pub(super) async fn create(
         // No answer is not a no: the command may have been applied all the same.
         let happened = api.view.state().sandbox(id).is_some();
         if !happened {
+            if matches!(err, ProposeError::Log(LogError::Unknown { .. })) {
+                disown(&api, id).await;
+            }
             return Err(err.into());
         }
     }
@@ -63,6 +71,16 @@ pub(super) async fn create(
         Phase::Stopping | Phase::Stopped | Phase::Error => return Err(not_started(sandbox)),
     };
     Ok((status, Json(Capsule::of(&api, &state, sandbox))))
+}
+
+/// Asks for the end of a capsule that may still come up although its client was told of a failure:
+/// in the log, the stop comes after the create that is under way. A refusal says that none came.
+async fn disown(api: &ApiState, id: SandboxId) {
+    let cause = StopCause::Asked;
+    let stop = api.proposer.propose(Command::StopSandbox { id, cause });
+    if time::timeout(DISOWN_TIMEOUT, stop).await.is_err() {
+        warn!(sandbox = %id, "a create that may still happen could not be taken back");
+    }
 }
 
 /// Lists the team's capsules, newest first, without those that ended.

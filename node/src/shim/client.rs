@@ -279,16 +279,50 @@ async fn call_shim(dir: &Path, call: Call, deadline: Instant) -> Result<Answer, 
 }
 
 async fn dial(dir: &Path) -> Result<UnixStream, CallShimError> {
-    let gone = |_| CallShimError::Gone {
-        dir: dir.to_owned(),
-    };
-    let path = SocketPath::new(dir).map_err(gone)?;
-    UnixStream::connect(path.as_path()).await.map_err(gone)
+    let failed = |source| not_reached(dir, source);
+    let path = SocketPath::new(dir).map_err(failed)?;
+    UnixStream::connect(path.as_path()).await.map_err(failed)
+}
+
+/// Only a socket that is not there, or that nobody listens on, says that the shim is gone. A node
+/// out of descriptors, or a shim with a full backlog, says nothing about it: taken for its death,
+/// it would cost a healthy guest.
+fn not_reached(dir: &Path, source: io::Error) -> CallShimError {
+    let dir = dir.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => CallShimError::Gone { dir },
+        _ => CallShimError::Connect { dir, source },
+    }
 }
 
 fn frame_error(dir: &Path, source: FrameError) -> CallShimError {
     CallShimError::Frame {
         dir: dir.to_owned(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_absent_or_deaf_socket_means_that_the_shim_is_gone() {
+        let reached = |kind: io::ErrorKind| not_reached(Path::new("/d"), kind.into());
+        for kind in [io::ErrorKind::NotFound, io::ErrorKind::ConnectionRefused] {
+            assert!(
+                matches!(reached(kind), CallShimError::Gone { .. }),
+                "{kind}"
+            );
+        }
+        for kind in [io::ErrorKind::WouldBlock, io::ErrorKind::PermissionDenied] {
+            assert!(
+                matches!(reached(kind), CallShimError::Connect { .. }),
+                "{kind}"
+            );
+        }
+        let no_descriptors = io::Error::from(nix::errno::Errno::EMFILE);
+        let err = not_reached(Path::new("/d"), no_descriptors);
+        assert!(matches!(err, CallShimError::Connect { .. }));
     }
 }

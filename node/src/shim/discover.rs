@@ -106,7 +106,11 @@ async fn state_of(sandbox: SandboxId, dir: &Path) -> FoundState {
             Err(why) => return FoundState::Dead { why },
         }
         let held = is_held(dir).await;
-        if held && matches!(why, CallShimError::Gone { .. }) && Instant::now() < give_up {
+        let may_come = matches!(
+            why,
+            CallShimError::Gone { .. } | CallShimError::Connect { .. }
+        );
+        if held && may_come && Instant::now() < give_up {
             sleep(STARTING_INTERVAL).await;
             continue;
         }

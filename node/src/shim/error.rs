@@ -153,6 +153,14 @@ pub enum CallShimError {
         /// The directory.
         dir: PathBuf,
     },
+    /// This node could not reach it; whether it runs is not known.
+    #[error("connect to the shim in {dir:?}")]
+    Connect {
+        /// The directory.
+        dir: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// It runs, and does not answer in time.
     #[error("the shim in {dir:?} did not answer within {waited:?}")]
     TimedOut {
@@ -217,7 +225,9 @@ impl CallShimError {
     pub fn remedy(&self) -> Remedy {
         match self {
             Self::Gone { .. } => Remedy::NotThere,
-            Self::TimedOut { .. } | Self::Failed { .. } => Remedy::RetryLater,
+            Self::Connect { .. } | Self::TimedOut { .. } | Self::Failed { .. } => {
+                Remedy::RetryLater
+            }
             Self::Frame { .. }
             | Self::WrongAnswer { .. }
             | Self::UnknownVersion { .. }

@@ -140,7 +140,10 @@ fn root_disk(args: &mut Args, disk: &Path) -> Result<(), SpecError> {
         "file": { "driver": "file", "filename": utf8("root disk", disk)?, "discard": "unmap" },
     });
     args.option("-blockdev", &node.to_string());
-    args.option("-device", "virtio-blk-pci,drive=root");
+    args.option(
+        "-device",
+        "virtio-blk-pci,drive=root,werror=report,rerror=report",
+    );
     Ok(())
 }
 
