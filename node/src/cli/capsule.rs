@@ -136,14 +136,22 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
         Command::Get { id } => show(global, &get(&client, &id).await?)?,
         Command::Exec(request) => return exec(global, &client, request).await,
         Command::Shell { id } => return shell::run(&client, &id).await,
-        Command::Logs { id, tail } => logs(&client, &id, tail).await?,
-        Command::Cp { from, to } => copy::run(&client, &from, &to).await?,
+        Command::Logs { id, tail } => logs(global, &client, &id, tail).await?,
+        Command::Cp { from, to } => {
+            copy::run(&client, &from, &to).await?;
+            if global.json && to != "-" {
+                print::json(&json!({ "from": from, "to": to }))?;
+            }
+        }
         Command::Ping { id } => {
             client
                 .call(Method::POST, &format!("{}/ping", path(&id)?), None)
                 .await?;
+            if global.json {
+                print::json(&get(&client, &id).await?)?;
+            }
         }
-        Command::Destroy { ids } => destroy(&client, &ids).await?,
+        Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -300,22 +308,38 @@ fn stream(answer: &Value, key: &str) -> Result<Vec<u8>, CliError> {
     decoded.map_err(|err| CliError::from_error("decode the command's output", &err))
 }
 
-async fn logs(client: &Client, id: &str, tail: Option<u32>) -> Result<(), CliError> {
+async fn logs(
+    global: &Global,
+    client: &Client,
+    id: &str,
+    tail: Option<u32>,
+) -> Result<(), CliError> {
     let query = tail
         .map(|lines| format!("?tail={lines}"))
         .unwrap_or_default();
     let route = format!("{}/logs{query}", path(id)?);
     let answer = client.open(Method::GET, &route, None).await?;
-    print::out(&client.whole(answer).await?)
+    let log = client.whole(answer).await?;
+    if global.json {
+        return print::json(&json!({ "id": id, "log": String::from_utf8_lossy(&log) }));
+    }
+    print::out(&log)
 }
 
-async fn destroy(client: &Client, ids: &[String]) -> Result<(), CliError> {
+async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(), CliError> {
     let routes: Vec<String> = ids.iter().map(|id| path(id)).collect::<Result<_, _>>()?;
     for (id, route) in ids.iter().zip(routes) {
         let asked = client.call(Method::DELETE, &route, None);
         print::progress(&format!("destroying {id}"), asked).await?;
     }
-    Ok(())
+    if !global.json {
+        return Ok(());
+    }
+    let mut capsules = Vec::new();
+    for id in ids {
+        capsules.push(get(client, id).await?);
+    }
+    print::json(&capsules.into())
 }
 
 /// How long ago, in words as long as needed.
