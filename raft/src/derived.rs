@@ -33,6 +33,11 @@ use crate::codec::{self, BadBytes};
 use crate::machine::{Change, Row};
 use crate::types::{LogId, StoredMembership};
 
+/// Longest sled keeps its lock after its last handle is dropped: a thread of its own lets go of it,
+/// in milliseconds as a rule.
+const LOCK_LAG: Duration = Duration::from_secs(5);
+/// How often the lock is tried meanwhile.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 /// How long a change may stay unsynced: what a restart after a power cut replays from the log.
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
 /// sled's page cache. Rows are read once, at start; the rest is for the old values of rows being
@@ -161,12 +166,32 @@ pub(crate) fn move_aside(dir: &Path) -> io::Result<()> {
     }
 }
 
+/// Opens sled, waiting while its lock is held: by nobody but an earlier handle of this process, since
+/// the group's own lock keeps other processes out.
+fn open(dir: &Path) -> Result<sled::Db, sled::Error> {
+    let give_up = Instant::now() + LOCK_LAG;
+    loop {
+        let opened = sled::Config::new()
+            .path(dir)
+            .cache_capacity(CACHE_BYTES)
+            .flush_every_ms(None)
+            .open();
+        match opened {
+            Err(sled::Error::Io(err)) if is_locked(&err) && Instant::now() < give_up => {
+                thread::sleep(LOCK_RETRY);
+            }
+            opened => return opened,
+        }
+    }
+}
+
+/// sled wraps the kernel's answer in words of its own.
+fn is_locked(err: &io::Error) -> bool {
+    err.to_string().contains("could not acquire lock")
+}
+
 fn load_here(dir: &Path) -> Result<Loaded, Doubt> {
-    let db = sled::Config::new()
-        .path(dir)
-        .cache_capacity(CACHE_BYTES)
-        .flush_every_ms(None)
-        .open()?;
+    let db = open(dir)?;
     let mut rows = Vec::new();
     let mut total = Total::default();
     let mut head = None;

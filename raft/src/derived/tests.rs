@@ -113,7 +113,7 @@ fn a_missing_stale_or_foreign_entry_is_doubted() {
     let tamper = |name: &str, with: fn(&sled::Db)| {
         let dir = dir.path().join(name);
         written(&dir);
-        let db = sled::open(&dir).unwrap();
+        let db = open(&dir).unwrap();
         with(&db);
         db.flush().unwrap();
         drop(db);
