@@ -184,7 +184,10 @@ impl ShimClient {
                 return Ok(record);
             }
             if Instant::now() >= give_up {
-                return Err(broken);
+                // The connection broke. Whether the shim did, its socket tells by now.
+                let gone = dial(&self.dir).await.err();
+                let gone = gone.filter(|err| matches!(err, CallShimError::Gone { .. }));
+                return Err(gone.unwrap_or(broken));
             }
             sleep(RECORD_INTERVAL).await;
         }
