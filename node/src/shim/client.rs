@@ -232,7 +232,17 @@ async fn hello(dir: &Path) -> Result<ShimStatus, CallShimError> {
     let wrong = || CallShimError::WrongAnswer {
         dir: dir.to_owned(),
     };
-    let Answer::Status(said) = call_shim(dir, Call::Hello(wire::Hello {}), deadline).await? else {
+    let answer = loop {
+        match call_shim(dir, Call::Hello(wire::Hello {}), deadline).await {
+            // Cut off rather than answered: it is going, and soon nobody listens any more.
+            Err(CallShimError::Frame {
+                source: FrameError::Stream(_),
+                ..
+            }) if Instant::now() + RECORD_INTERVAL < deadline => sleep(RECORD_INTERVAL).await,
+            answered => break answered?,
+        }
+    };
+    let Answer::Status(said) = answer else {
         return Err(wrong());
     };
     if said.protocol_version != version::SHIM {
