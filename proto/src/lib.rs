@@ -15,6 +15,10 @@ pub mod version;
 /// Messages of our own protocols, generated from `wire/*.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod wire {
+    /// What nodes tell each other beside the log.
+    pub mod cluster {
+        include!(concat!(env!("OUT_DIR"), "/wrenn.cluster.rs"));
+    }
     /// The raft log and snapshots.
     pub mod raft {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raft.rs"));

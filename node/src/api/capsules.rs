@@ -48,7 +48,12 @@ pub(super) async fn create(
     let spec = request.into_spec(&api.view.state())?;
     let id = SandboxId(rand::random());
     let team = caller.team;
-    let command = Command::CreateSandbox { id, team, spec };
+    let command = Command::CreateSandbox {
+        id,
+        team,
+        spec,
+        hints: Vec::new(),
+    };
     if let Err(err) = api.proposer.propose(command).await {
         // No answer is not a no: the command may have been applied all the same.
         let happened = api.view.state().sandbox(id).is_some();
