@@ -27,6 +27,10 @@ pub mod wire {
     pub mod raftlog {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raftlog.rs"));
     }
+    /// Between the node that a client asks and the one that runs the guest.
+    pub mod relay {
+        include!(concat!(env!("OUT_DIR"), "/wrenn.relay.rs"));
+    }
     /// Daemon and shim.
     pub mod shim {
         include!(concat!(env!("OUT_DIR"), "/wrenn.shim.rs"));
