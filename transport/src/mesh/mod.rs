@@ -8,6 +8,7 @@
 //! the deadline > close every connection by name > wait until the packets saying so are out > join
 //! the tasks.
 
+mod dials;
 mod error;
 mod shared;
 
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, info_span};
 
+use crate::BoxFuture;
 use crate::alpn::Alpn;
 use crate::close::CloseCode;
 use crate::complaints::Complaints;
@@ -120,6 +122,18 @@ impl Transport {
         self.shared.peers.set_membership(membership)
     }
 
+    /// Lets `voucher` answer for keys that this node's own list lacks, which may be behind: an unknown
+    /// key that asks for the mesh is held without a stream until it has answered, and let in on
+    /// true. It should say so only on the word of a member whose list is newer than this node's.
+    ///
+    /// Keys that a list of this node had and a later one has not are refused without asking.
+    pub fn set_voucher(
+        &self,
+        voucher: impl Fn(NodeKey) -> BoxFuture<'static, bool> + Send + Sync + 'static,
+    ) {
+        self.shared.peers.set_voucher(Arc::new(voucher));
+    }
+
     /// Lets `handler` answer calls to `service` on the control lane from now on.
     pub fn register(&self, service: Service, handler: impl Handler) {
         self.shared.server.router.register(service, handler);
@@ -138,7 +152,8 @@ impl Transport {
     }
 
     /// Makes sure there is a live, proven connection to the member `key`, dialling `address` if
-    /// there is none.
+    /// there is none. Callers that ask for the same at the same time share one dial, and one that
+    /// asks within [`Limits::redial`] of a failure is told of that failure at once.
     ///
     /// # Errors
     /// All of [`DialError`]. None of them leaves a connection behind.
@@ -155,9 +170,20 @@ impl Transport {
         if !self.shared.peers.membership().members.contains(&key) {
             return Err(DialError::NotMember { key });
         }
-        Arc::clone(&self.shared)
+        let rest = self.shared.server.limits.redial;
+        let dials = &self.shared.dials;
+        let turn = dials.turn((key, lane, address), rest, deadline).await?;
+        if self.is_connected(lane, key) {
+            return Ok(());
+        }
+        if let Some(err) = turn.recent_failure(rest) {
+            return Err(err);
+        }
+        let outcome = Arc::clone(&self.shared)
             .dial_mesh(lane, address, key, deadline)
-            .await
+            .await;
+        turn.done(&outcome, rest);
+        outcome
     }
 
     /// Calls `method` of the connected node `peer` on the control lane.

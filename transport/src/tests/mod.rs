@@ -9,6 +9,7 @@ mod joining;
 mod lifecycle;
 mod members;
 mod streams;
+mod vouching;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
