@@ -26,6 +26,8 @@ use tracing::{Instrument, info_span};
 
 use crate::BoxFuture;
 use crate::alpn::Alpn;
+use crate::bulk::Pace;
+use crate::bulk::pace::Paces;
 use crate::close::CloseCode;
 use crate::complaints::Complaints;
 use crate::datagram::{self, DatagramError};
@@ -36,6 +38,7 @@ use crate::join::JoinChannel;
 use crate::limits::{JOIN_ANSWER_BYTES, Limits};
 use crate::peers::{PeerInfo, Peers};
 use crate::rpc::{self, Handler, Method, Router, RpcError, Server, Service};
+use crate::sim::Faults;
 use crate::streams::{BiStream, StreamHandler};
 use crate::tls;
 
@@ -54,6 +57,10 @@ pub struct Config {
     pub limits: Limits,
     /// What the path between nodes needs.
     pub path: Path,
+    /// How fast this node sends to each peer on the bulk lane.
+    pub pace: Pace,
+    /// A bad network between this node and the others, for tests.
+    pub faults: Option<Faults>,
 }
 
 impl Config {
@@ -65,6 +72,8 @@ impl Config {
             bulk,
             limits: Limits::default(),
             path: Path::default(),
+            pace: Pace::default(),
+            faults: None,
         }
     }
 }
@@ -85,16 +94,19 @@ impl Transport {
         let bind = |lane: Lane, address| {
             let crypto = tls::server_config(identity, Arc::clone(&peers), lane.alpns())
                 .map_err(|source| StartError::Tls { source })?;
-            endpoint::bind(lane, address, crypto, config.path).map_err(|source| StartError::Bind {
-                lane,
-                address,
-                source,
-            })
+            endpoint::bind(lane, address, crypto, config.path, config.faults.clone()).map_err(
+                |source| StartError::Bind {
+                    lane,
+                    address,
+                    source,
+                },
+            )
         };
         let server = Server {
             own: identity.key(),
             router: Arc::new(Router::default()),
             complaints: Arc::new(Complaints::default()),
+            paces: Arc::new(Paces::new(config.pace, &peers)),
             limits: config.limits,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -222,7 +234,8 @@ impl Transport {
     ) -> Result<BiStream, RpcError> {
         let connection = self.shared.peers.newest(peer, lane);
         let connection = connection.ok_or(RpcError::NotConnected { peer })?;
-        rpc::open(&connection, service, header, deadline).await
+        let pacer = self.shared.server.paces.of(lane, peer);
+        rpc::open(&connection, service, header, deadline, pacer).await
     }
 
     /// Sends `bytes` to the connected node `peer` on the control lane, without any promise that

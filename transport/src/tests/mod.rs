@@ -8,6 +8,7 @@ mod hostile;
 mod joining;
 mod lifecycle;
 mod members;
+mod network;
 mod streams;
 mod vouching;
 
