@@ -294,7 +294,11 @@ async fn whoever_watches_sees_roles_and_memberships_change_and_nothing_else() {
     let cluster = Cluster::of(1).await;
     let group = cluster.group(1);
     let mut watch = group.watch_metrics();
-    assert!(watch.borrow_and_update().role == Role::Leader);
+    let leads = watch.wait_for(|standing| standing.role == Role::Leader && standing.is_settled);
+    time::timeout(common::PATIENCE, leads)
+        .await
+        .unwrap()
+        .unwrap();
     let stamp = group.metrics().stamp;
     for round in 0..20 {
         cluster.set("key", &round.to_string()).await;
