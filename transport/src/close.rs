@@ -88,6 +88,10 @@ close_codes! {
     Cancelled = 24, "call was given up by its caller";
     /// The handler ended without an answer.
     HandlerFailed = 25, "handler ended without an answer";
+    /// More datagrams than allowed; they are dropped and the connection stays.
+    Flood = 28, "datagrams come too fast";
+    /// A byte stream was dropped before its end.
+    Abandoned = 27, "stream was dropped before its end";
     /// An answer was dropped because earlier ones are not being read.
     SlowReader = 26, "answers are read too slowly";
 }

@@ -10,15 +10,18 @@ use std::sync::Arc;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig};
+use quinn::{
+    Connection, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig,
+};
 use tracing::warn;
 
 use crate::alpn::Alpn;
 use crate::bulk;
 use crate::limits::{
-    CONTROL_IDLE, CONTROL_KEEP_ALIVE, CONTROL_STREAM_WINDOW_BYTES, CONTROL_STREAMS,
-    CONTROL_WINDOW_BYTES, DATAGRAM_BUFFER_BYTES, INCOMING_BUFFER_BYTES,
-    INCOMING_BUFFER_TOTAL_BYTES, MAX_INCOMING, SOCKET_BUFFER_BYTES,
+    BULK_STREAMS, BULK_WINDOW_BYTES, CONTROL_IDLE, CONTROL_KEEP_ALIVE, CONTROL_STREAM_WINDOW_BYTES,
+    CONTROL_STREAMS, CONTROL_WINDOW_BYTES, DATAGRAM_BUFFER_BYTES, INCOMING_BUFFER_BYTES,
+    INCOMING_BUFFER_TOTAL_BYTES, MAX_INCOMING, SOCKET_BUFFER_BYTES, UNPROVEN_STREAMS,
+    UNPROVEN_WINDOW_BYTES,
 };
 
 /// Which of a node's two endpoints.
@@ -26,7 +29,7 @@ use crate::limits::{
 pub enum Lane {
     /// Calls, raft and datagrams: small and urgent.
     Control,
-    /// Chunks, images and raft snapshots: large and patient.
+    /// Relayed guest connections, chunks, images and raft snapshots: large and patient.
     Bulk,
 }
 
@@ -110,7 +113,22 @@ pub(crate) fn transport_config(lane: Lane, end: End, path: Path) -> Arc<Transpor
         .initial_mtu(path.initial_mtu.clamp(MIN_MTU, MAX_MTU))
         .enable_segmentation_offload(path.segmentation_offload)
         .congestion_controller_factory(Arc::new(CubicConfig::default()));
+    if end == End::Acceptor {
+        config
+            .max_concurrent_bidi_streams(UNPROVEN_STREAMS.into())
+            .receive_window(UNPROVEN_WINDOW_BYTES.into());
+    }
     Arc::new(config)
+}
+
+/// Gives an accepted connection what a member may have, once it has proven to be one's.
+pub(crate) fn widen(lane: Lane, connection: &Connection) {
+    let (streams, window_bytes) = match lane {
+        Lane::Control => (CONTROL_STREAMS, CONTROL_WINDOW_BYTES),
+        Lane::Bulk => (BULK_STREAMS, BULK_WINDOW_BYTES),
+    };
+    connection.set_receive_window(window_bytes.into());
+    connection.set_max_concurrent_bi_streams(streams.into());
 }
 
 fn control_config(end: End) -> TransportConfig {

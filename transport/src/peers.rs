@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use proto::ids::NodeKey;
 use quinn::Connection;
@@ -34,6 +35,8 @@ pub struct PeerInfo {
     pub product: String,
     /// The log index of the peer's member list at its hello.
     pub membership_index: u64,
+    /// The round trip as of now, smoothed.
+    pub rtt: Duration,
 }
 
 /// One connection in the table.
@@ -131,6 +134,16 @@ impl Peers {
         state.live.clear();
     }
 
+    /// Closes by name what `key` has on either lane.
+    pub(crate) fn disconnect(&self, key: NodeKey, code: CloseCode) {
+        let mut state = self.lock();
+        for lane in [Lane::Control, Lane::Bulk] {
+            if let Some(connections) = state.live.remove(&(key, lane)) {
+                close_all(&connections, code);
+            }
+        }
+    }
+
     /// The newest connection to `key` that has not ended.
     pub(crate) fn newest(&self, key: NodeKey, lane: Lane) -> Option<Connection> {
         let state = self.lock();
@@ -148,7 +161,10 @@ impl Peers {
             .live
             .values()
             .flatten()
-            .map(|live| live.info.clone())
+            .map(|live| PeerInfo {
+                rtt: live.connection.rtt(),
+                ..live.info.clone()
+            })
             .collect()
     }
 

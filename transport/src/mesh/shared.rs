@@ -13,16 +13,17 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{Instrument, debug, info, info_span};
 
-use super::error::{DialError, refusal};
+use super::error::{self, DialError, refusal};
 use crate::alpn::Alpn;
 use crate::close::CloseCode;
+use crate::datagram::Datagrams;
 use crate::endpoint::{self, End, Lane, Path};
 use crate::gate::{Arrival, Verdict};
 use crate::identity::Identity;
 use crate::limits::{MAX_ARRIVING_PER_ADDRESS, MAX_HANDSHAKES};
 use crate::peers::{PeerInfo, Peers};
 use crate::rpc::hello::{self, Own, Settled};
-use crate::rpc::{self, Router, Server};
+use crate::rpc::{self, Server};
 use crate::tls;
 
 /// What a dialler puts where QUIC wants a server's name; it is neither sent nor looked at.
@@ -33,6 +34,7 @@ pub(super) struct Shared {
     pub(super) identity: Identity,
     pub(super) peers: Arc<Peers>,
     pub(super) server: Server,
+    pub(super) datagrams: Datagrams,
     path: Path,
     control: Endpoint,
     bulk: Endpoint,
@@ -53,6 +55,7 @@ impl Shared {
             identity,
             peers,
             server,
+            datagrams: Datagrams::default(),
             path,
             control,
             bulk,
@@ -148,21 +151,25 @@ impl Shared {
     ) -> Result<(), CloseCode> {
         let heard = hello::hear(connection).await?;
         self.admit(lane, key, connection, heard.settled.clone(), false)?;
+        endpoint::widen(lane, connection);
         let answered = heard.answer(self.own(), &self.server.limits).await;
         answered.inspect_err(|_| self.peers.forget(key, lane, connection))
     }
 
-    /// Answers a peer's calls until the connection ends, then forgets it.
+    /// Answers a peer until the connection ends, then forgets it.
     async fn serve(&self, lane: Lane, key: NodeKey, connection: &Connection) {
+        let streams = rpc::serve(&self.server, lane, key, connection);
         match lane {
-            Lane::Control => rpc::serve(&self.server, key, connection).await,
-            Lane::Bulk => {
-                let bare = Server {
-                    router: Arc::new(Router::default()),
-                    ..self.server.clone()
-                };
-                rpc::serve(&bare, key, connection).await;
+            Lane::Control => {
+                let hear = self
+                    .datagrams
+                    .hear(key, connection, &self.server.complaints);
+                tokio::select! {
+                    () = streams => {}
+                    () = hear => {}
+                }
             }
+            Lane::Bulk => streams.await,
         }
         // When the node stops, the connection stays in the table so that the goodbye reaches it.
         if connection.close_reason().is_some() {
@@ -178,7 +185,7 @@ impl Shared {
         key: NodeKey,
         deadline: Instant,
     ) -> Result<(), DialError> {
-        let connection = self.dial(lane, address, key, Alpn::Mesh).await?;
+        let connection = self.dial(lane, address, key, Alpn::Mesh, deadline).await?;
         let limits = self.server.limits;
         let settled = match hello::say(&connection, self.own(), deadline, &limits).await {
             Ok(settled) => settled,
@@ -205,24 +212,29 @@ impl Shared {
         address: SocketAddr,
         key: NodeKey,
         alpn: Alpn,
+        deadline: Instant,
     ) -> Result<Connection, DialError> {
         let crypto = tls::client_config(&self.identity, key, alpn)
             .map_err(|source| DialError::Tls { address, source })?;
         let mut config = ClientConfig::new(Arc::new(crypto));
         config.transport_config(endpoint::transport_config(lane, End::Dialler, self.path));
-        let connecting = self
+        let mut connecting = self
             .endpoint(lane)
             .connect_with(config, address, SERVER_NAME)
             .map_err(|source| DialError::Begin { address, source })?;
-        connecting.await.map_err(|err| match err {
-            ConnectionError::TransportError(err) if tls::is_key_refusal(err.code) => {
-                DialError::WrongKey {
-                    address,
-                    expected: key,
-                }
+        let failed = |err| error::handshake(address, key, err);
+        // The first word of the handshake tells silence from slowness.
+        match timeout_at(deadline, connecting.handshake_data()).await {
+            Ok(Ok(_begun)) => {}
+            Ok(Err(ConnectionError::TimedOut)) | Err(_) => {
+                return Err(DialError::Unreachable { address });
             }
-            err => refusal(address, err.into()),
-        })
+            Ok(Err(err)) => return Err(failed(err)),
+        }
+        let established = timeout_at(deadline, connecting).await;
+        established
+            .map_err(|_| DialError::Deadline { address })?
+            .map_err(failed)
     }
 
     fn admit(
@@ -241,6 +253,7 @@ impl Shared {
             protocol: settled.protocol,
             product: settled.product,
             membership_index: settled.membership_index,
+            rtt: connection.rtt(),
         };
         self.peers.admit(info, connection.clone())
     }
