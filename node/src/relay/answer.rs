@@ -23,7 +23,7 @@ impl Server {
     /// Answers a question of `from`. A question that is refused is answered too, by its refusal.
     pub async fn answer(&self, from: NodeId, question: Bytes) -> Bytes {
         let answered = match wire::question(&question) {
-            Ok(ask) => self.answer_to(ask).await,
+            Ok(ask) => self.answer_to(from, ask).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(refusal) = &answered {
@@ -32,33 +32,44 @@ impl Server {
         wire::answer(answered)
     }
 
-    async fn answer_to(&self, ask: Ask) -> Result<Answer, Refusal> {
+    async fn answer_to(&self, from: NodeId, ask: Ask) -> Result<Answer, Refusal> {
         Ok(match ask {
             Ask::Access(ask) => {
-                let id = wire::sandbox_id(&ask.sandbox)?;
+                let id = self.seen_by(from, &ask.sandbox)?;
                 let guest = self.guest(id, Epoch(ask.epoch)).await?;
                 let token = guest.access_token().to_owned();
                 Answer::Access(pb::AccessGranted { token })
             }
             Ask::Activity(ask) => {
-                let ids = wire::sandbox_ids(&ask.sandboxes)?;
+                let ids = self.all_seen_by(from, &ask.sandboxes)?;
                 let uses = ids.into_iter().filter_map(|id| self.last_use(id)).collect();
                 Answer::Activity(pb::ActivityKnown { uses })
             }
             Ask::Facts(ask) => {
-                let id = wire::sandbox_id(&ask.sandbox)?;
+                let id = self.seen_by(from, &ask.sandbox)?;
                 Answer::Facts(self.local.facts(id).map(Into::into).unwrap_or_default())
             }
             Ask::Console(ask) => {
-                let id = wire::sandbox_id(&ask.sandbox)?;
+                let id = self.seen_by(from, &ask.sandbox)?;
                 let bytes = usize::try_from(ask.tail_bytes).unwrap_or(usize::MAX);
                 Answer::Console(self.console(id, bytes).await?)
             }
             Ask::Touch(ask) => {
-                let ids = wire::sandbox_ids(&ask.sandboxes)?;
+                let ids = self.all_seen_by(from, &ask.sandboxes)?;
                 Answer::Touched(self.touch(&ids))
             }
         })
+    }
+
+    fn seen_by(&self, from: NodeId, id: &[u8]) -> Result<SandboxId, Refusal> {
+        let id = wire::sandbox_id(id)?;
+        self.check_sight(from, id).map(|()| id)
+    }
+
+    fn all_seen_by(&self, from: NodeId, ids: &[Vec<u8>]) -> Result<Vec<SandboxId>, Refusal> {
+        let mut ids = wire::sandbox_ids(ids)?;
+        ids.retain(|id| self.check_sight(from, *id).is_ok());
+        Ok(ids)
     }
 
     fn last_use(&self, id: SandboxId) -> Option<pb::LastUse> {

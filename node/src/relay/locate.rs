@@ -14,7 +14,7 @@ use proto::units::Stamp;
 use proto::wire::relay as pb;
 use proto::wire::relay::answer::Answer;
 use proto::wire::relay::question::Ask;
-use raft::state::{Phase, Sandbox, State};
+use raft::state::{Liveness, Phase, Sandbox, State};
 use tokio::task;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -282,15 +282,18 @@ impl Relay {
 /// not there.
 fn reachable(state: &State, sandbox: &Sandbox) -> Result<Target, RelayError> {
     let target = Target::of(state, sandbox);
-    if state.node(sandbox.owner).is_none() {
-        return Err(RelayError::HostUnreachable {
-            id: target.id,
-            host: target.host,
-            since: None,
-            why: "it was removed from the cluster".into(),
-        });
-    }
-    Ok(target)
+    let away = match state.node(sandbox.owner).map(|node| node.liveness) {
+        None => (None, "it was removed from the cluster"),
+        Some(Liveness::Alive) => return Ok(target),
+        Some(Liveness::Missing { since }) => (Some(since), "the cluster does not hear of it"),
+        Some(Liveness::Lost { since }) => (Some(since), "the cluster has given it up"),
+    };
+    Err(RelayError::HostUnreachable {
+        id: target.id,
+        host: target.host,
+        since: away.0,
+        why: away.1.into(),
+    })
 }
 
 fn off_topic(target: &Target) -> RelayError {

@@ -117,6 +117,7 @@ impl Server {
     async fn open(&self, from: NodeId, header: &Bytes) -> Result<(Admitted, GuestStream), Refusal> {
         let room = Shared::room(&self.shared, from)?;
         let header = Header::decode(header)?;
+        self.check_sight(from, header.sandbox)?;
         let guest = self.guest(header.sandbox, header.epoch).await?;
         let dial = guest.dial().at_port(header.port);
         let stream = dial.dial().await;
@@ -135,6 +136,16 @@ impl Server {
             return Err(Refusal::Frozen);
         }
         self.local.guest(id, epoch).ok_or(Refusal::NotReady)
+    }
+
+    /// Checks that `from` may know of the sandbox: the host of one team sees only that team's.
+    pub(super) fn check_sight(&self, from: NodeId, id: SandboxId) -> Result<(), Refusal> {
+        let state = self.view.state();
+        let team = state.node(from).and_then(|node| node.team);
+        match (team, state.sandbox(id)) {
+            (Some(team), Some(sandbox)) if sandbox.team != team => Err(Refusal::NoSuchSandbox),
+            _ => Ok(()),
+        }
     }
 
     /// Checks that `epoch` is the newest, and this node's.

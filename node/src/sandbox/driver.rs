@@ -73,8 +73,10 @@ impl Driver {
 
     /// Takes over a sandbox whose VMM an earlier daemon started.
     pub(super) async fn adopt(self, mut held: Held) {
-        let frozen = held.shim.as_ref().map(|shim| shim.known_status().frozen);
-        self.shared.set_frozen(frozen.unwrap_or(false));
+        // It may have thawed while no daemon could tell it the time: it is taken for frozen until
+        // it was asked.
+        let bound = held.shim.as_ref().map(|it| it.known_status().lease_bound);
+        self.shared.set_frozen(bound.unwrap_or(false));
         let first = match held.record.ready.clone() {
             Some(facts) => self.ready(&held, facts),
             // How long it took is not known: another daemon began it.

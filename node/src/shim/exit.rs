@@ -75,7 +75,8 @@ impl ExitRecord {
     /// The same end, which came about because the node had lost its lease `lost_for` before.
     #[must_use]
     pub fn lease_lost(self, lost_for: Duration) -> Self {
-        let seconds = lost_for.as_secs();
+        // To the nearest.
+        let seconds = (lost_for + Duration::from_millis(500)).as_secs();
         Self {
             reason: LEASE_LOST.into(),
             explanation: format!(

@@ -27,7 +27,8 @@ use crate::shim::protocol;
 use crate::vmm::Vmm;
 use crate::vmm::process::poll_timeout;
 
-/// Clients served at once. The daemon needs two (one waits for the exit); a second daemon, a
+/// Clients served at once. The daemon needs three (one waits for the exit, and one for a freeze of
+/// a guest bound to a lease); a second daemon, a
 /// person with a tool and some that hang leave room to spare.
 pub const MAX_CLIENTS: usize = 16;
 /// Longest wait for a client's next byte. The daemon opens a connection for each call.
