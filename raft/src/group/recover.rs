@@ -277,6 +277,7 @@ impl Survivor {
         };
         let after = Position::from(entry.log_id);
         self.write(last, entry).map_err(RecoverError::Write)?;
+        tracing::warn!(node = %config.node_id, ?after, "this node is the only voter now");
         Ok(Recovered {
             before: last.into(),
             after,
