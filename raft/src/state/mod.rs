@@ -10,6 +10,7 @@ mod keys;
 mod nodes;
 mod rows;
 mod sandboxes;
+mod slice;
 mod tally;
 mod templates;
 mod tokens;
