@@ -321,13 +321,14 @@ impl State {
             return Ok(());
         }
         let name = &node.name;
+        let capsules = if held == 1 { "capsule" } else { "capsules" };
         match (declared_dead, node.liveness) {
             (false, _) => Err(format!(
-                "{name} has {held} capsules: drain it first, or, if the host is dead for good, \
+                "{name} has {held} {capsules}: drain it first, or, if the host is dead for good, \
                  declare it dead with --force"
             )),
             (true, Liveness::Alive) => Err(format!(
-                "{name} is alive and has {held} capsules: drain it, or stop it first"
+                "{name} is alive and has {held} {capsules}: drain it, or stop it first"
             )),
             (true, Liveness::Missing { .. } | Liveness::Lost { .. }) => Ok(()),
         }
