@@ -48,36 +48,51 @@ pub fn place(
     hints: &[LoadHint],
 ) -> Result<NodeId, Lack> {
     let wanted = spec.resources();
+    let digest = state.template(&spec.template).map(|it| it.digest);
+    let busy: BTreeMap<NodeId, u32> = hints.iter().map(|it| (it.node, it.busy_permille)).collect();
     let mut best: Option<(u64, NodeId)> = None;
-    let mut nearest: Option<(u32, String)> = None;
+    let mut nearest: Option<(Resources, &Node)> = None;
     let mut barred: BTreeMap<&'static str, u32> = BTreeMap::new();
     for node in state.nodes() {
-        if let Some(why) = bar(state, node, team, spec) {
+        if let Some(why) = bar(node, team, spec, digest) {
             *barred.entry(why).or_default() += 1;
             continue;
         }
         let free = node.capacity.less(state.reserved(node.id));
-        let short = shortfalls(free, wanted);
-        if short.is_empty() {
-            let score = score(free.less(wanted), node.capacity, busy(hints, node.id));
+        if free.covers(wanted) {
+            let busy = busy.get(&node.id).copied().unwrap_or_default();
+            let score = score(free.less(wanted), node.capacity, busy);
             // Nodes come in the order of their ids, so `>` keeps the lower id on a tie.
             if best.is_none_or(|(top, _)| score > top) {
                 best = Some((score, node.id));
             }
-        } else if nearest
-            .as_ref()
-            .is_none_or(|(memory, _)| free.memory.0 > *memory)
-        {
-            let text = format!("{} lacks {}", node.name, short.join(", "));
-            nearest = Some((free.memory.0, text));
+        } else if nearest.is_none_or(|(most, _)| free.memory > most.memory) {
+            nearest = Some((free, node));
         }
     }
-    best.map(|(_, id)| id)
-        .ok_or_else(|| Lack(lack(nearest.map(|(_, text)| text), &barred)))
+    best.map(|(_, id)| id).ok_or_else(|| {
+        let nearest = nearest.map(|(free, node)| {
+            format!(
+                "{} lacks {}",
+                node.name,
+                shortfalls(free, wanted).join(", ")
+            )
+        });
+        Lack(lack(nearest, &barred))
+    })
 }
 
-/// Why a node may not take the sandbox however much room it has.
-fn bar(state: &State, node: &Node, team: TeamId, spec: &SandboxSpec) -> Option<&'static str> {
+/// Why a node may not take the sandbox however much room it has. Whose host it is comes first:
+/// how another team's hosts fare is nobody's business.
+fn bar(
+    node: &Node,
+    team: TeamId,
+    spec: &SandboxSpec,
+    digest: Option<[u8; 32]>,
+) -> Option<&'static str> {
+    if node.team.is_some_and(|only| only != team) {
+        return Some("of another team");
+    }
     if spec.on_node.is_some_and(|only| only != node.id) {
         return Some("not the one asked for");
     }
@@ -87,15 +102,11 @@ fn bar(state: &State, node: &Node, team: TeamId, spec: &SandboxSpec) -> Option<&
     if node.cordoned {
         return Some("cordoned");
     }
-    if node.team.is_some_and(|only| only != team) {
-        return Some("of another team");
-    }
     let tagged = |(key, value): (&String, &String)| node.tags.get(key) == Some(value);
     if !spec.node_tags.iter().all(tagged) {
         return Some("without the tags asked for");
     }
-    let digest = state.template(&spec.template).map(|it| it.digest);
-    if digest.as_ref() != node.templates.get(&spec.template) {
+    if digest.is_none() || digest.as_ref() != node.templates.get(&spec.template) {
         return Some("without the template");
     }
     None
@@ -111,11 +122,6 @@ fn lack(nearest: Option<String>, barred: &BTreeMap<&'static str, u32>) -> String
         return "the cluster has no nodes".into();
     }
     parts.join("; ")
-}
-
-fn busy(hints: &[LoadHint], node: NodeId) -> u64 {
-    let hint = hints.iter().find(|hint| hint.node == node);
-    hint.map_or(0, |hint| u64::from(hint.busy_permille.min(1000)))
 }
 
 /// Each resource of which `free` has less than `wanted`, in words.
@@ -135,11 +141,12 @@ fn shortfalls(free: Resources, wanted: Resources) -> Vec<String> {
 
 /// The smallest share, in thousandths, that stays free of any resource, less what the load takes
 /// away; a thousand added so that no load makes it negative.
-fn score(left: Resources, capacity: Resources, busy_permille: u64) -> u64 {
+fn score(left: Resources, capacity: Resources, busy_permille: u32) -> u64 {
     let share = |left: u32, all: u32| u64::from(left) * 1000 / u64::from(all.max(1));
     let free = share(left.vcpus, capacity.vcpus)
         .min(share(left.memory.0, capacity.memory.0))
         .min(share(left.disk.0, capacity.disk.0))
         .min(share(left.sandboxes, capacity.sandboxes));
-    (free + 1000).saturating_sub(busy_permille * BUSY_WEIGHT_PERMILLE / 1000)
+    let busy = u64::from(busy_permille.min(1000));
+    (free + 1000).saturating_sub(busy * BUSY_WEIGHT_PERMILLE / 1000)
 }

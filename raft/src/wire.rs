@@ -1,5 +1,7 @@
 //! Commands and answers as bytes: the log's own format, independent of any library's.
 
+use std::collections::BTreeMap;
+
 use prost::Message;
 use proto::epoch::Epoch;
 use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
@@ -8,7 +10,7 @@ use proto::wire::raft as pb;
 
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
 use crate::placement::{Lack, LoadHint};
-use crate::state::{BadRow, Node};
+use crate::state::{BadRow, Node, Settings};
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
@@ -75,20 +77,41 @@ pub fn decode_node(bytes: &[u8]) -> Result<Node, BadRow> {
 fn command_to_wire(command: &Command) -> pb::proposal::Command {
     use pb::proposal::Command as Wire;
     match command {
-        Command::FoundCluster { id, settings } => Wire::FoundCluster(pb::FoundCluster {
-            id: id.0.to_vec(),
-            settings: Some((*settings).into()),
-        }),
+        Command::FoundCluster { id, settings } => Wire::FoundCluster(found_to_wire(*id, *settings)),
         Command::PutSettings(settings) => Wire::PutSettings((*settings).into()),
         Command::PutToken(token) => Wire::PutToken(pb::PutToken {
             token: Some(token.into()),
         }),
         Command::RevokeToken(id) => Wire::RevokeToken(pb::RevokeToken { id: id.0.to_vec() }),
-        Command::AdmitNode(_)
-        | Command::RedeemToken { .. }
-        | Command::ChangeNode { .. }
-        | Command::JudgeNode { .. }
-        | Command::RemoveNode { .. } => node_command_to_wire(command),
+        Command::RedeemToken { token, node } => Wire::RedeemToken(pb::RedeemToken {
+            token: token.0.to_vec(),
+            node: Some(node.into()),
+        }),
+        Command::AdmitNode(node) => Wire::AdmitNode(pb::AdmitNode {
+            node: Some(node.into()),
+        }),
+        Command::ChangeNode {
+            node,
+            cordoned,
+            draining,
+            tags,
+        } => Wire::ChangeNode(change_to_wire(*node, *cordoned, *draining, tags.as_ref())),
+        Command::JudgeNode {
+            node,
+            incarnation,
+            verdict,
+        } => Wire::JudgeNode(pb::JudgeNode {
+            node: node.0,
+            incarnation: *incarnation,
+            liveness: verdict_to_wire(*verdict).into(),
+        }),
+        Command::RemoveNode {
+            node,
+            declared_dead,
+        } => Wire::RemoveNode(pb::RemoveNode {
+            node: node.0,
+            declared_dead: *declared_dead,
+        }),
         Command::PutTemplate(template) => Wire::PutTemplate(pb::PutTemplate {
             template: Some(template.into()),
         }),
@@ -109,76 +132,69 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
         }),
         Command::StopSandbox { id, cause } => Wire::StopSandbox(pb::StopSandbox {
             id: id.0.to_vec(),
-            cause: match cause {
-                StopCause::Asked => pb::StopCause::Asked,
-                StopCause::Idle => pb::StopCause::Idle,
-            }
-            .into(),
+            cause: cause_to_wire(*cause).into(),
         }),
         Command::ReportSandbox {
             id,
             epoch,
             node,
             report,
-        } => Wire::ReportSandbox(pb::ReportSandbox {
-            id: id.0.to_vec(),
-            epoch: epoch.0,
-            node: node.0,
-            report: Some(report_to_wire(report)),
-        }),
+        } => Wire::ReportSandbox(reported_to_wire(*id, *epoch, *node, report)),
         Command::PruneSandboxes { ended_before } => Wire::PruneSandboxes(pb::PruneSandboxes {
             ended_before_ms: ended_before.0,
         }),
     }
 }
 
-/// The commands about nodes; the others never get here.
-fn node_command_to_wire(command: &Command) -> pb::proposal::Command {
-    use pb::proposal::Command as Wire;
-    match command {
-        Command::RedeemToken { token, node } => Wire::RedeemToken(pb::RedeemToken {
-            token: token.0.to_vec(),
-            node: Some(node.into()),
+fn found_to_wire(id: ClusterId, settings: Settings) -> pb::FoundCluster {
+    pb::FoundCluster {
+        id: id.0.to_vec(),
+        settings: Some(settings.into()),
+    }
+}
+
+fn reported_to_wire(
+    id: SandboxId,
+    epoch: Epoch,
+    node: NodeId,
+    report: &Report,
+) -> pb::ReportSandbox {
+    pb::ReportSandbox {
+        id: id.0.to_vec(),
+        epoch: epoch.0,
+        node: node.0,
+        report: Some(report_to_wire(report)),
+    }
+}
+
+fn change_to_wire(
+    node: NodeId,
+    cordoned: Option<bool>,
+    draining: Option<bool>,
+    tags: Option<&BTreeMap<String, String>>,
+) -> pb::ChangeNode {
+    pb::ChangeNode {
+        node: node.0,
+        cordoned,
+        draining,
+        tags: tags.map(|tags| pb::Tags {
+            tags: tags.clone().into_iter().collect(),
         }),
-        Command::ChangeNode {
-            node,
-            cordoned,
-            draining,
-            tags,
-        } => Wire::ChangeNode(pb::ChangeNode {
-            node: node.0,
-            cordoned: *cordoned,
-            draining: *draining,
-            tags: tags.as_ref().map(|tags| pb::Tags {
-                tags: tags.clone().into_iter().collect(),
-            }),
-        }),
-        Command::JudgeNode {
-            node,
-            incarnation,
-            verdict,
-        } => Wire::JudgeNode(pb::JudgeNode {
-            node: node.0,
-            incarnation: *incarnation,
-            liveness: match verdict {
-                Verdict::Back => pb::Liveness::Alive,
-                Verdict::Missing => pb::Liveness::Missing,
-                Verdict::Lost => pb::Liveness::Lost,
-            }
-            .into(),
-        }),
-        Command::RemoveNode {
-            node,
-            declared_dead,
-        } => Wire::RemoveNode(pb::RemoveNode {
-            node: node.0,
-            declared_dead: *declared_dead,
-        }),
-        Command::AdmitNode(node) => Wire::AdmitNode(pb::AdmitNode {
-            node: Some(node.into()),
-        }),
-        // Written out by the caller.
-        _ => Wire::AdmitNode(pb::AdmitNode { node: None }),
+    }
+}
+
+const fn verdict_to_wire(verdict: Verdict) -> pb::Liveness {
+    match verdict {
+        Verdict::Back => pb::Liveness::Alive,
+        Verdict::Missing => pb::Liveness::Missing,
+        Verdict::Lost => pb::Liveness::Lost,
+    }
+}
+
+const fn cause_to_wire(cause: StopCause) -> pb::StopCause {
+    match cause {
+        StopCause::Asked => pb::StopCause::Asked,
+        StopCause::Idle => pb::StopCause::Idle,
     }
 }
 
@@ -212,10 +228,12 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::JudgeNode(it) => Command::JudgeNode {
             node: NodeId(it.node),
             incarnation: it.incarnation,
-            verdict: match it.liveness() {
-                pb::Liveness::Alive => Verdict::Back,
-                pb::Liveness::Missing => Verdict::Missing,
-                pb::Liveness::Lost => Verdict::Lost,
+            verdict: match pb::Liveness::try_from(it.liveness) {
+                Ok(pb::Liveness::Alive) => Verdict::Back,
+                Ok(pb::Liveness::Missing) => Verdict::Missing,
+                Ok(pb::Liveness::Lost) => Verdict::Lost,
+                // Read as zero, a newer version's verdict would bring a node back.
+                Err(_) => return Err(BadRow::Unknown("verdict")),
             },
         },
         Wire::RemoveNode(it) => Command::RemoveNode {

@@ -17,6 +17,7 @@ mod error;
 mod facts;
 mod guests;
 mod host;
+mod info;
 mod lease;
 mod member;
 mod membership;

@@ -119,7 +119,7 @@ impl State {
             });
         }
         // A secret has one record: under another id, a revoked one would come alive again.
-        if self.keys().any(|known| known.hash == key.hash) {
+        if self.has_key_hash(&key.hash) {
             return Applied::untouched(Err(Refusal::IdTaken(key.id.to_string())));
         }
         let id = key.id;

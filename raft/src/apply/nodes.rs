@@ -33,6 +33,9 @@ impl State {
                 Err(refusal)
             });
         }
+        if let Err(why) = settings.check() {
+            return Applied::untouched(Err(Refusal::Unfit(why)));
+        }
         self.put_cluster(Cluster {
             id,
             founded_at: at,
@@ -63,7 +66,14 @@ impl State {
                 Err(refusal)
             });
         }
+        if token.uses_left == 0 {
+            let why = "a join token has at least one use".into();
+            return Applied::untouched(Err(Refusal::Unfit(why)));
+        }
         token.created_at = at;
+        // A new token is open and unused, whatever the proposer wrote.
+        token.revoked = false;
+        token.redeemed.clear();
         let mut touched = self.forget_tokens(at);
         touched.push(RowKey::Token(token.id));
         self.put_token(token);
@@ -111,9 +121,7 @@ impl State {
         };
         known.uses_left -= 1;
         known.redeemed.push((node.key, id));
-        if self.nodes().any(|other| other.name == node.name) {
-            node.name = format!("{}-{}", node.name, id.0);
-        }
+        node.name = self.free_name(node.name, id);
         node.id = id;
         node.team = known.team;
         node.admitted_at = at;
@@ -137,18 +145,16 @@ impl State {
         node: &Node,
     ) -> Result<Result<Token, NodeId>, Refusal> {
         if let Some(removed) = self.removed_node(&node.key) {
-            return Err(Refusal::Unfit(format!(
-                "this node was removed from the cluster as {} and its key is not taken again; \
-                 remove its data directory so that it gets a new one",
-                removed.node
-            )));
+            return Err(was_removed(removed.node));
         }
         let known = self
             .token(id)
             .ok_or_else(|| Refusal::NoSuchToken(id.to_string()))?;
         let joined = known.redeemed.iter().find(|(key, _)| *key == node.key);
         if let Some((_, admitted)) = joined {
-            return Ok(Err(*admitted));
+            // Its removal may be so long ago that only the token remembers it.
+            let member = self.node(*admitted).map(|node| Err(node.id));
+            return member.ok_or_else(|| was_removed(*admitted));
         }
         if let Some(member) = self.node_by_key(&node.key) {
             let why = format!("this node is a member already, as {}", member.id);
@@ -164,6 +170,16 @@ impl State {
             return Err(Refusal::TokenUsed(id.to_string()));
         }
         Ok(Ok(known.clone()))
+    }
+
+    /// The name, or one made of it that no other node has.
+    fn free_name(&self, name: String, id: NodeId) -> String {
+        let taken = |name: &str| self.nodes().any(|other| other.name == name);
+        let mut free = name;
+        while taken(&free) {
+            free = format!("{free}-{}", id.0);
+        }
+        free
     }
 
     pub(super) fn admit_node(&mut self, at: Stamp, index: u64, mut node: Node) -> Applied {
@@ -190,7 +206,14 @@ impl State {
                     other => other,
                 };
             }
-            None if self.nodes().next().is_none() => node.admitted_at = at,
+            None if self.nodes().next().is_none() => {
+                // Joiners get the index of a later entry: none may ever meet the founder's id.
+                if node.id.0 == 0 || node.id.0 > index {
+                    let why = format!("the first node cannot be {}", node.id);
+                    return Applied::untouched(Err(Refusal::Unfit(why)));
+                }
+                node.admitted_at = at;
+            }
             // Only a token lets further nodes in; this one was removed.
             None => return Applied::untouched(Err(Refusal::NoSuchNode(node.id.to_string()))),
         }
@@ -234,8 +257,14 @@ impl State {
             return Applied::untouched(Err(Refusal::NoSuchNode(id.to_string())));
         };
         let liveness = verdict.applied_to(known.liveness, at);
-        let skips = verdict == Verdict::Lost && known.liveness.is_alive();
-        // A verdict on an earlier start says nothing of this one; from alive to lost is no step.
+        let skips = match known.liveness {
+            Liveness::Alive => verdict == Verdict::Lost,
+            Liveness::Missing { .. } => false,
+            // What it had is given out: only its own return changes that.
+            Liveness::Lost { .. } => verdict == Verdict::Missing,
+        };
+        // A verdict on an earlier start says nothing of this one; from alive to lost is no step,
+        // nor is there one back from lost to missing.
         if known.incarnation != incarnation || liveness == known.liveness || skips {
             return Applied::untouched(Ok(Receipt::Done(0)));
         }
@@ -288,7 +317,9 @@ impl State {
     }
 
     fn may_remove(&self, node: &Node, declared_dead: bool) -> Result<(), String> {
-        if self.nodes().count() == 1 {
+        let mut others = self.nodes().filter(|other| other.id != node.id);
+        // Hosts of one team hold a part of the state and cannot carry the cluster on.
+        if node.team.is_none() && !others.any(|other| other.team.is_none()) {
             return Err("it is the last node of the cluster".into());
         }
         let held = self.reserved(node.id).sandboxes;
@@ -296,23 +327,27 @@ impl State {
             return Ok(());
         }
         let name = &node.name;
+        let capsules = if held == 1 { "capsule" } else { "capsules" };
         match (declared_dead, node.liveness) {
             (false, _) => Err(format!(
-                "{name} has {held} capsules: drain it first, or, if the host is dead for good, \
+                "{name} has {held} {capsules}: drain it first, or, if the host is dead for good, \
                  declare it dead with --force"
             )),
             (true, Liveness::Alive) => Err(format!(
-                "{name} is alive and has {held} capsules: drain it, or stop it first"
+                "{name} is alive and has {held} {capsules}: drain it, or stop it first"
             )),
             (true, Liveness::Missing { .. } | Liveness::Lost { .. }) => Ok(()),
         }
     }
 
     fn remember_removed(&mut self, removed: Removed) -> Vec<RowKey> {
-        let mut touched = vec![RowKey::Removed(removed.key)];
+        let newest = removed.key;
+        let mut touched = vec![RowKey::Removed(newest)];
         self.put_removed(removed);
         if self.removed().count() > REMOVED_KEPT {
-            let oldest = self.removed().min_by_key(|it| (it.at, it.node));
+            // A proposer's clock may be behind: what was just removed stays all the same.
+            let older = self.removed().filter(|it| it.key != newest);
+            let oldest = older.min_by_key(|it| (it.at, it.node));
             if let Some(key) = oldest.map(|it| it.key) {
                 self.drop_removed(&key);
                 touched.push(RowKey::Removed(key));
@@ -320,4 +355,11 @@ impl State {
         }
         touched
     }
+}
+
+fn was_removed(node: NodeId) -> Refusal {
+    Refusal::Unfit(format!(
+        "this node was removed from the cluster as {node} and its key is not taken again; remove \
+         its data directory so that it gets a new one"
+    ))
 }

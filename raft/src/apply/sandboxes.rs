@@ -104,11 +104,7 @@ impl State {
         all: bool,
         why: &str,
     ) -> Vec<RowKey> {
-        let held = self
-            .sandboxes()
-            .filter(|sandbox| sandbox.owner == node && sandbox.phase.holds_resources())
-            .cloned()
-            .collect::<Vec<_>>();
+        let held: Vec<Sandbox> = self.sandboxes_on(node).cloned().collect();
         let mut touched = Vec::new();
         for sandbox in held {
             let dead = self.guest_is_dead(&sandbox);
@@ -179,10 +175,9 @@ impl State {
 
     pub(super) fn prune_sandboxes(&mut self, ended_before: Stamp) -> Applied {
         let gone: Vec<SandboxId> = self
-            .sandboxes()
-            .filter(|sandbox| !sandbox.phase.holds_resources())
-            .filter(|sandbox| sandbox.updated_at < ended_before)
-            .map(|sandbox| sandbox.id)
+            .ended_sandboxes()
+            .take_while(|(ended_at, _)| *ended_at < ended_before)
+            .map(|(_, id)| id)
             .collect();
         for id in &gone {
             self.drop_sandbox(*id);

@@ -2,30 +2,35 @@
 //!
 //! All tables are persistent maps: a clone is cheap and stands still, so readers and snapshots
 //! never block apply. A table's row is what snapshots and the state database store, under a key
-//! of one table byte and the object's id. Reservations are derived from the sandboxes and never
-//! stored.
+//! of one table byte and the object's id. What `tally` keeps is derived from the sandboxes and never
+//! stored. `slice` is the part of a state that a host of one team may see.
 
 mod cluster;
 mod keys;
 mod nodes;
 mod rows;
 mod sandboxes;
+mod slice;
+mod tally;
 mod templates;
 mod tokens;
 
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TokenId};
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId, TokenId};
+use proto::units::Stamp;
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
 
 pub use cluster::{Cluster, Settings};
 pub use keys::Key;
 pub use nodes::{Liveness, Node, Removed, Resources};
-pub use rows::{BadRow, Row, RowKey};
+pub use rows::{BadRow, Change, Row, RowKey};
 pub use sandboxes::{Desired, GuestVersions, HostLoss, Phase, Sandbox, SandboxSpec};
 pub use templates::Template;
 pub use tokens::Token;
 
+use tally::Tally;
+
 /// The replicated state after some log index.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
     cluster: Option<Cluster>,
     nodes: RedBlackTreeMapSync<NodeId, Node>,
@@ -34,7 +39,7 @@ pub struct State {
     keys_by_hash: HashTrieMapSync<[u8; 32], KeyId>,
     templates: RedBlackTreeMapSync<String, Template>,
     sandboxes: RedBlackTreeMapSync<SandboxId, Sandbox>,
-    reserved: RedBlackTreeMapSync<NodeId, Resources>,
+    tally: Tally,
     tokens: RedBlackTreeMapSync<TokenId, Token>,
     removed: RedBlackTreeMapSync<NodeKey, Removed>,
 }
@@ -96,7 +101,7 @@ impl State {
     /// What sandboxes hold of a node's capacity.
     #[must_use]
     pub fn reserved(&self, id: NodeId) -> Resources {
-        self.reserved.get(&id).copied().unwrap_or_default()
+        self.tally.reserved(id)
     }
 
     /// Every template, by name.
@@ -113,6 +118,24 @@ impl State {
     /// Every sandbox, ended ones included, by id.
     pub fn sandboxes(&self) -> impl Iterator<Item = &Sandbox> {
         self.sandboxes.values()
+    }
+
+    /// The sandboxes that hold resources of a node, by id. A node looks for its own on every
+    /// change, so this never walks through those of others.
+    pub fn sandboxes_on(&self, node: NodeId) -> impl Iterator<Item = &Sandbox> {
+        let ids = self.tally.held_by(node);
+        ids.filter_map(|id| self.sandboxes.get(&id))
+    }
+
+    /// The sandboxes of one team, ended ones included, by id.
+    pub fn sandboxes_of(&self, team: TeamId) -> impl Iterator<Item = &Sandbox> {
+        let ids = self.tally.of_team(team);
+        ids.filter_map(|id| self.sandboxes.get(&id))
+    }
+
+    /// The sandboxes that have ended and when they last changed, the earliest first.
+    pub fn ended_sandboxes(&self) -> impl Iterator<Item = (Stamp, SandboxId)> {
+        self.tally.ended()
     }
 
     /// One sandbox.
@@ -149,6 +172,10 @@ impl State {
         self.cluster = Some(cluster);
     }
 
+    pub(crate) fn drop_cluster(&mut self) {
+        self.cluster = None;
+    }
+
     pub(crate) fn put_token(&mut self, token: Token) {
         self.tokens.insert_mut(token.id, token);
     }
@@ -167,41 +194,47 @@ impl State {
 
     pub(crate) fn drop_node(&mut self, id: NodeId) {
         self.nodes.remove_mut(&id);
-        self.reserved.remove_mut(&id);
     }
 
     pub(crate) fn put_template(&mut self, template: Template) {
         self.templates.insert_mut(template.name.clone(), template);
     }
 
+    pub(crate) fn drop_template(&mut self, name: &str) {
+        self.templates.remove_mut(name);
+    }
+
+    /// Whether a key has this hash, revoked or not.
+    pub(crate) fn has_key_hash(&self, hash: &[u8; 32]) -> bool {
+        self.keys_by_hash.contains_key(hash)
+    }
+
     pub(crate) fn put_key(&mut self, key: Key) {
+        self.drop_key(key.id);
         self.keys_by_hash.insert_mut(key.hash, key.id);
         self.keys.insert_mut(key.id, key);
     }
 
+    pub(crate) fn drop_key(&mut self, id: KeyId) {
+        if let Some(old) = self.keys.get(&id) {
+            self.keys_by_hash.remove_mut(&old.hash);
+            self.keys.remove_mut(&id);
+        }
+    }
+
     /// Inserts or replaces a sandbox and moves its reservation along.
     pub(crate) fn put_sandbox(&mut self, sandbox: Sandbox) {
-        if let Some(old) = self.sandboxes.get(&sandbox.id).cloned() {
-            self.release(&old);
+        if let Some(old) = self.sandboxes.get(&sandbox.id) {
+            self.tally.remove(old);
         }
-        if sandbox.phase.holds_resources() {
-            let sum = self.reserved(sandbox.owner).plus(sandbox.spec.resources());
-            self.reserved.insert_mut(sandbox.owner, sum);
-        }
+        self.tally.add(&sandbox);
         self.sandboxes.insert_mut(sandbox.id, sandbox);
     }
 
     pub(crate) fn drop_sandbox(&mut self, id: SandboxId) {
-        if let Some(old) = self.sandboxes.get(&id).cloned() {
-            self.release(&old);
+        if let Some(old) = self.sandboxes.get(&id) {
+            self.tally.remove(old);
             self.sandboxes.remove_mut(&id);
-        }
-    }
-
-    fn release(&mut self, sandbox: &Sandbox) {
-        if sandbox.phase.holds_resources() {
-            let rest = self.reserved(sandbox.owner).less(sandbox.spec.resources());
-            self.reserved.insert_mut(sandbox.owner, rest);
         }
     }
 }

@@ -136,6 +136,15 @@ impl Resources {
         }
     }
 
+    /// Whether there is enough of everything for `other`.
+    #[must_use]
+    pub const fn covers(self, other: Self) -> bool {
+        self.vcpus >= other.vcpus
+            && self.memory.0 >= other.memory.0
+            && self.disk.0 >= other.disk.0
+            && self.sandboxes >= other.sandboxes
+    }
+
     /// What is left after `other`; nothing falls below zero.
     #[must_use]
     pub const fn less(self, other: Self) -> Self {
@@ -185,10 +194,12 @@ impl TryFrom<pb::NodeRow> for Node {
 
     fn try_from(row: pb::NodeRow) -> Result<Self, BadRow> {
         let since = Stamp(row.since_ms);
-        let liveness = match row.liveness() {
-            pb::Liveness::Alive => Liveness::Alive,
-            pb::Liveness::Missing => Liveness::Missing { since },
-            pb::Liveness::Lost => Liveness::Lost { since },
+        // Zero is a value of its own, so a newer version's value must not become it.
+        let liveness = match pb::Liveness::try_from(row.liveness) {
+            Ok(pb::Liveness::Alive) => Liveness::Alive,
+            Ok(pb::Liveness::Missing) => Liveness::Missing { since },
+            Ok(pb::Liveness::Lost) => Liveness::Lost { since },
+            Err(_) => return Err(BadRow::Unknown("liveness")),
         };
         let templates = row
             .templates

@@ -4,7 +4,8 @@ use prost::Message;
 use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TokenId};
 use proto::wire::raft as pb;
 
-use super::State;
+use super::{Key, Node, Removed, Sandbox, State, Template, Token};
+use crate::wire::array;
 
 /// Where a row lies: a table and the object's id.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +29,9 @@ pub enum RowKey {
 /// An encoded key and value.
 pub type Row = (Vec<u8>, Vec<u8>);
 
+/// A row's key and its new value, `None` where the row is gone.
+pub type Change = (Vec<u8>, Option<Vec<u8>>);
+
 /// Why a stored row or command cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -41,6 +45,9 @@ pub enum BadRow {
     /// A value that a newer version may have written.
     #[error("{0} is unknown to this version")]
     Unknown(&'static str),
+    /// A record under a key that is not its own.
+    #[error("a row lies under the key of another")]
+    Misplaced,
     /// Not a message at all.
     #[error("bytes are not a message")]
     Garbled,
@@ -60,6 +67,27 @@ impl RowKey {
             Self::Sandbox(id) => (b's', id.0.to_vec()),
         };
         [vec![table], id].concat()
+    }
+
+    /// Reads a key's bytes.
+    ///
+    /// # Errors
+    /// [`BadRow`] where they are no key of this version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRow> {
+        let (table, id) = bytes.split_first().ok_or(BadRow::Missing("table"))?;
+        Ok(match table {
+            b'c' if id.is_empty() => Self::Cluster,
+            b'j' => Self::Token(TokenId(array("token id", id)?)),
+            b'r' => Self::Removed(NodeKey(array("node key", id)?)),
+            b'n' => Self::Node(NodeId(u64::from_be_bytes(array("node id", id)?))),
+            b'k' => Self::Key(KeyId(array("key id", id)?)),
+            b't' => {
+                let name = std::str::from_utf8(id).map_err(|_| BadRow::Garbled)?;
+                Self::Template(name.to_owned())
+            }
+            b's' => Self::Sandbox(SandboxId(array("sandbox id", id)?)),
+            _ => return Err(BadRow::Unknown("table")),
+        })
     }
 }
 
@@ -92,17 +120,17 @@ impl State {
         }
     }
 
-    /// Every row there is.
-    pub fn rows(&self) -> impl Iterator<Item = Row> {
+    /// Where every row lies.
+    pub(super) fn row_keys(&self) -> impl Iterator<Item = RowKey> {
+        let cluster = self.cluster().map(|_| RowKey::Cluster);
         let nodes = self.nodes().map(|node| RowKey::Node(node.id));
+        let tokens = self.tokens().map(|token| RowKey::Token(token.id));
+        let removed = self.removed().map(|node| RowKey::Removed(node.key));
         let keys = self.keys().map(|key| RowKey::Key(key.id));
         let templates = self
             .templates()
             .map(|template| RowKey::Template(template.name.clone()));
         let sandboxes = self.sandboxes().map(|sandbox| RowKey::Sandbox(sandbox.id));
-        let cluster = self.cluster().map(|_| RowKey::Cluster);
-        let tokens = self.tokens().map(|token| RowKey::Token(token.id));
-        let removed = self.removed().map(|node| RowKey::Removed(node.key));
         cluster
             .into_iter()
             .chain(nodes)
@@ -111,31 +139,73 @@ impl State {
             .chain(keys)
             .chain(templates)
             .chain(sandboxes)
+    }
+
+    /// Every row there is.
+    pub fn rows(&self) -> impl Iterator<Item = Row> {
+        self.row_keys()
             .filter_map(|key| self.row(&key).map(|value| (key.encode(), value)))
     }
 
-    /// The state that `rows` describe.
+    /// The state that `rows` describe, in whatever order they come.
     ///
     /// # Errors
     /// [`BadRow`] for the first row that this version cannot read.
     pub fn from_rows(rows: impl IntoIterator<Item = Row>) -> Result<Self, BadRow> {
         let mut state = Self::default();
         for (key, value) in rows {
-            match key.first() {
-                Some(b'c') => state.put_cluster(decode::<pb::ClusterRow>(&value)?.try_into()?),
-                Some(b'j') => state.put_token(decode::<pb::TokenRow>(&value)?.try_into()?),
-                Some(b'r') => state.put_removed(decode::<pb::RemovedRow>(&value)?.try_into()?),
-                Some(b'n') => state.put_node(decode::<pb::NodeRow>(&value)?.try_into()?),
-                Some(b'k') => state.put_key(decode::<pb::KeyRow>(&value)?.try_into()?),
-                Some(b't') => state.put_template(decode::<pb::TemplateRow>(&value)?.try_into()?),
-                Some(b's') => state.put_sandbox(decode::<pb::SandboxRow>(&value)?.try_into()?),
-                _ => return Err(BadRow::Unknown("table")),
-            }
+            state.put_row(&key, &value)?;
         }
         Ok(state)
     }
+
+    /// Inserts or replaces the record of one row. A record under another one's key is refused:
+    /// it could not be found again to be replaced.
+    pub(super) fn put_row(&mut self, key: &[u8], value: &[u8]) -> Result<(), BadRow> {
+        let at = RowKey::decode(key)?;
+        match at {
+            RowKey::Cluster => self.put_cluster(decode::<pb::ClusterRow, _>(value)?),
+            RowKey::Token(id) => {
+                let token: Token = decode::<pb::TokenRow, _>(value)?;
+                self.put_token(in_place(token.id == id, token)?);
+            }
+            RowKey::Removed(key) => {
+                let removed: Removed = decode::<pb::RemovedRow, _>(value)?;
+                self.put_removed(in_place(removed.key == key, removed)?);
+            }
+            RowKey::Node(id) => {
+                let node: Node = decode::<pb::NodeRow, _>(value)?;
+                self.put_node(in_place(node.id == id, node)?);
+            }
+            RowKey::Key(id) => {
+                let key: Key = decode::<pb::KeyRow, _>(value)?;
+                self.put_key(in_place(key.id == id, key)?);
+            }
+            RowKey::Template(name) => {
+                let template: Template = decode::<pb::TemplateRow, _>(value)?;
+                self.put_template(in_place(template.name == name, template)?);
+            }
+            RowKey::Sandbox(id) => {
+                let sandbox: Sandbox = decode::<pb::SandboxRow, _>(value)?;
+                self.put_sandbox(in_place(sandbox.id == id, sandbox)?);
+            }
+        }
+        Ok(())
+    }
 }
 
-fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, BadRow> {
-    M::decode(bytes).map_err(|_| BadRow::Garbled)
+fn decode<M, T>(bytes: &[u8]) -> Result<T, BadRow>
+where
+    M: Message + Default,
+    T: TryFrom<M, Error = BadRow>,
+{
+    M::decode(bytes).map_err(|_| BadRow::Garbled)?.try_into()
+}
+
+fn in_place<T>(is: bool, record: T) -> Result<T, BadRow> {
+    if is {
+        Ok(record)
+    } else {
+        Err(BadRow::Misplaced)
+    }
 }

@@ -1,0 +1,139 @@
+//! The part of a state that a host of one team may see, and how such a host follows it.
+//!
+//! A host of one team runs on somebody else's machine: whatever is sent there is given away. So it
+//! is never sent the log. Members cut a slice, which is a [`State`] of its own, and send what
+//! changed between the slice that the host has and the newest one:
+//!
+//! ```text
+//! member   state at 90 -> sliced -> older -.
+//!          state at 97 -> sliced -> newer --> newer.changes_since(&older) -> rows -.
+//! host     slice at 90 ------------------------------------------------> follow -> slice at 97
+//! ```
+//!
+//! A slice is made of what is listed here and of nothing else; a table that is added to the state
+//! later is not in it until somebody says so.
+//!
+//! | in the slice | how much of it |
+//! |---|---|
+//! | the cluster | its id and settings |
+//! | the host's own node | all |
+//! | voters | id, key and addresses: what dialling them takes; their load, tags and names stay out |
+//! | templates | all: they belong to the platform |
+//! | its team's keys | all, revoked ones too, so that a revocation arrives |
+//! | its team's sandboxes | all, on whichever node they are |
+//! | other nodes, join tokens, removed nodes, other teams' keys and sandboxes | nothing |
+
+use std::collections::BTreeSet;
+
+use proto::ids::NodeId;
+
+use super::{BadRow, Change, Node, RowKey, State};
+
+impl State {
+    /// What the host of one team `host` may see, or `None` where there is no such host (any more):
+    /// a member sees everything, a stranger nothing.
+    ///
+    /// The team is that of the host's own record, so no caller can mix two up. `voters` are those
+    /// it may dial.
+    #[must_use]
+    pub fn sliced(&self, host: NodeId, voters: &BTreeSet<NodeId>) -> Option<Self> {
+        let own = self.node(host)?;
+        let team = own.team?;
+        let mut slice = Self::default();
+        if let Some(cluster) = self.cluster() {
+            slice.put_cluster(cluster.clone());
+        }
+        let dialled = voters.iter().filter_map(|id| self.node(*id));
+        // A host of a team is never a voter, whatever the caller believes.
+        for voter in dialled.filter(|node| node.team.is_none()) {
+            slice.put_node(for_dialling(voter));
+        }
+        slice.put_node(own.clone());
+        for template in self.templates() {
+            slice.put_template(template.clone());
+        }
+        for key in self.keys().filter(|key| key.team == team) {
+            slice.put_key(key.clone());
+        }
+        for sandbox in self.sandboxes_of(team) {
+            slice.put_sandbox(sandbox.clone());
+        }
+        Some(slice)
+    }
+
+    /// The rows by which this state differs from `older`, each with its value here or `None` where
+    /// it is gone. Meant for slices; it compares all records of both.
+    #[must_use]
+    pub fn changes_since(&self, older: &Self) -> Vec<Change> {
+        let keys = self.row_keys().filter(|key| !self.same_row(older, key));
+        let gone = older.row_keys().filter(|key| !self.has_row(key));
+        keys.chain(gone)
+            .map(|key| (key.encode(), self.row(&key)))
+            .collect()
+    }
+
+    /// Takes over what a member says has changed.
+    ///
+    /// # Errors
+    /// [`BadRow`] for the first row that this version cannot read. Nothing was changed then.
+    pub fn follow(&mut self, changes: impl IntoIterator<Item = Change>) -> Result<(), BadRow> {
+        let mut next = self.clone();
+        for (key, value) in changes {
+            match value {
+                Some(value) => next.put_row(&key, &value)?,
+                None => next.drop_row(&RowKey::decode(&key)?),
+            }
+        }
+        *self = next;
+        Ok(())
+    }
+
+    /// Whether both have the same record at `key`, or both have none.
+    fn same_row(&self, other: &Self, key: &RowKey) -> bool {
+        match key {
+            RowKey::Cluster => self.cluster() == other.cluster(),
+            RowKey::Token(id) => self.token(*id) == other.token(*id),
+            RowKey::Removed(key) => self.removed_node(key) == other.removed_node(key),
+            RowKey::Node(id) => self.node(*id) == other.node(*id),
+            RowKey::Key(id) => self.key(*id) == other.key(*id),
+            RowKey::Template(name) => self.template(name) == other.template(name),
+            RowKey::Sandbox(id) => self.sandbox(*id) == other.sandbox(*id),
+        }
+    }
+
+    fn has_row(&self, key: &RowKey) -> bool {
+        match key {
+            RowKey::Cluster => self.cluster().is_some(),
+            RowKey::Token(id) => self.token(*id).is_some(),
+            RowKey::Removed(key) => self.removed_node(key).is_some(),
+            RowKey::Node(id) => self.node(*id).is_some(),
+            RowKey::Key(id) => self.key(*id).is_some(),
+            RowKey::Template(name) => self.template(name).is_some(),
+            RowKey::Sandbox(id) => self.sandbox(*id).is_some(),
+        }
+    }
+
+    fn drop_row(&mut self, key: &RowKey) {
+        match key {
+            RowKey::Cluster => self.drop_cluster(),
+            RowKey::Token(id) => self.drop_token(*id),
+            RowKey::Removed(key) => self.drop_removed(key),
+            RowKey::Node(id) => self.drop_node(*id),
+            RowKey::Key(id) => self.drop_key(*id),
+            RowKey::Template(name) => self.drop_template(name),
+            RowKey::Sandbox(id) => self.drop_sandbox(*id),
+        }
+    }
+}
+
+/// As much of a voter as dialling it takes.
+fn for_dialling(voter: &Node) -> Node {
+    Node {
+        id: voter.id,
+        name: voter.id.to_string(),
+        key: voter.key,
+        cluster_address: voter.cluster_address.clone(),
+        bulk_address: voter.bulk_address.clone(),
+        ..Node::default()
+    }
+}

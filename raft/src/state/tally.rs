@@ -1,0 +1,72 @@
+//! What follows from the sandboxes and is never stored: who holds how much, and shorter ways to
+//! some of them than through all.
+//!
+//! Every sandbox is in `teams`, and in exactly one of `held` (it holds resources) and `ended`.
+
+use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::units::Stamp;
+use rpds::{RedBlackTreeMapSync, RedBlackTreeSetSync};
+
+use super::{Resources, Sandbox};
+
+/// Sums and orders over the sandboxes, kept in step by whoever puts and drops them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    reserved: RedBlackTreeMapSync<NodeId, Resources>,
+    held: RedBlackTreeSetSync<(NodeId, SandboxId)>,
+    ended: RedBlackTreeSetSync<(Stamp, SandboxId)>,
+    teams: RedBlackTreeSetSync<(TeamId, SandboxId)>,
+}
+
+/// The ends of a range over all ids.
+const FIRST: SandboxId = SandboxId([0; 16]);
+const LAST: SandboxId = SandboxId([u8::MAX; 16]);
+
+impl Tally {
+    pub(super) fn add(&mut self, sandbox: &Sandbox) {
+        self.teams.insert_mut((sandbox.team, sandbox.id));
+        if sandbox.phase.holds_resources() {
+            let sum = self.reserved(sandbox.owner).plus(sandbox.spec.resources());
+            self.reserved.insert_mut(sandbox.owner, sum);
+            self.held.insert_mut((sandbox.owner, sandbox.id));
+        } else {
+            self.ended.insert_mut((sandbox.updated_at, sandbox.id));
+        }
+    }
+
+    pub(super) fn remove(&mut self, sandbox: &Sandbox) {
+        self.teams.remove_mut(&(sandbox.team, sandbox.id));
+        if !sandbox.phase.holds_resources() {
+            self.ended.remove_mut(&(sandbox.updated_at, sandbox.id));
+            return;
+        }
+        self.held.remove_mut(&(sandbox.owner, sandbox.id));
+        let rest = self.reserved(sandbox.owner).less(sandbox.spec.resources());
+        if rest == Resources::default() {
+            self.reserved.remove_mut(&sandbox.owner);
+        } else {
+            self.reserved.insert_mut(sandbox.owner, rest);
+        }
+    }
+
+    pub(super) fn reserved(&self, node: NodeId) -> Resources {
+        self.reserved.get(&node).copied().unwrap_or_default()
+    }
+
+    pub(super) fn held_by(&self, node: NodeId) -> impl Iterator<Item = SandboxId> {
+        self.held
+            .range((node, FIRST)..=(node, LAST))
+            .map(|(_, id)| *id)
+    }
+
+    pub(super) fn of_team(&self, team: TeamId) -> impl Iterator<Item = SandboxId> {
+        self.teams
+            .range((team, FIRST)..=(team, LAST))
+            .map(|(_, id)| *id)
+    }
+
+    /// The sandboxes that have ended, the earliest first.
+    pub(super) fn ended(&self) -> impl Iterator<Item = (Stamp, SandboxId)> {
+        self.ended.iter().copied()
+    }
+}

@@ -1,0 +1,290 @@
+//! A state driven as the log drives it, for the tests of the state machine.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    reason = "each test file uses a part of it"
+)]
+
+pub mod history;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::epoch::Epoch;
+use proto::ids::{ClusterId, NodeId, NodeKey, SandboxId, TeamId, TokenId};
+use proto::units::{Mib, Stamp};
+use wrenn_raft::apply::Applied;
+use wrenn_raft::command::{Answer, Command, Proposal, Receipt, Report, StopCause, Verdict};
+use wrenn_raft::state::{
+    HostLoss, Node, Resources, Sandbox, SandboxSpec, Settings, State, Template, Token,
+};
+
+pub const FOUNDER: NodeId = NodeId(1);
+pub const TEAM: TeamId = TeamId([0; 16]);
+/// Far from zero, so that clocks can be behind.
+const START_MS: u64 = 1_000_000_000;
+pub const HOUR_MS: u64 = 3_600_000;
+
+/// Bytes that look like nothing else: no two of a kind and number are alike.
+pub fn mark<const N: usize>(kind: u8, number: u8) -> [u8; N] {
+    let mut seed = u64::from_be_bytes([kind, number, 0x9e, 0x37, kind, 0x79, number, 0xb9]);
+    std::array::from_fn(|_| {
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        seed.to_be_bytes()[0]
+    })
+}
+
+pub fn sandbox_id(n: u8) -> SandboxId {
+    SandboxId(mark(b's', n))
+}
+
+pub fn token_id(n: u8) -> TokenId {
+    TokenId(mark(b'j', n))
+}
+
+pub fn node_key(n: u8) -> NodeKey {
+    NodeKey(mark(b'n', n))
+}
+
+/// A node as it tells of itself; `n` makes its key.
+pub fn node(n: u8) -> Node {
+    Node {
+        id: FOUNDER,
+        name: format!("host{n}"),
+        key: node_key(n),
+        api_url: format!("http://10.0.0.{n}:7320"),
+        cluster_address: format!("10.0.0.{n}:7321"),
+        bulk_address: format!("10.0.0.{n}:7322"),
+        disk: mark(b'd', n),
+        capacity: Resources {
+            vcpus: 8,
+            memory: Mib(4096),
+            disk: Mib(40_960),
+            sandboxes: 10,
+        },
+        vmm: "qemu".into(),
+        version: "0.1.0".into(),
+        incarnation: 1,
+        templates: BTreeMap::from([("minimal".into(), [1; 32])]),
+        ..Node::default()
+    }
+}
+
+pub fn template(name: &str, digest: u8) -> Template {
+    Template {
+        name: name.into(),
+        digest: [digest; 32],
+        disk: Mib(5120),
+        size_bytes: 300 << 20,
+        created_at: Stamp(0),
+    }
+}
+
+/// A sandbox that waits for its node.
+pub fn waiting(memory: u32) -> SandboxSpec {
+    SandboxSpec {
+        template: "minimal".into(),
+        vcpus: 1,
+        memory: Mib(memory),
+        disk: Mib(5120),
+        ..SandboxSpec::default()
+    }
+}
+
+/// A sandbox that is bound to its node's lease.
+pub fn bound(memory: u32) -> SandboxSpec {
+    SandboxSpec {
+        on_host_loss: HostLoss::Restart,
+        ..waiting(memory)
+    }
+}
+
+pub fn token(n: u8, uses: u32, expires_at: Stamp) -> Token {
+    Token {
+        id: token_id(n),
+        public_key: mark(b'p', n),
+        team: None,
+        expires_at,
+        uses_left: uses,
+        created_at: Stamp(0),
+        created_by: "a person".into(),
+        revoked: false,
+        redeemed: vec![],
+    }
+}
+
+pub fn redeem(token: u8, node: Node) -> Command {
+    Command::RedeemToken {
+        token: token_id(token),
+        node,
+    }
+}
+
+pub fn cordon(node: NodeId) -> Command {
+    Command::ChangeNode {
+        node,
+        cordoned: Some(true),
+        draining: None,
+        tags: None,
+    }
+}
+
+pub fn remove(node: NodeId, declared_dead: bool) -> Command {
+    Command::RemoveNode {
+        node,
+        declared_dead,
+    }
+}
+
+pub fn stop(n: u8) -> Command {
+    Command::StopSandbox {
+        id: sandbox_id(n),
+        cause: StopCause::Asked,
+    }
+}
+
+pub fn ended() -> Report {
+    Report::Stopped {
+        reason: String::new(),
+    }
+}
+
+/// A state with its position in the log and a wall clock.
+#[derive(Clone, Debug)]
+pub struct World {
+    pub state: State,
+    pub index: u64,
+    pub now: Stamp,
+}
+
+impl World {
+    pub fn empty() -> Self {
+        Self {
+            state: State::default(),
+            index: 0,
+            now: Stamp(START_MS),
+        }
+    }
+
+    /// A cluster of one node that holds the template `minimal`.
+    pub fn founded() -> Self {
+        let mut world = Self::empty();
+        let found = Command::FoundCluster {
+            id: ClusterId(mark(b'c', 0)),
+            settings: Settings::default(),
+        };
+        for command in [
+            found,
+            Command::AdmitNode(node(1)),
+            Command::PutTemplate(template("minimal", 1)),
+        ] {
+            world.act(command).expect("a first node founds a cluster");
+        }
+        world
+    }
+
+    /// The same with two more nodes.
+    pub fn of_three() -> (Self, NodeId, NodeId) {
+        let mut world = Self::founded();
+        let second = world.join(2);
+        let third = world.join(3);
+        (world, second, third)
+    }
+
+    /// One second later.
+    pub fn step(&mut self, command: Command) -> Applied {
+        self.index += 1;
+        self.now.0 += 1000;
+        let at = self.now;
+        self.state.apply(self.index, Proposal { at, command })
+    }
+
+    pub fn act(&mut self, command: Command) -> Answer {
+        self.step(command).answer
+    }
+
+    /// Lets a node in by a token of its own.
+    pub fn join(&mut self, n: u8) -> NodeId {
+        let expires_at = Stamp(self.now.0 + HOUR_MS);
+        let token_number = 200 + n;
+        self.act(Command::PutToken(token(token_number, 1, expires_at)))
+            .expect("a token is put");
+        match self.act(redeem(token_number, node(n))) {
+            Ok(Receipt::Admitted(id)) => id,
+            other => panic!("not let in: {other:?}"),
+        }
+    }
+
+    pub fn judge(&mut self, node: NodeId, verdict: Verdict) -> Answer {
+        let incarnation = self.state.node(node).map_or(0, |node| node.incarnation);
+        self.act(Command::JudgeNode {
+            node,
+            incarnation,
+            verdict,
+        })
+    }
+
+    /// The lease of a node runs out for good.
+    pub fn lose(&mut self, node: NodeId) {
+        for verdict in [Verdict::Missing, Verdict::Lost] {
+            assert_eq!(self.judge(node, verdict), Ok(Receipt::Done(1)));
+        }
+    }
+
+    pub fn create(&mut self, n: u8, spec: SandboxSpec) -> Answer {
+        self.act(Command::CreateSandbox {
+            id: sandbox_id(n),
+            team: TEAM,
+            spec,
+            hints: vec![],
+        })
+    }
+
+    /// The same, on one node.
+    pub fn create_on(&mut self, node: NodeId, n: u8, spec: SandboxSpec) -> Epoch {
+        let others: Vec<NodeId> = self.state.nodes().map(|node| node.id).collect();
+        let change = |id, cordoned| Command::ChangeNode {
+            node: id,
+            cordoned: Some(cordoned),
+            draining: None,
+            tags: None,
+        };
+        for id in &others {
+            self.act(change(*id, *id != node)).expect("cordoned");
+        }
+        let placed = self.create(n, spec);
+        for id in others {
+            self.act(change(id, false)).expect("uncordoned");
+        }
+        match placed {
+            Ok(Receipt::Placed { node: owner, epoch }) if owner == node => epoch,
+            other => panic!("not placed on {node}: {other:?}"),
+        }
+    }
+
+    /// What the owner under the newest epoch saw.
+    pub fn report(&mut self, n: u8, report: Report) -> Answer {
+        let known = self.sandbox(n);
+        let (epoch, node) = (known.epoch, known.owner);
+        self.act(Command::ReportSandbox {
+            id: sandbox_id(n),
+            epoch,
+            node,
+            report,
+        })
+    }
+
+    pub fn sandbox(&self, n: u8) -> &Sandbox {
+        self.state
+            .sandbox(sandbox_id(n))
+            .expect("the sandbox is known")
+    }
+
+    pub fn wait(&mut self, time: Duration) {
+        self.now.0 += u64::try_from(time.as_millis()).expect("small");
+    }
+}
