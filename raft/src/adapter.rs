@@ -5,11 +5,12 @@
 //! reads) is sent to the runtime's blocking threads, because the tasks that call these traits also
 //! drive elections.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::future::Future;
 use std::io;
 use std::ops::{Bound, Range, RangeBounds};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{Stream, TryStreamExt};
 use openraft::errors::{
@@ -27,12 +28,11 @@ use openraft::{
 use proto::ids::NodeId;
 use tokio::task::spawn_blocking;
 
-use crate::codec::BadBytes;
 use crate::fault::{Fault, FaultCell, as_io};
 use crate::link::{Link, LinkError};
 use crate::log::Log;
 use crate::machine::Machine;
-use crate::peer;
+use crate::peer::{self, Envelope, NoAnswer};
 use crate::snapshot::SnapshotFile;
 use crate::store::{Builder, Store};
 use crate::types::{
@@ -210,8 +210,20 @@ fn filed(cell: &FaultCell, fault: Fault) -> io::Error {
 
 /// Makes one [`Network`] for each member.
 pub(crate) struct Networks<L> {
-    pub(crate) link: Arc<L>,
-    pub(crate) own_id: u64,
+    link: Arc<L>,
+    own_id: u64,
+    /// Members found to be on another disk, so that each is reported once.
+    strangers: Arc<Mutex<BTreeSet<u64>>>,
+}
+
+impl<L: Link> Networks<L> {
+    pub(crate) fn new(link: L, own_id: NodeId) -> Self {
+        Self {
+            link: Arc::new(link),
+            own_id: own_id.0,
+            strangers: Arc::default(),
+        }
+    }
 }
 
 impl<L: Link> RaftNetworkFactory<Types> for Networks<L> {
@@ -221,6 +233,7 @@ impl<L: Link> RaftNetworkFactory<Types> for Networks<L> {
         Network {
             link: Arc::clone(&self.link),
             own_id: self.own_id,
+            strangers: Arc::clone(&self.strangers),
             target,
             node: node.clone(),
         }
@@ -231,11 +244,42 @@ impl<L: Link> RaftNetworkFactory<Types> for Networks<L> {
 pub(crate) struct Network<L> {
     link: Arc<L>,
     own_id: u64,
+    strangers: Arc<Mutex<BTreeSet<u64>>>,
     target: u64,
     node: Node,
 }
 
 impl<L: Link> Network<L> {
+    const fn envelope(&self) -> Envelope {
+        Envelope {
+            sender: self.own_id,
+            target_disk: self.node.disk,
+        }
+    }
+
+    /// An answer that is none counts as nobody there: asking again at once would not help.
+    fn unreachable(&self, none: &NoAnswer) -> Unreachable<Types> {
+        if let NoAnswer::OtherDisk(here) = none {
+            let mut strangers = self
+                .strangers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if strangers.insert(self.target) {
+                tracing::error!(
+                    member = self.target,
+                    known = %self.node.disk,
+                    %here,
+                    "a member lost its disk: remove it, it must join anew under a new id"
+                );
+            }
+        }
+        Unreachable::new(none)
+    }
+
+    fn garbled(&self, none: &NoAnswer) -> RPCError<Types> {
+        RPCError::Unreachable(self.unreachable(none))
+    }
+
     async fn call(
         &self,
         action: RPCTypes,
@@ -258,11 +302,6 @@ impl<L: Link> Network<L> {
     }
 }
 
-/// An answer that is none counts as nobody there: asking again at once would not help.
-fn garbled(bad: &BadBytes) -> RPCError<Types> {
-    RPCError::Unreachable(Unreachable::new(bad))
-}
-
 impl<L: Link> RaftNetworkV2<Types> for Network<L> {
     type SnapshotData = SnapshotFile;
 
@@ -271,9 +310,9 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
         rpc: AppendEntriesRequest<Types>,
         option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
-        let request = peer::append_request(&rpc);
+        let request = peer::append_request(self.envelope(), &rpc);
         let answer = self.call(RPCTypes::AppendEntries, request, &option).await?;
-        peer::append_answer(&answer).map_err(|bad| garbled(&bad))
+        peer::append_answer(&answer).map_err(|none| self.garbled(&none))
     }
 
     async fn vote(
@@ -281,9 +320,9 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, RPCError<Types>> {
-        let request = peer::vote_request(&rpc, false);
+        let request = peer::vote_request(self.envelope(), &rpc, false);
         let answer = self.call(RPCTypes::Vote, request, &option).await?;
-        peer::vote_answer(&answer).map_err(|bad| garbled(&bad))
+        peer::vote_answer(&answer).map_err(|none| self.garbled(&none))
     }
 
     async fn pre_vote(
@@ -291,9 +330,9 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, RPCError<Types>> {
-        let request = peer::vote_request(&rpc, true);
+        let request = peer::vote_request(self.envelope(), &rpc, true);
         let answer = self.call(RPCTypes::Vote, request, &option).await?;
-        peer::vote_answer(&answer).map_err(|bad| garbled(&bad))
+        peer::vote_answer(&answer).map_err(|none| self.garbled(&none))
     }
 
     async fn transfer_leader(
@@ -301,11 +340,11 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
         rpc: TransferLeaderRequest<Types>,
         option: RPCOption,
     ) -> Result<TransferLeaderResponse<Types>, RPCError<Types>> {
-        let request = peer::transfer_request(&rpc);
+        let request = peer::transfer_request(self.envelope(), &rpc);
         let answer = self
             .call(RPCTypes::TransferLeader, request, &option)
             .await?;
-        peer::transfer_answer(&answer).map_err(|bad| garbled(&bad))
+        peer::transfer_answer(&answer).map_err(|none| self.garbled(&none))
     }
 
     async fn full_snapshot(
@@ -315,7 +354,7 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        let request = peer::snapshot_offer(&vote, &snapshot.meta);
+        let request = peer::snapshot_offer(self.envelope(), &vote, &snapshot.meta);
         let target = NodeId(self.target);
         let sent = self
             .link
@@ -325,7 +364,7 @@ impl<L: Link> RaftNetworkV2<Types> for Network<L> {
             sent = sent => {
                 let answer = sent.map_err(|err| StreamingError::Unreachable(Unreachable::new(&err)))?;
                 let vote = peer::snapshot_answer(&answer)
-                    .map_err(|bad| StreamingError::Unreachable(Unreachable::new(&bad)))?;
+                    .map_err(|none| StreamingError::Unreachable(self.unreachable(&none)))?;
                 Ok(SnapshotResponse::new(vote))
             }
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use proto::ids::NodeId;
 
+use crate::peer;
 use crate::snapshot::SnapshotFile;
 use crate::types::Node;
 
@@ -26,6 +27,14 @@ pub enum LinkError {
     /// The connection broke; the next attempt may be made at once.
     #[error("the connection to {0} broke")]
     Broken(NodeId),
+}
+
+/// Who says to have made `request`, for the receiving side to compare with whom it authenticated:
+/// a member must not speak in another one's name. `None` for bytes that are no request.
+#[must_use]
+pub fn sender(request: &[u8]) -> Option<NodeId> {
+    let envelope = peer::read_envelope(request).ok()?;
+    Some(NodeId(envelope.sender))
 }
 
 /// The network to other members.

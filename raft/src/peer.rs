@@ -1,4 +1,8 @@
 //! Requests and answers between members, as bytes.
+//!
+//! Every request names the disk it is meant for, as the membership records it. A node that lost
+//! its disk comes back under its old id with a blank memory; it finds itself addressed by a disk
+//! it does not have, and neither votes nor acknowledges.
 
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, TransferLeaderResponse,
@@ -12,7 +16,37 @@ use proto::wire::raftlog::peer_request::Call;
 
 use crate::codec::{self, BadBytes};
 use crate::snapshot;
-use crate::types::{LogId, SnapshotMeta, Types, Vote};
+use crate::types::{DiskId, LogId, SnapshotMeta, Types, Vote};
+
+/// What goes with every request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Envelope {
+    /// Who asks.
+    pub(crate) sender: u64,
+    /// The receiver's disk, as the sender's membership has it.
+    pub(crate) target_disk: DiskId,
+}
+
+impl Envelope {
+    fn seal(self, call: Call) -> Vec<u8> {
+        pb::PeerRequest {
+            call: Some(call),
+            target_disk: self.target_disk.0.to_vec(),
+            sender: self.sender,
+        }
+        .encode_to_vec()
+    }
+}
+
+/// Why a member's answer is none.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum NoAnswer {
+    #[error(transparent)]
+    Bad(#[from] BadBytes),
+    /// Whoever answers there is not the member that was asked.
+    #[error("it runs on disk {0}, not on the one the membership records")]
+    OtherDisk(DiskId),
+}
 
 /// A request as a member receives it.
 pub(crate) enum Request {
@@ -21,10 +55,6 @@ pub(crate) enum Request {
     PreVote(VoteRequest<Types>),
     Transfer(TransferLeaderRequest<Types>),
     Snapshot(Vote, SnapshotMeta),
-}
-
-fn request(call: Call) -> Vec<u8> {
-    pb::PeerRequest { call: Some(call) }.encode_to_vec()
 }
 
 fn answer(answer: Answer) -> Vec<u8> {
@@ -47,8 +77,8 @@ fn read_vote(vote: Option<pb::Vote>) -> Result<Vote, BadBytes> {
     Ok(codec::vote_from_wire(&vote))
 }
 
-pub(crate) fn append_request(rpc: &AppendEntriesRequest<Types>) -> Vec<u8> {
-    request(Call::Append(pb::AppendRequest {
+pub(crate) fn append_request(to: Envelope, rpc: &AppendEntriesRequest<Types>) -> Vec<u8> {
+    to.seal(Call::Append(pb::AppendRequest {
         vote: Some(codec::vote_to_wire(&rpc.vote)),
         previous: log_id(rpc.prev_log_id),
         entries: rpc.entries.iter().map(codec::entry_to_wire).collect(),
@@ -56,32 +86,42 @@ pub(crate) fn append_request(rpc: &AppendEntriesRequest<Types>) -> Vec<u8> {
     }))
 }
 
-pub(crate) fn vote_request(rpc: &VoteRequest<Types>, pre: bool) -> Vec<u8> {
+pub(crate) fn vote_request(to: Envelope, rpc: &VoteRequest<Types>, pre: bool) -> Vec<u8> {
     let vote = pb::VoteRequest {
         vote: Some(codec::vote_to_wire(&rpc.vote)),
         last: log_id(rpc.last_log_id),
         transfer: rpc.leadership_transfer,
     };
-    request(if pre {
+    to.seal(if pre {
         Call::PreVote(vote)
     } else {
         Call::Vote(vote)
     })
 }
 
-pub(crate) fn transfer_request(rpc: &TransferLeaderRequest<Types>) -> Vec<u8> {
-    request(Call::Transfer(pb::TransferRequest {
+pub(crate) fn transfer_request(to: Envelope, rpc: &TransferLeaderRequest<Types>) -> Vec<u8> {
+    to.seal(Call::Transfer(pb::TransferRequest {
         from: Some(codec::vote_to_wire(rpc.from_leader())),
         to: *rpc.to_node_id(),
         last: log_id(rpc.last_log_id().copied()),
     }))
 }
 
-pub(crate) fn snapshot_offer(vote: &Vote, meta: &SnapshotMeta) -> Vec<u8> {
-    request(Call::Snapshot(pb::SnapshotOffer {
+pub(crate) fn snapshot_offer(to: Envelope, vote: &Vote, meta: &SnapshotMeta) -> Vec<u8> {
+    to.seal(Call::Snapshot(pb::SnapshotOffer {
         vote: Some(codec::vote_to_wire(vote)),
         head: Some(snapshot::head(meta)),
     }))
+}
+
+/// Reads what went with a request, passing over the request.
+pub(crate) fn read_envelope(bytes: &[u8]) -> Result<Envelope, BadBytes> {
+    let wire = codec::decode::<pb::PeerEnvelope>("not a request", bytes)?;
+    let disk = wire.target_disk.try_into();
+    Ok(Envelope {
+        sender: wire.sender,
+        target_disk: DiskId(disk.map_err(|_| BadBytes("a request that names no disk"))?),
+    })
 }
 
 /// Reads a request.
@@ -170,18 +210,26 @@ pub(crate) fn answer_stopped(why: String) -> Vec<u8> {
     answer(Answer::Stopped(why))
 }
 
-fn read_answer(bytes: &[u8]) -> Result<Answer, BadBytes> {
+pub(crate) fn answer_other_disk(here: DiskId) -> Vec<u8> {
+    answer(Answer::OtherDisk(here.0.to_vec()))
+}
+
+fn read_answer(bytes: &[u8]) -> Result<Answer, NoAnswer> {
     let wire = codec::decode::<pb::PeerAnswer>("not an answer", bytes)?;
     match wire.answer {
-        Some(Answer::Stopped(_)) => Err(BadBytes("the member's raft has stopped")),
+        Some(Answer::Stopped(_)) => Err(BadBytes("the member's raft has stopped").into()),
+        Some(Answer::OtherDisk(disk)) => {
+            let disk = disk.try_into().map_err(|_| WRONG_ANSWER)?;
+            Err(NoAnswer::OtherDisk(DiskId(disk)))
+        }
         Some(answer) => Ok(answer),
-        None => Err(BadBytes("an answer of an unknown kind")),
+        None => Err(BadBytes("an answer of an unknown kind").into()),
     }
 }
 
-const WRONG_ANSWER: BadBytes = BadBytes("an answer to another question");
+const WRONG_ANSWER: NoAnswer = NoAnswer::Bad(BadBytes("an answer to another question"));
 
-pub(crate) fn append_answer(bytes: &[u8]) -> Result<AppendEntriesResponse<Types>, BadBytes> {
+pub(crate) fn append_answer(bytes: &[u8]) -> Result<AppendEntriesResponse<Types>, NoAnswer> {
     let Answer::Append(append) = read_answer(bytes)? else {
         return Err(WRONG_ANSWER);
     };
@@ -197,7 +245,7 @@ pub(crate) fn append_answer(bytes: &[u8]) -> Result<AppendEntriesResponse<Types>
     })
 }
 
-pub(crate) fn vote_answer(bytes: &[u8]) -> Result<VoteResponse<Types>, BadBytes> {
+pub(crate) fn vote_answer(bytes: &[u8]) -> Result<VoteResponse<Types>, NoAnswer> {
     let Answer::Vote(vote) = read_answer(bytes)? else {
         return Err(WRONG_ANSWER);
     };
@@ -208,7 +256,7 @@ pub(crate) fn vote_answer(bytes: &[u8]) -> Result<VoteResponse<Types>, BadBytes>
     ))
 }
 
-pub(crate) fn transfer_answer(bytes: &[u8]) -> Result<TransferLeaderResponse<Types>, BadBytes> {
+pub(crate) fn transfer_answer(bytes: &[u8]) -> Result<TransferLeaderResponse<Types>, NoAnswer> {
     use openraft::raft::TransferLeaderError::{LogNotFlushed, VoteChanged};
     let Answer::Transfer(transfer) = read_answer(bytes)? else {
         return Err(WRONG_ANSWER);
@@ -229,7 +277,7 @@ pub(crate) fn transfer_answer(bytes: &[u8]) -> Result<TransferLeaderResponse<Typ
     }))
 }
 
-pub(crate) fn snapshot_answer(bytes: &[u8]) -> Result<Vote, BadBytes> {
+pub(crate) fn snapshot_answer(bytes: &[u8]) -> Result<Vote, NoAnswer> {
     match read_answer(bytes)? {
         Answer::Snapshot(vote) => Ok(codec::vote_from_wire(&vote)),
         _ => Err(WRONG_ANSWER),

@@ -25,7 +25,7 @@ use proto::wire::raftlog as pb;
 use crate::codec::{self, BadBytes};
 use crate::disk::{Disk, LogFile};
 use crate::fault::Fault;
-use crate::machine::Row;
+use crate::machine::{Machine, Row, Unreadable};
 use crate::types::SnapshotMeta;
 
 /// Snapshot files kept: the newest, and one to fall back on.
@@ -60,6 +60,9 @@ pub enum ReadSnapshotError {
     /// Written by another version of the node.
     #[error("the snapshot is written in layout {0}, this version reads {VERSION}")]
     Version(u32),
+    /// A row was written by another version of the machine.
+    #[error("the snapshot cannot be understood")]
+    Unreadable(#[source] Unreadable),
 }
 
 impl From<BadBytes> for ReadSnapshotError {
@@ -211,6 +214,17 @@ pub(crate) fn meta(head: pb::SnapshotHead) -> Result<SnapshotMeta, BadBytes> {
         last_log_id: head.last_applied.as_ref().map(codec::log_id_from_wire),
         last_membership: codec::stored_membership_from_wire(head.membership)?,
     })
+}
+
+/// Reads and checks a whole snapshot file: the state, and the index of the last entry in it. For a
+/// mirror, which goes on with the entries behind that.
+///
+/// # Errors
+/// [`ReadSnapshotError`]; nothing of a damaged file is used.
+pub fn load<M: Machine>(path: &Path) -> Result<(M, u64), ReadSnapshotError> {
+    let loaded = read(path)?;
+    let machine = M::from_rows(loaded.rows).map_err(ReadSnapshotError::Unreadable)?;
+    Ok((machine, loaded.meta.last_log_id.map_or(0, |id| id.index)))
 }
 
 /// Reads and checks a whole snapshot file.

@@ -91,10 +91,11 @@ async fn an_answer_tells_the_index_and_its_change_is_already_visible() {
     let dir = tempfile::tempdir().unwrap();
     let group = start(dir.path()).await;
     set(&group, "key", "first").await;
-    let answer = group.propose(b"key=second".to_vec(), soon()).await.unwrap();
-    let answer = String::from_utf8(answer).unwrap();
+    let proposed = group.propose(b"key=second".to_vec(), soon()).await.unwrap();
+    let answer = String::from_utf8(proposed.answer).unwrap();
     let applied = group.state().borrow().applied.unwrap();
     assert_eq!(answer, format!("{applied} first"));
+    assert_eq!(proposed.index, applied);
     assert_eq!(get(&group, "key").as_deref(), Some("second"));
     group.shutdown().await;
 }

@@ -47,7 +47,7 @@ async fn propose(
     let deadline = Instant::now() + timeout;
     loop {
         match group.propose(proposal.clone(), deadline.into_std()).await {
-            Ok(answer) => return Ok(answer),
+            Ok(proposed) => return Ok(proposed.answer),
             Err(ProposeError::NotLeader { .. }) if Instant::now() + NO_LEADER_RETRY < deadline => {
                 time::sleep(NO_LEADER_RETRY).await;
             }

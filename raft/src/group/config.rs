@@ -11,6 +11,9 @@ use crate::types::Node;
 
 /// Entries openraft purges at once: each purge costs a sync.
 const PURGE_ENTRIES: u64 = 1000;
+/// The usual size of a log segment: large enough that switching is rare, small enough to be read
+/// into memory at a start.
+pub(super) const SEGMENT_BYTES: u32 = 64 * 1024 * 1024;
 
 /// When a member believes that the leader is gone.
 #[derive(Clone, Copy, Debug)]
@@ -72,7 +75,7 @@ impl GroupConfig {
             node_id,
             node,
             timeouts: Timeouts::default(),
-            segment_bytes: 64 * 1024 * 1024,
+            segment_bytes: SEGMENT_BYTES,
             cache_bytes: 8 * 1024 * 1024,
             snapshot_entries: 5000,
         }

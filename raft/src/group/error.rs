@@ -107,6 +107,76 @@ pub enum ReadError {
     Fatal(#[source] Arc<Fault>),
 }
 
+/// Why the membership was not changed, or not surely.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChangeError {
+    /// Definitely not taken: ask the leader, or, if none is known, try again soon.
+    #[error("this node is not the leader")]
+    NotLeader {
+        /// Who is, as far as is known.
+        leader: Option<(NodeId, Node)>,
+    },
+    /// Definitely not taken: look at the membership again and decide anew.
+    #[error("the membership is not what the change was based on: {0}")]
+    Conflict(String),
+    /// Definitely not taken, nor will it ever be as it stands.
+    #[error("the change makes no sense: {0}")]
+    Refused(&'static str),
+    /// Definitely not taken: too few of the voters there would be are answering.
+    #[error("the voters {0} would have no quorum now")]
+    NoQuorum(String),
+    /// The deadline passed. The change goes on by itself as long as this node leads; it may be
+    /// done, half done or never happen: look at the membership.
+    #[error("no answer before the deadline; the outcome is unknown")]
+    Timeout,
+    /// Leadership moved while it was under way; like [`Self::Timeout`].
+    #[error("the leader changed; the outcome is unknown")]
+    LeaderChanged,
+    /// The group was shut down; like [`Self::Timeout`] for what was under way.
+    #[error("the group was shut down")]
+    Stopped,
+    /// This member is broken; the outcome is unknown. An operator must act.
+    #[error("this node cannot go on")]
+    Fatal(#[source] Arc<Fault>),
+}
+
+/// Why entries cannot be handed out.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum EntriesError {
+    /// The log begins later: a snapshot is needed first.
+    #[error("the log no longer has the entries before {first}")]
+    Purged {
+        /// Where it begins.
+        first: u64,
+    },
+    /// The group was shut down.
+    #[error("the group was shut down")]
+    Stopped,
+    /// This member is broken; ask another one.
+    #[error("this node cannot go on")]
+    Fatal(#[source] Arc<Fault>),
+}
+
+/// Why there is no snapshot to hand out.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    /// Nothing was applied yet, or writing takes long: ask again, or ask another member.
+    #[error("there is no snapshot yet")]
+    NotYet,
+    /// The file cannot be opened; ask another member.
+    #[error("open snapshot")]
+    Disk(#[source] Arc<std::io::Error>),
+    /// The group was shut down.
+    #[error("the group was shut down")]
+    Stopped,
+    /// This member is broken; ask another one.
+    #[error("this node cannot go on")]
+    Fatal(#[source] Arc<Fault>),
+}
+
 /// Why a cluster of one could not be formed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -147,6 +217,33 @@ impl From<Ended> for ReadError {
 }
 
 impl From<Ended> for BootstrapError {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Stopped => Self::Stopped,
+            Ended::Fault(fault) => Self::Fatal(fault),
+        }
+    }
+}
+
+impl From<Ended> for ChangeError {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Stopped => Self::Stopped,
+            Ended::Fault(fault) => Self::Fatal(fault),
+        }
+    }
+}
+
+impl From<Ended> for EntriesError {
+    fn from(ended: Ended) -> Self {
+        match ended {
+            Ended::Stopped => Self::Stopped,
+            Ended::Fault(fault) => Self::Fatal(fault),
+        }
+    }
+}
+
+impl From<Ended> for SnapshotError {
     fn from(ended: Ended) -> Self {
         match ended {
             Ended::Stopped => Self::Stopped,

@@ -17,13 +17,16 @@
 //! Stopping, in order: openraft's core (no new work), its runtime (state machine, snapshots), the
 //! log's thread (writes and syncs what is queued), the derived state (flushed), the folder's lock.
 
+mod change;
 mod config;
 mod error;
 mod metrics;
+mod mirror;
 mod open;
+mod recover;
+mod serve;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,14 +37,19 @@ use openraft::errors::{
 };
 use openraft::{Raft, ReadPolicy};
 use proto::ids::NodeId;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time;
 
 pub use self::config::{GroupConfig, Timeouts};
-pub use self::error::{BootstrapError, OpenError, ProposeError, ReadError};
-pub use self::metrics::{Member, Metrics, Role};
+pub use self::error::{
+    BootstrapError, ChangeError, EntriesError, OpenError, ProposeError, ReadError, SnapshotError,
+};
+pub use self::metrics::{Member, MembershipStamp, Metrics, Role, Standing};
+pub use self::mirror::{Entries, OfferedSnapshot};
+pub use self::open::prepare;
+pub use self::recover::{Inspected, Position, RecoverError, Recovered, inspect, recover};
 
 use self::error::Ended;
 use self::open::Opened;
@@ -51,10 +59,8 @@ use crate::fault::{Fault, FaultCell};
 use crate::identity::Home;
 use crate::link::Link;
 use crate::machine::Machine;
-use crate::peer::{self, Request};
-use crate::snapshot::{self, SnapshotFile};
 use crate::store::{Files, View};
-use crate::types::{Node, ProposalBytes, SnapshotMeta, Types, Vote};
+use crate::types::{Node, ProposalBytes, Types};
 
 /// Threads of openraft's runtime: its core, and one more so that a long apply does not hold up
 /// heartbeats.
@@ -74,6 +80,15 @@ pub const MAX_PROPOSAL_BYTES: usize = 1024 * 1024;
 /// Share of a segment one proposal may take.
 const PROPOSALS_PER_SEGMENT: usize = 4;
 
+/// A proposal that was applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proposed {
+    /// Its place in the log. Any member that has applied this far has the change.
+    pub index: u64,
+    /// What the machine answered.
+    pub answer: Vec<u8>,
+}
+
 /// One member's part of the replicated state; clones are handles to the same.
 pub struct Group<M: Machine> {
     inner: Arc<Inner<M>>,
@@ -90,6 +105,10 @@ impl<M: Machine> Clone for Group<M> {
 struct Inner<M: Machine> {
     raft: Raft<Types, StateMachine<M>>,
     runtime: Mutex<Option<Runtime>>,
+    /// For work that must be finished even if its caller gives up.
+    spawner: Handle,
+    standing: Arc<watch::Sender<Standing>>,
+    timeouts: Timeouts,
     view: watch::Receiver<View<M>>,
     files: Files,
     node_id: NodeId,
@@ -139,10 +158,7 @@ impl<M: Machine> Group<M> {
             core_runtime().map_err(|source| OpenError::Disk(config.dir.clone(), source))?;
         let view = opened.store.subscribe();
         let files = opened.store.files.clone();
-        let networks = Networks {
-            link: Arc::new(link),
-            own_id: config.node_id.0,
-        };
+        let networks = Networks::new(link, config.node_id);
         let log = LogStore(Arc::clone(&files.log));
         let starting = Raft::new(
             config.node_id.0,
@@ -166,12 +182,17 @@ impl<M: Machine> Group<M> {
                 return Err(OpenError::Core(text));
             }
         };
-        runtime.spawn(report_end(raft.clone(), files.fault.clone()));
+        let standing = Arc::new(watch::Sender::new(Standing::default()));
+        let watching = watch_core(raft.clone(), files.fault.clone(), Arc::clone(&standing));
+        runtime.spawn(watching);
         let share = config.segment_bytes as usize / PROPOSALS_PER_SEGMENT;
         Ok(Self {
             inner: Arc::new(Inner {
                 raft,
+                spawner: runtime.handle().clone(),
                 runtime: Mutex::new(Some(runtime)),
+                standing,
+                timeouts: config.timeouts,
                 view,
                 files,
                 node_id: config.node_id,
@@ -225,7 +246,7 @@ impl<M: Machine> Group<M> {
         &self,
         proposal: Vec<u8>,
         deadline: Instant,
-    ) -> Result<Vec<u8>, ProposeError> {
+    ) -> Result<Proposed, ProposeError> {
         let (bytes, limit) = (proposal.len(), self.inner.max_proposal_bytes);
         if bytes > limit {
             return Err(ProposeError::TooLarge { bytes, limit });
@@ -236,7 +257,12 @@ impl<M: Machine> Group<M> {
             let write = self.inner.raft.client_write(proposal.clone());
             let refused = match time::timeout_at(deadline, write).await {
                 Err(_) => return Err(ProposeError::Timeout),
-                Ok(Ok(written)) => return Ok(written.data.0),
+                Ok(Ok(written)) => {
+                    return Ok(Proposed {
+                        index: written.log_id.index,
+                        answer: written.data.0,
+                    });
+                }
                 Ok(Err(RaftError::APIError(refused))) => refused,
                 Ok(Err(RaftError::Fatal(fatal))) => return Err(self.ended(&fatal).into()),
             };
@@ -272,13 +298,20 @@ impl<M: Machine> Group<M> {
     /// # Errors
     /// [`ReadError`]; the state may be stale.
     pub async fn linearizable(&self) -> Result<(), ReadError> {
-        let read = self
-            .inner
-            .raft
-            .ensure_linearizable(ReadPolicy::ReadIndex)
-            .await;
-        match read {
-            Ok(_) => Ok(()),
+        self.read_index().await.map(drop)
+    }
+
+    /// [`Self::linearizable`], and the index that has to be applied for that. Another member that
+    /// waits until it has applied as far may answer the same read from its own state.
+    ///
+    /// Leader only. The quorum is asked after the call, never before it.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn read_index(&self) -> Result<u64, ReadError> {
+        let raft = &self.inner.raft;
+        match raft.ensure_linearizable(ReadPolicy::ReadIndex).await {
+            Ok(read) => Ok(read.log_id().index),
             Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward))) => {
                 let leader = leader_of(forward);
                 Err(ReadError::NotLeader { leader })
@@ -307,6 +340,13 @@ impl<M: Machine> Group<M> {
         Metrics::new(self.role(), &metrics)
     }
 
+    /// Waits for changes of what [`Standing`] lists, which are few: unlike [`Self::metrics`] it
+    /// does not move with every entry. Holding the borrow blocks nobody but this watch.
+    #[must_use]
+    pub fn watch_metrics(&self) -> watch::Receiver<Standing> {
+        self.inner.standing.subscribe()
+    }
+
     /// This member's record, with the identity of its disk.
     #[must_use]
     pub fn node(&self) -> &Node {
@@ -325,72 +365,6 @@ impl<M: Machine> Group<M> {
     /// Waits until this member is broken; pending forever if it is shut down first.
     pub async fn failed(&self) -> Arc<Fault> {
         self.inner.files.fault.wait().await
-    }
-
-    /// Answers another member's request. The link has made sure that it comes from a member, and
-    /// from the disk the membership knows.
-    pub async fn serve(&self, request: &[u8]) -> Vec<u8> {
-        let raft = &self.inner.raft;
-        let answered = match peer::read_request(request) {
-            Ok(Request::Append(rpc)) => {
-                let answer = raft.append_entries(rpc).await;
-                answer
-                    .map(|answer| peer::answer_append(&answer))
-                    .map_err(|err| err.to_string())
-            }
-            Ok(Request::Vote(rpc)) => {
-                let answer = raft.vote(rpc).await;
-                answer
-                    .map(|answer| peer::answer_vote(&answer))
-                    .map_err(|err| err.to_string())
-            }
-            Ok(Request::PreVote(rpc)) => {
-                let answer = raft.pre_vote(rpc).await;
-                answer
-                    .map(|answer| peer::answer_vote(&answer))
-                    .map_err(|err| err.to_string())
-            }
-            Ok(Request::Transfer(rpc)) => {
-                let answer = raft.handle_transfer_leader(rpc).await;
-                answer
-                    .map(|answer| peer::answer_transfer(&answer))
-                    .map_err(|err| err.to_string())
-            }
-            Ok(Request::Snapshot(..)) => Err("a snapshot without its bytes".into()),
-            Err(bad) => Err(bad.to_string()),
-        };
-        answered.unwrap_or_else(peer::answer_stopped)
-    }
-
-    /// Answers the leader's snapshot, whose bytes the link has put into `file`. The file is only
-    /// read; removing it afterwards is the link's part.
-    pub async fn serve_snapshot(&self, request: &[u8], file: PathBuf) -> Vec<u8> {
-        match peer::read_request(request) {
-            Ok(Request::Snapshot(vote, meta)) => self.install(vote, meta, file).await,
-            Ok(_) => peer::answer_stopped("bytes that no snapshot was announced for".into()),
-            Err(bad) => peer::answer_stopped(bad.to_string()),
-        }
-    }
-
-    async fn install(&self, vote: Vote, meta: SnapshotMeta, path: PathBuf) -> Vec<u8> {
-        // Checked before openraft gets it: a transfer gone wrong must not stop this member.
-        let file = path.clone();
-        let read = spawn_blocking(move || snapshot::read(&file)).await;
-        match read {
-            Ok(Ok(loaded)) if loaded.meta == meta => {}
-            Ok(Ok(_)) => return peer::answer_stopped("another snapshot than announced".into()),
-            Ok(Err(err)) => return peer::answer_stopped(err.to_string()),
-            Err(died) => return peer::answer_stopped(died.to_string()),
-        }
-        let snapshot = openraft::Snapshot {
-            meta,
-            snapshot: SnapshotFile { path },
-        };
-        let installed = self.inner.raft.install_full_snapshot(vote, snapshot).await;
-        installed.map_or_else(
-            |fatal| peer::answer_stopped(fatal.to_string()),
-            |answer| peer::answer_snapshot(&answer.vote),
-        )
     }
 
     /// Stops taking part, writes everything down and releases the folder. Proposals under way end
@@ -439,28 +413,34 @@ fn core_runtime() -> std::io::Result<Runtime> {
         .build()
 }
 
-/// Files a fault when openraft ends by itself, so that nobody has to propose to find out.
-async fn report_end<M: Machine>(raft: Raft<Types, StateMachine<M>>, fault: FaultCell) {
+/// Publishes what openraft reports, and files a fault when it ends by itself, so that nobody has
+/// to propose to find out.
+async fn watch_core<M: Machine>(
+    raft: Raft<Types, StateMachine<M>>,
+    fault: FaultCell,
+    standing: Arc<watch::Sender<Standing>>,
+) {
     let mut metrics = raft.metrics();
     loop {
-        let state = metrics.borrow_watched().running_state.clone();
-        match state {
-            Ok(()) => {}
-            Err(Fatal::Stopped) => return,
-            Err(fatal) => {
+        // Copied at once: a borrow would block openraft's core.
+        let (now, running) = {
+            let metrics = metrics.borrow_watched();
+            (Standing::new(&metrics), metrics.running_state.clone())
+        };
+        standing.send_if_modified(|standing| standing.update(now));
+        if let Err(fatal) = running {
+            if fatal != Fatal::Stopped {
                 fault.file(Fault::Core(fatal.to_string()));
-                return;
             }
+            break;
         }
         if metrics.changed().await.is_err() {
-            return;
+            break;
         }
     }
+    standing.send_modify(|standing| standing.role = Role::Stopped);
 }
 
 fn leader_of(forward: ForwardToLeader<Types>) -> Option<(NodeId, Node)> {
     Some((NodeId(forward.leader_id?), forward.leader_node?))
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,12 +1,14 @@
 //! Opening everything a group has on disk, in the order of trust: folder and lock, log and
 //! identity, snapshots, state. Blocks.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use proto::ids::NodeId;
 
+use super::config::SEGMENT_BYTES;
 use super::{GroupConfig, OpenError};
-use crate::disk::Disk;
+use crate::disk::{Disk, RealDisk};
 use crate::fault::FaultCell;
 use crate::identity::{ClaimError, Home};
 use crate::log::{Log, LogOptions};
@@ -25,12 +27,13 @@ pub(super) struct Opened<M> {
 impl<M: Machine> Opened<M> {
     /// Finds or makes the group's files.
     pub(super) fn open(config: &GroupConfig, disk: Arc<dyn Disk>) -> Result<Self, OpenError> {
-        let home = Home::claim(&config.dir, disk.as_ref()).map_err(|err| match err {
-            ClaimError::Taken => OpenError::InUse(config.dir.clone()),
-            ClaimError::Io(source) => OpenError::Disk(config.dir.clone(), source),
-        })?;
+        let home = claim(&config.dir, disk.as_ref())?;
         let fault = FaultCell::new();
-        let (log, disk_id) = open_log(&home, config, &disk, &fault)?;
+        let options = LogOptions {
+            segment_bytes: config.segment_bytes,
+            cache_bytes: config.cache_bytes,
+        };
+        let (log, disk_id) = open_log(&home, options, &disk, &fault)?;
         let snapshots =
             Snapshots::open(&home.snapshot_dir(), disk).map_err(OpenError::Snapshots)?;
         let store = Store::open(snapshots, &config.state_dir, Arc::new(log), fault)?;
@@ -43,9 +46,46 @@ impl<M: Machine> Opened<M> {
     }
 }
 
-fn open_log(
+/// Makes, or finds, the folder with a log and the disk's identity, and starts nothing. Blocks.
+///
+/// A node that wants to join has to name its disk before it has an id of its own, and it must not
+/// have taken part in anything under the new one: the disk identity it sends is the one a later
+/// [`Group::open`](super::Group::open) in the same folder finds.
+///
+/// # Errors
+/// [`OpenError`], as for opening the group.
+pub fn prepare(dir: &Path) -> Result<DiskId, OpenError> {
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+    let home = claim(dir, disk.as_ref())?;
+    let options = LogOptions {
+        segment_bytes: SEGMENT_BYTES,
+        cache_bytes: 0,
+    };
+    let (log, disk_id) = open_log(&home, options, &disk, &FaultCell::new())?;
+    off_runtime(|| log.stop());
+    Ok(disk_id)
+}
+
+/// Runs `work` on a thread of its own: the log's handle must not block an async runtime.
+pub(super) fn off_runtime<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| match scope.spawn(work).join() {
+        Ok(done) => done,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+/// Takes the folder for this process.
+pub(super) fn claim(dir: &Path, disk: &dyn Disk) -> Result<Home, OpenError> {
+    Home::claim(dir, disk).map_err(|err| match err {
+        ClaimError::Taken => OpenError::InUse(dir.to_owned()),
+        ClaimError::Io(source) => OpenError::Disk(dir.to_owned(), source),
+    })
+}
+
+/// Opens the log, making it and the disk's identity on the first start.
+pub(super) fn open_log(
     home: &Home,
-    config: &GroupConfig,
+    options: LogOptions,
     disk: &Arc<dyn Disk>,
     fault: &FaultCell,
 ) -> Result<(Log, DiskId), OpenError> {
@@ -54,10 +94,6 @@ fn open_log(
     if known.is_some() && !home.has_log().map_err(io)? {
         return Err(OpenError::LogGone(home.log_dir()));
     }
-    let options = LogOptions {
-        segment_bytes: config.segment_bytes,
-        cache_bytes: config.cache_bytes,
-    };
     let log = Log::open(&home.log_dir(), options, Arc::clone(disk), fault.clone())
         .map_err(|source| OpenError::Log(home.log_dir(), source))?;
     match known {

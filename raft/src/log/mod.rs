@@ -14,6 +14,7 @@
 //! handle without it does the same, only unobserved.
 
 mod index;
+mod offline;
 mod record;
 mod recover;
 mod segment;
@@ -218,7 +219,12 @@ impl Log {
         self.read_up_to(range, READ_BYTES).await
     }
 
-    async fn read_up_to(&self, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<Entry>> {
+    /// The first entries of `range`, about `max_bytes` of them, at least one.
+    pub(crate) async fn read_up_to(
+        &self,
+        range: Range<u64>,
+        max_bytes: usize,
+    ) -> io::Result<Vec<Entry>> {
         let found = self.lock().find(range, max_bytes);
         if found.iter().all(|found| matches!(found, Found::Here(_))) {
             return collect(found);

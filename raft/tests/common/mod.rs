@@ -9,6 +9,7 @@
 )]
 
 pub mod disk;
+pub mod net;
 pub mod toy;
 pub mod writer;
 
