@@ -119,6 +119,11 @@ impl Model for Capsule {
         matches!(action, CapsuleAction::Read)
     }
 
+    fn is_steady(action: &CapsuleAction, answer: &CapsuleSeen) -> bool {
+        // Not listed before its create is nothing; after it, it is an end that was noticed.
+        Self::only_looks(action) && *answer != CapsuleSeen::Unlisted
+    }
+
     fn birth() -> Option<CapsuleAction> {
         Some(CapsuleAction::Create)
     }

@@ -31,7 +31,7 @@
 //! ```
 //!
 //! `operation.rs` has the records, `recorder.rs` takes them, `capsule.rs`, `api_key.rs` and
-//! `register.rs` are the objects, `search.rs` is the algorithm, `report.rs` what it comes to.
+//! `register.rs` are the objects, `search.rs` with `uses.rs` is the algorithm, `report.rs` what it comes to.
 
 mod api_key;
 mod capsule;
@@ -41,10 +41,11 @@ mod recorder;
 mod register;
 mod report;
 mod search;
+mod uses;
 
 pub use api_key::{ApiKey, ApiKeyAction, ApiKeySeen};
 pub use capsule::{Capsule, CapsuleAction, CapsuleSeen};
-pub use model::Model;
+pub use model::{Model, Shape};
 pub use operation::{History, Operation, Outcome, Process};
 pub use recorder::{Client, Recorder, Token, Unnamed};
 pub use register::{Register, RegisterAction};

@@ -24,10 +24,33 @@ pub trait Model: Clone + Debug + 'static {
     /// Whether the action only looks. A look whose answer is unknown says nothing at all.
     fn only_looks(action: &Self::Action) -> bool;
 
+    /// Whether a look that is answered like this and changes nothing where it is made would have
+    /// changed nothing at any later instant at which the answer fits, either.
+    fn is_steady(action: &Self::Action, _answer: &Self::Answer) -> bool {
+        Self::only_looks(action)
+    }
+
+    /// What the operation has to do with the state before it. Models whose operations are all
+    /// [`Shape::Overwrites`] or [`Shape::Needs`] are searched much faster.
+    fn shape(_action: &Self::Action, _answer: Option<&Self::Answer>) -> Shape<Self::State> {
+        Shape::Other
+    }
+
     /// The action that brings an object into being, for objects that the cluster names: its client
     /// does not know which object it made until it is answered.
     #[must_use]
     fn birth() -> Option<Self::Action> {
         None
     }
+}
+
+/// How an operation depends on the state before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shape<S> {
+    /// Fits any state and leads to this one.
+    Overwrites(S),
+    /// Fits this state only and changes nothing.
+    Needs(S),
+    /// Neither.
+    Other,
 }

@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::marker::PhantomData;
 
-use super::model::Model;
+use super::model::{Model, Shape};
 
 /// The model of a register of `V`s. Nothing was written before the first write.
 #[derive(Clone, Debug)]
@@ -42,5 +42,13 @@ impl<V: Clone + Debug + Eq + Hash + 'static> Model for Register<V> {
 
     fn only_looks(action: &Self::Action) -> bool {
         matches!(action, RegisterAction::Read)
+    }
+
+    fn shape(action: &Self::Action, answer: Option<&Self::Answer>) -> Shape<Self::State> {
+        match (action, answer) {
+            (RegisterAction::Write(value), _) => Shape::Overwrites(Some(value.clone())),
+            (RegisterAction::Read, Some(found)) => Shape::Needs(found.clone()),
+            (RegisterAction::Read, None) => Shape::Other,
+        }
     }
 }

@@ -5,17 +5,20 @@
 //! missing had returned, and if its answer fits the state. Whoever reaches the point at which no
 //! answered operation is missing has found an order.
 //!
-//! Four things keep this quick where it can be; each only leaves out orders that cannot be the
+//! Some things keep this quick where it can be; each only leaves out orders that cannot be the
 //! only ones:
-//! - An operation that may come next and leaves the state as it is (every look that fits) comes
-//!   next, without a branch: later it would have changed nothing either.
+//! - A look that may come next, fits and changes nothing comes next, without a branch: later it
+//!   would have changed nothing either.
 //! - Operations of unknown outcome are tried last, and only where they change the state. Of two
 //!   ways to one point, the one that used up fewer of them is as good as the other or better.
 //! - Of equal operations of unknown outcome, the one called first is used first.
 //! - Points are remembered, and none is looked at twice.
+//! - Of registers, and all else that is only overwritten and read, it is known which values are
+//!   still to be read ([`Uses`]). A write with all reads of its value comes next, without a branch,
+//!   if they all can, and a value that is still to be read is not overwritten for good.
 //!
-//! What is left can still be exponential: many writes at once on one key, with an answer that no
-//! order explains. Hence the [`Limits`].
+//! What is left can still be exponential: many operations at once on one key that are not like
+//! that. Hence the [`Limits`].
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -23,6 +26,7 @@ use std::time::{Duration, Instant};
 use super::model::Model;
 use super::operation::{Operation, Outcome};
 use super::report::{Undecided, Violation};
+use super::uses::Uses;
 
 /// Points between two looks at the clock: a point takes microseconds.
 const POINTS_PER_LOOK: usize = 256;
@@ -65,12 +69,16 @@ pub(super) enum Verdict {
 
 /// Which answered operations are in order: all before `base`, and some after it, sorted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Done {
+pub(super) struct Done {
     base: usize,
     ahead: Vec<usize>,
 }
 
 impl Done {
+    pub(super) fn has(&self, index: usize) -> bool {
+        index < self.base || self.ahead.binary_search(&index).is_ok()
+    }
+
     const fn count(&self) -> usize {
         self.base + self.ahead.len()
     }
@@ -118,6 +126,8 @@ struct Search<M: Model> {
     unknown: Vec<Operation<M>>,
     /// For each unknown one, the previous one that is equal to it.
     twins: Vec<Option<usize>>,
+    /// What is still to be read, where that can be told.
+    uses: Option<Uses<M::State>>,
     /// For each point the smallest sets of unknown ones it was reached with.
     seen: HashMap<(Done, M::State), Vec<Vec<usize>>>,
     best: Point<M>,
@@ -142,6 +152,9 @@ pub(super) fn search<M: Model>(
     let mut points = 0;
     while let Some(point) = open.pop() {
         let point = search.settle(point);
+        if point.done.count() > search.best.done.count() {
+            search.best = point.clone();
+        }
         if point.done.count() == search.answered.len() {
             return Verdict::Linearizable;
         }
@@ -152,7 +165,7 @@ pub(super) fn search<M: Model>(
         if points > limits.points {
             return undecided("too many points of the search");
         }
-        if points % POINTS_PER_LOOK == 0 && Instant::now() > deadline {
+        if points % POINTS_PER_LOOK == 1 && Instant::now() > deadline {
             return undecided("out of time");
         }
         search.branch(&point, &mut open);
@@ -177,6 +190,7 @@ impl<M: Model> Search<M> {
         };
         let twins = (0..unknown.len()).map(twin).collect();
         Self {
+            uses: Uses::of::<M>(&answered, &unknown),
             answered,
             unknown,
             twins,
@@ -220,19 +234,27 @@ impl<M: Model> Search<M> {
     }
 
     /// Puts everything in order that may come next and changes nothing.
-    fn settle(&mut self, mut point: Point<M>) -> Point<M> {
+    fn settle(&self, mut point: Point<M>) -> Point<M> {
         loop {
             let mut idle = self.next(&point.done).answered;
-            idle.retain(|index| self.step(&point.state, *index).as_ref() == Some(&point.state));
+            idle.retain(|index| self.is_idle(&point.state, *index));
             if idle.is_empty() {
                 break;
             }
             idle.into_iter().for_each(|index| point.done.add(index));
         }
-        if point.done.count() > self.best.done.count() {
-            self.best = point.clone();
-        }
         point
+    }
+
+    fn is_idle(&self, state: &M::State, index: usize) -> bool {
+        let operation = &self.answered[index];
+        match &operation.outcome {
+            Outcome::Ok(answer) => {
+                M::is_steady(&operation.action, answer)
+                    && M::step(state, &operation.action, Some(answer)).as_ref() == Some(state)
+            }
+            Outcome::Refused | Outcome::Unknown => false,
+        }
     }
 
     /// Whether this point is new, or was reached with fewer unknown ones than before.
@@ -249,26 +271,47 @@ impl<M: Model> Search<M> {
 
     /// Opens the points that follow; what is to be tried first comes last.
     fn branch(&self, point: &Point<M>, open: &mut Vec<Point<M>>) {
-        let mut next = self.next(&point.done);
-        let called = |operation: &Operation<M>| operation.invoked <= next.horizon;
-        let called = self.unknown.partition_point(called);
-        for index in (0..called).rev() {
-            if let Some(state) = self.step_unknown(point, index) {
-                let mut after = point.clone();
-                insert(&mut after.used, index);
-                open.push(Point { state, ..after });
+        let mut followers = self.followers(point);
+        if let Some(uses) = &self.uses {
+            let is_free = |point: &Point<M>| !uses.needs(&point.state, &point.done);
+            let settled = followers.into_iter().map(|after| self.settle(after));
+            followers = settled.collect();
+            if is_free(point) {
+                // A whole write, reads included: it may as well be the next.
+                if let Some(whole) = followers.iter().position(is_free) {
+                    open.push(followers.swap_remove(whole));
+                    return;
+                }
             }
+            followers.retain(|after| {
+                let may_leave = |state| uses.may_leave(state, &after.done, &after.used);
+                may_leave(&point.state) && may_leave(&after.state)
+            });
         }
+        open.extend(followers.into_iter().rev());
+    }
+
+    /// The points that follow, in the order in which they should be tried.
+    fn followers(&self, point: &Point<M>) -> Vec<Point<M>> {
+        let mut next = self.next(&point.done);
         // Whatever returned first is needed first.
         next.answered
-            .sort_by_key(|index| std::cmp::Reverse(self.answered[*index].returned));
-        for index in next.answered {
-            if let Some(state) = self.step(&point.state, index) {
-                let mut after = point.clone();
-                after.done.add(index);
-                open.push(Point { state, ..after });
-            }
-        }
+            .sort_by_key(|index| self.answered[*index].returned);
+        let answered = next.answered.iter().filter_map(|&index| {
+            let state = self.step(&point.state, index)?;
+            let mut after = point.clone();
+            after.done.add(index);
+            Some(Point { state, ..after })
+        });
+        let called = |operation: &Operation<M>| operation.invoked <= next.horizon;
+        let called = self.unknown.partition_point(called);
+        let unknown = (0..called).filter_map(|index| {
+            let state = self.step_unknown(point, index)?;
+            let mut after = point.clone();
+            insert(&mut after.used, index);
+            Some(Point { state, ..after })
+        });
+        answered.chain(unknown).collect()
     }
 
     /// Where one of unknown outcome leads, if it is worth trying here.
@@ -279,7 +322,9 @@ impl<M: Model> Search<M> {
             return None;
         }
         let state = M::step(&point.state, &self.unknown[index].action, None)?;
-        (state != point.state).then_some(state)
+        let is_wanted = |uses: &Uses<M::State>| uses.needs(&state, &point.done);
+        let is_wanted = self.uses.as_ref().is_none_or(is_wanted);
+        (is_wanted && state != point.state).then_some(state)
     }
 
     fn violation(&self, key: &str) -> Violation {
