@@ -6,7 +6,13 @@ use std::path::PathBuf;
 use std::{env, fs};
 
 /// Messages that only our own processes exchange or write to disk.
-const OWN: [&str; 3] = ["wire/raft.proto", "wire/raftlog.proto", "wire/shim.proto"];
+const OWN: [&str; 5] = [
+    "wire/cluster.proto",
+    "wire/raft.proto",
+    "wire/raftlog.proto",
+    "wire/relay.proto",
+    "wire/shim.proto",
+];
 /// The guest agent's services, named as in the descriptor set.
 const ENVD: [&str; 2] = ["process.proto", "filesystem.proto"];
 

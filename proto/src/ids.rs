@@ -68,6 +68,17 @@ random_id!(
     "key"
 );
 
+random_id!(
+    /// A join token (not its secret).
+    TokenId,
+    "tok"
+);
+random_id!(
+    /// A cluster, from its founding on. Nodes of two clusters never mistake each other.
+    ClusterId,
+    "wc"
+);
+
 /// A node: the index of the log entry that admitted it. Never given out twice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);

@@ -15,6 +15,10 @@ pub mod version;
 /// Messages of our own protocols, generated from `wire/*.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod wire {
+    /// What nodes tell each other beside the log.
+    pub mod cluster {
+        include!(concat!(env!("OUT_DIR"), "/wrenn.cluster.rs"));
+    }
     /// The raft log and snapshots.
     pub mod raft {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raft.rs"));
@@ -22,6 +26,10 @@ pub mod wire {
     /// The frame around the commands: log records, snapshot files, messages between members.
     pub mod raftlog {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raftlog.rs"));
+    }
+    /// Between the node that a client asks and the one that runs the guest.
+    pub mod relay {
+        include!(concat!(env!("OUT_DIR"), "/wrenn.relay.rs"));
     }
     /// Daemon and shim.
     pub mod shim {

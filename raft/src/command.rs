@@ -3,12 +3,14 @@
 //! A command names what it creates by an id that the proposer chose, so proposing it again after
 //! a lost answer finds the first one's work and answers the same: no command acts twice.
 
+use std::collections::BTreeMap;
+
 use proto::epoch::Epoch;
-use proto::ids::{KeyId, NodeId, SandboxId, TeamId};
+use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
 use proto::units::Stamp;
 
-use crate::placement::Lack;
-use crate::state::{GuestVersions, Key, Node, SandboxSpec, Template};
+use crate::placement::{Lack, LoadHint};
+use crate::state::{GuestVersions, Key, Liveness, Node, SandboxSpec, Settings, Template, Token};
 
 /// A command and the proposer's clock when it was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,8 +24,57 @@ pub struct Proposal {
 /// One change of the replicated state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Adds a node, or replaces what is known of it (address, capacity, versions).
+    /// Names the cluster, once.
+    FoundCluster {
+        /// Chosen by the founder.
+        id: ClusterId,
+        /// What the founder was told.
+        settings: Settings,
+    },
+    /// Replaces what operators set for all nodes.
+    PutSettings(Settings),
+    /// Adds a join token.
+    PutToken(Token),
+    /// Withdraws a join token.
+    RevokeToken(TokenId),
+    /// Lets a node in by a token, whose use is burned by the same entry; the node's id becomes the
+    /// index of this entry, whatever the record says.
+    RedeemToken {
+        /// By which token. Whoever proposes this has checked the proof of its secret.
+        token: TokenId,
+        /// The joiner.
+        node: Node,
+    },
+    /// The first node, or what a node that is known says of itself: addresses, capacity,
+    /// versions, templates. What operators and the leader decided about it stays.
     AdmitNode(Node),
+    /// What an operator decided about a node; `None` leaves things as they are.
+    ChangeNode {
+        /// Which one.
+        node: NodeId,
+        /// Whether it takes new sandboxes.
+        cordoned: Option<bool>,
+        /// Whether it is being emptied.
+        draining: Option<bool>,
+        /// All of its tags.
+        tags: Option<BTreeMap<String, String>>,
+    },
+    /// What the leader found out about a node's lease.
+    JudgeNode {
+        /// Which one.
+        node: NodeId,
+        /// Which start of its daemon; a verdict about an earlier one changes nothing.
+        incarnation: u64,
+        /// The verdict; its instant is that of the proposal.
+        verdict: Verdict,
+    },
+    /// Takes a node out. Its key never comes back.
+    RemoveNode {
+        /// Which one.
+        node: NodeId,
+        /// A person says that the host is dead for good: what it had is given up.
+        declared_dead: bool,
+    },
     /// Adds a template or replaces the one of that name.
     PutTemplate(Template),
     /// Adds an API key.
@@ -38,6 +89,8 @@ pub enum Command {
         team: TeamId,
         /// What it asks for.
         spec: SandboxSpec,
+        /// How busy nodes were when the proposer last heard; placement's second thought.
+        hints: Vec<LoadHint>,
     },
     /// From now on the sandbox is wanted stopped.
     StopSandbox {
@@ -62,6 +115,30 @@ pub enum Command {
         /// Everything that ended earlier goes.
         ended_before: Stamp,
     },
+}
+
+/// What the leader found out about a node's lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is renewed again.
+    Back,
+    /// It has run out.
+    Missing,
+    /// It ran out so long ago that the node has killed what was bound to it.
+    Lost,
+}
+
+impl Verdict {
+    /// The liveness it leads to from `known`, at `at`.
+    #[must_use]
+    pub fn applied_to(self, known: Liveness, at: Stamp) -> Liveness {
+        let since = known.since().unwrap_or(at);
+        match self {
+            Self::Back => Liveness::Alive,
+            Self::Missing => Liveness::Missing { since },
+            Self::Lost => Liveness::Lost { since },
+        }
+    }
 }
 
 /// Why a sandbox is to be stopped.
@@ -105,6 +182,8 @@ pub enum Receipt {
         /// Its fencing token.
         epoch: Epoch,
     },
+    /// The node was let in under this id.
+    Admitted(NodeId),
 }
 
 /// A command that does not fit the state it met. Nothing was changed.
@@ -126,6 +205,21 @@ pub enum Refusal {
     /// No node has room for it.
     #[error("no host can take this capsule: {0}")]
     NoRoom(Lack),
+    /// No node of that id.
+    #[error("no node {0}")]
+    NoSuchNode(String),
+    /// No join token of that id.
+    #[error("no join token {0}: it was withdrawn or forgotten, or is another cluster's")]
+    NoSuchToken(String),
+    /// The join token came too late.
+    #[error("the join token {0} has expired; create a new one with `wrenn token create`")]
+    TokenExpired(String),
+    /// The join token has no uses left.
+    #[error("the join token {0} is used up; create a new one with `wrenn token create`")]
+    TokenUsed(String),
+    /// It does not fit how things stand; the text says what does.
+    #[error("{0}")]
+    Unfit(String),
     /// The id stands for something else already.
     #[error("the id {0} is taken")]
     IdTaken(String),

@@ -2,17 +2,28 @@
 
 use prost::Message;
 use proto::epoch::Epoch;
-use proto::ids::{KeyId, NodeId, SandboxId, TeamId};
+use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
 use proto::units::Stamp;
 use proto::wire::raft as pb;
 
-use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause};
-use crate::placement::Lack;
+use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
+use crate::placement::{Lack, LoadHint};
 use crate::state::BadRow;
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
     bytes.try_into().map_err(|_| BadRow::Length(what))
+}
+
+/// The same for a field that may be left out.
+pub(crate) fn optional<const N: usize>(
+    what: &'static str,
+    bytes: &[u8],
+) -> Result<Option<[u8; N]>, BadRow> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    array(what, bytes).map(Some)
 }
 
 /// A message field that our writers always set.
@@ -48,9 +59,20 @@ impl Proposal {
 fn command_to_wire(command: &Command) -> pb::proposal::Command {
     use pb::proposal::Command as Wire;
     match command {
-        Command::AdmitNode(node) => Wire::AdmitNode(pb::AdmitNode {
-            node: Some(node.into()),
+        Command::FoundCluster { id, settings } => Wire::FoundCluster(pb::FoundCluster {
+            id: id.0.to_vec(),
+            settings: Some((*settings).into()),
         }),
+        Command::PutSettings(settings) => Wire::PutSettings((*settings).into()),
+        Command::PutToken(token) => Wire::PutToken(pb::PutToken {
+            token: Some(token.into()),
+        }),
+        Command::RevokeToken(id) => Wire::RevokeToken(pb::RevokeToken { id: id.0.to_vec() }),
+        Command::AdmitNode(_)
+        | Command::RedeemToken { .. }
+        | Command::ChangeNode { .. }
+        | Command::JudgeNode { .. }
+        | Command::RemoveNode { .. } => node_command_to_wire(command),
         Command::PutTemplate(template) => Wire::PutTemplate(pb::PutTemplate {
             template: Some(template.into()),
         }),
@@ -58,10 +80,16 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             key: Some(key.into()),
         }),
         Command::RevokeKey(id) => Wire::RevokeKey(pb::RevokeKey { id: id.0.to_vec() }),
-        Command::CreateSandbox { id, team, spec } => Wire::CreateSandbox(pb::CreateSandbox {
+        Command::CreateSandbox {
+            id,
+            team,
+            spec,
+            hints,
+        } => Wire::CreateSandbox(pb::CreateSandbox {
             id: id.0.to_vec(),
             team: team.0.to_vec(),
             spec: Some(spec.into()),
+            hints: hints.iter().map(hint_to_wire).collect(),
         }),
         Command::StopSandbox { id, cause } => Wire::StopSandbox(pb::StopSandbox {
             id: id.0.to_vec(),
@@ -88,9 +116,96 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
     }
 }
 
+/// The commands about nodes; the others never get here.
+fn node_command_to_wire(command: &Command) -> pb::proposal::Command {
+    use pb::proposal::Command as Wire;
+    match command {
+        Command::RedeemToken { token, node } => Wire::RedeemToken(pb::RedeemToken {
+            token: token.0.to_vec(),
+            node: Some(node.into()),
+        }),
+        Command::ChangeNode {
+            node,
+            cordoned,
+            draining,
+            tags,
+        } => Wire::ChangeNode(pb::ChangeNode {
+            node: node.0,
+            cordoned: *cordoned,
+            draining: *draining,
+            tags: tags.as_ref().map(|tags| pb::Tags {
+                tags: tags.clone().into_iter().collect(),
+            }),
+        }),
+        Command::JudgeNode {
+            node,
+            incarnation,
+            verdict,
+        } => Wire::JudgeNode(pb::JudgeNode {
+            node: node.0,
+            incarnation: *incarnation,
+            liveness: match verdict {
+                Verdict::Back => pb::Liveness::Alive,
+                Verdict::Missing => pb::Liveness::Missing,
+                Verdict::Lost => pb::Liveness::Lost,
+            }
+            .into(),
+        }),
+        Command::RemoveNode {
+            node,
+            declared_dead,
+        } => Wire::RemoveNode(pb::RemoveNode {
+            node: node.0,
+            declared_dead: *declared_dead,
+        }),
+        Command::AdmitNode(node) => Wire::AdmitNode(pb::AdmitNode {
+            node: Some(node.into()),
+        }),
+        // Written out by the caller.
+        _ => Wire::AdmitNode(pb::AdmitNode { node: None }),
+    }
+}
+
+const fn hint_to_wire(hint: &LoadHint) -> pb::LoadHint {
+    pb::LoadHint {
+        node: hint.node.0,
+        busy_permille: hint.busy_permille,
+    }
+}
+
 fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
     use pb::proposal::Command as Wire;
     Ok(match wire {
+        Wire::FoundCluster(it) => Command::FoundCluster {
+            id: ClusterId(array("cluster id", &it.id)?),
+            settings: some("settings", it.settings)?.into(),
+        },
+        Wire::PutSettings(it) => Command::PutSettings(it.into()),
+        Wire::PutToken(it) => Command::PutToken(some("token", it.token)?.try_into()?),
+        Wire::RevokeToken(it) => Command::RevokeToken(TokenId(array("token id", &it.id)?)),
+        Wire::RedeemToken(it) => Command::RedeemToken {
+            token: TokenId(array("token id", &it.token)?),
+            node: some("node", it.node)?.try_into()?,
+        },
+        Wire::ChangeNode(it) => Command::ChangeNode {
+            node: NodeId(it.node),
+            cordoned: it.cordoned,
+            draining: it.draining,
+            tags: it.tags.map(|tags| tags.tags.into_iter().collect()),
+        },
+        Wire::JudgeNode(it) => Command::JudgeNode {
+            node: NodeId(it.node),
+            incarnation: it.incarnation,
+            verdict: match it.liveness() {
+                pb::Liveness::Alive => Verdict::Back,
+                pb::Liveness::Missing => Verdict::Missing,
+                pb::Liveness::Lost => Verdict::Lost,
+            },
+        },
+        Wire::RemoveNode(it) => Command::RemoveNode {
+            node: NodeId(it.node),
+            declared_dead: it.declared_dead,
+        },
         Wire::AdmitNode(it) => Command::AdmitNode(some("node", it.node)?.try_into()?),
         Wire::PutTemplate(it) => Command::PutTemplate(some("template", it.template)?.try_into()?),
         Wire::PutKey(it) => Command::PutKey(some("key", it.key)?.try_into()?),
@@ -99,6 +214,14 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             id: SandboxId(array("sandbox id", &it.id)?),
             team: TeamId(array("team id", &it.team)?),
             spec: some("sandbox spec", it.spec)?.into(),
+            hints: it
+                .hints
+                .into_iter()
+                .map(|hint| LoadHint {
+                    node: NodeId(hint.node),
+                    busy_permille: hint.busy_permille,
+                })
+                .collect(),
         },
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
@@ -156,6 +279,7 @@ pub fn encode_answer(answer: &Answer) -> Vec<u8> {
             node: node.0,
             epoch: epoch.0,
         }),
+        Ok(Receipt::Admitted(node)) => Wire::Admitted(node.0),
         Err(refusal) => Wire::Refusal(refusal_to_wire(refusal)),
     };
     pb::Answer { answer: Some(wire) }.encode_to_vec()
@@ -175,6 +299,7 @@ pub fn decode_answer(bytes: &[u8]) -> Answer {
             node: NodeId(placed.node),
             epoch: Epoch(placed.epoch),
         }),
+        Wire::Admitted(node) => Ok(Receipt::Admitted(NodeId(node))),
         Wire::Refusal(refusal) => Err(refusal_from_wire(refusal)),
     }
 }
@@ -189,6 +314,11 @@ fn refusal_to_wire(refusal: &Refusal) -> pb::Refusal {
         Refusal::NoRoom(lack) => (Kind::NoRoom, lack.0.clone(), 0),
         Refusal::IdTaken(id) => (Kind::IdTaken, id.clone(), 0),
         Refusal::Fenced { newest } => (Kind::Fenced, String::new(), newest.0),
+        Refusal::NoSuchNode(id) => (Kind::NoSuchNode, id.clone(), 0),
+        Refusal::NoSuchToken(id) => (Kind::NoSuchToken, id.clone(), 0),
+        Refusal::TokenExpired(id) => (Kind::TokenExpired, id.clone(), 0),
+        Refusal::TokenUsed(id) => (Kind::TokenUsed, id.clone(), 0),
+        Refusal::Unfit(why) => (Kind::Unfit, why.clone(), 0),
     };
     pb::Refusal {
         kind: kind.into(),
@@ -206,6 +336,11 @@ fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
         Kind::NoSuchKey => Refusal::NoSuchKey(wire.detail),
         Kind::NoRoom => Refusal::NoRoom(Lack(wire.detail)),
         Kind::IdTaken => Refusal::IdTaken(wire.detail),
+        Kind::NoSuchNode => Refusal::NoSuchNode(wire.detail),
+        Kind::NoSuchToken => Refusal::NoSuchToken(wire.detail),
+        Kind::TokenExpired => Refusal::TokenExpired(wire.detail),
+        Kind::TokenUsed => Refusal::TokenUsed(wire.detail),
+        Kind::Unfit => Refusal::Unfit(wire.detail),
         Kind::Fenced => Refusal::Fenced {
             newest: Epoch(wire.epoch),
         },

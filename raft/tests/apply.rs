@@ -33,7 +33,8 @@ fn node(id: u64, sandboxes: u32) -> Node {
         vmm_version: "7.2".into(),
         accelerator: "tcg".into(),
         version: "0.1.0".into(),
-        admitted_at: Stamp(0),
+        templates: BTreeMap::from([("minimal".into(), [1; 32])]),
+        ..Node::default()
     }
 }
 
@@ -55,6 +56,7 @@ fn spec(memory: u32) -> SandboxSpec {
         disk: Mib(5120),
         idle_timeout: Some(Duration::from_secs(60)),
         metadata: BTreeMap::from([("who".into(), "me".into())]),
+        ..SandboxSpec::default()
     }
 }
 
@@ -99,6 +101,7 @@ impl World {
             id: sandbox_id(n),
             team: TEAM,
             spec: spec(512),
+            hints: vec![],
         })
     }
 
@@ -142,6 +145,7 @@ fn an_id_that_stands_for_another_sandbox_is_refused() {
         id: sandbox_id(1),
         team: TEAM,
         spec: spec(1024),
+        hints: vec![],
     };
     assert!(matches!(world.apply(other), Err(Refusal::IdTaken(_))));
 }
@@ -153,6 +157,7 @@ fn a_cluster_without_room_names_what_is_missing() {
         id: sandbox_id(1),
         team: TEAM,
         spec: spec(8192),
+        hints: vec![],
     };
     let Err(Refusal::NoRoom(lack)) = world.apply(huge) else {
         panic!("it was placed")
@@ -344,7 +349,8 @@ fn any_command() -> impl Strategy<Value = Command> {
         (id(), 1_u32..5000).prop_map(|(id, memory)| Command::CreateSandbox {
             id,
             team: TEAM,
-            spec: spec(memory)
+            spec: spec(memory),
+            hints: vec![],
         }),
         id().prop_map(|id| Command::StopSandbox {
             id,

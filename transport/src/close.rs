@@ -62,8 +62,8 @@ close_codes! {
     NoJoinOpen = 4, "no join token is outstanding";
     /// The protocol asked for is not served on this endpoint.
     UnknownProtocol = 5, "protocol is not served here";
-    /// Too many unproven connections from one address.
-    Crowded = 6, "too many unproven connections from this address";
+    /// Too many unproven connections, from one address or in all.
+    Crowded = 6, "too many unproven connections";
     /// A mesh connection began with something else than a hello, or with nothing.
     HelloExpected = 7, "connection did not begin with a hello";
     /// No protocol version that both ends speak.
@@ -88,6 +88,10 @@ close_codes! {
     Cancelled = 24, "call was given up by its caller";
     /// The handler ended without an answer.
     HandlerFailed = 25, "handler ended without an answer";
+    /// More datagrams than allowed; they are dropped and the connection stays.
+    Flood = 28, "datagrams come too fast";
+    /// A byte stream was dropped before its end.
+    Abandoned = 27, "stream was dropped before its end";
     /// An answer was dropped because earlier ones are not being read.
     SlowReader = 26, "answers are read too slowly";
 }

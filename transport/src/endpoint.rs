@@ -10,23 +10,28 @@ use std::sync::Arc;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig};
+use quinn::{
+    Connection, Endpoint, EndpointConfig, IdleTimeout, Runtime, ServerConfig, TokioRuntime,
+    TransportConfig,
+};
 use tracing::warn;
 
 use crate::alpn::Alpn;
 use crate::bulk;
 use crate::limits::{
-    CONTROL_IDLE, CONTROL_KEEP_ALIVE, CONTROL_STREAM_WINDOW_BYTES, CONTROL_STREAMS,
-    CONTROL_WINDOW_BYTES, DATAGRAM_BUFFER_BYTES, INCOMING_BUFFER_BYTES,
-    INCOMING_BUFFER_TOTAL_BYTES, MAX_INCOMING, SOCKET_BUFFER_BYTES,
+    BULK_STREAMS, BULK_WINDOW_BYTES, CONTROL_IDLE, CONTROL_KEEP_ALIVE, CONTROL_STREAM_WINDOW_BYTES,
+    CONTROL_STREAMS, CONTROL_WINDOW_BYTES, DATAGRAM_BUFFER_BYTES, INCOMING_BUFFER_BYTES,
+    INCOMING_BUFFER_TOTAL_BYTES, MAX_INCOMING, SOCKET_BUFFER_BYTES, UNPROVEN_STREAMS,
+    UNPROVEN_WINDOW_BYTES,
 };
+use crate::sim::{self, Faults};
 
 /// Which of a node's two endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
     /// Calls, raft and datagrams: small and urgent.
     Control,
-    /// Chunks, images and raft snapshots: large and patient.
+    /// Relayed guest connections, chunks, images and raft snapshots: large and patient.
     Bulk,
 }
 
@@ -81,6 +86,7 @@ pub(crate) fn bind(
     address: SocketAddr,
     crypto: QuicServerConfig,
     path: Path,
+    faults: Option<Faults>,
 ) -> io::Result<Endpoint> {
     let socket = UdpSocket::bind(address)?;
     widen_buffers(&socket, lane)?;
@@ -90,12 +96,13 @@ pub(crate) fn bind(
         .max_incoming(MAX_INCOMING)
         .incoming_buffer_size(INCOMING_BUFFER_BYTES)
         .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL_BYTES);
-    Endpoint::new(
-        EndpointConfig::default(),
-        Some(server),
-        socket,
-        Arc::new(TokioRuntime),
-    )
+    let socket = TokioRuntime.wrap_udp_socket(socket)?;
+    let socket = match faults {
+        Some(faults) => sim::wrap(socket, faults),
+        None => socket,
+    };
+    let (config, runtime) = (EndpointConfig::default(), Arc::new(TokioRuntime));
+    Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)
 }
 
 /// The QUIC parameters of one end of a connection on `lane`.
@@ -110,7 +117,22 @@ pub(crate) fn transport_config(lane: Lane, end: End, path: Path) -> Arc<Transpor
         .initial_mtu(path.initial_mtu.clamp(MIN_MTU, MAX_MTU))
         .enable_segmentation_offload(path.segmentation_offload)
         .congestion_controller_factory(Arc::new(CubicConfig::default()));
+    if end == End::Acceptor {
+        config
+            .max_concurrent_bidi_streams(UNPROVEN_STREAMS.into())
+            .receive_window(UNPROVEN_WINDOW_BYTES.into());
+    }
     Arc::new(config)
+}
+
+/// Gives an accepted connection what a member may have, once it has proven to be one's.
+pub(crate) fn widen(lane: Lane, connection: &Connection) {
+    let (streams, window_bytes) = match lane {
+        Lane::Control => (CONTROL_STREAMS, CONTROL_WINDOW_BYTES),
+        Lane::Bulk => (BULK_STREAMS, BULK_WINDOW_BYTES),
+    };
+    connection.set_receive_window(window_bytes.into());
+    connection.set_max_concurrent_bi_streams(streams.into());
 }
 
 fn control_config(end: End) -> TransportConfig {

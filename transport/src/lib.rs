@@ -18,24 +18,40 @@
 #![forbid(unsafe_code)]
 
 pub mod alpn;
+mod bucket;
 pub mod bulk;
 pub mod close;
+mod complaints;
+pub mod datagram;
 pub mod endpoint;
 pub mod gate;
 pub mod identity;
+pub mod join;
 pub mod limits;
 pub mod mesh;
 pub mod peers;
 pub mod rpc;
+pub mod seal;
+pub mod sim;
+pub mod streams;
 pub mod tls;
 
 #[cfg(test)]
 mod tests;
 
+/// A future in a box, as the callbacks here return it.
+pub type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+pub use bulk::Pace;
 pub use close::CloseCode;
+pub use datagram::DatagramError;
 pub use endpoint::Lane;
 pub use gate::Membership;
 pub use identity::Identity;
+pub use join::JoinChannel;
 pub use limits::Limits;
 pub use mesh::{Config, DialError, StartError, Transport};
 pub use rpc::{Call, Handler, Method, RpcError, Service};
+pub use seal::{Seed, verify_seed_signature};
+pub use sim::{Faults, Link};
+pub use streams::{BiStream, Inbound, StreamHandler};

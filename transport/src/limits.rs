@@ -20,26 +20,51 @@ pub const REQUEST_BYTES: usize = 32 << 20;
 pub const JOIN_FRAME_BYTES: usize = 4 << 10;
 /// Largest hello: two numbers, a version text and room for what later versions add.
 pub const HELLO_FRAME_BYTES: usize = 4 << 10;
+/// Largest answer to a stranger's join call: the member list of 40 nodes, with room to spare.
+pub const JOIN_ANSWER_BYTES: usize = 64 << 10;
+/// Largest header of a byte stream: an HTTP request's head fits. Counts against
+/// [`REQUEST_BYTES`] until the stream is accepted or refused.
+pub const STREAM_HEADER_BYTES: usize = 64 << 10;
+/// Largest answer to the opening of a byte stream: a status and a reason.
+pub const STREAM_ANSWER_BYTES: usize = 4 << 10;
 /// Longest text that explains a refused call. Longer reasons are cut.
 pub const REASON_BYTES: usize = 512;
 
 /// Calls of one peer that may run at the same time on a control connection. The notes measured
 /// with this value; a task and its stream cost about 2 KiB, so 2 MiB per connection.
 pub const CONTROL_STREAMS: u32 = 1024;
-/// Streams of one peer on a bulk connection: a few transfers in parallel fill any link.
-pub const BULK_STREAMS: u32 = 64;
+/// Streams of one peer on a bulk connection. Each guest connection that the peer relays here is one
+/// of them, and a node full of guests with a busy preview has thousands. A task, its handler and
+/// QUIC's state cost about 8 KiB a stream, so 32 MiB per connection; unread bytes are bounded for
+/// all of them together by [`BULK_WINDOW_BYTES`].
+pub const BULK_STREAMS: u32 = 4096;
 /// Unread bytes of one control stream: a large frame needs a few round trips, not one per packet.
 pub const CONTROL_STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Unread bytes of one control connection. Memory: this much per connection.
 pub const CONTROL_WINDOW_BYTES: u32 = 16 << 20;
-/// Unread bytes of one bulk stream. quinn's 1.25 MB is made for 100 Mbit/s over 100 ms.
-pub const BULK_STREAM_WINDOW_BYTES: u32 = 8 << 20;
+/// Unread bytes of one bulk stream: 1 GB/s over 1 ms, 10 MB/s over 100 ms; whoever needs more over
+/// a long path opens several. Small against [`BULK_WINDOW_BYTES`], because a relayed client that
+/// stops reading keeps this much of it for as long as it likes.
+pub const BULK_STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Unread bytes of one bulk connection; quinn's default has no bound. Memory: this much per
-/// connection.
-pub const BULK_WINDOW_BYTES: u32 = 64 << 20;
+/// connection. So many stopped readers at once hold up the connection's other streams.
+pub const BULK_WINDOW_BYTES: u32 = 256 << 20;
+const _: () = assert!(BULK_WINDOW_BYTES / BULK_STREAM_WINDOW_BYTES >= 256);
+/// Bytes written to one bulk connection and not acknowledged yet: what a full 10 Gbit/s link has
+/// under way in 50 ms. Memory: this much per connection.
+pub const BULK_SEND_WINDOW_BYTES: u64 = 64 << 20;
+/// Streams of a connection that has not said hello: the hello, and one more whose opening tells a
+/// stranger that it may make one call only.
+pub const UNPROVEN_STREAMS: u32 = 2;
+/// Unread bytes of a connection that has not said hello. Memory: this much for each of them.
+pub const UNPROVEN_WINDOW_BYTES: u32 = 64 << 10;
 /// Unread datagrams of one control connection; the oldest are dropped first. A load report has 120
 /// bytes, so this holds minutes of them.
 pub const DATAGRAM_BUFFER_BYTES: usize = 64 << 10;
+/// Datagrams a second that one connection is heard with; the rest are dropped. A node sends one.
+pub const DATAGRAM_RATE: u64 = 100;
+/// The same at once, after a silence.
+pub const DATAGRAM_BURST: u64 = 200;
 /// Kernel buffer of each socket, each way. With the kernel's default, bulk lost 3,000 to 10,000
 /// packets per GB; with this none.
 pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
@@ -63,6 +88,10 @@ pub const MAX_ARRIVING_PER_ADDRESS: usize = 64;
 pub const MAX_UNPROVEN_PER_ADDRESS: usize = 32;
 const _: () = assert!(MAX_UNPROVEN_PER_ADDRESS < MAX_ARRIVING_PER_ADDRESS);
 const _: () = assert!(MAX_ARRIVING_PER_ADDRESS < MAX_HANDSHAKES);
+/// Connections of unknown keys held while known peers are asked about them. Each costs one call to a
+/// peer and [`UNPROVEN_WINDOW_BYTES`]; more are refused.
+pub const MAX_VOUCHING: usize = 16;
+const _: () = assert!(MAX_VOUCHING < MAX_HANDSHAKES);
 /// First packets waiting for the accept loop at one endpoint.
 pub const MAX_INCOMING: usize = 256;
 /// Bytes buffered for one connection attempt that is not accepted yet.
@@ -92,6 +121,12 @@ pub struct Limits {
     pub reply_write: Duration,
     /// All of a stranger's join call, handler included.
     pub join: Duration,
+    /// After a failed dial, how long the same one is not tried again but fails at once: a caller in
+    /// a loop must not keep both ends busy with handshakes.
+    pub redial: Duration,
+    /// How long a key that a peer vouched for is let in before the voucher is asked again. A node
+    /// that is behind has its member list up to date long before.
+    pub vouched: Duration,
 }
 
 impl Default for Limits {
@@ -103,9 +138,13 @@ impl Default for Limits {
             request_read: Duration::from_secs(10),
             reply_write: Duration::from_secs(10),
             join: Duration::from_secs(5),
+            redial: Duration::from_millis(200),
+            vouched: Duration::from_secs(60),
         }
     }
 }
 
 const _: () = assert!(FRAME_BYTES <= REQUEST_BYTES);
 const _: () = assert!(JOIN_FRAME_BYTES <= FRAME_BYTES);
+const _: () = assert!(STREAM_HEADER_BYTES <= FRAME_BYTES);
+const _: () = assert!(REASON_BYTES < STREAM_ANSWER_BYTES);

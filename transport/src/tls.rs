@@ -29,14 +29,17 @@ use crate::peers::Peers;
 /// The alert (`access_denied`) by which either end refuses the other's key.
 const ACCESS_DENIED: u8 = 49;
 
+/// The alert (`no_application_protocol`) by which the acceptor refuses what it does not speak.
+const NO_PROTOCOL: u8 = 120;
+
 /// Why a TLS configuration could not be built. It means that the crypto provider lacks something.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("set up TLS 1.3 with raw keys")]
-pub struct TlsError(#[source] Box<dyn std::error::Error + Send + Sync>);
+pub struct TlsError(#[source] Arc<dyn std::error::Error + Send + Sync>);
 
 impl TlsError {
     fn new(source: impl std::error::Error + Send + Sync + 'static) -> Self {
-        Self(Box::new(source))
+        Self(Arc::new(source))
     }
 }
 
@@ -121,6 +124,11 @@ pub(crate) fn peer_alpn(connection: &quinn::Connection) -> Option<Alpn> {
 /// Whether `code` says that a key was refused inside the handshake.
 pub(crate) fn is_key_refusal(code: quinn::TransportErrorCode) -> bool {
     code == quinn::TransportErrorCode::crypto(ACCESS_DENIED)
+}
+
+/// Whether `code` says that the protocol asked for is not spoken at the other end.
+pub(crate) fn is_alpn_refusal(code: quinn::TransportErrorCode) -> bool {
+    code == quinn::TransportErrorCode::crypto(NO_PROTOCOL)
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -217,7 +225,8 @@ impl ServerCertVerifier for Pinned {
     }
 }
 
-/// The acceptor's verifier: members, and strangers while a join token is outstanding.
+/// The acceptor's verifier: members, whoever could be vouched for, and strangers while a
+/// join token is outstanding.
 #[derive(Debug)]
 struct AnyoneWelcome {
     peers: Arc<Peers>,
@@ -236,7 +245,7 @@ impl ClientCertVerifier for AnyoneWelcome {
         _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let key = only_key(end_entity, intermediates)?;
-        if self.peers.membership().may_handshake(&key) {
+        if self.peers.may_handshake(key) {
             Ok(ClientCertVerified::assertion())
         } else {
             Err(refused())

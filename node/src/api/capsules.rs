@@ -48,7 +48,12 @@ pub(super) async fn create(
     let spec = request.into_spec(&api.view.state())?;
     let id = SandboxId(rand::random());
     let team = caller.team;
-    let command = Command::CreateSandbox { id, team, spec };
+    let command = Command::CreateSandbox {
+        id,
+        team,
+        spec,
+        hints: Vec::new(),
+    };
     if let Err(err) = api.proposer.propose(command).await {
         // No answer is not a no: the command may have been applied all the same.
         let happened = api.view.state().sandbox(id).is_some();
@@ -70,7 +75,8 @@ pub(super) async fn create(
         Phase::Starting => StatusCode::ACCEPTED,
         Phase::Stopping | Phase::Stopped | Phase::Error => return Err(not_started(sandbox)),
     };
-    Ok((status, Json(Capsule::of(&api, &state, sandbox))))
+    // Its guest came up a moment ago: nobody has used it, and its host need not be asked.
+    Ok((status, Json(Capsule::of(&state, sandbox, None))))
 }
 
 /// Asks for the end of a capsule that may still come up although its client was told of a failure:
@@ -96,11 +102,9 @@ pub(super) async fn list(State(api): State<ApiState>, caller: Caller) -> Json<Ve
         .collect();
     // Two creates may share a millisecond; the log's order decides then.
     live.sort_by_key(|sandbox| std::cmp::Reverse((sandbox.created_at, sandbox.epoch)));
-    Json(
-        live.into_iter()
-            .map(|sandbox| Capsule::of(&api, &state, sandbox))
-            .collect(),
-    )
+    let active = api.relay.last_active(&state, &live).await;
+    let shape = |it: &Sandbox| Capsule::of(&state, it, active.get(&it.id).copied());
+    Json(live.into_iter().map(shape).collect())
 }
 
 /// Shows one capsule; one that ended is shown as long as its record is kept.
@@ -115,7 +119,8 @@ pub(super) async fn get(
 ) -> Result<Json<Capsule>, ApiError> {
     let state = api.view.state();
     let sandbox = owned(&state, &caller, id)?;
-    Ok(Json(Capsule::in_detail(&api, &state, sandbox)))
+    let facts = api.relay.facts(id).await;
+    Ok(Json(Capsule::in_detail(&state, sandbox, facts)))
 }
 
 /// Destroys a capsule; doing so again succeeds.
@@ -161,7 +166,7 @@ pub(super) async fn ping(
     CapsuleId(id): CapsuleId,
 ) -> Result<StatusCode, ApiError> {
     api.sandbox(&caller, id)?;
-    api.relay.touch(id)?;
+    api.relay.ping(id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -186,11 +191,8 @@ pub(super) async fn logs(
     QueryOf(query): QueryOf<LogQuery>,
 ) -> Result<Response, ApiError> {
     api.sandbox(&caller, id)?;
-    let relay = api.relay.clone();
-    let read = tokio::task::spawn_blocking(move || relay.console_tail(id, LOG_BYTES));
-    let log = read
-        .await
-        .map_err(|err| ApiError::new(Code::InternalError, format!("read the console log: {err}")))??
+    let log = api.relay.console_tail(id, LOG_BYTES).await?;
+    let log = log
         .ok_or_else(|| ApiError::new(Code::NotFound, format!("no console log of {id} is kept")))?;
     let tail = last_lines(&log, query.tail.unwrap_or(usize::MAX)).to_vec();
     Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8")], tail).into_response())

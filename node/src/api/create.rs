@@ -70,6 +70,7 @@ impl CreateCapsule {
             memory: Mib(memory),
             idle_timeout,
             metadata,
+            ..SandboxSpec::default()
         })
     }
 }

@@ -10,6 +10,7 @@ use std::error::Error;
 
 use axum::Json;
 use axum::http::StatusCode;
+use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use raft::command::Refusal;
 use serde::Serialize;
@@ -167,7 +168,22 @@ impl ApiError {
 
 impl From<RelayError> for ApiError {
     fn from(err: RelayError) -> Self {
-        Self::from_remedy(err.remedy(), &err)
+        let detail = match &err {
+            RelayError::HostUnreachable { .. } => Some(HOST_UNREACHABLE),
+            RelayError::HostLost { .. } => Some("host_lost"),
+            RelayError::Frozen { .. } => Some(HOST_FROZEN),
+            _ => None,
+        };
+        let told = Self::from_remedy(err.remedy(), &err);
+        let code = match err {
+            RelayError::Busy { .. } => Code::Overloaded,
+            _ => told.code,
+        };
+        Self {
+            code,
+            detail,
+            ..told
+        }
     }
 }
 
@@ -187,6 +203,10 @@ impl From<ProposeError> for ApiError {
 
 impl From<GuestError> for ApiError {
     fn from(err: GuestError) -> Self {
+        // The way to the guest may be at fault, and not the guest.
+        if let Some(relay) = RelayError::among_causes(&err) {
+            return relay.clone().into();
+        }
         match &err {
             GuestError::Refused { code, message } => Self {
                 code: Code::of_guest(*code),
@@ -216,6 +236,15 @@ impl From<GuestError> for ApiError {
 
 /// The detail of an answer that came because a deadline passed.
 pub const DEADLINE_EXCEEDED: &str = "deadline_exceeded";
+
+/// The detail of an answer that came because the capsule's host cannot be reached. Nothing was
+/// done.
+const HOST_UNREACHABLE: &str = "host_unreachable";
+/// The detail of an answer that came because the capsule stands still until its host hears of the
+/// cluster again.
+const HOST_FROZEN: &str = "host_frozen";
+/// When to try again where a host is away: an election and a lease renewal later.
+const RETRY_AFTER_SECONDS: u32 = 5;
 
 /// The body of every answer from 400 up.
 #[derive(Debug, Serialize, ToSchema)]
@@ -252,13 +281,18 @@ impl IntoResponse for ApiError {
             message: message.into(),
             detail: self.detail,
         };
-        (status, Json(ErrorBody { error })).into_response()
+        let mut response = (status, Json(ErrorBody { error })).into_response();
+        if matches!(self.detail, Some(HOST_UNREACHABLE | HOST_FROZEN)) {
+            let headers = response.headers_mut();
+            headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS.into());
+        }
+        response
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use proto::ids::{NodeId, SandboxId};
+    use proto::ids::SandboxId;
     use raft::placement::Lack;
     use raft::state::Phase;
 
@@ -301,21 +335,51 @@ mod tests {
         assert_eq!(err.message, "reach the guest agent: connection refused");
     }
 
+    fn unreachable(id: SandboxId) -> RelayError {
+        RelayError::HostUnreachable {
+            id,
+            host: "otter".into(),
+            since: None,
+            why: "no answer".into(),
+        }
+    }
+
+    #[test]
+    fn a_host_that_is_away_is_told_from_a_guest_that_is() {
+        let relay = unreachable(SandboxId::default());
+        let dialled = std::io::Error::other(relay.clone());
+        let err = ApiError::from(GuestError::Unreachable {
+            source: dialled.into(),
+        });
+        assert_eq!(err, ApiError::from(relay));
+        assert_eq!(err.detail, Some(HOST_UNREACHABLE));
+        assert!(err.message.contains("otter"));
+        let response = err.into_response();
+        assert_eq!(response.headers()[RETRY_AFTER], "5");
+    }
+
+    #[test]
+    fn what_may_have_happened_is_not_to_be_tried_again_unasked() {
+        let lost = RelayError::HostLost {
+            id: SandboxId::default(),
+            host: "otter".into(),
+        };
+        let response = ApiError::from(lost).into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(!response.headers().contains_key(RETRY_AFTER));
+    }
+
     #[test]
     fn relay_and_proposal_errors_keep_their_meaning() {
         let id = SandboxId::default();
         let lack = || Refusal::NoRoom(Lack("n1 lacks memory".into()));
-        let node = NodeId(1);
         let phase = Phase::Starting;
         assert_eq!(wire_of(RelayError::NoSuchSandbox(id)), (404, "not_found"));
         assert_eq!(
             wire_of(RelayError::NotRunning { id, phase }),
             (409, "invalid_state")
         );
-        assert_eq!(
-            wire_of(RelayError::OwnerUnreachable { id, node }),
-            (503, "host_unavailable")
-        );
+        assert_eq!(wire_of(unreachable(id)), (503, "host_unavailable"));
         assert_eq!(
             wire_of(ProposeError::Refused(lack())),
             (503, "no_hosts_available")

@@ -94,7 +94,7 @@ pub(super) async fn exec(
     let timeout = foreground_timeout(request.timeout_sec)?;
     let background = request.background.unwrap_or(false);
     let command = request.into_command(background)?;
-    let guest = api.guest(&caller, id)?;
+    let guest = api.guest(&caller, id).await?;
     if background {
         let started = api.busy(id, start(&guest, id, command)).await?;
         return Ok((StatusCode::ACCEPTED, Json(started)).into_response());
@@ -136,7 +136,7 @@ pub(super) async fn processes(
     caller: Caller,
     CapsuleId(id): CapsuleId,
 ) -> Result<Json<Processes>, ApiError> {
-    let found = api.guest(&caller, id)?.processes().await?;
+    let found = api.guest(&caller, id).await?.processes().await?;
     let shape = found.into_iter().map(|process| Process {
         pid: process.pid,
         tag: process.tag.filter(|tag| !tag.is_empty()),
@@ -174,7 +174,7 @@ pub(super) async fn kill(
         Some("SIGTERM") => Signal::Term,
         _ => Signal::Kill,
     };
-    let guest = api.guest(&caller, id)?;
+    let guest = api.guest(&caller, id).await?;
     guest.signal(Selector::parse(&selector), signal).await?;
     Ok(StatusCode::NO_CONTENT)
 }

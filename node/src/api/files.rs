@@ -72,7 +72,7 @@ pub(super) async fn read(
     JsonBody(PathBody { path }): JsonBody<PathBody>,
 ) -> Result<Response, ApiError> {
     check_path(&path)?;
-    let contents = api.guest(&caller, id)?.read_file(&path).await?;
+    let contents = api.guest(&caller, id).await?.read_file(&path).await?;
     let body = Body::from_stream(watched(api, id, contents));
     Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
@@ -106,7 +106,7 @@ pub(super) async fn list(
 ) -> Result<Json<Entries>, ApiError> {
     check_path(&request.path)?;
     let depth = request.depth.unwrap_or(1).max(1);
-    let guest = api.guest(&caller, id)?;
+    let guest = api.guest(&caller, id).await?;
     let found = guest.list_dir(&request.path, depth).await?;
     Ok(Json(Entries {
         entries: found.into_iter().map(Into::into).collect(),
@@ -126,7 +126,7 @@ pub(super) async fn mkdir(
     JsonBody(PathBody { path }): JsonBody<PathBody>,
 ) -> Result<Json<Entry>, ApiError> {
     check_path(&path)?;
-    let made = api.guest(&caller, id)?.make_dir(&path).await?;
+    let made = api.guest(&caller, id).await?.make_dir(&path).await?;
     Ok(Json(Entry { entry: made.into() }))
 }
 
@@ -142,7 +142,7 @@ pub(super) async fn remove(
     JsonBody(PathBody { path }): JsonBody<PathBody>,
 ) -> Result<StatusCode, ApiError> {
     check_path(&path)?;
-    api.guest(&caller, id)?.remove(&path).await?;
+    api.guest(&caller, id).await?.remove(&path).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -108,9 +108,9 @@ impl ApiState {
     }
 
     /// The guest of the caller's running sandbox.
-    pub(super) fn guest(&self, caller: &Caller, id: SandboxId) -> Result<Guest, ApiError> {
+    pub(super) async fn guest(&self, caller: &Caller, id: SandboxId) -> Result<Guest, ApiError> {
         self.sandbox(caller, id)?;
-        Ok(self.relay.guest(id)?)
+        Ok(self.relay.guest(id).await?)
     }
 
     /// Runs `work` in a sandbox, which counts as active until the work is done.

@@ -60,7 +60,7 @@ pub(super) async fn write(
     CapsuleId(id): CapsuleId,
     request: Request<Body>,
 ) -> Result<StatusCode, ApiError> {
-    let guest = api.guest(&caller, id)?;
+    let guest = api.guest(&caller, id).await?;
     if declared_length(request.headers()).is_some_and(|it| it > FILE_BYTES + FORM_BYTES) {
         return Err(too_large());
     }
@@ -83,7 +83,7 @@ pub(super) async fn stream_write(
     CapsuleId(id): CapsuleId,
     request: Request<Body>,
 ) -> Result<StatusCode, ApiError> {
-    let guest = api.guest(&caller, id)?;
+    let guest = api.guest(&caller, id).await?;
     let form = Form::new(&request.headers().clone(), request.into_body())?;
     api.busy(id, write_path_first(&guest, form)).await?;
     Ok(StatusCode::NO_CONTENT)

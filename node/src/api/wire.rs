@@ -9,8 +9,8 @@ use raft::state::{GuestVersions, Phase, Sandbox, State, Template};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::state::ApiState;
 use crate::guest::{FileEntry, FileKind};
+use crate::relay::LocalFacts;
 
 /// Labels that the server sets and clients may not.
 pub(super) const RESERVED_KEYS: [&str; 4] = [
@@ -69,18 +69,15 @@ pub(super) struct Capsule {
     pub(super) reason: String,
     /// How long each stage of its start took, in milliseconds.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) start_ms: BTreeMap<&'static str, f64>,
+    pub(super) start_ms: BTreeMap<String, f64>,
 }
 
 impl Capsule {
-    /// The sandbox as a capsule in a list.
-    pub(super) fn of(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
+    /// The sandbox as a capsule in a list, last used at `active` where that is known.
+    pub(super) fn of(state: &State, sandbox: &Sandbox, active: Option<Stamp>) -> Self {
         let spec = &sandbox.spec;
         let owner = state.node(sandbox.owner);
-        let facts = api.relay.facts(sandbox.id);
-        let active = facts
-            .and_then(|facts| facts.last_active)
-            .or(sandbox.started_at);
+        let active = active.or(sandbox.started_at);
         let mut metadata = spec.metadata.clone();
         metadata.extend(version_labels(&sandbox.versions));
         Self {
@@ -106,16 +103,15 @@ impl Capsule {
         }
     }
 
-    /// The same with what takes a look at the disk.
-    pub(super) fn in_detail(api: &ApiState, state: &State, sandbox: &Sandbox) -> Self {
-        let facts = api.relay.facts(sandbox.id);
-        let used = facts.as_ref().and_then(|facts| facts.disk_used_bytes);
-        let stages = facts.map(|facts| facts.start_stages).unwrap_or_default();
-        let in_ms = |(stage, took): (&'static str, Duration)| (stage, took.as_secs_f64() * 1000.0);
+    /// The same with what its host told of it.
+    pub(super) fn in_detail(state: &State, sandbox: &Sandbox, facts: Option<LocalFacts>) -> Self {
+        let facts = facts.unwrap_or_default();
+        let used = facts.disk_used_bytes;
+        let in_ms = |(stage, took): (String, Duration)| (stage, took.as_secs_f64() * 1000.0);
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
-            start_ms: stages.into_iter().map(in_ms).collect(),
-            ..Self::of(api, state, sandbox)
+            start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
+            ..Self::of(state, sandbox, facts.last_active)
         }
     }
 }

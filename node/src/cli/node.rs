@@ -1,5 +1,6 @@
 //! `wrenn node`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +11,9 @@ use serde_json::Value;
 
 use super::error::{CliError, chain};
 use super::{Global, Hooks, find, print};
-use crate::config::{AcceleratorChoice, Cidr, Config, Period, VmmChoice, Written, WrittenCapacity};
+use crate::config::{
+    AcceleratorChoice, Cidr, Config, JoinToken, Period, Tag, VmmChoice, Written, WrittenCapacity,
+};
 
 /// What to do with nodes.
 #[derive(Debug, Subcommand)]
@@ -53,9 +56,23 @@ pub(super) struct Settings {
     /// Where the API listens.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
-    /// Where peers reach the node (UDP); the port after it carries bulk transfers.
+    /// Where the node listens for peers (UDP).
     #[arg(long, value_name = "ADDR:PORT")]
     cluster_listen: Option<SocketAddr>,
+    /// Where bulk transfers arrive (UDP); the port after --cluster-listen where absent.
+    #[arg(long, value_name = "ADDR:PORT")]
+    bulk_listen: Option<SocketAddr>,
+    /// Where peers dial the node, if that differs; --cluster-listen where absent, and for
+    /// 0.0.0.0 the address on the way to the outside.
+    #[arg(long, value_name = "ADDR:PORT")]
+    advertise: Option<SocketAddr>,
+    /// Join the cluster that gave out this token; a member ignores it. Other users see arguments
+    /// in `ps`: `@FILE` reads it from a file, and WRENN_JOIN_TOKEN takes either.
+    #[arg(long, value_name = "TOKEN|@FILE")]
+    join: Option<JoinToken>,
+    /// What capsules may ask of their node; `zone` is what fails together. May be repeated.
+    #[arg(long = "tag", value_name = "KEY=VALUE")]
+    tags: Vec<Tag>,
     /// Where clients reach the API.
     #[arg(long, value_name = "URL")]
     public_url: Option<String>,
@@ -115,12 +132,18 @@ impl Settings {
     pub(super) fn into_config(self) -> Result<Config, CliError> {
         let file = self.config;
         let egress_allow = Some(self.egress_allow).filter(|list| !list.is_empty());
+        let tags = self.tags.into_iter().map(Tag::into_pair);
+        let tags = Some(tags.collect::<BTreeMap<_, _>>()).filter(|tags| !tags.is_empty());
         let flags = Written {
             data_dir: self.data_dir,
             images_dir: self.images_dir,
             name: self.name,
             listen: self.listen,
             cluster_listen: self.cluster_listen,
+            bulk_listen: self.bulk_listen,
+            advertise: self.advertise,
+            join: self.join,
+            tags,
             public_url: self.public_url,
             vmm: self.vmm,
             accelerator: self.accelerator,

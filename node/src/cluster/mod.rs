@@ -3,8 +3,11 @@
 //! [`View`] reads, [`Proposer`] writes; both stand on a [`Log`], which is the raft group in a
 //! running node and an in-memory log in tests of logic. Above this room nobody knows raft.
 
+pub mod autopilot;
 mod fake;
 mod group;
+pub mod lease;
+pub mod liveness;
 mod propose;
 mod view;
 

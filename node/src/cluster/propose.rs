@@ -66,11 +66,17 @@ impl ProposeError {
     pub const fn remedy(&self) -> Remedy {
         match self {
             Self::Refused(refusal) => match refusal {
-                Refusal::NoSuchSandbox(_) | Refusal::NoSuchTemplate(_) | Refusal::NoSuchKey(_) => {
-                    Remedy::NotThere
-                }
+                Refusal::NoSuchSandbox(_)
+                | Refusal::NoSuchTemplate(_)
+                | Refusal::NoSuchKey(_)
+                | Refusal::NoSuchNode(_)
+                | Refusal::NoSuchToken(_) => Remedy::NotThere,
                 Refusal::NoRoom(_) => Remedy::RetryLater,
-                Refusal::IdTaken(_) | Refusal::Fenced { .. } => Remedy::WrongState,
+                Refusal::IdTaken(_)
+                | Refusal::Fenced { .. }
+                | Refusal::TokenExpired(_)
+                | Refusal::TokenUsed(_)
+                | Refusal::Unfit(_) => Remedy::WrongState,
                 _ => Remedy::CallOperator,
             },
             Self::Log(LogError::Unknown { .. }) => Remedy::RetryLater,

@@ -1,5 +1,6 @@
 //! A configuration as used: complete, in its own types, and free of contradictions.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +12,8 @@ use super::defaults;
 use super::error::ConfigError;
 use super::file::{Written, WrittenCapacity};
 use super::machine::Machine;
-use super::values::{AcceleratorChoice, Cidr, Period, VmmChoice};
+use super::peering;
+use super::values::{AcceleratorChoice, Cidr, JoinToken, Period, VmmChoice};
 
 /// Network slots that the address plan has in all.
 const SLOTS: u32 = 1 << 16;
@@ -35,10 +37,18 @@ pub struct Config {
     pub name: String,
     /// Where the API listens (TCP).
     pub listen: SocketAddr,
-    /// Where peers reach the node (UDP).
+    /// Where the node listens for peers (UDP).
     pub cluster_listen: SocketAddr,
-    /// Where bulk transfers go: the port after [`Self::cluster_listen`].
+    /// Where bulk transfers arrive (UDP).
     pub bulk_listen: SocketAddr,
+    /// Where peers dial the node.
+    pub advertise: SocketAddr,
+    /// Where peers dial it for bulk transfers.
+    pub advertise_bulk: SocketAddr,
+    /// The token of a cluster to join; a member of one has no use for it.
+    pub join: Option<JoinToken>,
+    /// What placement may ask for; `zone` is what fails together.
+    pub tags: BTreeMap<String, String>,
     /// Where clients reach the API, without a slash at the end.
     pub public_url: String,
     /// Which driver runs guests.
@@ -102,14 +112,18 @@ impl Config {
         let images = written.images_dir.clone();
         let images_dir = images.unwrap_or_else(|| data_dir.join(defaults::IMAGES_SUBDIR));
         let listen = fixed_port("listen", written.listen.unwrap_or(defaults::LISTEN))?;
-        let cluster = written.cluster_listen.unwrap_or(defaults::CLUSTER_LISTEN);
-        let cluster_listen = fixed_port("cluster_listen", cluster)?;
+        let peering = peering::check(&written, machine)?;
         let (slot_base, slot_count, slot_pool) = slots(&written)?;
         let networks = written.egress_allow.iter().flatten();
         Ok(Self {
             images_dir: absolute("images_dir", images_dir)?,
             name: name(written.name, machine)?,
-            bulk_listen: next_port(cluster_listen)?,
+            cluster_listen: peering.listen,
+            bulk_listen: peering.bulk_listen,
+            advertise: peering.advertise,
+            advertise_bulk: peering.advertise_bulk,
+            join: peering::token(written.join, &data_dir)?,
+            tags: peering::tags(written.tags)?,
             public_url: public_url(written.public_url, listen, machine)?,
             vmm: vmm(written.vmm.unwrap_or_default())?,
             accelerator: written.accelerator.unwrap_or_default(),
@@ -120,7 +134,6 @@ impl Config {
             ended_retention: retention(written.ended_retention)?,
             data_dir,
             listen,
-            cluster_listen,
             slot_base,
             slot_count,
             slot_pool,
@@ -138,18 +151,14 @@ fn absolute(setting: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError
     std::path::absolute(&path).map_err(|err| value(setting, path.display(), err))
 }
 
-fn fixed_port(setting: &'static str, address: SocketAddr) -> Result<SocketAddr, ConfigError> {
+pub(super) fn fixed_port(
+    setting: &'static str,
+    address: SocketAddr,
+) -> Result<SocketAddr, ConfigError> {
     if address.port() == 0 {
         return Err(value(setting, address, "the port must be chosen"));
     }
     Ok(address)
-}
-
-fn next_port(address: SocketAddr) -> Result<SocketAddr, ConfigError> {
-    let why = "the port after it must exist: it carries bulk transfers";
-    let port = address.port().checked_add(1);
-    let port = port.ok_or_else(|| value("cluster_listen", address, why))?;
-    Ok(SocketAddr::new(address.ip(), port))
 }
 
 fn name(given: Option<String>, machine: &Machine) -> Result<String, ConfigError> {
@@ -269,7 +278,11 @@ fn retention(given: Option<Period>) -> Result<Duration, ConfigError> {
     ))
 }
 
-fn value(setting: &'static str, value: impl ToString, why: impl ToString) -> ConfigError {
+pub(super) fn value(
+    setting: &'static str,
+    value: impl ToString,
+    why: impl ToString,
+) -> ConfigError {
     ConfigError::Value {
         setting,
         value: value.to_string(),
@@ -297,6 +310,7 @@ mod tests {
     fn machine() -> Machine {
         Machine {
             hostname: "box".into(),
+            address: None,
             cores: 4,
             memory: Mib(10_000),
             disk_free: Mib(1000),

@@ -17,6 +17,14 @@ pub enum ConfigError {
         /// What the system says.
         source: io::Error,
     },
+    /// The file that holds the join token cannot be read.
+    #[error("read the join token in {}", path.display())]
+    Token {
+        /// Which file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
     /// The file is no configuration: bad syntax, an unknown key, a value of another kind.
     #[error("understand the configuration {}", path.display())]
     Parse {
@@ -61,7 +69,7 @@ impl ConfigError {
     pub const fn remedy(&self) -> Remedy {
         match self {
             Self::Parse { .. } | Self::Value { .. } | Self::Relation { .. } => Remedy::FixRequest,
-            Self::Read { .. } | Self::Machine { .. } => Remedy::CallOperator,
+            Self::Read { .. } | Self::Token { .. } | Self::Machine { .. } => Remedy::CallOperator,
         }
     }
 }

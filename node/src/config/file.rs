@@ -1,6 +1,7 @@
 //! A configuration as written: in a file, the environment or arguments. Every setting may be
 //! absent; unknown keys of a file are refused by name.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use std::str::FromStr;
 use serde::Deserialize;
 
 use super::error::ConfigError;
-use super::values::{AcceleratorChoice, Cidr, Period, VmmChoice};
+use super::values::{AcceleratorChoice, BadText, Cidr, JoinToken, Period, Tag, VmmChoice};
 
 /// What one source says. In TOML every field is a key of the same name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -23,8 +24,16 @@ pub struct Written {
     pub name: Option<String>,
     /// Where the API listens (TCP).
     pub listen: Option<SocketAddr>,
-    /// Where peers reach the node (UDP); the next port carries bulk transfers.
+    /// Where the node listens for peers (UDP).
     pub cluster_listen: Option<SocketAddr>,
+    /// Where bulk transfers arrive (UDP); the port after `cluster_listen` where absent.
+    pub bulk_listen: Option<SocketAddr>,
+    /// Where peers dial the node, if that differs.
+    pub advertise: Option<SocketAddr>,
+    /// The token of a cluster to join, or `@` and a file that holds it.
+    pub join: Option<JoinToken>,
+    /// What placement may ask for; `zone` is what fails together.
+    pub tags: Option<BTreeMap<String, String>>,
     /// Where clients reach the API.
     pub public_url: Option<String>,
     /// Which driver runs guests.
@@ -83,13 +92,18 @@ impl Written {
     /// [`ConfigError::Value`] names the variable.
     pub fn from_env(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
         let env = Env(lookup);
-        let egress = env.parsed::<List>("WRENN_EGRESS_ALLOW")?;
+        let egress = env.parsed::<List<Cidr>>("WRENN_EGRESS_ALLOW")?;
+        let tags = env.parsed::<List<Tag>>("WRENN_NODE_TAGS")?;
         Ok(Self {
             data_dir: env.parsed("WRENN_DATA_DIR")?,
             images_dir: env.parsed("WRENN_IMAGES")?,
             name: env.parsed("WRENN_NODE_NAME")?,
             listen: env.parsed("WRENN_LISTEN")?,
             cluster_listen: env.parsed("WRENN_CLUSTER_LISTEN")?,
+            bulk_listen: env.parsed("WRENN_BULK_LISTEN")?,
+            advertise: env.parsed("WRENN_ADVERTISE")?,
+            join: env.token("WRENN_JOIN_TOKEN")?,
+            tags: tags.map(|list| list.0.into_iter().map(Tag::into_pair).collect()),
             public_url: env.parsed("WRENN_PUBLIC_URL")?,
             vmm: env.parsed("WRENN_VMM")?,
             accelerator: env.parsed("WRENN_ACCELERATOR")?,
@@ -117,6 +131,10 @@ impl Written {
             name: self.name.or(below.name),
             listen: self.listen.or(below.listen),
             cluster_listen: self.cluster_listen.or(below.cluster_listen),
+            bulk_listen: self.bulk_listen.or(below.bulk_listen),
+            advertise: self.advertise.or(below.advertise),
+            join: self.join.or(below.join),
+            tags: self.tags.or(below.tags),
             public_url: self.public_url.or(below.public_url),
             vmm: self.vmm.or(below.vmm),
             accelerator: self.accelerator.or(below.accelerator),
@@ -155,15 +173,27 @@ impl<F: Fn(&str) -> Option<String>> Env<F> {
         })?;
         Ok(Some(parsed))
     }
+
+    /// The same for what must not be quoted in a complaint.
+    fn token(&self, name: &'static str) -> Result<Option<JoinToken>, ConfigError> {
+        self.parsed(name).map_err(|err| match err {
+            ConfigError::Value { setting, why, .. } => ConfigError::Value {
+                setting,
+                value: "(not shown)".into(),
+                why,
+            },
+            other => other,
+        })
+    }
 }
 
-/// Networks between commas.
-struct List(Vec<Cidr>);
+/// Values between commas.
+struct List<T>(Vec<T>);
 
-impl FromStr for List {
-    type Err = super::values::BadText;
+impl<T: FromStr<Err = BadText>> FromStr for List<T> {
+    type Err = BadText;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
+    fn from_str(text: &str) -> Result<Self, BadText> {
         let parts = text.split(',').map(str::trim).filter(|it| !it.is_empty());
         parts.map(str::parse).collect::<Result<_, _>>().map(Self)
     }
@@ -187,5 +217,6 @@ mod example {
         let all: String = example.lines().map(uncommented).collect();
         let written = parse(&all).expect("valid with every line");
         assert!(written.slot_count.is_some() && written.capacity.disk_mib.is_some());
+        assert!(written.tags.is_some_and(|tags| tags.contains_key("zone")));
     }
 }

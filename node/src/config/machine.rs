@@ -1,5 +1,6 @@
-//! What defaults are derived from: this machine's name, cores, memory and free disk.
+//! What defaults are derived from: this machine's name, address, cores, memory and free disk.
 
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::{fs, io, thread};
 
@@ -12,6 +13,8 @@ use super::error::ConfigError;
 pub struct Machine {
     /// Its host name.
     pub hostname: String,
+    /// Its address on the way to the outside; `None` where no route leads there.
+    pub address: Option<IpAddr>,
     /// Its logical processors.
     pub cores: u32,
     /// Its memory in all.
@@ -32,11 +35,25 @@ impl Machine {
         let cores = thread::available_parallelism().map_err(failed("the number of cores"))?;
         Ok(Self {
             hostname: hostname.to_string_lossy().into_owned(),
+            address: outward_address(),
             cores: u32::try_from(cores.get()).unwrap_or(u32::MAX),
             memory: total_memory().map_err(failed("the size of memory"))?,
             disk_free: free_disk(data_dir).map_err(failed("the free disk space"))?,
         })
     }
+}
+
+/// The address that the kernel would send from along the default route. Connecting a datagram
+/// socket asks the routing table and sends nothing; both addresses are reserved for documentation.
+fn outward_address() -> Option<IpAddr> {
+    let ways = [("0.0.0.0:0", "192.0.2.1:9"), ("[::]:0", "[2001:db8::1]:9")];
+    let source = |(from, to): (&str, &str)| {
+        let socket = UdpSocket::bind(from).ok()?;
+        socket.connect(to).ok()?;
+        socket.local_addr().ok().map(|it: SocketAddr| it.ip())
+    };
+    let found = ways.into_iter().find_map(source);
+    found.filter(|address| !address.is_unspecified())
 }
 
 fn total_memory() -> io::Result<Mib> {

@@ -9,10 +9,14 @@ pub mod defaults;
 mod error;
 mod file;
 mod machine;
+mod peering;
 mod values;
+
+/// Lies in the data directory of a node that is a member of a cluster, and in no other.
+pub const MEMBER_FILE: &str = "member.json";
 
 pub use checked::{Capacity, Config};
 pub use error::ConfigError;
 pub use file::{Written, WrittenCapacity};
 pub use machine::Machine;
-pub use values::{AcceleratorChoice, BadText, Cidr, Period, VmmChoice};
+pub use values::{AcceleratorChoice, BadText, Cidr, JoinToken, Period, Tag, VmmChoice};

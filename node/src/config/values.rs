@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::Ipv4Addr;
+use std::ops::Deref;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -114,6 +115,92 @@ impl From<Cidr> for String {
     }
 }
 
+/// The token of a cluster to join. Whoever has it may join, so it is never shown: neither by
+/// `Debug` nor when a configuration is printed.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct JoinToken(String);
+
+/// What stands in the place of a token where one would be shown.
+const NOT_SHOWN: &str = "(not shown)";
+
+impl FromStr for JoinToken {
+    type Err = BadText;
+
+    fn from_str(text: &str) -> Result<Self, BadText> {
+        let text = text.trim();
+        if text.is_empty() || text.contains(char::is_whitespace) {
+            return Err(BadText("expected one word without spaces".into()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl Deref for JoinToken {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for JoinToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(NOT_SHOWN)
+    }
+}
+
+impl Serialize for JoinToken {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(NOT_SHOWN)
+    }
+}
+
+/// A tag of a node, written `key=value`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tag {
+    /// Letters, digits, `.`, `_`, `-` and `/`; `zone` is what fails together.
+    pub key: String,
+    /// The same characters.
+    pub value: String,
+}
+
+/// Longest key and longest value of a tag: tags are replicated to every node.
+const TAG_CHARS: usize = 64;
+
+impl Tag {
+    /// A tag, if both texts fit one.
+    ///
+    /// # Errors
+    /// [`BadText`] says what fits.
+    pub fn new(key: &str, value: &str) -> Result<Self, BadText> {
+        let plain = |it: char| it.is_ascii_alphanumeric() || matches!(it, '.' | '_' | '-' | '/');
+        let fits =
+            |text: &str| !text.is_empty() && text.len() <= TAG_CHARS && text.chars().all(plain);
+        if fits(key) && fits(value) {
+            let (key, value) = (key.to_owned(), value.to_owned());
+            return Ok(Self { key, value });
+        }
+        let why = "expected key=value, each of up to 64 letters, digits, '.', '_', '-' and '/'";
+        Err(BadText(why.into()))
+    }
+
+    /// Key and value.
+    #[must_use]
+    pub fn into_pair(self) -> (String, String) {
+        (self.key, self.value)
+    }
+}
+
+impl FromStr for Tag {
+    type Err = BadText;
+
+    fn from_str(text: &str) -> Result<Self, BadText> {
+        let (key, value) = text.split_once('=').unwrap_or((text, ""));
+        Self::new(key, value)
+    }
+}
+
 /// A length of time, written `500ms`, `90s`, `5m`, `24h` or `7d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -212,6 +299,29 @@ mod tests {
         assert_eq!(Period(Duration::ZERO).to_string(), "0s");
     }
 
+    #[test]
+    fn a_join_token_shows_nothing_of_itself() {
+        let token: JoinToken = " wj1.secret\n".parse().expect("a token");
+        assert_eq!(&*token, "wj1.secret");
+        assert!(!format!("{token:?}").contains("secret"));
+        assert!(
+            !serde_json::to_string(&token)
+                .expect("JSON")
+                .contains("secret")
+        );
+        assert!("".parse::<JoinToken>().is_err() && "a b".parse::<JoinToken>().is_err());
+    }
+
+    #[test]
+    fn tags_need_a_key_and_a_value_of_plain_characters() {
+        let tag: Tag = "zone=eu/1".parse().expect("a tag");
+        assert_eq!(tag.into_pair(), ("zone".into(), "eu/1".into()));
+        for bad in ["", "zone", "=a", "zone=", "a=b=c", "a b=c", "zone=\u{e4}"] {
+            assert!(bad.parse::<Tag>().is_err(), "{bad}");
+        }
+        assert!(Tag::new(&"k".repeat(65), "v").is_err());
+    }
+
     proptest! {
         #[test]
         fn periods_survive_being_written_and_read(ms in 0..u64::from(u32::MAX)) {
@@ -228,7 +338,7 @@ mod tests {
 
         #[test]
         fn no_text_makes_a_reader_panic(text in ".{0,30}") {
-            let _ = (text.parse::<Cidr>(), text.parse::<Period>());
+            let _ = (text.parse::<Cidr>(), text.parse::<Period>(), text.parse::<Tag>());
         }
     }
 }

@@ -26,6 +26,9 @@ pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<GuestStream>> + Sen
 pub trait Dial: fmt::Debug + Send + Sync + 'static {
     /// Opens one stream.
     fn dial(&self) -> DialFuture;
+
+    /// The same guest at another port.
+    fn at_port(&self, port: u16) -> Arc<dyn Dial>;
 }
 
 /// Dials a guest on this host.
@@ -42,6 +45,10 @@ impl Dial for TcpDial {
             Ok(GuestStream(Box::new(stream)))
         })
     }
+
+    fn at_port(&self, port: u16) -> Arc<dyn Dial> {
+        Arc::new(Self(SocketAddr::new(self.0.ip(), port)))
+    }
 }
 
 /// A [`Dial`] whose streams break when the guest is gone.
@@ -49,19 +56,20 @@ impl Dial for TcpDial {
 /// A killed guest closes no connection and its host's end of the link vanishes with it, so a
 /// reader would wait for ever; and its address will be another guest's.
 #[derive(Clone, Debug)]
-pub struct CutDial<D> {
-    dial: D,
+pub struct CutDial {
+    dial: Arc<dyn Dial>,
     gone: CancellationToken,
 }
 
-impl<D: Dial> CutDial<D> {
+impl CutDial {
     /// Dials by `dial` until `gone`.
-    pub const fn new(dial: D, gone: CancellationToken) -> Self {
+    pub fn new(dial: impl Dial, gone: CancellationToken) -> Self {
+        let dial = Arc::new(dial);
         Self { dial, gone }
     }
 }
 
-impl<D: Dial> Dial for CutDial<D> {
+impl Dial for CutDial {
     fn dial(&self) -> DialFuture {
         let (dialling, gone) = (self.dial.dial(), self.gone.clone());
         Box::pin(async move {
@@ -72,6 +80,13 @@ impl<D: Dial> Dial for CutDial<D> {
                 reader: Box::pin(gone.clone().cancelled_owned()),
                 writer: Box::pin(gone.cancelled_owned()),
             }))
+        })
+    }
+
+    fn at_port(&self, port: u16) -> Arc<dyn Dial> {
+        Arc::new(Self {
+            dial: self.dial.at_port(port),
+            gone: self.gone.clone(),
         })
     }
 }

@@ -1,5 +1,6 @@
 //! What can go wrong between this node and a guest agent.
 
+use std::error::Error as _;
 use std::time::Duration;
 
 use connectrpc::{ConnectError, ErrorCode};
@@ -118,6 +119,8 @@ impl From<ConnectError> for GuestError {
             ErrorCode::Unimplemented => GuestCode::Unimplemented,
             ErrorCode::DeadlineExceeded => GuestCode::DeadlineExceeded,
             ErrorCode::Unavailable => return Self::unreachable(err),
+            // A cause is never sent: this one is our side's, and no word of the agent.
+            _ if err.source().is_some() => return Self::unreachable(err),
             _ => GuestCode::Other,
         };
         let message = err

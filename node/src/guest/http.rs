@@ -93,6 +93,14 @@ impl Guest {
         &self.shared.dial
     }
 
+    /// What the agent demands of every caller: a secret of this sandbox, for the nodes of the
+    /// cluster alone.
+    #[must_use]
+    pub fn access_token(&self) -> &str {
+        // It was made from a string.
+        self.shared.token.to_str().unwrap_or_default()
+    }
+
     pub(super) fn process(&self) -> &ProcessClient<RpcTransport> {
         &self.shared.process
     }

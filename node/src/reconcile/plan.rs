@@ -202,7 +202,7 @@ fn ended_report(end: &End) -> Report {
         End::Stopped { reason } => Report::Stopped {
             reason: bounded(reason),
         },
-        End::Failed { reason } => Report::Failed {
+        End::Failed { reason } | End::LeaseLost { reason } => Report::Failed {
             reason: bounded(reason),
         },
     }
@@ -243,14 +243,9 @@ mod tests {
             id: HERE,
             name: "n1".into(),
             key: NodeKey([1; 32]),
-            api_url: String::new(),
-            cluster_address: String::new(),
             capacity: room,
-            vmm: String::new(),
-            vmm_version: String::new(),
-            accelerator: String::new(),
-            version: String::new(),
-            admitted_at: Stamp(0),
+            templates: BTreeMap::from([("minimal".into(), [0; 32])]),
+            ..Node::default()
         };
         let template = Template {
             name: "minimal".into(),
@@ -271,7 +266,12 @@ mod tests {
         let first = [
             Command::AdmitNode(node),
             Command::PutTemplate(template),
-            Command::CreateSandbox { id: ID, team, spec },
+            Command::CreateSandbox {
+                id: ID,
+                team,
+                spec,
+                hints: vec![],
+            },
         ];
         let mut state = State::default();
         for (index, command) in (1..).zip(first.into_iter().chain(commands)) {

@@ -1,13 +1,35 @@
 //! Finding the node that runs a sandbox and carrying bytes to its guest.
 //!
 //! [`Relay::guest`] answers with a client of the guest agent, whichever node the guest is on; the
-//! caller cannot tell the difference. Today every guest is on this node; a relay over the
-//! transport joins here, behind the same [`Guest`].
+//! caller cannot tell the difference.
+//!
+//! ```text
+//! here    Relay (locate) > LocalGuests > guest                     it runs here
+//!                        > RemoteDial (remote) > Peers ~ ~ ~ .     it runs elsewhere
+//! there                           LocalGuests < Server (serve) < ' guest
+//! ```
+//!
+//! What the owner alone knows is asked through the same seam ([`Peers::ask`], answered in
+//! `answer.rs`); that a sandbox is used is told in batches (`touch.rs`).
 
+mod answer;
 mod error;
+mod fake;
 mod local;
 mod locate;
+mod peers;
+mod pump;
+mod quic;
+mod refusal;
+mod remote;
+mod serve;
+mod touch;
+mod wire;
 
 pub use error::RelayError;
+pub use fake::InProcessPeers;
 pub use local::{LocalFacts, LocalGuests};
 pub use locate::Relay;
+pub use peers::{NoPeers, PeerError, Peers};
+pub use quic::{QuicPeers, QuicRelay, Ways};
+pub use serve::{STREAMS_IN_ALL, STREAMS_PER_PEER, Server};

@@ -48,7 +48,11 @@ pub(super) async fn announce(
         vmm_version: chosen.version.clone(),
         accelerator: chosen.accelerator.name().to_owned(),
         version: version::PRODUCT.to_owned(),
-        admitted_at: Stamp::default(),
+        templates: catalog
+            .templates()
+            .map(|held| (held.name.to_string(), held.digest.0))
+            .collect(),
+        ..Node::default()
     };
     if let Some(known) = state.node(FOUNDER) {
         node.admitted_at = known.admitted_at;

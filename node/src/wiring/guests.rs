@@ -1,6 +1,7 @@
 //! Joins the relay to the sandboxes of this node; neither knows the other.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
@@ -24,11 +25,15 @@ impl LocalGuests for RegistryGuests {
         self.0.touch(id);
     }
 
-    fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
+    fn last_active(&self, id: SandboxId) -> Option<Stamp> {
         let idle = self.0.idle_for(id)?;
         let idle_ms = u64::try_from(idle.as_millis()).unwrap_or(u64::MAX);
+        Some(Stamp(SystemClock.now().0.saturating_sub(idle_ms)))
+    }
+
+    fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
         Some(LocalFacts {
-            last_active: Some(Stamp(SystemClock.now().0.saturating_sub(idle_ms))),
+            last_active: Some(self.last_active(id)?),
             disk_used_bytes: self.0.disk_used_bytes(id),
             start_stages: self.0.timings(id).map(stages).unwrap_or_default(),
         })
@@ -39,7 +44,7 @@ impl LocalGuests for RegistryGuests {
     }
 }
 
-fn stages(timings: StartTimings) -> Vec<(&'static str, std::time::Duration)> {
+fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
     let StartTimings {
         record,
         slot,
@@ -49,7 +54,7 @@ fn stages(timings: StartTimings) -> Vec<(&'static str, std::time::Duration)> {
         guest,
         setup,
     } = timings;
-    vec![
+    let named = [
         ("record", record),
         ("slot", slot),
         ("disk", disk),
@@ -57,5 +62,6 @@ fn stages(timings: StartTimings) -> Vec<(&'static str, std::time::Duration)> {
         ("vmm", vmm),
         ("guest", guest),
         ("setup", setup),
-    ]
+    ];
+    named.map(|(name, took)| (name.to_owned(), took)).into()
 }

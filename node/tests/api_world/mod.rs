@@ -327,7 +327,8 @@ async fn populate(proposer: &Proposer) {
         vmm_version: "1".into(),
         accelerator: "none".into(),
         version: "1.2.3".into(),
-        admitted_at: Stamp(0),
+        templates: [("minimal".into(), [1; 32])].into(),
+        ..Node::default()
     };
     let template = Template {
         name: "minimal".into(),

@@ -5,24 +5,29 @@
 //! of one table byte and the object's id. Reservations are derived from the sandboxes and never
 //! stored.
 
+mod cluster;
 mod keys;
 mod nodes;
 mod rows;
 mod sandboxes;
 mod templates;
+mod tokens;
 
-use proto::ids::{KeyId, NodeId, SandboxId};
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TokenId};
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
 
+pub use cluster::{Cluster, Settings};
 pub use keys::Key;
-pub use nodes::{Node, Resources};
+pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Row, RowKey};
-pub use sandboxes::{Desired, GuestVersions, Phase, Sandbox, SandboxSpec};
+pub use sandboxes::{Desired, GuestVersions, HostLoss, Phase, Sandbox, SandboxSpec};
 pub use templates::Template;
+pub use tokens::Token;
 
 /// The replicated state after some log index.
 #[derive(Clone, Debug, Default)]
 pub struct State {
+    cluster: Option<Cluster>,
     nodes: RedBlackTreeMapSync<NodeId, Node>,
     keys: RedBlackTreeMapSync<KeyId, Key>,
     /// Looking a key up by its hash happens on every request.
@@ -30,9 +35,53 @@ pub struct State {
     templates: RedBlackTreeMapSync<String, Template>,
     sandboxes: RedBlackTreeMapSync<SandboxId, Sandbox>,
     reserved: RedBlackTreeMapSync<NodeId, Resources>,
+    tokens: RedBlackTreeMapSync<TokenId, Token>,
+    removed: RedBlackTreeMapSync<NodeKey, Removed>,
 }
 
 impl State {
+    /// The cluster, once it is founded.
+    #[must_use]
+    pub const fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_ref()
+    }
+
+    /// What operators set, or the defaults.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        self.cluster
+            .as_ref()
+            .map_or_else(Settings::default, |cluster| cluster.settings)
+    }
+
+    /// Every join token that is still remembered, by id.
+    pub fn tokens(&self) -> impl Iterator<Item = &Token> {
+        self.tokens.values()
+    }
+
+    /// One join token.
+    #[must_use]
+    pub fn token(&self, id: TokenId) -> Option<&Token> {
+        self.tokens.get(&id)
+    }
+
+    /// Every node that was removed, by key.
+    pub fn removed(&self) -> impl Iterator<Item = &Removed> {
+        self.removed.values()
+    }
+
+    /// What is remembered of a removed node.
+    #[must_use]
+    pub fn removed_node(&self, key: &NodeKey) -> Option<&Removed> {
+        self.removed.get(key)
+    }
+
+    /// The node with this key.
+    #[must_use]
+    pub fn node_by_key(&self, key: &NodeKey) -> Option<&Node> {
+        self.nodes.values().find(|node| node.key == *key)
+    }
+
     /// Every node, in the order of their ids.
     pub fn nodes(&self) -> impl Iterator<Item = &Node> {
         self.nodes.values()
@@ -94,6 +143,31 @@ impl State {
 
     pub(crate) fn put_node(&mut self, node: Node) {
         self.nodes.insert_mut(node.id, node);
+    }
+
+    pub(crate) fn put_cluster(&mut self, cluster: Cluster) {
+        self.cluster = Some(cluster);
+    }
+
+    pub(crate) fn put_token(&mut self, token: Token) {
+        self.tokens.insert_mut(token.id, token);
+    }
+
+    pub(crate) fn drop_token(&mut self, id: TokenId) {
+        self.tokens.remove_mut(&id);
+    }
+
+    pub(crate) fn put_removed(&mut self, removed: Removed) {
+        self.removed.insert_mut(removed.key, removed);
+    }
+
+    pub(crate) fn drop_removed(&mut self, key: &NodeKey) {
+        self.removed.remove_mut(key);
+    }
+
+    pub(crate) fn drop_node(&mut self, id: NodeId) {
+        self.nodes.remove_mut(&id);
+        self.reserved.remove_mut(&id);
     }
 
     pub(crate) fn put_template(&mut self, template: Template) {

@@ -1,14 +1,16 @@
 //! The nodes of the cluster and what they can hold.
 
-use proto::ids::{NodeId, NodeKey};
+use std::collections::BTreeMap;
+
+use proto::ids::{NodeId, NodeKey, TeamId};
 use proto::units::{Mib, Stamp};
 use proto::wire::raft as pb;
 
 use super::rows::BadRow;
-use crate::wire::{array, some};
+use crate::wire::{array, optional, some};
 
 /// A node as every other node knows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// Given out by the log, never reused.
     pub id: NodeId,
@@ -20,6 +22,10 @@ pub struct Node {
     pub api_url: String,
     /// Where its peers dial it.
     pub cluster_address: String,
+    /// Where they dial it for bulk transfers.
+    pub bulk_address: String,
+    /// The identity of the disk that holds its log.
+    pub disk: [u8; 16],
     /// What it offers to sandboxes in all.
     pub capacity: Resources,
     /// The driver that runs its guests, e.g. `qemu`.
@@ -32,6 +38,76 @@ pub struct Node {
     pub version: String,
     /// When it was first admitted.
     pub admitted_at: Stamp,
+    /// The operator's labels; placement can ask for them, `zone` names a failure zone.
+    pub tags: BTreeMap<String, String>,
+    /// Whether it takes no new sandboxes.
+    pub cordoned: bool,
+    /// Whether it is being emptied; a draining node is cordoned as well.
+    pub draining: bool,
+    /// Drawn anew at each start of its daemon.
+    pub incarnation: u64,
+    /// Whether its lease runs.
+    pub liveness: Liveness,
+    /// Digests of the templates it holds, by name.
+    pub templates: BTreeMap<String, [u8; 32]>,
+    /// The only team it serves, where it is a host of one team.
+    pub team: Option<TeamId>,
+}
+
+/// What the cluster knows of a node's lease.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Liveness {
+    /// It is renewed.
+    #[default]
+    Alive,
+    /// It has run out: the node freezes what is bound to it. Nothing is given out again yet.
+    Missing {
+        /// Since when.
+        since: Stamp,
+    },
+    /// It ran out so long ago that the node has killed what was bound to it.
+    Lost {
+        /// Since when it has been missing.
+        since: Stamp,
+    },
+}
+
+impl Liveness {
+    /// Whether the node's lease runs.
+    #[must_use]
+    pub const fn is_alive(self) -> bool {
+        matches!(self, Self::Alive)
+    }
+
+    /// Since when the node has not been heard of.
+    #[must_use]
+    pub const fn since(self) -> Option<Stamp> {
+        match self {
+            Self::Alive => None,
+            Self::Missing { since } | Self::Lost { since } => Some(since),
+        }
+    }
+
+    pub(crate) fn to_wire(self) -> (pb::Liveness, u64) {
+        match self {
+            Self::Alive => (pb::Liveness::Alive, 0),
+            Self::Missing { since } => (pb::Liveness::Missing, since.0),
+            Self::Lost { since } => (pb::Liveness::Lost, since.0),
+        }
+    }
+}
+
+/// What is remembered of a node that was removed: its key never comes back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// The key it had.
+    pub key: NodeKey,
+    /// The id it had.
+    pub node: NodeId,
+    /// What it was called.
+    pub name: String,
+    /// When.
+    pub at: Stamp,
 }
 
 /// An amount of everything that placement counts.
@@ -79,6 +155,20 @@ impl From<&Node> for pb::NodeRow {
             key: node.key.0.to_vec(),
             api_url: node.api_url.clone(),
             cluster_address: node.cluster_address.clone(),
+            bulk_address: node.bulk_address.clone(),
+            disk: node.disk.to_vec(),
+            tags: node.tags.clone().into_iter().collect(),
+            cordoned: node.cordoned,
+            draining: node.draining,
+            incarnation: node.incarnation,
+            liveness: node.liveness.to_wire().0.into(),
+            since_ms: node.liveness.to_wire().1,
+            templates: node
+                .templates
+                .iter()
+                .map(|(name, digest)| (name.clone(), digest.to_vec()))
+                .collect(),
+            team: node.team.map(|team| team.0.to_vec()).unwrap_or_default(),
             capacity: Some(node.capacity.into()),
             vmm: node.vmm.clone(),
             vmm_version: node.vmm_version.clone(),
@@ -93,7 +183,28 @@ impl TryFrom<pb::NodeRow> for Node {
     type Error = BadRow;
 
     fn try_from(row: pb::NodeRow) -> Result<Self, BadRow> {
+        let since = Stamp(row.since_ms);
+        let liveness = match row.liveness() {
+            pb::Liveness::Alive => Liveness::Alive,
+            pb::Liveness::Missing => Liveness::Missing { since },
+            pb::Liveness::Lost => Liveness::Lost { since },
+        };
+        let templates = row
+            .templates
+            .into_iter()
+            .map(|(name, digest)| Ok((name, array("template digest", &digest)?)))
+            .collect::<Result<_, BadRow>>()?;
         Ok(Self {
+            bulk_address: row.bulk_address,
+            // Rows of the first version have none; the node's next start fills it in.
+            disk: optional("disk id", &row.disk)?.unwrap_or_default(),
+            tags: row.tags.into_iter().collect(),
+            cordoned: row.cordoned,
+            draining: row.draining,
+            incarnation: row.incarnation,
+            liveness,
+            templates,
+            team: optional("team id", &row.team)?.map(TeamId),
             id: NodeId(row.id),
             name: row.name,
             key: NodeKey(array("node key", &row.key)?),
@@ -105,6 +216,30 @@ impl TryFrom<pb::NodeRow> for Node {
             accelerator: row.accelerator,
             version: row.version,
             admitted_at: Stamp(row.admitted_at_ms),
+        })
+    }
+}
+
+impl From<&Removed> for pb::RemovedRow {
+    fn from(removed: &Removed) -> Self {
+        Self {
+            key: removed.key.0.to_vec(),
+            node: removed.node.0,
+            name: removed.name.clone(),
+            at_ms: removed.at.0,
+        }
+    }
+}
+
+impl TryFrom<pb::RemovedRow> for Removed {
+    type Error = BadRow;
+
+    fn try_from(row: pb::RemovedRow) -> Result<Self, BadRow> {
+        Ok(Self {
+            key: NodeKey(array("node key", &row.key)?),
+            node: NodeId(row.node),
+            name: row.name,
+            at: Stamp(row.at_ms),
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The state as rows: what snapshots and the state database store.
 
 use prost::Message;
-use proto::ids::{KeyId, NodeId, SandboxId};
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TokenId};
 use proto::wire::raft as pb;
 
 use super::State;
@@ -9,6 +9,12 @@ use super::State;
 /// Where a row lies: a table and the object's id.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RowKey {
+    /// The cluster itself.
+    Cluster,
+    /// A join token.
+    Token(TokenId),
+    /// A node that was removed.
+    Removed(NodeKey),
     /// A node.
     Node(NodeId),
     /// An API key.
@@ -45,6 +51,9 @@ impl RowKey {
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let (table, id): (u8, Vec<u8>) = match self {
+            Self::Cluster => (b'c', Vec::new()),
+            Self::Token(id) => (b'j', id.0.to_vec()),
+            Self::Removed(key) => (b'r', key.0.to_vec()),
             Self::Node(id) => (b'n', id.0.to_be_bytes().to_vec()),
             Self::Key(id) => (b'k', id.0.to_vec()),
             Self::Template(name) => (b't', name.as_bytes().to_vec()),
@@ -59,6 +68,15 @@ impl State {
     #[must_use]
     pub fn row(&self, key: &RowKey) -> Option<Vec<u8>> {
         match key {
+            RowKey::Cluster => self
+                .cluster()
+                .map(|cluster| pb::ClusterRow::from(cluster).encode_to_vec()),
+            RowKey::Token(id) => self
+                .token(*id)
+                .map(|token| pb::TokenRow::from(token).encode_to_vec()),
+            RowKey::Removed(key) => self
+                .removed_node(key)
+                .map(|removed| pb::RemovedRow::from(removed).encode_to_vec()),
             RowKey::Node(id) => self
                 .node(*id)
                 .map(|node| pb::NodeRow::from(node).encode_to_vec()),
@@ -82,7 +100,14 @@ impl State {
             .templates()
             .map(|template| RowKey::Template(template.name.clone()));
         let sandboxes = self.sandboxes().map(|sandbox| RowKey::Sandbox(sandbox.id));
-        nodes
+        let cluster = self.cluster().map(|_| RowKey::Cluster);
+        let tokens = self.tokens().map(|token| RowKey::Token(token.id));
+        let removed = self.removed().map(|node| RowKey::Removed(node.key));
+        cluster
+            .into_iter()
+            .chain(nodes)
+            .chain(tokens)
+            .chain(removed)
             .chain(keys)
             .chain(templates)
             .chain(sandboxes)
@@ -97,6 +122,9 @@ impl State {
         let mut state = Self::default();
         for (key, value) in rows {
             match key.first() {
+                Some(b'c') => state.put_cluster(decode::<pb::ClusterRow>(&value)?.try_into()?),
+                Some(b'j') => state.put_token(decode::<pb::TokenRow>(&value)?.try_into()?),
+                Some(b'r') => state.put_removed(decode::<pb::RemovedRow>(&value)?.try_into()?),
                 Some(b'n') => state.put_node(decode::<pb::NodeRow>(&value)?.try_into()?),
                 Some(b'k') => state.put_key(decode::<pb::KeyRow>(&value)?.try_into()?),
                 Some(b't') => state.put_template(decode::<pb::TemplateRow>(&value)?.try_into()?),

@@ -56,6 +56,24 @@ pub struct SandboxSpec {
     pub idle_timeout: Option<Duration>,
     /// The client's own labels.
     pub metadata: BTreeMap<String, String>,
+    /// What becomes of it when its node is lost.
+    pub on_host_loss: HostLoss,
+    /// Only nodes with all of these tags may run it.
+    pub node_tags: BTreeMap<String, String>,
+    /// Only this node may run it.
+    pub on_node: Option<NodeId>,
+}
+
+/// What becomes of a running sandbox when its node is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HostLoss {
+    /// It waits for its node. Nobody else ever runs it without a person saying so, and so its
+    /// guest goes on even while the node has lost the cluster.
+    #[default]
+    Wait,
+    /// It is started anew, from its template, on another node. Its guest is bound to the node's
+    /// lease: frozen when that runs out, killed before the cluster gives the sandbox out again.
+    Restart,
 }
 
 impl SandboxSpec {
@@ -204,6 +222,9 @@ impl From<&SandboxSpec> for pb::SandboxSpec {
             disk_mib: spec.disk.0,
             idle_timeout_s: u32::try_from(idle_s).unwrap_or(u32::MAX),
             metadata: spec.metadata.clone().into_iter().collect(),
+            restart_on_host_loss: spec.on_host_loss == HostLoss::Restart,
+            node_tags: spec.node_tags.clone().into_iter().collect(),
+            on_node: spec.on_node.unwrap_or_default().0,
         }
     }
 }
@@ -218,6 +239,13 @@ impl From<pb::SandboxSpec> for SandboxSpec {
             disk: Mib(row.disk_mib),
             idle_timeout: (!idle.is_zero()).then_some(idle),
             metadata: row.metadata.into_iter().collect(),
+            on_host_loss: if row.restart_on_host_loss {
+                HostLoss::Restart
+            } else {
+                HostLoss::Wait
+            },
+            node_tags: row.node_tags.into_iter().collect(),
+            on_node: (row.on_node != 0).then_some(NodeId(row.on_node)),
         }
     }
 }

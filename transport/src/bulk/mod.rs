@@ -1,14 +1,18 @@
 //! The bulk lane: large things between members.
 //!
-//! Today this is the endpoint's set-up only: a bulk connection goes through the same handshake,
-//! gate and hello as a control connection, and then serves nothing but a ping. What will live
-//! here: `chunks.rs` (asking a peer for chunks by hash, many at a time on one stream), `images.rs`
-//! (a template or a raft snapshot as a stream of chunks) and `pace.rs` (a token bucket that halves
-//! while the control lane's round trip is well above its minimum).
+//! A bulk connection goes through the same handshake, gate and hello as a control connection, and
+//! then serves byte streams ([`crate::streams`]) and a ping, but no calls. [`pace`] bounds what this node
+//! sends to each peer.
+
+pub(crate) mod pace;
+
+pub use pace::Pace;
 
 use quinn::{IdleTimeout, TransportConfig};
 
-use crate::limits::{BULK_IDLE, BULK_STREAM_WINDOW_BYTES, BULK_STREAMS, BULK_WINDOW_BYTES};
+use crate::limits::{
+    BULK_IDLE, BULK_SEND_WINDOW_BYTES, BULK_STREAM_WINDOW_BYTES, BULK_STREAMS, BULK_WINDOW_BYTES,
+};
 
 /// The QUIC parameters that are the lane's own. Nobody keeps an unused bulk connection alive.
 pub(crate) fn transport_config() -> TransportConfig {
@@ -18,7 +22,7 @@ pub(crate) fn transport_config() -> TransportConfig {
         .max_concurrent_bidi_streams(BULK_STREAMS.into())
         .stream_receive_window(BULK_STREAM_WINDOW_BYTES.into())
         .receive_window(BULK_WINDOW_BYTES.into())
-        .send_window(BULK_WINDOW_BYTES.into())
+        .send_window(BULK_SEND_WINDOW_BYTES)
         .datagram_receive_buffer_size(None);
     config
 }

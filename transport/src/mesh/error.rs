@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use proto::ids::NodeKey;
 use quinn::ConnectionError;
@@ -35,7 +36,7 @@ pub enum StartError {
 
 /// Why a peer could not be connected.
 #[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum DialError {
     /// This node's own member list lacks the key.
     #[error("node {key} is not on the member list")]
@@ -43,18 +44,36 @@ pub enum DialError {
         /// Who was to be reached.
         key: NodeKey,
     },
+    /// Nothing came back, not even the beginning of a handshake.
+    #[error("no node answers at {address}: is it running, and does UDP reach that port from here?")]
+    Unreachable {
+        /// Where nobody is.
+        address: SocketAddr,
+    },
     /// Somebody else answered at this address.
-    #[error("the node at {address} does not have the key {expected}")]
+    #[error("the node at {address} has another key than the expected {expected}")]
     WrongKey {
         /// Who answered.
         address: SocketAddr,
         /// Whom we wanted.
         expected: NodeKey,
     },
-    /// The peer does not know this node's key.
-    #[error("the node at {address} does not accept this node's key")]
+    /// A stranger tried to join, and the peer hears none now.
+    #[error("the node at {address} refuses strangers: no join token is outstanding there")]
+    JoinClosed {
+        /// Who refused.
+        address: SocketAddr,
+    },
+    /// The peer's member list lacks this node's key.
+    #[error("the node at {address} does not know this node as a member")]
     KeyRefused {
         /// Who refused.
+        address: SocketAddr,
+    },
+    /// Both ends are nodes and have no protocol version in common.
+    #[error("the node at {address} speaks another protocol version: update the older of the two")]
+    VersionMismatch {
+        /// Who.
         address: SocketAddr,
     },
     /// The peer's gate, or its hello, said no.
@@ -85,7 +104,7 @@ pub enum DialError {
         /// To whom.
         address: SocketAddr,
         /// What went wrong.
-        source: RpcError,
+        source: Arc<RpcError>,
     },
     /// The connection could not even be begun.
     #[error("begin to connect to {address}")]
@@ -108,14 +127,53 @@ pub enum DialError {
 /// Sorts what a dialler met by who said no.
 pub(super) fn refusal(address: SocketAddr, err: RpcError) -> DialError {
     match err {
-        RpcError::Closed { code } => DialError::Refused { address, code },
+        RpcError::Closed { code } => by_code(address, code),
         RpcError::Deadline => DialError::Deadline { address },
-        RpcError::Lost { source } => match source {
-            ConnectionError::ConnectionClosed(close) if tls::is_key_refusal(close.error_code) => {
-                DialError::KeyRefused { address }
-            }
-            source => DialError::Broken { address, source },
+        RpcError::Lost { source } => broken(address, source),
+        source => DialError::Hello {
+            address,
+            source: Arc::new(source),
         },
-        source => DialError::Hello { address, source },
+    }
+}
+
+/// The same for the one call of a joiner, to whom a refused key says that nobody may join.
+pub(super) fn join_refusal(address: SocketAddr, err: RpcError) -> DialError {
+    match refusal(address, err) {
+        DialError::KeyRefused { address } => DialError::JoinClosed { address },
+        other => other,
+    }
+}
+
+/// Sorts what ended a dialler's handshake with the node that should have the key `expected`.
+pub(super) fn handshake(address: SocketAddr, expected: NodeKey, err: ConnectionError) -> DialError {
+    match err {
+        ConnectionError::TransportError(err) if tls::is_key_refusal(err.code) => {
+            DialError::WrongKey { address, expected }
+        }
+        err => refusal(address, err.into()),
+    }
+}
+
+fn by_code(address: SocketAddr, code: CloseCode) -> DialError {
+    match code {
+        CloseCode::NotMember | CloseCode::Removed => DialError::KeyRefused { address },
+        CloseCode::NoJoinOpen => DialError::JoinClosed { address },
+        CloseCode::VersionMismatch | CloseCode::UnknownProtocol => {
+            DialError::VersionMismatch { address }
+        }
+        code => DialError::Refused { address, code },
+    }
+}
+
+fn broken(address: SocketAddr, source: ConnectionError) -> DialError {
+    match source {
+        ConnectionError::ConnectionClosed(close) if tls::is_key_refusal(close.error_code) => {
+            DialError::KeyRefused { address }
+        }
+        ConnectionError::ConnectionClosed(close) if tls::is_alpn_refusal(close.error_code) => {
+            DialError::VersionMismatch { address }
+        }
+        source => DialError::Broken { address, source },
     }
 }

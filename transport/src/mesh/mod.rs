@@ -8,6 +8,7 @@
 //! the deadline > close every connection by name > wait until the packets saying so are out > join
 //! the tasks.
 
+mod dials;
 mod error;
 mod shared;
 
@@ -23,17 +24,25 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, info_span};
 
+use crate::BoxFuture;
 use crate::alpn::Alpn;
+use crate::bulk::Pace;
+use crate::bulk::pace::Paces;
 use crate::close::CloseCode;
+use crate::complaints::Complaints;
+use crate::datagram::{self, DatagramError};
 use crate::endpoint::{self, Lane, Path};
 use crate::gate::Membership;
 use crate::identity::Identity;
-use crate::limits::Limits;
+use crate::join::JoinChannel;
+use crate::limits::{JOIN_ANSWER_BYTES, Limits};
 use crate::peers::{PeerInfo, Peers};
 use crate::rpc::{self, Handler, Method, Router, RpcError, Server, Service};
+use crate::sim::Faults;
+use crate::streams::{BiStream, StreamHandler};
 use crate::tls;
 
-use error::refusal;
+use error::join_refusal;
 pub use error::{DialError, StartError};
 use shared::{Shared, close};
 
@@ -48,6 +57,10 @@ pub struct Config {
     pub limits: Limits,
     /// What the path between nodes needs.
     pub path: Path,
+    /// How fast this node sends to each peer on the bulk lane.
+    pub pace: Pace,
+    /// A bad network between this node and the others, for tests.
+    pub faults: Option<Faults>,
 }
 
 impl Config {
@@ -59,6 +72,8 @@ impl Config {
             bulk,
             limits: Limits::default(),
             path: Path::default(),
+            pace: Pace::default(),
+            faults: None,
         }
     }
 }
@@ -79,15 +94,19 @@ impl Transport {
         let bind = |lane: Lane, address| {
             let crypto = tls::server_config(identity, Arc::clone(&peers), lane.alpns())
                 .map_err(|source| StartError::Tls { source })?;
-            endpoint::bind(lane, address, crypto, config.path).map_err(|source| StartError::Bind {
-                lane,
-                address,
-                source,
-            })
+            endpoint::bind(lane, address, crypto, config.path, config.faults.clone()).map_err(
+                |source| StartError::Bind {
+                    lane,
+                    address,
+                    source,
+                },
+            )
         };
         let server = Server {
+            own: identity.key(),
             router: Arc::new(Router::default()),
-            request_max_bytes: config.limits.frame_bytes,
+            complaints: Arc::new(Complaints::default()),
+            paces: Arc::new(Paces::new(config.pace, &peers)),
             limits: config.limits,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -115,13 +134,38 @@ impl Transport {
         self.shared.peers.set_membership(membership)
     }
 
+    /// Lets `voucher` answer for keys that this node's own list lacks, which may be behind: an unknown
+    /// key that asks for the mesh is held without a stream until it has answered, and let in on
+    /// true. It should say so only on the word of a member whose list is newer than this node's.
+    ///
+    /// Keys that a list of this node had and a later one has not are refused without asking.
+    pub fn set_voucher(
+        &self,
+        voucher: impl Fn(NodeKey) -> BoxFuture<'static, bool> + Send + Sync + 'static,
+    ) {
+        self.shared.peers.set_voucher(Arc::new(voucher));
+    }
+
     /// Lets `handler` answer calls to `service` on the control lane from now on.
     pub fn register(&self, service: Service, handler: impl Handler) {
         self.shared.server.router.register(service, handler);
     }
 
+    /// Lets `handler` take the byte streams of `service` that peers open on `lane` from now on.
+    pub fn register_streams(&self, service: Service, lane: Lane, handler: impl StreamHandler) {
+        let router = &self.shared.server.router;
+        router.register_streams(service, lane, handler);
+    }
+
+    /// Hands every datagram that a member sends to `listener` from now on. It runs on the
+    /// connection's task: what takes long, or waits, belongs elsewhere.
+    pub fn on_datagram(&self, listener: impl Fn(NodeKey, Bytes) + Send + Sync + 'static) {
+        self.shared.datagrams.listen(listener);
+    }
+
     /// Makes sure there is a live, proven connection to the member `key`, dialling `address` if
-    /// there is none.
+    /// there is none. Callers that ask for the same at the same time share one dial, and one that
+    /// asks within [`Limits::redial`] of a failure is told of that failure at once.
     ///
     /// # Errors
     /// All of [`DialError`]. None of them leaves a connection behind.
@@ -138,10 +182,20 @@ impl Transport {
         if !self.shared.peers.membership().members.contains(&key) {
             return Err(DialError::NotMember { key });
         }
-        let dial = Arc::clone(&self.shared).dial_mesh(lane, address, key, deadline);
-        timeout_at(deadline, dial)
-            .await
-            .unwrap_or(Err(DialError::Deadline { address }))
+        let rest = self.shared.server.limits.redial;
+        let dials = &self.shared.dials;
+        let turn = dials.turn((key, lane, address), rest, deadline).await?;
+        if self.is_connected(lane, key) {
+            return Ok(());
+        }
+        if let Some(err) = turn.recent_failure(rest) {
+            return Err(err);
+        }
+        let outcome = Arc::clone(&self.shared)
+            .dial_mesh(lane, address, key, deadline)
+            .await;
+        turn.done(&outcome, rest);
+        outcome
     }
 
     /// Calls `method` of the connected node `peer` on the control lane.
@@ -162,6 +216,50 @@ impl Transport {
             .await
     }
 
+    /// Opens a byte stream of `service` to the connected node `peer`, telling it in `header` what it
+    /// is for. Resolves when the peer has accepted; see [`BiStream`] for how it ends.
+    ///
+    /// `deadline` bounds the opening, not the stream.
+    ///
+    /// # Errors
+    /// [`RpcError::Rejected`] and [`RpcError::Busy`]: the peer's handler said no.
+    /// [`RpcError::NotServed`]: nobody takes such streams there. The others as for a call.
+    pub async fn open_stream(
+        &self,
+        lane: Lane,
+        peer: NodeKey,
+        service: Service,
+        header: Bytes,
+        deadline: Instant,
+    ) -> Result<BiStream, RpcError> {
+        let connection = self.shared.peers.newest(peer, lane);
+        let connection = connection.ok_or(RpcError::NotConnected { peer })?;
+        let pacer = self.shared.server.paces.of(lane, peer);
+        rpc::open(&connection, service, header, deadline, pacer).await
+    }
+
+    /// Sends `bytes` to the connected node `peer` on the control lane, without any promise that
+    /// they arrive. About 1,100 bytes always fit.
+    ///
+    /// # Errors
+    /// [`DatagramError::NotConnected`] and [`DatagramError::TooLarge`].
+    pub fn send_datagram(&self, peer: NodeKey, bytes: Bytes) -> Result<(), DatagramError> {
+        let connection = self.shared.peers.newest(peer, Lane::Control);
+        let connection = connection.ok_or(DatagramError::NotConnected { peer })?;
+        datagram::send(&connection, peer, bytes)
+    }
+
+    /// Closes every connection to `peer` on both lanes and tells it why. It may dial again.
+    pub fn disconnect(&self, peer: NodeKey, code: CloseCode) {
+        self.shared.peers.disconnect(peer, code);
+    }
+
+    /// Whether there is a live, proven connection to `peer` on `lane`.
+    #[must_use]
+    pub fn is_connected(&self, lane: Lane, peer: NodeKey) -> bool {
+        self.shared.peers.newest(peer, lane).is_some()
+    }
+
     /// The round trip of an empty call to the connected node `peer`.
     ///
     /// # Errors
@@ -179,6 +277,7 @@ impl Transport {
     }
 
     /// Makes the one call that a node which is not a member has, to the node with the key `key`.
+    /// `make` builds its message once the connection stands, so that it can be tied to it.
     ///
     /// # Errors
     /// All of [`DialError`]; what the call itself met is in [`DialError::Hello`].
@@ -187,22 +286,26 @@ impl Transport {
         address: SocketAddr,
         key: NodeKey,
         method: Method,
-        body: Bytes,
+        make: impl FnOnce(&JoinChannel) -> Bytes,
         deadline: Instant,
     ) -> Result<Bytes, DialError> {
-        let one_call = async {
-            let connection = self
-                .shared
-                .dial(Lane::Control, address, key, Alpn::Join)
-                .await?;
-            let frame_bytes = self.shared.server.limits.frame_bytes;
-            let outcome = rpc::call(&connection, method, body, deadline, frame_bytes).await;
-            close(&connection, CloseCode::JoinDone);
-            outcome.map_err(|err| refusal(address, err))
+        let dialled = self
+            .shared
+            .dial(Lane::Control, address, key, Alpn::Join, deadline)
+            .await;
+        let connection = dialled.map_err(|err| match err {
+            DialError::KeyRefused { address } => DialError::JoinClosed { address },
+            err => err,
+        })?;
+        let Some(channel) = JoinChannel::of(&connection, self.key(), key) else {
+            // It has closed already; the call below says why.
+            let source = connection.closed().await;
+            return Err(join_refusal(address, source.into()));
         };
-        timeout_at(deadline, one_call)
-            .await
-            .unwrap_or(Err(DialError::Deadline { address }))
+        let body = make(&channel);
+        let outcome = rpc::call(&connection, method, body, deadline, JOIN_ANSWER_BYTES).await;
+        close(&connection, CloseCode::JoinDone);
+        outcome.map_err(|err| join_refusal(address, err))
     }
 
     /// Stops in order: no new calls, calls under way until `deadline`, goodbye, join.

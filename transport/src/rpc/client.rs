@@ -1,5 +1,6 @@
 //! The calling end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,9 +9,11 @@ use tokio::time::{Instant, timeout_at};
 
 use super::frame::{self, FrameError};
 use super::stream::Stream;
-use super::wire::{Reply, Request, status};
-use super::{Method, RpcError};
-use crate::limits::MAX_CALL;
+use super::wire::{Reply, Request, STREAM_FRAME_BYTES, status};
+use super::{Method, RpcError, Service};
+use crate::bulk::pace::Pacer;
+use crate::limits::{MAX_CALL, STREAM_ANSWER_BYTES, STREAM_HEADER_BYTES};
+use crate::streams::BiStream;
 
 /// Calls `method` of the peer at the other end of `connection`.
 ///
@@ -23,21 +26,60 @@ pub(crate) async fn call(
     deadline: Instant,
     frame_bytes: usize,
 ) -> Result<Bytes, RpcError> {
-    let patience = deadline
-        .saturating_duration_since(Instant::now())
-        .min(MAX_CALL);
-    let request = Request {
-        service: method.service.0.into(),
-        method: method.number.into(),
-        patience_ms: millis(patience),
-        body,
-    };
+    let patience = patience(deadline);
+    let request = request(method, patience, body, false);
     let frame = frame::encode(&request, frame_bytes).map_err(|_| RpcError::TooLarge)?;
     let exchange = exchange(connection, method, frame, frame_bytes);
     let reply = timeout_at(Instant::now() + patience, exchange)
         .await
         .map_err(|_| RpcError::Deadline)??;
     answer(reply, method)
+}
+
+/// Opens a byte stream of `service`; resolves when the peer has accepted it.
+pub(crate) async fn open(
+    connection: &Connection,
+    service: Service,
+    header: Bytes,
+    deadline: Instant,
+    pacer: Option<Arc<Pacer>>,
+) -> Result<BiStream, RpcError> {
+    if header.len() > STREAM_HEADER_BYTES {
+        return Err(RpcError::TooLarge);
+    }
+    let patience = patience(deadline);
+    let method = service.method(0);
+    let request = request(method, patience, header, true);
+    let frame = frame::encode(&request, STREAM_FRAME_BYTES).map_err(|_| RpcError::TooLarge)?;
+    let opening = async {
+        let mut stream = Stream::open(connection).await?;
+        let sent = stream.send.write_chunk(frame).await;
+        sent.map_err(write_failed)?;
+        let reply = frame::read_next(&mut stream.recv, STREAM_ANSWER_BYTES)
+            .await
+            .map_err(read_failed)?;
+        answer(reply, method)?;
+        Ok(BiStream::new(stream, pacer))
+    };
+    timeout_at(Instant::now() + patience, opening)
+        .await
+        .unwrap_or(Err(RpcError::Deadline))
+}
+
+fn patience(deadline: Instant) -> Duration {
+    deadline
+        .saturating_duration_since(Instant::now())
+        .min(MAX_CALL)
+}
+
+fn request(method: Method, patience: Duration, body: Bytes, stream: bool) -> Request {
+    Request {
+        service: method.service.0.into(),
+        method: method.number.into(),
+        patience_ms: millis(patience),
+        body,
+        stream,
+    }
 }
 
 async fn exchange(
@@ -76,7 +118,7 @@ fn answer(reply: Reply, method: Method) -> Result<Bytes, RpcError> {
     })
 }
 
-fn write_failed(err: WriteError) -> RpcError {
+pub(crate) fn write_failed(err: WriteError) -> RpcError {
     match err {
         WriteError::Stopped(code) => RpcError::Closed { code: code.into() },
         WriteError::ConnectionLost(err) => err.into(),

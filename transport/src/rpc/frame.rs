@@ -123,6 +123,18 @@ pub async fn read_only<M: Message + Default, R: AsyncRead + Unpin>(
     decode(body)
 }
 
+/// Reads the next frame as a message and nothing of what follows it.
+///
+/// # Errors
+/// All of [`FrameError`] but [`FrameError::Trailing`].
+pub async fn read_next<M: Message + Default, R: AsyncRead + Unpin>(
+    reader: &mut R,
+    max: usize,
+) -> Result<M, FrameError> {
+    let length = read_length(reader, max).await?;
+    decode(read_body(reader, length).await?)
+}
+
 /// The message in a frame's bytes. Fields of type `Bytes` share them instead of copying.
 ///
 /// # Errors
@@ -218,6 +230,7 @@ mod tests {
             method: 9,
             patience_ms: 100,
             body: body.into(),
+            stream: false,
         }
     }
 

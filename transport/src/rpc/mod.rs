@@ -18,7 +18,7 @@ pub mod frame;
 pub mod hello;
 mod router;
 mod server;
-mod stream;
+pub(crate) mod stream;
 pub(crate) mod wire;
 
 use std::fmt;
@@ -29,9 +29,10 @@ use bytes::Bytes;
 use proto::ids::NodeKey;
 
 use crate::close::CloseCode;
+use crate::join::JoinChannel;
 use crate::limits::REASON_BYTES;
 
-pub(crate) use client::call;
+pub(crate) use client::{call, open, write_failed};
 pub use frame::FrameError;
 pub(crate) use router::Router;
 pub(crate) use server::{Server, serve, serve_join};
@@ -49,6 +50,12 @@ impl Service {
     pub const JOIN: Self = Self(2);
     /// Proposals and reads sent on to the leader.
     pub const CLUSTER: Self = Self(3);
+    /// Guest connections relayed to the sandbox's owner, as byte streams.
+    pub const RELAY: Self = Self(4);
+    /// Raft snapshots, as byte streams.
+    pub const SNAPSHOT: Self = Self(5);
+    /// Applied entries for nodes that mirror the log.
+    pub const PULL: Self = Self(6);
 
     /// Which of several waiting streams of a connection is sent first.
     const fn priority(self) -> i32 {
@@ -101,6 +108,8 @@ pub struct Call {
     pub body: Bytes,
     /// How much longer the caller waits.
     pub patience: Duration,
+    /// For a call of [`Service::JOIN`]: what ties a proof to the very connection it came on.
+    pub channel: Option<JoinChannel>,
 }
 
 /// Answers the calls of one service.

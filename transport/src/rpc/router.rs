@@ -5,15 +5,16 @@
 //! name.
 
 use std::collections::HashMap;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::Bytes;
 
 use super::{Call, Handler, Method, RpcError, Service};
+use crate::BoxFuture;
+use crate::endpoint::Lane;
+use crate::streams::{AnyStreamHandler, StreamHandler};
 
-type Answer<'a> = Pin<Box<dyn Future<Output = Result<Bytes, RpcError>> + Send + 'a>>;
+type Answer<'a> = BoxFuture<'a, Result<Bytes, RpcError>>;
 
 /// [`Handler`] in a form that fits into a table.
 trait AnyHandler: Send + Sync {
@@ -30,6 +31,7 @@ impl<H: Handler> AnyHandler for H {
 #[derive(Default)]
 pub(crate) struct Router {
     handlers: RwLock<HashMap<Service, Arc<dyn AnyHandler>>>,
+    streams: RwLock<HashMap<(Service, Lane), Arc<dyn AnyStreamHandler>>>,
 }
 
 impl Router {
@@ -40,6 +42,27 @@ impl Router {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         handlers.insert(service, Arc::new(handler));
+    }
+
+    /// Lets `handler` take the byte streams of `service` on `lane` from now on.
+    pub(crate) fn register_streams(
+        &self,
+        service: Service,
+        lane: Lane,
+        handler: impl StreamHandler,
+    ) {
+        let mut streams = self.streams.write().unwrap_or_else(PoisonError::into_inner);
+        streams.insert((service, lane), Arc::new(handler));
+    }
+
+    /// Who takes the byte streams of `service` on `lane`.
+    pub(crate) fn stream_handler(
+        &self,
+        service: Service,
+        lane: Lane,
+    ) -> Option<Arc<dyn AnyStreamHandler>> {
+        let streams = self.streams.read().unwrap_or_else(PoisonError::into_inner);
+        streams.get(&(service, lane)).cloned()
     }
 
     /// Answers one call.

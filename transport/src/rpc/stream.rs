@@ -8,6 +8,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use crate::close::CloseCode;
 
 /// Both directions of one call.
+#[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) send: SendStream,
     pub(crate) recv: RecvStream,
@@ -33,6 +34,11 @@ impl Stream {
 
     /// The call has run its course.
     pub(crate) fn done(mut self) {
+        self.leave();
+    }
+
+    /// Leaves both directions as they are when this is dropped.
+    pub(crate) fn leave(&mut self) {
         self.on_drop = None;
     }
 

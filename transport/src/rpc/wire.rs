@@ -2,6 +2,12 @@
 
 use bytes::Bytes;
 
+use super::RpcError;
+use crate::limits::STREAM_HEADER_BYTES;
+
+/// Largest frame that opens a byte stream: the header and the numbers around it.
+pub(crate) const STREAM_FRAME_BYTES: usize = STREAM_HEADER_BYTES + 64;
+
 /// The oldest protocol version this node still speaks.
 pub(crate) const OLDEST: u32 = 1;
 /// The newest protocol version this node speaks.
@@ -17,8 +23,12 @@ pub(crate) struct Request {
     /// How much longer the caller waits. A duration, because two nodes' clocks differ.
     #[prost(uint32, tag = "3")]
     pub(crate) patience_ms: u32,
+    /// The caller's message, or what a byte stream is for.
     #[prost(bytes = "bytes", tag = "4")]
     pub(crate) body: Bytes,
+    /// Whether this opens a byte stream: no FIN follows, and bytes do once it was accepted.
+    #[prost(bool, tag = "5")]
+    pub(crate) stream: bool,
 }
 
 /// The one frame back.
@@ -31,6 +41,34 @@ pub(crate) struct Reply {
     pub(crate) body: Bytes,
     #[prost(string, tag = "3")]
     pub(crate) reason: String,
+}
+
+impl Reply {
+    /// What a handler's outcome looks like on the wire.
+    pub(crate) fn of(outcome: Result<Bytes, RpcError>) -> Self {
+        let (status, reason) = match outcome {
+            Ok(body) => {
+                return Self {
+                    status: status::OK,
+                    body,
+                    reason: String::new(),
+                };
+            }
+            Err(RpcError::NotServed { .. }) => (status::NOT_SERVED, String::new()),
+            Err(RpcError::Rejected { reason }) => (status::REJECTED, reason),
+            Err(RpcError::Busy) => (status::BUSY, String::new()),
+            Err(RpcError::Deadline) => (status::DEADLINE, String::new()),
+            Err(RpcError::TooLarge) => (status::TOO_LARGE, String::new()),
+            Err(RpcError::Failed { reason }) => (status::FAILED, reason),
+            // A handler that called a third node reports what became of that.
+            Err(other) => (status::FAILED, other.to_string()),
+        };
+        Self {
+            status,
+            body: Bytes::new(),
+            reason: super::short(reason),
+        }
+    }
 }
 
 /// Values of [`Reply::status`].

@@ -14,6 +14,7 @@ fn request(method: Method, body: Bytes) -> Bytes {
         method: method.number.into(),
         patience_ms: 10_000,
         body,
+        stream: false,
     };
     frame::encode(&request, FRAME_BYTES).expect("fits")
 }

@@ -3,9 +3,14 @@
 //! Nothing here sleeps: every wait is for an event, with [`deadline`] behind it. Limits that a
 //! test has to run into are made short for the node that enforces them.
 
+mod datagrams;
 mod hostile;
+mod joining;
 mod lifecycle;
 mod members;
+mod network;
+mod streams;
+mod vouching;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -108,6 +113,18 @@ impl Handler for Echo {
     async fn call(&self, call: Call) -> Result<Bytes, RpcError> {
         Ok(call.body)
     }
+}
+
+/// A node with a token outstanding, whose join service echoes.
+fn open_to_joiners() -> Transport {
+    let node = start(&identity(), Limits::default());
+    node.register(Service::JOIN, Echo);
+    node.register(SERVICE, Echo);
+    node.set_membership(Membership {
+        join_open: true,
+        ..members(1, &[node.key()])
+    });
+    node
 }
 
 /// A peer with a proper key and no manners: it opens streams by hand.

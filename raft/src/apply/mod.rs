@@ -1,0 +1,141 @@
+//! The state machine: a pure function of a state and a command.
+//!
+//! Time comes inside the proposal, randomness inside ids. A command that does not fit changes
+//! nothing and says why.
+//!
+//! ```text
+//! (create) -> Starting -> Running -> Stopping -> Stopped      a stop was asked for
+//!                 |          |--------------> Stopped | Error  the guest ended or broke
+//!                 '------------> Error                         the start failed
+//! ```
+//!
+//! `nodes` has the commands about nodes, tokens and the cluster, `sandboxes` those about sandboxes.
+
+mod nodes;
+mod sandboxes;
+
+use proto::epoch::Epoch;
+use proto::ids::{KeyId, NodeId};
+use proto::units::Stamp;
+
+use self::sandboxes::NewSandbox;
+use crate::command::{Answer, Command, Proposal, Receipt, Refusal};
+use crate::state::{Key, RowKey, State, Template};
+
+/// What one command did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    /// What the proposer is told.
+    pub answer: Answer,
+    /// The rows that changed or went.
+    pub touched: Vec<RowKey>,
+}
+
+impl Applied {
+    fn untouched(answer: Answer) -> Self {
+        Self {
+            answer,
+            touched: Vec::new(),
+        }
+    }
+
+    fn touched(receipt: Receipt, key: RowKey) -> Self {
+        Self {
+            answer: Ok(receipt),
+            touched: vec![key],
+        }
+    }
+}
+
+impl State {
+    /// Applies the command at log position `index`.
+    pub fn apply(&mut self, index: u64, proposal: Proposal) -> Applied {
+        let at = proposal.at;
+        match proposal.command {
+            Command::FoundCluster { id, settings } => self.found_cluster(at, id, settings),
+            Command::PutSettings(settings) => self.put_settings(settings),
+            Command::PutToken(token) => self.add_token(at, token),
+            Command::RevokeToken(id) => self.revoke_token(id),
+            Command::RedeemToken { token, node } => {
+                self.redeem_token(at, NodeId(index), token, node)
+            }
+            Command::AdmitNode(node) => self.admit_node(at, node),
+            Command::ChangeNode {
+                node,
+                cordoned,
+                draining,
+                tags,
+            } => self.change_node(node, cordoned, draining, tags),
+            Command::JudgeNode {
+                node,
+                incarnation,
+                verdict,
+            } => self.judge_node(at, Epoch(index), node, incarnation, verdict),
+            Command::RemoveNode {
+                node,
+                declared_dead,
+            } => self.remove_node(at, Epoch(index), node, declared_dead),
+            Command::PutTemplate(template) => self.replace_template(at, template),
+            Command::PutKey(key) => self.add_key(at, key),
+            Command::RevokeKey(id) => self.revoke_key(id),
+            Command::CreateSandbox {
+                id,
+                team,
+                spec,
+                hints,
+            } => {
+                let new = NewSandbox { id, team, spec };
+                self.create_sandbox(at, Epoch(index), new, &hints)
+            }
+            Command::StopSandbox { id, cause } => self.stop_sandbox(at, id, cause),
+            Command::ReportSandbox {
+                id,
+                epoch,
+                node,
+                report,
+            } => self.report_sandbox(at, id, epoch, node, report),
+            Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
+        }
+    }
+
+    fn replace_template(&mut self, at: Stamp, mut template: Template) -> Applied {
+        template.created_at = self
+            .template(&template.name)
+            .map_or(at, |known| known.created_at);
+        let name = template.name.clone();
+        self.put_template(template);
+        Applied::touched(Receipt::Done(1), RowKey::Template(name))
+    }
+
+    fn add_key(&mut self, at: Stamp, mut key: Key) -> Applied {
+        key.created_at = at;
+        if let Some(known) = self.key(key.id) {
+            let same = known.hash == key.hash;
+            let refusal = Refusal::IdTaken(key.id.to_string());
+            return Applied::untouched(if same {
+                Ok(Receipt::Done(1))
+            } else {
+                Err(refusal)
+            });
+        }
+        // A secret has one record: under another id, a revoked one would come alive again.
+        if self.keys().any(|known| known.hash == key.hash) {
+            return Applied::untouched(Err(Refusal::IdTaken(key.id.to_string())));
+        }
+        let id = key.id;
+        self.put_key(key);
+        Applied::touched(Receipt::Done(1), RowKey::Key(id))
+    }
+
+    fn revoke_key(&mut self, id: KeyId) -> Applied {
+        let Some(known) = self.key(id) else {
+            return Applied::untouched(Err(Refusal::NoSuchKey(id.to_string())));
+        };
+        let revoked = Key {
+            revoked: true,
+            ..known.clone()
+        };
+        self.put_key(revoked);
+        Applied::touched(Receipt::Done(1), RowKey::Key(id))
+    }
+}

@@ -1,0 +1,316 @@
+//! The commands about nodes, join tokens and the cluster itself.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use proto::epoch::Epoch;
+use proto::ids::{ClusterId, NodeId, TokenId};
+use proto::units::Stamp;
+
+use super::Applied;
+use crate::command::{Receipt, Refusal, Verdict};
+use crate::state::{Cluster, Liveness, Node, Removed, RowKey, Settings, State, Token};
+
+/// How long a token is remembered after its end, so that a late joiner is told what was wrong
+/// with it.
+const TOKEN_MEMORY: Duration = Duration::from_secs(24 * 3600);
+/// Removed nodes that are remembered by name. Older ones are refused as strangers are.
+const REMOVED_KEPT: usize = 1000;
+
+impl State {
+    pub(super) fn found_cluster(
+        &mut self,
+        at: Stamp,
+        id: ClusterId,
+        settings: Settings,
+    ) -> Applied {
+        if let Some(known) = self.cluster() {
+            let same = known.id == id;
+            let refusal = Refusal::IdTaken(known.id.to_string());
+            return Applied::untouched(if same {
+                Ok(Receipt::Done(0))
+            } else {
+                Err(refusal)
+            });
+        }
+        self.put_cluster(Cluster {
+            id,
+            founded_at: at,
+            settings,
+        });
+        Applied::touched(Receipt::Done(1), RowKey::Cluster)
+    }
+
+    pub(super) fn put_settings(&mut self, settings: Settings) -> Applied {
+        if let Err(why) = settings.check() {
+            return Applied::untouched(Err(Refusal::Unfit(why)));
+        }
+        let Some(known) = self.cluster().cloned() else {
+            let why = "the cluster is not founded yet".into();
+            return Applied::untouched(Err(Refusal::Unfit(why)));
+        };
+        self.put_cluster(Cluster { settings, ..known });
+        Applied::touched(Receipt::Done(1), RowKey::Cluster)
+    }
+
+    pub(super) fn add_token(&mut self, at: Stamp, mut token: Token) -> Applied {
+        if let Some(known) = self.token(token.id) {
+            let same = known.public_key == token.public_key;
+            let refusal = Refusal::IdTaken(token.id.to_string());
+            return Applied::untouched(if same {
+                Ok(Receipt::Done(1))
+            } else {
+                Err(refusal)
+            });
+        }
+        token.created_at = at;
+        let mut touched = self.forget_tokens(at);
+        touched.push(RowKey::Token(token.id));
+        self.put_token(token);
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
+    }
+
+    /// Drops tokens that ended long ago: whenever one is made, so that no timer is needed.
+    fn forget_tokens(&mut self, at: Stamp) -> Vec<RowKey> {
+        let old: Vec<TokenId> = self
+            .tokens()
+            .filter(|token| at.since(token.expires_at) > TOKEN_MEMORY)
+            .map(|token| token.id)
+            .collect();
+        for id in &old {
+            self.drop_token(*id);
+        }
+        old.into_iter().map(RowKey::Token).collect()
+    }
+
+    pub(super) fn revoke_token(&mut self, id: TokenId) -> Applied {
+        let Some(known) = self.token(id).cloned() else {
+            return Applied::untouched(Err(Refusal::NoSuchToken(id.to_string())));
+        };
+        self.put_token(Token {
+            revoked: true,
+            ..known
+        });
+        Applied::touched(Receipt::Done(1), RowKey::Token(id))
+    }
+
+    pub(super) fn redeem_token(
+        &mut self,
+        at: Stamp,
+        id: NodeId,
+        token: TokenId,
+        mut node: Node,
+    ) -> Applied {
+        let mut known = match self.redeemable(at, token, &node) {
+            Ok(Ok(token)) => token,
+            Ok(Err(admitted)) => return Applied::untouched(Ok(Receipt::Admitted(admitted))),
+            Err(refusal) => return Applied::untouched(Err(refusal)),
+        };
+        known.uses_left -= 1;
+        known.redeemed.push((node.key, id));
+        if self.nodes().any(|other| other.name == node.name) {
+            node.name = format!("{}-{}", node.name, id.0);
+        }
+        node.id = id;
+        node.team = known.team;
+        node.admitted_at = at;
+        node.cordoned = false;
+        node.draining = false;
+        node.liveness = Liveness::Alive;
+        self.put_token(known);
+        self.put_node(node);
+        Applied {
+            answer: Ok(Receipt::Admitted(id)),
+            touched: vec![RowKey::Token(token), RowKey::Node(id)],
+        }
+    }
+
+    /// The token, if `node` may join by it; or the id it has joined under already.
+    fn redeemable(
+        &self,
+        at: Stamp,
+        id: TokenId,
+        node: &Node,
+    ) -> Result<Result<Token, NodeId>, Refusal> {
+        if let Some(removed) = self.removed_node(&node.key) {
+            return Err(Refusal::Unfit(format!(
+                "this node was removed from the cluster as {} and its key is not taken again; \
+                 remove its data directory so that it gets a new one",
+                removed.node
+            )));
+        }
+        let known = self
+            .token(id)
+            .ok_or_else(|| Refusal::NoSuchToken(id.to_string()))?;
+        let joined = known.redeemed.iter().find(|(key, _)| *key == node.key);
+        if let Some((_, admitted)) = joined {
+            return Ok(Err(*admitted));
+        }
+        if let Some(member) = self.node_by_key(&node.key) {
+            let why = format!("this node is a member already, as {}", member.id);
+            return Err(Refusal::Unfit(why));
+        }
+        if known.revoked {
+            return Err(Refusal::NoSuchToken(id.to_string()));
+        }
+        if at > known.expires_at {
+            return Err(Refusal::TokenExpired(id.to_string()));
+        }
+        if known.uses_left == 0 {
+            return Err(Refusal::TokenUsed(id.to_string()));
+        }
+        Ok(Ok(known.clone()))
+    }
+
+    pub(super) fn admit_node(&mut self, at: Stamp, mut node: Node) -> Applied {
+        let known = self.node(node.id).cloned();
+        let other_key = known.as_ref().is_some_and(|known| known.key != node.key);
+        let other_id = self
+            .nodes()
+            .any(|known| known.key == node.key && known.id != node.id);
+        if other_key || other_id {
+            return Applied::untouched(Err(Refusal::IdTaken(node.id.to_string())));
+        }
+        match known {
+            Some(known) => {
+                // Its own facts are new; what was decided about it stays.
+                node.name = known.name;
+                node.admitted_at = known.admitted_at;
+                node.cordoned = known.cordoned;
+                node.draining = known.draining;
+                node.liveness = known.liveness;
+                node.team = known.team;
+            }
+            None if self.nodes().next().is_none() => node.admitted_at = at,
+            // Only a token lets further nodes in; this one was removed.
+            None => return Applied::untouched(Err(Refusal::NoSuchNode(node.id.to_string()))),
+        }
+        let id = node.id;
+        self.put_node(node);
+        Applied::touched(Receipt::Done(1), RowKey::Node(id))
+    }
+
+    pub(super) fn change_node(
+        &mut self,
+        id: NodeId,
+        cordoned: Option<bool>,
+        draining: Option<bool>,
+        tags: Option<BTreeMap<String, String>>,
+    ) -> Applied {
+        let Some(known) = self.node(id).cloned() else {
+            return Applied::untouched(Err(Refusal::NoSuchNode(id.to_string())));
+        };
+        let draining = draining.unwrap_or(known.draining);
+        let cordoned = cordoned.unwrap_or(known.cordoned);
+        self.put_node(Node {
+            // What is being emptied takes nothing new.
+            cordoned: cordoned || draining,
+            draining,
+            tags: tags.unwrap_or(known.tags),
+            ..known
+        });
+        Applied::touched(Receipt::Done(1), RowKey::Node(id))
+    }
+
+    pub(super) fn judge_node(
+        &mut self,
+        at: Stamp,
+        epoch: Epoch,
+        id: NodeId,
+        incarnation: u64,
+        verdict: Verdict,
+    ) -> Applied {
+        let Some(known) = self.node(id).cloned() else {
+            return Applied::untouched(Err(Refusal::NoSuchNode(id.to_string())));
+        };
+        let liveness = verdict.applied_to(known.liveness, at);
+        let skips = verdict == Verdict::Lost && known.liveness.is_alive();
+        // A verdict on an earlier start says nothing of this one; from alive to lost is no step.
+        if known.incarnation != incarnation || liveness == known.liveness || skips {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        }
+        let name = known.name.clone();
+        self.put_node(Node { liveness, ..known });
+        let mut touched = vec![RowKey::Node(id)];
+        if verdict == Verdict::Lost {
+            let why = format!("its host {name} was lost");
+            touched.extend(self.settle_sandboxes(at, epoch, id, false, &why));
+        }
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
+    }
+
+    pub(super) fn remove_node(
+        &mut self,
+        at: Stamp,
+        epoch: Epoch,
+        id: NodeId,
+        declared_dead: bool,
+    ) -> Applied {
+        let Some(known) = self.node(id).cloned() else {
+            let gone = self.removed().any(|removed| removed.node == id);
+            let refusal = Refusal::NoSuchNode(id.to_string());
+            return Applied::untouched(if gone {
+                Ok(Receipt::Done(0))
+            } else {
+                Err(refusal)
+            });
+        };
+        if let Err(why) = self.may_remove(&known, declared_dead) {
+            return Applied::untouched(Err(Refusal::Unfit(why)));
+        }
+        let why = format!("its host {} was declared dead", known.name);
+        let mut touched = self.settle_sandboxes(at, epoch, id, true, &why);
+        self.drop_node(id);
+        touched.extend(self.remember_removed(Removed {
+            key: known.key,
+            node: id,
+            name: known.name,
+            at,
+        }));
+        touched.push(RowKey::Node(id));
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
+    }
+
+    fn may_remove(&self, node: &Node, declared_dead: bool) -> Result<(), String> {
+        if self.nodes().count() == 1 {
+            return Err("it is the last node of the cluster".into());
+        }
+        let held = self.reserved(node.id).sandboxes;
+        if held == 0 {
+            return Ok(());
+        }
+        let name = &node.name;
+        match (declared_dead, node.liveness) {
+            (false, _) => Err(format!(
+                "{name} has {held} capsules: drain it first, or, if the host is dead for good, \
+                 declare it dead with --force"
+            )),
+            (true, Liveness::Alive) => Err(format!(
+                "{name} is alive and has {held} capsules: drain it, or stop it first"
+            )),
+            (true, Liveness::Missing { .. } | Liveness::Lost { .. }) => Ok(()),
+        }
+    }
+
+    fn remember_removed(&mut self, removed: Removed) -> Vec<RowKey> {
+        let mut touched = vec![RowKey::Removed(removed.key)];
+        self.put_removed(removed);
+        if self.removed().count() > REMOVED_KEPT {
+            let oldest = self.removed().min_by_key(|it| (it.at, it.node));
+            if let Some(key) = oldest.map(|it| it.key) {
+                self.drop_removed(&key);
+                touched.push(RowKey::Removed(key));
+            }
+        }
+        touched
+    }
+}

@@ -1,0 +1,120 @@
+//! The cluster itself: its identity and what operators set for all nodes at once.
+
+use std::time::Duration;
+
+use proto::ids::ClusterId;
+use proto::units::Stamp;
+use proto::wire::raft as pb;
+
+use super::rows::BadRow;
+use crate::wire::{array, some};
+
+/// A cluster's identity and settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// Made at its founding, or anew when it was recovered from a lost quorum.
+    pub id: ClusterId,
+    /// When it was founded.
+    pub founded_at: Stamp,
+    /// What operators set.
+    pub settings: Settings,
+}
+
+/// What operators set for all nodes at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Most voters: 1, 3, 5 or 7.
+    pub max_voters: u32,
+    /// Most members that receive the log without voting; nodes past it are mirrors.
+    pub max_learners: u32,
+    /// How long a node's lease runs after it was asked for.
+    pub lease_ttl: Duration,
+    /// How long guests stay frozen after their lease before they are killed.
+    pub lease_grace: Duration,
+}
+
+impl Default for Settings {
+    /// The figures of the lease are reasoned about in the node's `cluster/lease.rs`.
+    fn default() -> Self {
+        Self {
+            max_voters: 5,
+            max_learners: 32,
+            lease_ttl: Duration::from_secs(10),
+            lease_grace: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Settings {
+    /// Says what is wrong with settings that no cluster can work with.
+    ///
+    /// # Errors
+    /// The broken rule, in words.
+    pub fn check(&self) -> Result<(), String> {
+        const LEAST_TTL: Duration = Duration::from_secs(4);
+        const MOST: Duration = Duration::from_secs(24 * 3600);
+        /// Each learner costs the leader a stream; past this they belong behind mirrors.
+        const MOST_LEARNERS: u32 = 64;
+        if !matches!(self.max_voters, 1 | 3 | 5 | 7) {
+            return Err(format!(
+                "max_voters is 1, 3, 5 or 7, not {}",
+                self.max_voters
+            ));
+        }
+        if self.max_learners > MOST_LEARNERS {
+            return Err(format!("max_learners is at most {MOST_LEARNERS}"));
+        }
+        if self.lease_ttl < LEAST_TTL || self.lease_ttl > MOST {
+            return Err("lease_ttl is 4 s to 24 h: guests freeze 2 s before its end".into());
+        }
+        if self.lease_grace > MOST {
+            return Err("lease_grace is at most 24 h".into());
+        }
+        Ok(())
+    }
+}
+
+impl From<&Cluster> for pb::ClusterRow {
+    fn from(cluster: &Cluster) -> Self {
+        Self {
+            id: cluster.id.0.to_vec(),
+            founded_at_ms: cluster.founded_at.0,
+            settings: Some(cluster.settings.into()),
+        }
+    }
+}
+
+impl TryFrom<pb::ClusterRow> for Cluster {
+    type Error = BadRow;
+
+    fn try_from(row: pb::ClusterRow) -> Result<Self, BadRow> {
+        Ok(Self {
+            id: ClusterId(array("cluster id", &row.id)?),
+            founded_at: Stamp(row.founded_at_ms),
+            settings: some("settings", row.settings)?.into(),
+        })
+    }
+}
+
+impl From<Settings> for pb::Settings {
+    fn from(settings: Settings) -> Self {
+        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        Self {
+            max_voters: settings.max_voters,
+            max_learners: settings.max_learners,
+            lease_ttl_ms: millis(settings.lease_ttl),
+            lease_grace_ms: millis(settings.lease_grace),
+        }
+    }
+}
+
+impl From<pb::Settings> for Settings {
+    fn from(wire: pb::Settings) -> Self {
+        Self {
+            max_voters: wire.max_voters,
+            max_learners: wire.max_learners,
+            lease_ttl: Duration::from_millis(wire.lease_ttl_ms.into()),
+            lease_grace: Duration::from_millis(wire.lease_grace_ms.into()),
+        }
+    }
+}
