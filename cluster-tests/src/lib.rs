@@ -3,8 +3,10 @@
 //!
 //! The daemon is the real binary in a process of its own, its guests are real, its disk is a
 //! directory that goes with the world. A [`World`](world::World) that is dropped, by a failing
-//! test too, ends everything it started. [`client`] talks to the daemon.
+//! test too, ends everything it started. [`client`] talks to the daemon, and [`history`] judges
+//! what clients were told.
 
 pub mod client;
+pub mod history;
 pub mod leaks;
 pub mod world;

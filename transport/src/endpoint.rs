@@ -109,7 +109,7 @@ pub(crate) fn bind(
 pub(crate) fn transport_config(lane: Lane, end: End, path: Path) -> Arc<TransportConfig> {
     let mut config = match lane {
         Lane::Control => control_config(end),
-        Lane::Bulk => bulk::transport_config(),
+        Lane::Bulk => bulk::transport_config(end),
     };
     config
         .max_concurrent_uni_streams(0_u32.into())

@@ -75,6 +75,10 @@ pub const CONTROL_IDLE: Duration = Duration::from_secs(5);
 pub const CONTROL_KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// Silence after which a bulk connection is dead: it carries nothing urgent.
 pub const BULK_IDLE: Duration = Duration::from_secs(30);
+/// How often the dialling side of a quiet bulk connection says that it is alive: a relayed terminal
+/// may be silent for hours. A packet each way, so an unused connection may as well stay.
+pub const BULK_KEEP_ALIVE: Duration = Duration::from_secs(10);
+const _: () = assert!(BULK_KEEP_ALIVE.as_millis() * 3 <= BULK_IDLE.as_millis());
 const _: () = assert!(CONTROL_KEEP_ALIVE.as_millis() * 3 < CONTROL_IDLE.as_millis());
 
 /// Handshakes that may be under way at both endpoints together. Each costs about 40 KiB until it is

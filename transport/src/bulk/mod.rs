@@ -10,15 +10,18 @@ pub use pace::Pace;
 
 use quinn::{IdleTimeout, TransportConfig};
 
+use crate::endpoint::End;
 use crate::limits::{
-    BULK_IDLE, BULK_SEND_WINDOW_BYTES, BULK_STREAM_WINDOW_BYTES, BULK_STREAMS, BULK_WINDOW_BYTES,
+    BULK_IDLE, BULK_KEEP_ALIVE, BULK_SEND_WINDOW_BYTES, BULK_STREAM_WINDOW_BYTES, BULK_STREAMS,
+    BULK_WINDOW_BYTES,
 };
 
-/// The QUIC parameters that are the lane's own. Nobody keeps an unused bulk connection alive.
-pub(crate) fn transport_config() -> TransportConfig {
+/// The QUIC parameters that are the lane's own.
+pub(crate) fn transport_config(end: End) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_idle_timeout(IdleTimeout::try_from(BULK_IDLE).ok())
+        .keep_alive_interval((end == End::Dialler).then_some(BULK_KEEP_ALIVE))
         .max_concurrent_bidi_streams(BULK_STREAMS.into())
         .stream_receive_window(BULK_STREAM_WINDOW_BYTES.into())
         .receive_window(BULK_WINDOW_BYTES.into())

@@ -98,8 +98,8 @@ pub enum DialError {
         /// How.
         source: ConnectionError,
     },
-    /// The handshake worked and the hello did not.
-    #[error("say hello to {address}")]
+    /// The handshake worked; the hello, or a joiner's one call, did not.
+    #[error("talk to the node at {address}")]
     Hello {
         /// To whom.
         address: SocketAddr,
@@ -124,6 +124,28 @@ pub enum DialError {
     },
 }
 
+impl DialError {
+    /// The peer's own words, where its handler refused.
+    #[must_use]
+    pub fn refusal(&self) -> Option<&str> {
+        match self {
+            Self::Hello { source, .. } => match &**source {
+                RpcError::Rejected { reason } => Some(reason),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The same as a joiner sees it, to whom a refused key says that nobody may join.
+    pub(super) fn of_joiner(self) -> Self {
+        match self {
+            Self::KeyRefused { address } => Self::JoinClosed { address },
+            other => other,
+        }
+    }
+}
+
 /// Sorts what a dialler met by who said no.
 pub(super) fn refusal(address: SocketAddr, err: RpcError) -> DialError {
     match err {
@@ -137,12 +159,9 @@ pub(super) fn refusal(address: SocketAddr, err: RpcError) -> DialError {
     }
 }
 
-/// The same for the one call of a joiner, to whom a refused key says that nobody may join.
+/// The same for the one call of a joiner.
 pub(super) fn join_refusal(address: SocketAddr, err: RpcError) -> DialError {
-    match refusal(address, err) {
-        DialError::KeyRefused { address } => DialError::JoinClosed { address },
-        other => other,
-    }
+    refusal(address, err).of_joiner()
 }
 
 /// Sorts what ended a dialler's handshake with the node that should have the key `expected`.
@@ -175,5 +194,58 @@ fn broken(address: SocketAddr, source: ConnectionError) -> DialError {
             DialError::VersionMismatch { address }
         }
         source => DialError::Broken { address, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quinn::{ConnectionClose, TransportErrorCode};
+
+    use super::*;
+
+    fn address() -> SocketAddr {
+        ([127, 0, 0, 1], 1).into()
+    }
+
+    fn told(code: CloseCode) -> DialError {
+        refusal(address(), RpcError::Closed { code })
+    }
+
+    fn alert(code: u8) -> DialError {
+        let close = ConnectionClose {
+            error_code: TransportErrorCode::crypto(code),
+            frame_type: None,
+            reason: bytes::Bytes::new(),
+        };
+        handshake(
+            address(),
+            NodeKey([1; 32]),
+            ConnectionError::ConnectionClosed(close),
+        )
+    }
+
+    #[test]
+    fn every_way_to_be_turned_away_has_its_words() {
+        let cases = [
+            (told(CloseCode::NotMember), "does not know this node"),
+            (told(CloseCode::Removed), "does not know this node"),
+            (alert(49), "does not know this node"),
+            (told(CloseCode::NoJoinOpen), "no join token"),
+            (told(CloseCode::VersionMismatch), "another protocol version"),
+            (alert(120), "another protocol version"),
+            (told(CloseCode::Stopping), "node is stopping"),
+        ];
+        for (err, words) in cases {
+            assert!(err.to_string().contains(words), "{err}");
+        }
+    }
+
+    #[test]
+    fn a_joiner_s_refused_key_means_that_nobody_may_join() {
+        let code = CloseCode::NotMember;
+        let err = join_refusal(address(), RpcError::Closed { code });
+        assert!(matches!(err, DialError::JoinClosed { .. }), "{err}");
+        let err = join_refusal(address(), RpcError::rejected("token is used up"));
+        assert_eq!(err.refusal(), Some("token is used up"));
     }
 }

@@ -293,10 +293,7 @@ impl Transport {
             .shared
             .dial(Lane::Control, address, key, Alpn::Join, deadline)
             .await;
-        let connection = dialled.map_err(|err| match err {
-            DialError::KeyRefused { address } => DialError::JoinClosed { address },
-            err => err,
-        })?;
+        let connection = dialled.map_err(DialError::of_joiner)?;
         let Some(channel) = JoinChannel::of(&connection, self.key(), key) else {
             // It has closed already; the call below says why.
             let source = connection.closed().await;
@@ -349,6 +346,12 @@ impl Transport {
     /// The system cannot tell.
     pub fn local_addr(&self, lane: Lane) -> io::Result<SocketAddr> {
         self.shared.endpoint(lane).local_addr()
+    }
+
+    /// How many tasks of its own are running.
+    #[cfg(test)]
+    pub(crate) fn tasks(&self) -> usize {
+        self.shared.server.tasks.len()
     }
 
     #[cfg(test)]

@@ -195,7 +195,10 @@ impl Shared {
         let Err(code) = outcome.unwrap_or(Err(CloseCode::HelloExpected)) else {
             return true;
         };
-        self.server.complaints.about(key, code);
+        // A dialler that gave up did nothing wrong.
+        if connection.close_reason().is_none() {
+            self.server.complaints.about(key, code);
+        }
         close(connection, code);
         false
     }

@@ -2,11 +2,16 @@
 //! refuses, and holds no more than its limits say.
 
 use prost::Message;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
 
 use super::*;
-use crate::limits::FRAME_BYTES;
+use crate::limits::{
+    BULK_STREAMS, CONTROL_STREAMS, FRAME_BYTES, STREAM_HEADER_BYTES, UNPROVEN_WINDOW_BYTES,
+};
 use crate::rpc::frame;
 use crate::rpc::wire::Request;
+use crate::{Inbound, StreamHandler};
 
 fn request(method: Method, body: Bytes) -> Bytes {
     let request = Request {
@@ -266,6 +271,195 @@ async fn a_crowd_of_strangers_is_cut_off_and_leaves_room_for_a_member_at_their_a
             .all(|stranger| stranger.connection.close_reason().is_none())
     );
     stop([node, member]).await;
+}
+
+/// Takes every stream and never reads or ends it, and says when its future is gone.
+struct Pours {
+    ended: mpsc::UnboundedSender<()>,
+}
+
+struct OnDrop(mpsc::UnboundedSender<()>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        let _gone = self.0.send(());
+    }
+}
+
+impl StreamHandler for Pours {
+    async fn open(&self, inbound: Inbound) {
+        let _told = OnDrop(self.ended.clone());
+        let mut stream = inbound.accept().await.expect("the opener waits");
+        while stream.write_all(&[7; 1 << 16]).await.is_ok() {}
+    }
+}
+
+fn opening(header: Bytes) -> Bytes {
+    let request = Request {
+        service: SERVICE.0.into(),
+        method: 0,
+        patience_ms: 10_000,
+        body: header,
+        stream: true,
+    };
+    frame::encode(&request, FRAME_BYTES).expect("fits")
+}
+
+#[tokio::test]
+async fn bad_openings_of_streams_cost_their_stream_and_nothing_else() {
+    let node = start(&identity(), impatient());
+    let (ended, _ends) = mpsc::unbounded_channel();
+    node.register_streams(SERVICE, Lane::Bulk, Pours { ended });
+    let peer = Rough::member_on(&node, Lane::Bulk).await;
+    let good = opening(Bytes::from_static(b"header"));
+    let large = opening(vec![0; 2 * STREAM_HEADER_BYTES].into());
+    let cases: [(&str, &[u8], bool, CloseCode); 5] = [
+        ("no header", &[0], false, CloseCode::Stalled),
+        ("half of it", &good[..7], false, CloseCode::Stalled),
+        ("cut short", &good[..7], true, CloseCode::FrameTruncated),
+        ("too large", &large, false, CloseCode::FrameTooLarge),
+        (
+            "garbage",
+            &[0, 0, 0, 4, 0xff, 0xff, 0xff, 0xff],
+            false,
+            CloseCode::FrameGarbage,
+        ),
+    ];
+    for (name, bytes, fin, expected) in cases {
+        assert_eq!(peer.send(bytes, fin).await, expected, "{name}");
+        assert!(peer.is_answered().await, "after {name}");
+    }
+    stop([node]).await;
+}
+
+/// A stranger's join connection has calls and no streams.
+#[tokio::test]
+async fn a_stranger_opens_no_stream_even_with_a_token_outstanding() {
+    let node = open_to_joiners();
+    let (ended, mut ends) = mpsc::unbounded_channel();
+    for service in [SERVICE, Service::JOIN] {
+        let ended = ended.clone();
+        node.register_streams(service, Lane::Control, Pours { ended });
+    }
+    drop(ended);
+    for service in [SERVICE, Service::JOIN] {
+        let peer = Rough::handshake(&identity(), &node, Lane::Control, Alpn::Join).await;
+        let opened = crate::rpc::open(&peer.connection, service, Bytes::new(), deadline(), None);
+        let err = opened.await.expect_err("not for strangers");
+        assert!(matches!(err, RpcError::NotServed { .. }), "{err}");
+    }
+    stop([node]).await;
+    assert!(ends.try_recv().is_err());
+}
+
+/// As many streams as QUIC grants, none of them with a header: they end by name, the next ones are
+/// served, and another peer notices nothing.
+#[tokio::test]
+async fn streams_without_a_header_end_and_make_room() {
+    let (node, other) = two(impatient());
+    let rough = identity();
+    for one in [&node, &other] {
+        one.set_membership(members(2, &[node.key(), other.key(), rough.key()]));
+    }
+    connect(&other, &node).await;
+    let peer = Rough::handshake(&rough, &node, Lane::Bulk, Alpn::Mesh).await;
+    peer.hello().await.expect("is a member");
+    let mut mute = Vec::new();
+    // The hello was one of them.
+    for _ in 1..BULK_STREAMS {
+        let (mut send, recv) = soon(peer.connection.open_bi()).await.expect("granted");
+        soon(send.write_all(&[0])).await.expect("granted");
+        mute.push((send, recv));
+    }
+    other
+        .ping(Lane::Control, node.key(), deadline())
+        .await
+        .expect("the other peer is answered");
+    for (_send, recv) in &mut mute {
+        let reset = soon(recv.received_reset()).await.expect("reset");
+        assert_eq!(reset.map(CloseCode::from), Some(CloseCode::Stalled));
+    }
+    drop(mute);
+    assert!(peer.is_answered().await, "there is room again");
+    stop([node, other]).await;
+}
+
+/// Opening and giving up as fast as possible: each stream has gone before the next one counts.
+#[tokio::test]
+async fn streams_opened_and_reset_at_once_pile_up_nowhere() {
+    let node = start(&identity(), Limits::default());
+    node.register(SERVICE, Echo);
+    let peer = Rough::member(&node).await;
+    let half = &request(ECHO, vec![7; 1000].into())[..500];
+    for _ in 0..20 * CONTROL_STREAMS {
+        let (mut send, mut recv) = soon(peer.connection.open_bi()).await.expect("granted");
+        let _refused = send.write(half).await;
+        let _ended = send.reset(CloseCode::Cancelled.varint());
+        let _ended = recv.stop(CloseCode::Cancelled.varint());
+    }
+    assert!(peer.is_answered().await);
+    assert!(
+        node.tasks() <= CONTROL_STREAMS as usize + 8,
+        "{}",
+        node.tasks()
+    );
+    stop([node]).await;
+}
+
+/// A handler pours into streams that nobody reads. What it has written stays within QUIC's windows,
+/// and it ends with the peer.
+#[tokio::test]
+async fn a_peer_that_reads_none_of_its_streams_holds_their_handlers_until_it_goes() {
+    let (node, other) = two(Limits::default());
+    let (ended, mut ends) = mpsc::unbounded_channel();
+    node.register_streams(SERVICE, Lane::Bulk, Pours { ended });
+    let rough = identity();
+    for one in [&node, &other] {
+        one.set_membership(members(2, &[node.key(), other.key(), rough.key()]));
+    }
+    connect(&other, &node).await;
+    let peer = Rough::handshake(&rough, &node, Lane::Bulk, Alpn::Mesh).await;
+    peer.hello().await.expect("is a member");
+    let mut unread = Vec::new();
+    for _ in 0..16 {
+        let opened = crate::rpc::open(&peer.connection, SERVICE, Bytes::new(), deadline(), None);
+        unread.push(opened.await.expect("accepted"));
+    }
+    other
+        .ping(Lane::Control, node.key(), deadline())
+        .await
+        .expect("the other peer is answered");
+    assert!(peer.is_answered().await, "on the same connection too");
+    assert!(ends.try_recv().is_err(), "all of them wait");
+    peer.connection.close(CloseCode::Stopping.varint(), b"");
+    for _ in &unread {
+        soon(ends.recv()).await.expect("ended with its peer");
+    }
+    stop([node, other]).await;
+}
+
+/// Before its hello a connection has two streams and a small window, whatever it sends.
+#[tokio::test]
+async fn a_connection_without_a_hello_is_held_to_a_small_window() {
+    let node = start(&identity(), Limits::default());
+    let mute = identity();
+    node.set_membership(members(1, &[node.key(), mute.key()]));
+    let peer = Rough::handshake(&mute, &node, Lane::Bulk, Alpn::Mesh).await;
+    let (mut hello, _recv) = soon(peer.connection.open_bi()).await.expect("granted");
+    // A hello that never ends.
+    soon(hello.write_all(&[0, 0, 0x0f, 0xff]))
+        .await
+        .expect("granted");
+    let (mut more, _recv) = soon(peer.connection.open_bi()).await.expect("granted");
+    let moment = Duration::from_millis(200);
+    let mut written = 0;
+    while let Ok(wrote) = timeout(moment, more.write(&[7; 4096])).await {
+        written += wrote.expect("open");
+    }
+    assert!(written < UNPROVEN_WINDOW_BYTES as usize, "{written}");
+    let third = timeout(moment, peer.connection.open_bi()).await;
+    assert!(third.is_err(), "a third stream was granted");
+    stop([node]).await;
 }
 
 /// All of `futures` at once.

@@ -269,6 +269,46 @@ async fn a_restarted_node_is_reached_under_its_key_and_an_impostor_at_its_addres
 }
 
 #[tokio::test]
+async fn callers_that_connect_at_the_same_time_share_one_dial() {
+    let (a, b) = two(Limits::default());
+    let a = Arc::new(a);
+    for lane in [Lane::Control, Lane::Bulk] {
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..50 {
+            let (a, to, key) = (Arc::clone(&a), address(&b, lane), b.key());
+            callers.spawn(async move { a.connect(lane, to, key, deadline()).await });
+        }
+        while let Some(caller) = soon(callers.join_next()).await {
+            caller.expect("no panic").expect("connected");
+        }
+    }
+    assert_eq!((a.peers().len(), b.peers().len()), (2, 2));
+    soon(a.stop(deadline())).await;
+    stop([b]).await;
+}
+
+#[tokio::test]
+async fn a_peer_that_was_unreachable_just_now_is_not_waited_for_again() {
+    let eternal = Duration::from_secs(3600);
+    let limits = Limits {
+        redial: Duration::from_secs(2),
+        ..Limits::default()
+    };
+    let node = start(&identity(), limits);
+    let silent = std::net::UdpSocket::bind(loopback()).expect("a socket");
+    let (key, at) = (identity().key(), silent.local_addr().expect("bound"));
+    node.set_membership(members(1, &[node.key(), key]));
+    let connect = |deadline| node.connect(Lane::Control, at, key, deadline);
+    let first = connect(Instant::now() + limits.redial).await;
+    let err = first.expect_err("nobody there");
+    assert!(matches!(err, crate::DialError::Unreachable { .. }), "{err}");
+    let again = soon(connect(Instant::now() + eternal)).await;
+    let err = again.expect_err("nobody there");
+    assert!(matches!(err, crate::DialError::Unreachable { .. }), "{err}");
+    stop([node]).await;
+}
+
+#[tokio::test]
 async fn a_second_node_at_a_taken_address_is_refused_by_name() {
     let a = start(&identity(), Limits::default());
     let taken = Config::at(address(&a, Lane::Control), loopback());

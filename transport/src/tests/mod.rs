@@ -161,9 +161,14 @@ impl Rough {
 
     /// A member of `node`'s cluster that has said hello.
     async fn member(node: &Transport) -> Self {
+        Self::member_on(node, Lane::Control).await
+    }
+
+    /// The same on `lane`.
+    async fn member_on(node: &Transport, lane: Lane) -> Self {
         let identity = identity();
         node.set_membership(members(2, &[node.key(), identity.key()]));
-        let peer = Self::handshake(&identity, node, Lane::Control, Alpn::Mesh).await;
+        let peer = Self::handshake(&identity, node, lane, Alpn::Mesh).await;
         peer.hello().await.expect("is a member");
         peer
     }

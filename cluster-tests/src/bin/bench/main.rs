@@ -18,14 +18,19 @@
 //! and then does the same.
 
 mod create;
+mod etcd;
 mod exec;
+mod failover;
 mod figures;
+mod heartbeat;
 mod http;
 mod log;
 mod memory;
 mod process;
 mod qemu;
 mod slots;
+mod statemachine;
+mod trio;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -38,6 +43,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Fewer runs than this give a median that one slow run can move.
 const LEAST_RUNS: usize = 10;
+/// Enough to see that a benchmark works.
+const QUICK_RUNS: usize = 2;
 
 /// What a benchmark comes to: its figures are printed, only trouble is returned.
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -50,11 +57,31 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 5] = [
+const BENCHMARKS: [Benchmark; 9] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
         run: log::run,
+    },
+    Benchmark {
+        name: "etcd",
+        about: "durable writes of three members, beside etcd-server",
+        run: etcd::run,
+    },
+    Benchmark {
+        name: "failover",
+        about: "kill of the leader to the next write, beside etcd-server",
+        run: failover::run,
+    },
+    Benchmark {
+        name: "statemachine",
+        about: "the replicated state with 10,000 and 100,000 capsules",
+        run: statemachine::run,
+    },
+    Benchmark {
+        name: "heartbeat",
+        about: "delay of small calls between two nodes while bulk saturates loopback",
+        run: heartbeat::run,
     },
     Benchmark {
         name: "slots",
@@ -90,6 +117,12 @@ struct Arguments {
     /// How often the slow ones repeat. Quick ones repeat a multiple of it.
     #[arg(long, value_name = "N", default_value_t = LEAST_RUNS)]
     runs: usize,
+    /// Only a look: so few runs that no figure is worth writing down.
+    #[arg(long, conflicts_with = "runs")]
+    quick: bool,
+    /// Be a member of a group that is measured.
+    #[arg(long, hide = true, num_args = 3, value_names = ["ID", "ADDRESS", "FOLDER"])]
+    member: Vec<String>,
 }
 
 /// How a benchmark is to run.
@@ -118,13 +151,20 @@ impl Run {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let [id, address, folder] = &arguments.member[..] {
+        return exit(trio::member::run(id, address, folder));
+    }
     if arguments.list {
         for benchmark in &BENCHMARKS {
-            println!("{:8} {}", benchmark.name, benchmark.about);
+            println!("{:12} {}", benchmark.name, benchmark.about);
         }
         return ExitCode::SUCCESS;
     }
-    match run(&arguments) {
+    exit(run(&arguments))
+}
+
+fn exit(outcome: Outcome) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
             eprintln!("bench: {err}");
@@ -136,7 +176,11 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Outcome {
     let chosen = choose(&arguments.names)?;
     let run = Run {
-        runs: arguments.runs.max(1),
+        runs: if arguments.quick {
+            QUICK_RUNS
+        } else {
+            arguments.runs.max(1)
+        },
         interrupted: notice_interrupts()?,
     };
     if run.runs < LEAST_RUNS {
