@@ -119,7 +119,10 @@ impl Server {
         let header = Header::decode(header)?;
         self.check_sight(from, header.sandbox)?;
         let guest = self.guest(header.sandbox, header.epoch).await?;
-        let dial = guest.dial().at_port(header.port);
+        let dial = match header.port {
+            Some(port) => guest.dial().at_port(port),
+            None => Arc::clone(guest.dial()),
+        };
         let stream = dial.dial().await;
         let stream = stream.map_err(|err| Refusal::Guest(err.to_string()))?;
         let admitted = Admitted {
