@@ -23,12 +23,35 @@ fn complaint(ran: &Output) -> String {
 }
 
 #[test]
-fn several_nodes_are_refused_until_they_can_form_a_cluster() {
+fn a_cluster_that_cannot_be_is_refused_before_anything_is_made() {
     let dir = tempfile::tempdir().expect("a directory");
-    let ran = wrenn(dir.path(), &["dev", "up", "--nodes", "3"]);
-    assert_eq!(ran.status.code(), Some(2));
-    assert!(complaint(&ran).contains("--nodes 1"), "{}", complaint(&ran));
+    for args in [
+        &["--nodes", "0"][..],
+        &["--nodes", "7000"],
+        &["--nodes", "2", "--port-base", "65520"],
+    ] {
+        let ran = wrenn(dir.path(), &[&["dev", "up"], args].concat());
+        assert_eq!(ran.status.code(), Some(2), "{args:?}");
+        assert!(complaint(&ran).contains("hint: "), "{}", complaint(&ran));
+    }
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_partition_needs_sides_of_nodes_that_exist() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let cluster = dir.path().join("c");
+    std::fs::create_dir(&cluster).unwrap();
+    let told = r#"{"nodes":3,"port_base":7320,"images_dir":"/none","node_args":[],"known":[]}"#;
+    std::fs::write(cluster.join("cluster.json"), told).unwrap();
+    for sides in ["1|4", "1,2,3", "1|1", "x", ""] {
+        let ran = wrenn(dir.path(), &["dev", "partition", sides, "--dir", "c"]);
+        assert_eq!(ran.status.code(), Some(2), "{sides:?}");
+        assert!(complaint(&ran).contains("1|2,3"), "{}", complaint(&ran));
+    }
+    let ran = wrenn(dir.path(), &["dev", "pause", "1", "--dir", "c"]);
+    assert_eq!(ran.status.code(), Some(1));
+    assert!(complaint(&ran).contains("wrenn dev start 1"));
 }
 
 #[test]
@@ -54,6 +77,10 @@ fn commands_for_a_cluster_that_was_never_started_say_so() {
         &["dev", "stop", "1"],
         &["dev", "start", "1"],
         &["dev", "kill", "1"],
+        &["dev", "pause", "1"],
+        &["dev", "resume", "1"],
+        &["dev", "partition", "1|2"],
+        &["dev", "heal"],
     ] {
         let ran = wrenn(dir.path(), args);
         assert_eq!(ran.status.code(), Some(1), "{args:?}");

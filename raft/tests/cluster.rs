@@ -190,3 +190,28 @@ async fn garbled_requests_are_answered_and_change_nothing() {
     cluster.set("key", "value").await;
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_arrives_damaged_is_refused_and_stops_nobody() {
+    let cluster = Cluster::of(1).await;
+    for round in 0..400 {
+        cluster
+            .set(&format!("key {}", round % 30), &round.to_string())
+            .await;
+    }
+    let leader = cluster.leader().await;
+    cluster
+        .until("the log is purged", || leader.metrics().purged > Some(0))
+        .await;
+    cluster.net.damage_snapshots(true);
+    let learner = cluster.start(2).await;
+    let node = learner.node().clone();
+    leader.add_learner(NodeId(2), node, soon()).await.unwrap();
+    cluster
+        .until("it was tried twice", || cluster.net.snapshots() > 1)
+        .await;
+    assert_eq!(learner.metrics().applied, None);
+    cluster.net.damage_snapshots(false);
+    cluster.agreed().await;
+    cluster.stop().await;
+}

@@ -49,7 +49,8 @@ impl Bucket {
     }
 
     /// How long until there are `want` units, or as many as there can be.
-    pub(crate) fn wait_for(&self, want: u64) -> Duration {
+    pub(crate) fn wait_for(&mut self, want: u64, now: Instant) -> Duration {
+        self.fill(now);
         let missing = want.min(self.burst).saturating_sub(self.level);
         let nanos = (u128::from(missing) * SECOND_NS).div_ceil(u128::from(self.rate));
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
@@ -85,7 +86,7 @@ mod tests {
         let mut bucket = Bucket::new(100, 10, begun);
         assert_eq!(bucket.take(25, begun), 10);
         assert_eq!(bucket.take(1, begun), 0);
-        assert_eq!(bucket.wait_for(5), Duration::from_millis(50));
+        assert_eq!(bucket.wait_for(5, begun), Duration::from_millis(50));
         assert_eq!(bucket.take(25, begun + Duration::from_millis(50)), 5);
         // It never holds more than its burst, however long nobody asks.
         assert_eq!(bucket.take(100, begun + Duration::from_secs(9999)), 10);

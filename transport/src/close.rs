@@ -62,8 +62,8 @@ close_codes! {
     NoJoinOpen = 4, "no join token is outstanding";
     /// The protocol asked for is not served on this endpoint.
     UnknownProtocol = 5, "protocol is not served here";
-    /// Too many unproven connections from one address.
-    Crowded = 6, "too many unproven connections from this address";
+    /// Too many unproven connections, from one address or in all.
+    Crowded = 6, "too many unproven connections";
     /// A mesh connection began with something else than a hello, or with nothing.
     HelloExpected = 7, "connection did not begin with a hello";
     /// No protocol version that both ends speak.

@@ -11,7 +11,8 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
-    Connection, Endpoint, EndpointConfig, IdleTimeout, ServerConfig, TokioRuntime, TransportConfig,
+    Connection, Endpoint, EndpointConfig, IdleTimeout, Runtime, ServerConfig, TokioRuntime,
+    TransportConfig,
 };
 use tracing::warn;
 
@@ -23,6 +24,7 @@ use crate::limits::{
     INCOMING_BUFFER_TOTAL_BYTES, MAX_INCOMING, SOCKET_BUFFER_BYTES, UNPROVEN_STREAMS,
     UNPROVEN_WINDOW_BYTES,
 };
+use crate::sim::{self, Faults};
 
 /// Which of a node's two endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +86,7 @@ pub(crate) fn bind(
     address: SocketAddr,
     crypto: QuicServerConfig,
     path: Path,
+    faults: Option<Faults>,
 ) -> io::Result<Endpoint> {
     let socket = UdpSocket::bind(address)?;
     widen_buffers(&socket, lane)?;
@@ -93,12 +96,13 @@ pub(crate) fn bind(
         .max_incoming(MAX_INCOMING)
         .incoming_buffer_size(INCOMING_BUFFER_BYTES)
         .incoming_buffer_size_total(INCOMING_BUFFER_TOTAL_BYTES);
-    Endpoint::new(
-        EndpointConfig::default(),
-        Some(server),
-        socket,
-        Arc::new(TokioRuntime),
-    )
+    let socket = TokioRuntime.wrap_udp_socket(socket)?;
+    let socket = match faults {
+        Some(faults) => sim::wrap(socket, faults),
+        None => socket,
+    };
+    let (config, runtime) = (EndpointConfig::default(), Arc::new(TokioRuntime));
+    Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)
 }
 
 /// The QUIC parameters of one end of a connection on `lane`.

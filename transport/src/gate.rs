@@ -2,7 +2,7 @@
 //!
 //! TLS only proves which key the other end has: its verifier sees neither the protocol asked for
 //! nor the rest of the picture. So the verifier lets through who *might* be welcome
-//! ([`Membership::may_handshake`]) and the gate says what they may do ([`decide`]), before any
+//! ([`Standing::may_handshake`]) and the gate says what they may do ([`decide`]), before any
 //! stream is read. Removing a member therefore holds even if a handshake was let through.
 
 use std::collections::HashSet;
@@ -25,11 +25,22 @@ pub struct Membership {
     pub join_open: bool,
 }
 
-impl Membership {
-    /// Whether a handshake of `key` may complete at all.
+/// What this node knows of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// On the member list, or vouched for a moment ago.
+    Member,
+    /// Not on the list, which may be behind: known peers can be asked.
+    Vouchable,
+    /// Not on the list, and nobody is asked: it was removed, or there is no voucher.
+    Stranger,
+}
+
+impl Standing {
+    /// Whether a handshake may complete at all.
     #[must_use]
-    pub fn may_handshake(&self, key: &NodeKey) -> bool {
-        self.join_open || self.members.contains(key)
+    pub fn may_handshake(self, join_open: bool) -> bool {
+        join_open || self != Self::Stranger
     }
 }
 
@@ -42,6 +53,10 @@ pub struct Arrival {
     pub alpn: Option<Alpn>,
     /// The key it has proven.
     pub key: NodeKey,
+    /// What is known of that key.
+    pub standing: Standing,
+    /// Whether a join token is outstanding.
+    pub join_open: bool,
     /// Connections of the same address that have not said hello yet, this one included.
     pub unproven: usize,
 }
@@ -51,27 +66,31 @@ pub struct Arrival {
 pub enum Verdict {
     /// Everything a member may.
     Mesh,
+    /// Everything a member may, once a known peer has vouched for it.
+    Vouch,
     /// One call of the join service.
     Join,
     /// Nothing: it is closed with this reason.
     Close(CloseCode),
 }
 
-/// Decides about `arrival` at a node with the key `own`, under the member list `membership`.
+/// Decides about `arrival` at a node with the key `own`.
 #[must_use]
-pub fn decide(own: NodeKey, membership: &Membership, arrival: Arrival) -> Verdict {
+pub fn decide(own: NodeKey, arrival: Arrival) -> Verdict {
     if arrival.key == own {
         return Verdict::Close(CloseCode::DialledSelf);
     }
-    let member = membership.members.contains(&arrival.key);
     // Members are never crowded out by strangers behind the same address.
-    if !member && arrival.unproven > MAX_UNPROVEN_PER_ADDRESS {
+    if arrival.standing != Standing::Member && arrival.unproven > MAX_UNPROVEN_PER_ADDRESS {
         return Verdict::Close(CloseCode::Crowded);
     }
     match (arrival.lane, arrival.alpn) {
-        (_, Some(Alpn::Mesh)) if member => Verdict::Mesh,
-        (_, Some(Alpn::Mesh)) => Verdict::Close(CloseCode::NotMember),
-        (Lane::Control, Some(Alpn::Join)) if membership.join_open => Verdict::Join,
+        (_, Some(Alpn::Mesh)) => match arrival.standing {
+            Standing::Member => Verdict::Mesh,
+            Standing::Vouchable => Verdict::Vouch,
+            Standing::Stranger => Verdict::Close(CloseCode::NotMember),
+        },
+        (Lane::Control, Some(Alpn::Join)) if arrival.join_open => Verdict::Join,
         (Lane::Control, Some(Alpn::Join)) => Verdict::Close(CloseCode::NoJoinOpen),
         (Lane::Bulk, Some(Alpn::Join)) | (_, None) => Verdict::Close(CloseCode::UnknownProtocol),
     }
@@ -82,90 +101,87 @@ mod tests {
     use super::*;
 
     const OWN: NodeKey = NodeKey([1; 32]);
-    const MEMBER: NodeKey = NodeKey([2; 32]);
-    const STRANGER: NodeKey = NodeKey([3; 32]);
+    const OTHER: NodeKey = NodeKey([2; 32]);
+    const STANDINGS: [Standing; 3] = [Standing::Member, Standing::Vouchable, Standing::Stranger];
 
-    fn membership(join_open: bool) -> Membership {
-        Membership {
-            index: 1,
-            members: HashSet::from([OWN, MEMBER]),
-            join_open,
-        }
-    }
-
-    fn arrival(lane: Lane, alpn: Option<Alpn>, key: NodeKey) -> Arrival {
+    fn arrival(lane: Lane, alpn: Option<Alpn>, standing: Standing) -> Arrival {
         Arrival {
             lane,
             alpn,
-            key,
+            key: OTHER,
+            standing,
+            join_open: false,
             unproven: 1,
         }
     }
 
     #[test]
-    fn only_members_get_onto_the_mesh_on_either_lane() {
+    fn only_members_and_whom_they_vouch_for_get_onto_the_mesh_on_either_lane() {
         for join_open in [false, true] {
             for lane in [Lane::Control, Lane::Bulk] {
-                let decide = |key| {
-                    decide(
-                        OWN,
-                        &membership(join_open),
-                        arrival(lane, Some(Alpn::Mesh), key),
-                    )
+                let decide = |key, standing| {
+                    let arrival = Arrival {
+                        key,
+                        join_open,
+                        ..arrival(lane, Some(Alpn::Mesh), standing)
+                    };
+                    decide(OWN, arrival)
                 };
-                assert_eq!(decide(MEMBER), Verdict::Mesh);
-                assert_eq!(decide(STRANGER), Verdict::Close(CloseCode::NotMember));
-                assert_eq!(decide(OWN), Verdict::Close(CloseCode::DialledSelf));
+                assert_eq!(decide(OTHER, Standing::Member), Verdict::Mesh);
+                assert_eq!(decide(OTHER, Standing::Vouchable), Verdict::Vouch);
+                let refused = Verdict::Close(CloseCode::NotMember);
+                assert_eq!(decide(OTHER, Standing::Stranger), refused);
+                let own = Verdict::Close(CloseCode::DialledSelf);
+                assert_eq!(decide(OWN, Standing::Member), own);
             }
         }
     }
 
     #[test]
     fn joining_needs_an_outstanding_token_and_the_control_lane() {
-        let join = |open, lane| {
-            decide(
-                OWN,
-                &membership(open),
-                arrival(lane, Some(Alpn::Join), STRANGER),
-            )
-        };
-        assert_eq!(join(true, Lane::Control), Verdict::Join);
-        assert_eq!(
-            join(false, Lane::Control),
-            Verdict::Close(CloseCode::NoJoinOpen)
-        );
-        assert_eq!(
-            join(true, Lane::Bulk),
-            Verdict::Close(CloseCode::UnknownProtocol)
-        );
+        for standing in STANDINGS {
+            let join = |join_open, lane| {
+                let arrival = Arrival {
+                    join_open,
+                    ..arrival(lane, Some(Alpn::Join), standing)
+                };
+                decide(OWN, arrival)
+            };
+            assert_eq!(join(true, Lane::Control), Verdict::Join);
+            let closed = Verdict::Close(CloseCode::NoJoinOpen);
+            assert_eq!(join(false, Lane::Control), closed);
+            let elsewhere = Verdict::Close(CloseCode::UnknownProtocol);
+            assert_eq!(join(true, Lane::Bulk), elsewhere);
+        }
     }
 
     #[test]
     fn an_unknown_protocol_is_refused_even_to_a_member() {
-        let verdict = decide(OWN, &membership(true), arrival(Lane::Control, None, MEMBER));
+        let verdict = decide(OWN, arrival(Lane::Control, None, Standing::Member));
         assert_eq!(verdict, Verdict::Close(CloseCode::UnknownProtocol));
     }
 
     #[test]
     fn a_crowd_of_strangers_does_not_shut_out_a_member_at_the_same_address() {
-        let crowd = |key, alpn| {
+        let crowd = |standing, alpn| {
             let arrival = Arrival {
+                join_open: true,
                 unproven: MAX_UNPROVEN_PER_ADDRESS + 1,
-                ..arrival(Lane::Control, Some(alpn), key)
+                ..arrival(Lane::Control, Some(alpn), standing)
             };
-            decide(OWN, &membership(true), arrival)
+            decide(OWN, arrival)
         };
-        assert_eq!(
-            crowd(STRANGER, Alpn::Join),
-            Verdict::Close(CloseCode::Crowded)
-        );
-        assert_eq!(crowd(MEMBER, Alpn::Mesh), Verdict::Mesh);
+        let crowded = Verdict::Close(CloseCode::Crowded);
+        assert_eq!(crowd(Standing::Stranger, Alpn::Join), crowded);
+        assert_eq!(crowd(Standing::Vouchable, Alpn::Mesh), crowded);
+        assert_eq!(crowd(Standing::Member, Alpn::Mesh), Verdict::Mesh);
     }
 
     #[test]
     fn a_stranger_completes_a_handshake_only_while_a_token_is_outstanding() {
-        assert!(!membership(false).may_handshake(&STRANGER));
-        assert!(membership(true).may_handshake(&STRANGER));
-        assert!(membership(false).may_handshake(&MEMBER));
+        assert!(!Standing::Stranger.may_handshake(false));
+        assert!(Standing::Stranger.may_handshake(true));
+        assert!(Standing::Member.may_handshake(false));
+        assert!(Standing::Vouchable.may_handshake(false));
     }
 }

@@ -32,6 +32,7 @@ pub mod mesh;
 pub mod peers;
 pub mod rpc;
 pub mod seal;
+pub mod sim;
 pub mod streams;
 pub mod tls;
 
@@ -41,6 +42,7 @@ mod tests;
 /// A future in a box, as the callbacks here return it.
 pub type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
+pub use bulk::Pace;
 pub use close::CloseCode;
 pub use datagram::DatagramError;
 pub use endpoint::Lane;
@@ -51,4 +53,5 @@ pub use limits::Limits;
 pub use mesh::{Config, DialError, StartError, Transport};
 pub use rpc::{Call, Handler, Method, RpcError, Service};
 pub use seal::{Seed, verify_seed_signature};
+pub use sim::{Faults, Link};
 pub use streams::{BiStream, Inbound, StreamHandler};

@@ -88,6 +88,10 @@ pub const MAX_ARRIVING_PER_ADDRESS: usize = 64;
 pub const MAX_UNPROVEN_PER_ADDRESS: usize = 32;
 const _: () = assert!(MAX_UNPROVEN_PER_ADDRESS < MAX_ARRIVING_PER_ADDRESS);
 const _: () = assert!(MAX_ARRIVING_PER_ADDRESS < MAX_HANDSHAKES);
+/// Connections of unknown keys held while known peers are asked about them. Each costs one call to a
+/// peer and [`UNPROVEN_WINDOW_BYTES`]; more are refused.
+pub const MAX_VOUCHING: usize = 16;
+const _: () = assert!(MAX_VOUCHING < MAX_HANDSHAKES);
 /// First packets waiting for the accept loop at one endpoint.
 pub const MAX_INCOMING: usize = 256;
 /// Bytes buffered for one connection attempt that is not accepted yet.
@@ -117,6 +121,12 @@ pub struct Limits {
     pub reply_write: Duration,
     /// All of a stranger's join call, handler included.
     pub join: Duration,
+    /// After a failed dial, how long the same one is not tried again but fails at once: a caller in
+    /// a loop must not keep both ends busy with handshakes.
+    pub redial: Duration,
+    /// How long a key that a peer vouched for is let in before the voucher is asked again. A node
+    /// that is behind has its member list up to date long before.
+    pub vouched: Duration,
 }
 
 impl Default for Limits {
@@ -128,6 +138,8 @@ impl Default for Limits {
             request_read: Duration::from_secs(10),
             reply_write: Duration::from_secs(10),
             join: Duration::from_secs(5),
+            redial: Duration::from_millis(200),
+            vouched: Duration::from_secs(60),
         }
     }
 }

@@ -4,19 +4,25 @@
 //! no connection can slip in between the removal and the closing of what the removed node had.
 //! Only connections whose hello succeeded are here. The lock is never held across an await.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::ids::NodeKey;
 use quinn::Connection;
+use tokio::time::Instant;
 use tracing::info;
 
+use crate::BoxFuture;
+use crate::alpn::Alpn;
 use crate::close::CloseCode;
 use crate::endpoint::Lane;
-use crate::gate::{self, Arrival, Membership, Verdict};
+use crate::gate::{self, Arrival, Membership, Standing, Verdict};
 use crate::limits::MAX_CONNECTIONS_PER_LANE;
+
+/// Tells whether an unknown key is a member's all the same.
+pub(crate) type Voucher = Arc<dyn Fn(NodeKey) -> BoxFuture<'static, bool> + Send + Sync>;
 
 /// What is known of a live connection.
 #[derive(Clone, Debug)]
@@ -48,8 +54,52 @@ struct Live {
 #[derive(Default)]
 struct State {
     membership: Arc<Membership>,
+    /// Keys that an earlier list had; 32 bytes for each node removed since this one started.
+    removed: HashSet<NodeKey>,
+    /// Keys that the list lacks and a peer vouched for, and until when. As many as a newer list
+    /// has and this one has not.
+    vouched: HashMap<NodeKey, Instant>,
+    voucher: Option<Voucher>,
     /// Oldest first; never an empty list.
     live: HashMap<(NodeKey, Lane), Vec<Live>>,
+}
+
+impl State {
+    fn standing(&self, key: NodeKey) -> Standing {
+        let vouched = self.vouched.get(&key);
+        if self.membership.members.contains(&key) {
+            Standing::Member
+        } else if self.removed.contains(&key) {
+            Standing::Stranger
+        } else if vouched.is_some_and(|until| *until > Instant::now()) {
+            Standing::Member
+        } else if self.voucher.is_some() {
+            Standing::Vouchable
+        } else {
+            Standing::Stranger
+        }
+    }
+
+    /// Swaps the list. Whoever was vouched for stays: a list that is catching up passes through
+    /// many states that lack it.
+    fn replace(&mut self, membership: Membership) {
+        let old = std::mem::replace(&mut self.membership, Arc::new(membership));
+        let new = &self.membership.members;
+        self.removed.extend(old.members.difference(new));
+        self.removed.retain(|key| !new.contains(key));
+        let gone = &self.removed;
+        self.vouched
+            .retain(|key, _| !new.contains(key) && !gone.contains(key));
+        let vouched = &self.vouched;
+        self.live.retain(|(key, _), connections| {
+            let stays = new.contains(key) || vouched.contains_key(key);
+            if !stays {
+                info!(peer = %key, "closing connections of a removed node");
+                close_all(connections, CloseCode::Removed);
+            }
+            stays
+        });
+    }
 }
 
 /// The member list and the live connections of one node.
@@ -74,16 +124,41 @@ impl Peers {
         if membership.index < state.membership.index {
             return false;
         }
-        state.live.retain(|(key, _), connections| {
-            let stays = membership.members.contains(key);
-            if !stays {
-                info!(peer = %key, "closing connections of a removed node");
-                close_all(connections, CloseCode::Removed);
-            }
-            stays
-        });
-        state.membership = Arc::new(membership);
+        state.replace(membership);
         true
+    }
+
+    /// Lets `voucher` answer for unknown keys from now on.
+    pub(crate) fn set_voucher(&self, voucher: Voucher) {
+        self.lock().voucher = Some(voucher);
+    }
+
+    /// Asks the voucher about `key`. On a yes it counts as a member for twice `how_long`, so that
+    /// asking again after `how_long` comes in time.
+    pub(crate) async fn vouch(&self, key: NodeKey, how_long: Duration) -> Result<(), CloseCode> {
+        let voucher = self.lock().voucher.clone();
+        let voucher = voucher.ok_or(CloseCode::NotMember)?;
+        let vouched = voucher(key).await;
+        let mut state = self.lock();
+        let now = Instant::now();
+        state.vouched.retain(|_, until| *until > now);
+        if state.removed.contains(&key) {
+            return Err(CloseCode::Removed);
+        }
+        if !vouched {
+            state.vouched.remove(&key);
+            return Err(CloseCode::NotMember);
+        }
+        state.vouched.insert(key, now + 2 * how_long);
+        Ok(())
+    }
+
+    /// Whether a handshake of `key` may complete at all.
+    pub(crate) fn may_handshake(&self, key: NodeKey) -> bool {
+        let state = self.lock();
+        state
+            .standing(key)
+            .may_handshake(state.membership.join_open)
     }
 
     /// The present member list.
@@ -92,14 +167,31 @@ impl Peers {
     }
 
     /// The gate's verdict under the present member list.
-    pub(crate) fn decide(&self, arrival: Arrival) -> Verdict {
-        gate::decide(self.own, &self.membership(), arrival)
+    pub(crate) fn decide(
+        &self,
+        lane: Lane,
+        alpn: Option<Alpn>,
+        key: NodeKey,
+        unproven: usize,
+    ) -> Verdict {
+        let arrival = {
+            let state = self.lock();
+            Arrival {
+                lane,
+                alpn,
+                key,
+                standing: state.standing(key),
+                join_open: state.membership.join_open,
+                unproven,
+            }
+        };
+        gate::decide(self.own, arrival)
     }
 
     /// Enters a connection whose hello succeeded, unless its node was removed in the meantime.
     pub(crate) fn admit(&self, info: PeerInfo, connection: Connection) -> Result<(), CloseCode> {
         let mut state = self.lock();
-        if !state.membership.members.contains(&info.key) {
+        if state.standing(info.key) != Standing::Member {
             return Err(CloseCode::Removed);
         }
         let slot = state.live.entry((info.key, info.lane)).or_default();

@@ -225,7 +225,8 @@ impl ServerCertVerifier for Pinned {
     }
 }
 
-/// The acceptor's verifier: members, and strangers while a join token is outstanding.
+/// The acceptor's verifier: members, whoever could be vouched for, and strangers while a
+/// join token is outstanding.
 #[derive(Debug)]
 struct AnyoneWelcome {
     peers: Arc<Peers>,
@@ -244,7 +245,7 @@ impl ClientCertVerifier for AnyoneWelcome {
         _now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let key = only_key(end_entity, intermediates)?;
-        if self.peers.membership().may_handshake(&key) {
+        if self.peers.may_handshake(key) {
             Ok(ClientCertVerified::assertion())
         } else {
             Err(refused())

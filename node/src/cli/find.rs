@@ -45,8 +45,7 @@ pub(super) fn endpoint(url: Option<String>, key: Option<String>) -> Result<Endpo
         let (url, key) = (url.clone(), key.clone());
         return Ok(Endpoint { url, key });
     }
-    let found = data_dirs().find_map(|dir| local(&dir));
-    let Some(local) = found else {
+    let Some(local) = local() else {
         let missing = if url.is_none() {
             "API address"
         } else {
@@ -88,17 +87,64 @@ pub(super) fn bootstrap_key(data_dir: &Path) -> Option<String> {
     Some(key.trim().to_owned()).filter(|key| !key.is_empty())
 }
 
-fn data_dirs() -> impl Iterator<Item = PathBuf> {
-    let dev = dev_dir().map(|dir| dir.join("node1"));
-    dev.into_iter().chain([PathBuf::from(defaults::DATA_DIR)])
+/// The nodes of a development cluster, in the order of their numbers.
+fn dev_nodes(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let numbered = |name: &str| name.strip_prefix("node")?.parse::<u16>().ok();
+    let mut nodes: Vec<(u16, PathBuf)> = entries
+        .filter_map(|entry| Some((numbered(entry.file_name().to_str()?)?, entry.path())))
+        .collect();
+    nodes.sort();
+    nodes.into_iter().map(|(_, dir)| dir).collect()
 }
 
-fn local(data_dir: &Path) -> Option<Endpoint> {
-    let url = ready(data_dir)?.url;
-    let key = bootstrap_key(data_dir)?;
+/// What runs on this machine: a node of the development cluster, else the system's.
+fn local() -> Option<Endpoint> {
+    let dev = dev_dir().map(|dir| dev_nodes(&dir)).unwrap_or_default();
+    one_of(&dev).or_else(|| one_of(&[PathBuf::from(defaults::DATA_DIR)]))
+}
+
+/// One node of a cluster whose data directories these are, a running one if there is any: a node
+/// that was killed still says that it is ready. The key of one is the key of all.
+fn one_of(data_dirs: &[PathBuf]) -> Option<Endpoint> {
+    let ready: Vec<Ready> = data_dirs.iter().filter_map(|dir| ready(dir)).collect();
+    let runs = |node: &&Ready| Path::new("/proc").join(node.pid.to_string()).exists();
+    let url = ready.iter().find(runs).or(ready.first())?.url.clone();
+    let key = data_dirs.iter().find_map(|dir| bootstrap_key(dir))?;
     Some(Endpoint { url, key })
 }
 
 fn same_base(one: &str, other: &str) -> bool {
     one.trim_end_matches('/') == other.trim_end_matches('/')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(dir: &Path, number: u16, pid: u32) -> PathBuf {
+        let dir = dir.join(format!("node{number}"));
+        fs::create_dir(&dir).expect("a directory");
+        let ready = format!(r#"{{"id":"n","name":"n","url":"http://{number}","pid":{pid}}}"#);
+        fs::write(dir.join("ready.json"), ready).expect("a file");
+        dir
+    }
+
+    #[test]
+    fn a_running_node_is_found_with_the_key_of_its_cluster() {
+        let dir = tempfile::tempdir().expect("a directory");
+        // No process has this id: it is past what the kernel gives out.
+        let first = node(dir.path(), 1, 1 << 30);
+        fs::write(first.join("bootstrap.key"), "key\n").expect("a file");
+        node(dir.path(), 10, 1 << 30);
+        node(dir.path(), 2, std::process::id());
+        let nodes = dev_nodes(dir.path());
+        assert!(nodes[1].ends_with("node2") && nodes[2].ends_with("node10"));
+        let found = one_of(&nodes).expect("an endpoint");
+        assert_eq!(
+            (found.url.as_str(), found.key.as_str()),
+            ("http://2", "key")
+        );
+        assert_eq!(one_of(&nodes[..1]).expect("an endpoint").url, "http://1");
+    }
 }

@@ -82,7 +82,7 @@ enum Command {
     #[command(subcommand)]
     Node(node::Command),
     /// Check whether this machine can run a node, and fix what can be fixed safely.
-    Doctor(doctor::Options),
+    Doctor(Box<doctor::Options>),
     /// Run a cluster on this machine for development.
     #[command(subcommand)]
     Dev(dev::Command),
@@ -107,7 +107,7 @@ fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
     let Cli { global, command } = cli;
     match command {
         Command::Completions(options) => completions::run(&options, Cli::command()),
-        Command::Doctor(options) => doctor::run(hooks, &global, options),
+        Command::Doctor(options) => doctor::run(hooks, &global, *options),
         Command::Node(node::Command::Start(options)) => node::start(hooks, *options),
         Command::Node(node::Command::Config(options)) => node::show_config(*options),
         Command::Node(node::Command::CleanUp { data_dir }) => node::clean_up(hooks, &data_dir),

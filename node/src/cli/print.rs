@@ -80,6 +80,11 @@ pub(super) fn table(headings: &[&str], rows: &[Vec<String>]) -> Result<(), CliEr
 
 /// Waits for `work`; from the first second on, a terminal shows that and for how long.
 pub(super) async fn progress<T>(label: &str, work: impl Future<Output = T>) -> T {
+    progress_of(|| label.to_owned(), work).await
+}
+
+/// The same with a label that changes while the work goes on.
+pub(super) async fn progress_of<T>(label: impl Fn() -> String, work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     if !io::stderr().is_terminal() {
         return work.await;
@@ -97,6 +102,7 @@ pub(super) async fn progress<T>(label: &str, work: impl Future<Output = T>) -> T
             }
             _ = ticks.tick() => {
                 let seconds = (began.elapsed() + PATIENCE).as_secs();
+                let label = label();
                 err(format!("\r{frame} {label} ({seconds} s)\x1b[K").as_bytes());
             }
         }

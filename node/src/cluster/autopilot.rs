@@ -22,12 +22,15 @@
 //!   draining or without the disk that is on record;
 //! - this node stays in it, unless it is the only voter, draining, and its one successor is ready.
 
+#[cfg(test)]
+mod tests;
 mod voters;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::ids::NodeId;
+use raft::state::{self, Node};
 
 use super::lease::Tick;
 
@@ -45,14 +48,17 @@ pub const CAUGHT_UP_WITHIN: u64 = 256;
 /// is more often a bad network.
 pub const REPLACE_EVERY: Duration = Duration::from_secs(30);
 
+/// The tag that names a node's failure zone.
+pub const ZONE_TAG: &str = "zone";
+
 const _: () = assert!(ALIVE_WITHIN.as_secs() < SILENT_AFTER.as_secs());
 const _: () = assert!(SILENT_AFTER.as_secs() < REPLACE_EVERY.as_secs());
 
 /// What the operator may set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// The most voters there should be.
-    pub max_voters: MaxVoters,
+    /// The most voters there should be: 1, 3, 5 or 7. With 7, each commit waits for four disks.
+    pub max_voters: usize,
     /// The most learners there should be beside a full set of voters; further nodes are mirrors.
     pub max_learners: usize,
     /// How long a learner must have been alive and caught up before it replaces a voter.
@@ -62,7 +68,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            max_voters: MaxVoters::Auto,
+            max_voters: 5,
             // Each costs the leader ten heartbeats a second: some 3 % of a core for 32.
             max_learners: 32,
             steady_for: Duration::from_secs(10),
@@ -70,18 +76,15 @@ impl Default for Settings {
     }
 }
 
-/// The most voters there should be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MaxVoters {
-    /// As many as the size of the cluster suggests: up to five.
-    #[default]
-    Auto,
-    /// Three, however large the cluster.
-    Three,
-    /// Five, as with `Auto`.
-    Five,
-    /// Seven from nine nodes on: each commit waits for four disks.
-    Seven,
+impl From<&state::Settings> for Settings {
+    fn from(replicated: &state::Settings) -> Self {
+        let count = |number: u32| usize::try_from(number).unwrap_or(usize::MAX);
+        Self {
+            max_voters: count(replicated.max_voters),
+            max_learners: count(replicated.max_learners),
+            ..Self::default()
+        }
+    }
 }
 
 /// A row of the replicated node table, as far as it matters here.
@@ -94,6 +97,20 @@ pub struct Listed {
     /// The disk it showed last is not the one on record: its log may have forgotten what it
     /// acknowledged.
     pub other_disk: bool,
+}
+
+impl Listed {
+    /// A node's row as applied; `None` for a host of one team, which must not hold everybody's
+    /// log. `other_disk` is what the connection to it has shown.
+    #[must_use]
+    pub fn of(node: &Node, other_disk: bool) -> Option<Self> {
+        let of_all = node.team.is_none();
+        of_all.then(|| Self {
+            zone: node.tags.get(ZONE_TAG).cloned(),
+            draining: node.draining,
+            other_disk,
+        })
+    }
 }
 
 /// What the leader sees of another node.
@@ -112,7 +129,7 @@ pub struct Contact {
 pub struct Picture {
     /// This node, the leader.
     pub here: NodeId,
-    /// The replicated node table, as applied here.
+    /// The replicated node table, as applied here, without hosts of one team.
     pub nodes: BTreeMap<NodeId, Listed>,
     /// The voters of the newest membership in the log; of a joint one, the set it leads to.
     pub voters: BTreeSet<NodeId>,
@@ -172,19 +189,15 @@ impl Settings {
     /// that loses one of seven nodes keeps five voters.
     #[must_use]
     pub const fn target_voters(&self, nodes: usize, voters: usize) -> usize {
-        let most = match self.max_voters {
-            MaxVoters::Three => 3,
-            MaxVoters::Auto | MaxVoters::Five => 5,
-            MaxVoters::Seven => 7,
-        };
         let wanted = match nodes {
             0..=2 => 1,
             3..=6 => 3,
             7..=8 => 5,
-            _ => most,
+            _ => 7,
         };
         let kept = odd_at_most(if voters < nodes { voters } else { nodes });
         let target = if kept > wanted { kept } else { wanted };
+        let most = odd_at_most(self.max_voters);
         if target < most { target } else { most }
     }
 }

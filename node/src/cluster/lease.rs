@@ -19,9 +19,13 @@
 
 mod book;
 mod holder;
+#[cfg(test)]
+mod model;
 mod times;
 
 use std::time::Duration;
+
+use crate::base::clock::BootInstant;
 
 pub use book::{Book, Listed, Liveness, Refused, Verdict};
 pub use holder::{Granted, Holder, Limits, Renewal};
@@ -51,5 +55,17 @@ impl Tick {
     #[must_use]
     pub const fn since(self, earlier: Self) -> Duration {
         self.0.saturating_sub(earlier.0)
+    }
+}
+
+impl From<BootInstant> for Tick {
+    fn from(at: BootInstant) -> Self {
+        Self(Duration::from_nanos(at.as_nanos()))
+    }
+}
+
+impl From<Tick> for BootInstant {
+    fn from(tick: Tick) -> Self {
+        u64::try_from(tick.0.as_nanos()).map_or(Self::MAX, Self::from_nanos)
     }
 }

@@ -202,7 +202,7 @@ fn ended_report(end: &End) -> Report {
         End::Stopped { reason } => Report::Stopped {
             reason: bounded(reason),
         },
-        End::Failed { reason } => Report::Failed {
+        End::Failed { reason } | End::LeaseLost { reason } => Report::Failed {
             reason: bounded(reason),
         },
     }

@@ -163,6 +163,8 @@ impl Reconciler {
             vcpus: u8::try_from(record.spec.vcpus).unwrap_or(u8::MAX),
             memory: record.spec.memory,
             disk: record.spec.disk,
+            // Until the cluster can give a sandbox to another node.
+            lease_bound: false,
         });
     }
 

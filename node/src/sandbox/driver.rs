@@ -5,12 +5,13 @@
 //! to boot, for something to happen) can be cut. When the daemon stops, the task ends and leaves
 //! everything running for the next daemon to adopt.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::error::AcquireError;
 use super::phase::{Action, End, Event, Phase, step};
@@ -21,7 +22,7 @@ use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::shim::client::ShimClient;
 use crate::shim::error::CallShimError;
-use crate::shim::exit::ExitRecord;
+use crate::shim::exit::{ExitRecord, LEASE_LOST};
 
 /// Pause before a release that failed is tried again: what is busy now is rarely busy for long,
 /// and a release that can never succeed must not fill the log.
@@ -72,6 +73,10 @@ impl Driver {
 
     /// Takes over a sandbox whose VMM an earlier daemon started.
     pub(super) async fn adopt(self, mut held: Held) {
+        // It may have thawed while no daemon could tell it the time: it is taken for frozen until
+        // it was asked.
+        let bound = held.shim.as_ref().map(|it| it.known_status().lease_bound);
+        self.shared.set_frozen(bound.unwrap_or(false));
         let first = match held.record.ready.clone() {
             Some(facts) => self.ready(&held, facts),
             // How long it took is not known: another daemon began it.
@@ -139,6 +144,9 @@ impl Driver {
         let outcome = tokio::select! {
             cut = self.cut() => Err(cut),
             end = ended => {
+                if matches!(end, End::LeaseLost { .. }) {
+                    return Some(Event::VmmEnded(end));
+                }
                 let last_words = self.last_words();
                 return Some(Event::StartFailed { reason: format!("{}{last_words}", words(&end)) });
             }
@@ -232,6 +240,35 @@ impl Driver {
                 Cut::Detach => None,
             },
             end = vmm_end(shim) => Some(Event::VmmEnded(end)),
+            never = self.follow_lease(held, shim) => match never {},
+        }
+    }
+
+    /// Publishes for ever whether the guest is frozen. One that has thawed is given out again
+    /// when its clock is right.
+    async fn follow_lease(&self, held: &Held, shim: &ShimClient) -> Infallible {
+        if !shim.known_status().lease_bound {
+            return std::future::pending().await;
+        }
+        loop {
+            let known = self.shared.frozen();
+            match shim.wait_freeze(known, Instant::now() + WATCH_ROUND).await {
+                Ok(Some(true)) => {
+                    warn!("frozen: this node's lease was not renewed");
+                    self.shared.set_frozen(true);
+                }
+                Ok(Some(false)) if known => {
+                    held.set_guest_clock().await;
+                    info!("thawed");
+                    self.shared.set_frozen(false);
+                }
+                Ok(_) => {}
+                // Or it is ending, which is seen elsewhere.
+                Err(err) => {
+                    debug!(%err, "the shim cannot be asked whether its guest is frozen");
+                    time::sleep(WATCH_AGAIN).await;
+                }
+            }
         }
     }
 
@@ -277,7 +314,7 @@ fn failed(err: &AcquireError) -> End {
 
 fn words(end: &End) -> &str {
     match end {
-        End::Stopped { reason } | End::Failed { reason } => reason,
+        End::Stopped { reason } | End::Failed { reason } | End::LeaseLost { reason } => reason,
     }
 }
 
@@ -302,6 +339,11 @@ async fn vmm_end(shim: &ShimClient) -> End {
 
 /// What the end of a VMM means for its sandbox.
 pub(super) fn end_of(record: &ExitRecord) -> End {
+    if record.reason == LEASE_LOST {
+        return End::LeaseLost {
+            reason: format!("{LEASE_LOST}: {}", record.explanation),
+        };
+    }
     match (record.signal, record.code) {
         (None, Some(0)) => End::Stopped {
             reason: "the guest powered itself off".into(),

@@ -12,6 +12,7 @@ mod phase;
 mod record;
 mod registry;
 mod resources;
+mod seen;
 mod spec;
 
 pub use error::AcquireError;

@@ -20,6 +20,11 @@ pub enum End {
         /// What broke.
         reason: String,
     },
+    /// This node lost its lease, and ended it before another may start it.
+    LeaseLost {
+        /// In a sentence for people.
+        reason: String,
+    },
 }
 
 /// Where a sandbox stands on this node.

@@ -15,12 +15,13 @@ use tokio::sync::watch;
 use tokio::task;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::info_span;
+use tracing::{info_span, warn};
 
 use super::driver::Driver;
 use super::phase::{End, Phase};
 use super::record::ReadyFacts;
 use super::resources::Held;
+use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
@@ -54,9 +55,16 @@ pub enum ObservedState {
 #[derive(Debug)]
 pub struct Registry {
     host: Arc<Host>,
-    table: Mutex<HashMap<SandboxId, Entry>>,
+    table: Mutex<Table>,
     changed: Arc<watch::Sender<()>>,
     tasks: Tasks,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    entries: HashMap<SandboxId, Entry>,
+    /// Of the sandboxes in `entries`, and of those that were.
+    epochs: SeenEpochs,
 }
 
 #[derive(Debug)]
@@ -82,6 +90,8 @@ struct Told {
     last_used: Instant,
     /// Whether a stop for idleness is under way, so that nobody may begin to use the guest.
     withheld: bool,
+    /// Whether the guest is frozen, and until its clock is right again after that.
+    frozen: bool,
 }
 
 impl fmt::Debug for Shared {
@@ -93,6 +103,25 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
+    /// What is told of a sandbox that is on its way up.
+    fn new(epoch: Epoch, paths: SandboxPaths, changed: Arc<watch::Sender<()>>) -> Self {
+        let told = Told {
+            phase: Phase::Starting,
+            guest: None,
+            versions: GuestVersions::default(),
+            timings: None,
+            last_used: Instant::now(),
+            withheld: false,
+            frozen: false,
+        };
+        Self {
+            epoch,
+            paths,
+            changed,
+            told: Mutex::new(told),
+        }
+    }
+
     fn told(&self) -> MutexGuard<'_, Told> {
         // Every change under this lock is a plain assignment: a panic leaves it whole.
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
@@ -119,13 +148,29 @@ impl Shared {
     }
 
     pub(super) fn forget_guest(&self) {
-        self.told().guest = None;
+        let mut told = self.told();
+        told.guest = None;
+        told.frozen = false;
+    }
+
+    pub(super) fn frozen(&self) -> bool {
+        self.told().frozen
+    }
+
+    /// A thaw counts as use: while it was frozen nobody could use it.
+    pub(super) fn set_frozen(&self, frozen: bool) {
+        let mut told = self.told();
+        if told.frozen && !frozen {
+            told.last_used = Instant::now();
+        }
+        told.frozen = frozen;
     }
 
     /// The guest, which counts as used from now on.
     fn begin_use(&self) -> Option<Guest> {
         let mut told = self.told();
-        let guest = told.guest.clone().filter(|_| !told.withheld)?;
+        let may_use = !told.withheld && !told.frozen;
+        let guest = told.guest.clone().filter(|_| may_use)?;
         told.last_used = Instant::now();
         Some(guest)
     }
@@ -188,12 +233,14 @@ impl Registry {
     #[must_use]
     pub fn observed(&self) -> BTreeMap<SandboxId, Observed> {
         self.table()
+            .entries
             .iter()
             .map(|(id, entry)| (*id, entry.shared.observed()))
             .collect()
     }
 
-    /// Starts a sandbox; one that is known already is left alone.
+    /// Starts a sandbox; one that is known already is left alone, and one whose ownership has
+    /// been given out again since is refused.
     pub fn start(&self, spec: StartSpec) {
         let id = spec.id;
         if let Some(driver) = self.enter(id, spec.epoch) {
@@ -222,7 +269,7 @@ impl Registry {
 
     /// Ends a sandbox; its driver tells when it is gone.
     pub fn stop(&self, id: SandboxId) {
-        if let Some(entry) = self.table().get(&id) {
+        if let Some(entry) = self.table().entries.get(&id) {
             entry.stop.cancel();
         }
     }
@@ -231,16 +278,24 @@ impl Registry {
     pub fn forget(&self, id: SandboxId) {
         let mut table = self.table();
         let gone = |entry: &Entry| matches!(entry.shared.told().phase, Phase::Gone { .. });
-        if table.get(&id).is_some_and(gone) {
-            table.remove(&id);
+        if table.entries.get(&id).is_some_and(gone) {
+            table.entries.remove(&id);
         }
     }
 
-    /// The guest of a sandbox that is ready here under `epoch`. Counts as use.
+    /// The guest of a sandbox that is ready here under `epoch`, unless it is [`Self::frozen`] or
+    /// about to be stopped for idleness. Counts as use.
     #[must_use]
     pub fn guest(&self, id: SandboxId, epoch: Epoch) -> Option<Guest> {
         let shared = self.shared(id).filter(|shared| shared.epoch == epoch)?;
         shared.begin_use()
+    }
+
+    /// Whether a sandbox is frozen here because this node has lost touch with the cluster. It
+    /// thaws when the lease is renewed, or ends as [`End::LeaseLost`].
+    #[must_use]
+    pub fn frozen(&self, id: SandboxId) -> bool {
+        self.shared(id).is_some_and(|shared| shared.frozen())
     }
 
     /// Before a stop for idleness: withholds the guest, so that nobody begins to use what is about
@@ -294,35 +349,23 @@ impl Registry {
         &self.host
     }
 
-    /// Makes room for a sandbox; `None` where it is known already.
+    /// Makes room for a sandbox; `None` where it is known already, or `epoch` overtaken.
     fn enter(&self, id: SandboxId, epoch: Epoch) -> Option<Driver> {
-        let mut table = self.table();
-        if table.contains_key(&id) {
-            return None;
-        }
-        let told = Told {
-            phase: Phase::Starting,
-            guest: None,
-            versions: GuestVersions::default(),
-            timings: None,
-            last_used: Instant::now(),
-            withheld: false,
-        };
-        let shared = Arc::new(Shared {
-            epoch,
-            paths: self.host.data.sandbox(id),
-            changed: Arc::clone(&self.changed),
-            told: Mutex::new(told),
-        });
+        let paths = self.host.data.sandbox(id);
+        let shared = Arc::new(Shared::new(epoch, paths, Arc::clone(&self.changed)));
         let stop = CancellationToken::new();
-        table.insert(
-            id,
-            Entry {
-                shared: Arc::clone(&shared),
-                stop: stop.clone(),
-            },
-        );
-        drop(table);
+        let entry = Entry {
+            shared: Arc::clone(&shared),
+            stop: stop.clone(),
+        };
+        match self.table().enter(id, epoch, entry) {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(overtaken) => {
+                warn!(%id, %overtaken, "not started");
+                return None;
+            }
+        }
         self.changed.send_replace(());
         let (host, detach) = (Arc::clone(&self.host), self.tasks.token().clone());
         Some(Driver {
@@ -333,13 +376,27 @@ impl Registry {
         })
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<SandboxId, Entry>> {
+    fn table(&self) -> MutexGuard<'_, Table> {
         // Insertions and removals are single calls: a panic leaves the table whole.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn shared(&self, id: SandboxId) -> Option<Arc<Shared>> {
-        self.table().get(&id).map(|entry| Arc::clone(&entry.shared))
+        let table = self.table();
+        let entry = table.entries.get(&id)?;
+        Some(Arc::clone(&entry.shared))
+    }
+}
+
+impl Table {
+    /// Enters `entry`; `false` where the sandbox is known already.
+    fn enter(&mut self, id: SandboxId, epoch: Epoch, entry: Entry) -> Result<bool, Overtaken> {
+        self.epochs.admit(id, epoch)?;
+        if self.entries.contains_key(&id) {
+            return Ok(false);
+        }
+        self.entries.insert(id, entry);
+        Ok(true)
     }
 }
 
@@ -370,22 +427,44 @@ mod tests {
 
     const IDLE: Duration = Duration::from_secs(60);
 
+    fn starting(epoch: Epoch) -> Shared {
+        let changed = Arc::new(watch::Sender::new(()));
+        Shared::new(epoch, SandboxPaths::new("/nonexistent"), changed)
+    }
+
     fn ready() -> Shared {
         let nowhere = Arc::new(TcpDial("127.0.0.1:1".parse().expect("an address")));
-        let told = Told {
-            phase: Phase::Ready,
-            guest: Some(Guest::new(nowhere, "token").expect("a guest")),
-            versions: GuestVersions::default(),
-            timings: None,
-            last_used: Instant::now(),
-            withheld: false,
+        let shared = starting(Epoch(1));
+        shared.set_phase(Phase::Ready);
+        shared.told().guest = Some(Guest::new(nowhere, "token").expect("a guest"));
+        shared
+    }
+
+    #[test]
+    fn a_sandbox_is_not_started_again_under_an_older_epoch_even_after_it_was_forgotten() {
+        let id = SandboxId([7; 16]);
+        let entry = |epoch| Entry {
+            shared: Arc::new(starting(epoch)),
+            stop: CancellationToken::new(),
         };
-        Shared {
-            epoch: Epoch(1),
-            paths: SandboxPaths::new("/nonexistent"),
-            changed: Arc::new(watch::Sender::new(())),
-            told: Mutex::new(told),
-        }
+        let mut table = Table::default();
+        assert_eq!(table.enter(id, Epoch(5), entry(Epoch(5))), Ok(true));
+        assert_eq!(table.enter(id, Epoch(5), entry(Epoch(5))), Ok(false));
+        table.entries.remove(&id);
+        assert!(table.enter(id, Epoch(4), entry(Epoch(4))).is_err());
+        assert!(table.entries.is_empty());
+        assert_eq!(table.enter(id, Epoch(6), entry(Epoch(6))), Ok(true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_guest_of_a_frozen_sandbox_is_withheld_until_it_has_thawed() {
+        let shared = ready();
+        shared.set_frozen(true);
+        assert!(shared.begin_use().is_none());
+        tokio::time::advance(IDLE).await;
+        shared.set_frozen(false);
+        assert!(!shared.withhold_idle(IDLE), "nobody could use it");
+        assert!(shared.begin_use().is_some());
     }
 
     #[tokio::test(start_paused = true)]

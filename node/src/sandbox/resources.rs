@@ -22,12 +22,14 @@ use tracing::warn;
 use super::error::AcquireError;
 use super::record::{ReadyFacts, Record};
 use super::spec::{Host, StartSpec, StartTimings};
+use crate::base::chain::chain;
 use crate::base::fault;
 use crate::guest::{AgentSetup, CutDial, Guest, TcpDial};
 use crate::net::NetError;
 use crate::net::slot::GUEST_MAC;
 use crate::shim::client::{self, ShimClient};
 use crate::shim::error::CallShimError;
+use crate::shim::lease;
 use crate::shim::spec::ShimSpec;
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{Overlay, SandboxPaths};
@@ -138,6 +140,7 @@ impl Held {
         let shim = ShimSpec {
             sandbox: spec.id,
             epoch: spec.epoch,
+            lease: spec.lease_bound.then(|| lease::file_in(host.data.root())),
             vmm,
         };
         let client = client::spawn(self.paths.dir(), &shim, &host.wrenn).await?;
@@ -158,13 +161,7 @@ impl Held {
         let health = guest.wait_ready(began + host.boot_timeout).await?;
         timings.guest = began.elapsed();
         let answered = Instant::now();
-        guest
-            .set_up(&AgentSetup {
-                token: self.record.token.clone(),
-                sandbox_id: self.record.id.clone(),
-                template: self.record.template.clone(),
-            })
-            .await?;
+        guest.set_up(&self.agent_setup()).await?;
         let vmm = self.shim.as_ref().map_or_else(String::new, |shim| {
             let status = shim.known_status();
             format!("qemu {} ({})", status.vmm_version, status.accelerator)
@@ -178,6 +175,29 @@ impl Held {
         timings.setup = answered.elapsed();
         fault::point("create.guest");
         Ok(facts)
+    }
+
+    /// Tells a guest that was frozen what time it is. The rest of what it is told it knows. One
+    /// that cannot be told is used with the clock it has, which its kernel mostly keeps right.
+    pub(super) async fn set_guest_clock(&self) {
+        let told = match self.guest() {
+            Ok(Some(guest)) => guest.set_up(&self.agent_setup()).await,
+            Ok(None) | Err(_) => return,
+        };
+        if let Err(err) = told {
+            warn!(
+                err = chain(&err),
+                "the guest's clock may be wrong after its thaw"
+            );
+        }
+    }
+
+    fn agent_setup(&self) -> AgentSetup {
+        AgentSetup {
+            token: self.record.token.clone(),
+            sandbox_id: self.record.id.clone(),
+            template: self.record.template.clone(),
+        }
     }
 
     /// A client of the guest's agent, of no use any more once the release has begun: the slot's

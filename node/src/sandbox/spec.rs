@@ -28,6 +28,9 @@ pub struct StartSpec {
     pub memory: Mib,
     /// Root disk.
     pub disk: Mib,
+    /// Whether it may run only under this node's lease, because the cluster may give its
+    /// ownership out again without this node's word. The lease must have been written before.
+    pub lease_bound: bool,
 }
 
 /// What all sandboxes of this node share.

@@ -57,6 +57,10 @@ pub struct ShimStatus {
     pub accelerator: String,
     /// How long the VMM took from its spawn to its first answer.
     pub vmm_start: Duration,
+    /// Whether the guest runs only under the node's lease.
+    pub lease_bound: bool,
+    /// Whether the guest is frozen, because the lease has ended.
+    pub frozen: bool,
 }
 
 /// A shim that has answered.
@@ -166,6 +170,28 @@ impl ShimClient {
         }
     }
 
+    /// Waits until the guest is frozen or thawed, seen from `known`, and returns what it is by
+    /// then; `None` when `deadline` came first.
+    ///
+    /// # Errors
+    /// See [`CallShimError`]; [`CallShimError::Failed`] or [`CallShimError::Gone`] when the VMM
+    /// has ended, which [`Self::wait_exit`] tells better.
+    pub async fn wait_freeze(
+        &self,
+        known: bool,
+        deadline: Instant,
+    ) -> Result<Option<bool>, CallShimError> {
+        let call = Call::WaitFreeze(wire::WaitFreeze { frozen: known });
+        match call_shim(&self.dir, call, deadline).await {
+            Ok(Answer::Status(status)) => Ok(Some(status.frozen)),
+            Ok(Answer::Exit(_) | Answer::Failure(_)) => Err(CallShimError::WrongAnswer {
+                dir: self.dir.to_path_buf(),
+            }),
+            Err(CallShimError::TimedOut { .. }) => Ok(None),
+            Err(err) => Err(err),
+        }
+    }
+
     /// The exit that `call` is answered with, or the one on disk if nobody answers any more.
     async fn exit_from(&self, call: Call, deadline: Instant) -> Result<ExitRecord, CallShimError> {
         let broken = match call_shim(&self.dir, call, deadline).await {
@@ -260,6 +286,8 @@ async fn hello(dir: &Path) -> Result<ShimStatus, CallShimError> {
         vmm_version: said.vmm_version,
         accelerator: said.accelerator,
         vmm_start: Duration::from_micros(said.vmm_start_us),
+        lease_bound: said.lease_bound,
+        frozen: said.frozen,
     })
 }
 

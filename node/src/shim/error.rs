@@ -8,6 +8,7 @@ use proto::ids::SandboxId;
 
 use crate::base::remedy::Remedy;
 use crate::pager::memory::CreateMemoryError;
+use crate::shim::lease::ReadLeaseError;
 use crate::shim::protocol::FrameError;
 use crate::vmm::{SpawnVmmError, VmmError};
 
@@ -85,6 +86,12 @@ pub enum RunShimError {
     /// The VMM did not come up.
     #[error("start the VMM")]
     Vmm(#[from] SpawnVmmError),
+    /// The guest may only run under the node's lease, and there is none.
+    #[error("learn the node's lease")]
+    Lease(#[from] ReadLeaseError),
+    /// As `Lease`: there was one, and it has ended.
+    #[error("the node's lease has ended: no guest may start under it")]
+    LeaseEnded,
     /// The process could not be set up.
     #[error("{doing}")]
     System {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use proto::units::Stamp;
 use proto::wire::shim as wire;
@@ -13,6 +14,8 @@ use crate::vmm::VmmExit;
 
 /// The layout of `exit.json`.
 const VERSION: u32 = 1;
+/// The reason of a VMM that its shim killed because the node's lease had ended.
+pub const LEASE_LOST: &str = "lease-lost";
 /// What the wire carries for "no exit code".
 const NO_CODE: i32 = -1;
 
@@ -25,8 +28,10 @@ pub struct ExitRecord {
     pub signal: Option<i32>,
     /// Whether the daemon had asked for the end.
     pub asked: bool,
-    /// The VMM's own word for why, such as `guest-shutdown`; may be empty.
+    /// The VMM's own word for why, such as `guest-shutdown`, or [`LEASE_LOST`]; may be empty.
     pub reason: String,
+    /// Why, in a sentence for people, where the shim itself ended the VMM; otherwise empty.
+    pub explanation: String,
     /// The end of what it wrote to its standard error.
     pub stderr_tail: String,
     /// When.
@@ -42,6 +47,9 @@ struct Written {
     reason: String,
     stderr_tail: String,
     ended_at_ms: u64,
+    /// Not there in files of earlier releases.
+    #[serde(default)]
+    explanation: String,
 }
 
 #[derive(Deserialize)]
@@ -58,8 +66,24 @@ impl ExitRecord {
             signal: exit.signal,
             asked,
             reason: exit.reason,
+            explanation: String::new(),
             stderr_tail,
             ended_at,
+        }
+    }
+
+    /// The same end, which came about because the node had lost its lease `lost_for` before.
+    #[must_use]
+    pub fn lease_lost(self, lost_for: Duration) -> Self {
+        // To the nearest.
+        let seconds = (lost_for + Duration::from_millis(500)).as_secs();
+        Self {
+            reason: LEASE_LOST.into(),
+            explanation: format!(
+                "this host lost contact with the cluster for {seconds} s; \
+                 the guest was stopped so that it cannot run twice"
+            ),
+            ..self
         }
     }
 
@@ -74,6 +98,7 @@ impl ExitRecord {
             signal: self.signal,
             asked: self.asked,
             reason: self.reason.clone(),
+            explanation: self.explanation.clone(),
             stderr_tail: self.stderr_tail.clone(),
             ended_at_ms: self.ended_at.0,
         };
@@ -99,6 +124,7 @@ impl ExitRecord {
             signal: written.signal,
             asked: written.asked,
             reason: written.reason,
+            explanation: written.explanation,
             stderr_tail: written.stderr_tail,
             ended_at: Stamp(written.ended_at_ms),
         }))
@@ -131,6 +157,7 @@ impl From<&ExitRecord> for wire::Exit {
             asked: record.asked,
             detail: record.stderr_tail.clone(),
             reason: record.reason.clone(),
+            explanation: record.explanation.clone(),
             ended_at_ms: record.ended_at.0,
         }
     }
@@ -145,6 +172,7 @@ impl From<wire::Exit> for ExitRecord {
                 .filter(|&signal| signal != 0),
             asked: exit.asked,
             reason: exit.reason,
+            explanation: exit.explanation,
             stderr_tail: exit.detail,
             ended_at: Stamp(exit.ended_at_ms),
         }
@@ -161,6 +189,7 @@ mod tests {
             signal: Some(9),
             asked: true,
             reason: "guest-shutdown".into(),
+            explanation: String::new(),
             stderr_tail: "qemu: \u{fffd}".into(),
             ended_at: Stamp(7),
         }
@@ -169,9 +198,23 @@ mod tests {
     #[test]
     fn a_record_survives_the_file_and_the_wire() {
         let dir = tempfile::tempdir().expect("tempdir");
-        record().write(dir.path()).expect("written");
-        assert_eq!(ExitRecord::read(dir.path()).expect("read"), Some(record()));
-        assert_eq!(ExitRecord::from(wire::Exit::from(&record())), record());
+        for record in [record(), record().lease_lost(Duration::from_secs(70))] {
+            record.write(dir.path()).expect("written");
+            let read = ExitRecord::read(dir.path()).expect("read");
+            assert_eq!(read.as_ref(), Some(&record));
+            assert_eq!(ExitRecord::from(wire::Exit::from(&record)), record);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_lost_its_lease_leaves_a_sentence_for_people() {
+        let lost = record().lease_lost(Duration::from_millis(70_400));
+        assert_eq!(lost.reason, LEASE_LOST);
+        assert_eq!(
+            lost.explanation,
+            "this host lost contact with the cluster for 70 s; the guest was stopped so that it \
+             cannot run twice"
+        );
     }
 
     #[test]

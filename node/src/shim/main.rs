@@ -6,7 +6,8 @@
 //!
 //! The main thread starts the VMM and then waits for its end: the VMM dies with the thread that
 //! started it, so this one must live as long as the shim. Three more threads serve the console,
-//! the VMM's complaints and the socket. There is no async runtime: a shim stays below 8 MiB.
+//! the VMM's complaints and the socket, and two watch over a guest that is bound to the node's
+//! lease ([`super::watchdog`]). There is no async runtime: a shim stays below 8 MiB.
 //!
 //! At the end `exit.json` is written first, then whoever waits is told, then the process goes: a
 //! daemon that finds no shim can rely on the file. A shim that is killed writes nothing, and its
@@ -26,6 +27,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::Flock;
+use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, setsid};
@@ -39,8 +41,10 @@ use crate::shim::console::{BoundedLog, pump, pump_keeping_tail};
 use crate::shim::error::RunShimError;
 use crate::shim::exit::ExitRecord;
 use crate::shim::files::{self, SocketPath};
+use crate::shim::freeze::Frozen;
 use crate::shim::serve::Server;
 use crate::shim::spec::ShimSpec;
+use crate::shim::watchdog::{Lease, Watchdog};
 use crate::vmm::jail::{Side, fork};
 use crate::vmm::{self, Started, Vmm, VmmExit};
 
@@ -141,6 +145,8 @@ fn run(dir: &Path, mut report: PipeWriter) -> ExitCode {
 struct Running {
     server: Arc<Server>,
     vmm: Arc<dyn Vmm>,
+    /// Of a guest that is bound to the node's lease.
+    watchdog: Option<Arc<Watchdog>>,
     complaints: Receiver<String>,
     console_ended: Receiver<()>,
     /// The guest's memory, kept for as long as the shim lives.
@@ -153,6 +159,7 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
     let lock = settle(dir)?;
     let name = dir.to_string_lossy();
     let spec = ShimSpec::read(dir)?;
+    let lease = spec.lease.as_deref().map(Lease::read).transpose()?;
     let memory = GuestMemory::create(spec.vmm.memory)?;
     let Started {
         vmm,
@@ -167,6 +174,12 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
     )?;
     let vmm: Arc<dyn Vmm> = Arc::from(vmm);
     let system = |doing| move |source| RunShimError::System { doing, source };
+    let frozen = Arc::new(Frozen::default());
+    // Before anything else: the guest runs.
+    let watchdog = lease
+        .map(|lease| Watchdog::start(Arc::clone(&vmm), Arc::clone(&frozen), lease, dir))
+        .transpose()
+        .map_err(system("start a thread"))?;
     let console_log = BoundedLog::new(dir, files::CONSOLE);
     let console_ended = thread_result("console", move || pump(console, console_log))
         .map_err(system("start a thread"))?;
@@ -175,8 +188,8 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
         pump_keeping_tail(stderr, log, COMPLAINT_BYTES)
     })
     .map_err(system("start a thread"))?;
-    let server =
-        Server::new(status(&spec, &*vmm, took), Arc::clone(&vmm)).map_err(system("make a pipe"))?;
+    let server = Server::new(status(&spec, &*vmm, took), Arc::clone(&vmm), frozen)
+        .map_err(system("make a pipe"))?;
     let listener = listen(dir).map_err(system("listen on shim.sock"))?;
     let accepting = Arc::clone(&server);
     thread_result("accept", move || accepting.accept_all(&listener))
@@ -184,6 +197,7 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
     Ok(Running {
         server,
         vmm,
+        watchdog,
         complaints,
         console_ended,
         _memory: memory,
@@ -212,7 +226,10 @@ impl Running {
         let complaint = self.complaints.recv_timeout(left()).unwrap_or_default();
         let _console_on_disk = self.console_ended.recv_timeout(left());
         let asked = self.server.ending().asked();
-        let record = ExitRecord::new(exit, asked, complaint, SystemClock.now());
+        let mut record = ExitRecord::new(exit, asked, complaint, SystemClock.now());
+        if let Some(lost_for) = self.lease_lost_for(&record) {
+            record = record.lease_lost(lost_for);
+        }
         let written = record.write(dir);
         if let Err(err) = &written {
             let line = format!("write {}: {err}\n", files::EXIT);
@@ -226,6 +243,15 @@ impl Running {
         } else {
             ExitCode::FAILURE
         }
+    }
+}
+
+impl Running {
+    /// How long the node had had no lease, where that is what ended the VMM.
+    fn lease_lost_for(&self, record: &ExitRecord) -> Option<Duration> {
+        let killed = record.signal == Some(Signal::SIGKILL as i32);
+        let watchdog = self.watchdog.as_ref().filter(|_| killed)?;
+        watchdog.lost_for()
     }
 }
 
@@ -283,6 +309,9 @@ fn status(spec: &ShimSpec, vmm: &dyn Vmm, took: Duration) -> Status {
         vmm_version: vmm.version().to_owned(),
         accelerator: spec.vmm.accelerator.name().to_owned(),
         vmm_start_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+        lease_bound: spec.lease.is_some(),
+        // The server knows.
+        frozen: false,
     }
 }
 

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use proto::wire::shim::request::Call;
 use proto::wire::shim::response::Answer;
 use proto::wire::shim::{self as wire, Request, Response};
@@ -22,11 +22,13 @@ use proto::wire::shim::{self as wire, Request, Response};
 use crate::base::chain::chain;
 use crate::shim::error::StopError;
 use crate::shim::exit::ExitRecord;
+use crate::shim::freeze::Frozen;
 use crate::shim::protocol;
 use crate::vmm::Vmm;
 use crate::vmm::process::poll_timeout;
 
-/// Clients served at once. The daemon needs two (one waits for the exit); a second daemon, a
+/// Clients served at once. The daemon needs three (one waits for the exit, and one for a freeze of
+/// a guest bound to a lease); a second daemon, a
 /// person with a tool and some that hang leave room to spare.
 pub const MAX_CLIENTS: usize = 16;
 /// Longest wait for a client's next byte. The daemon opens a connection for each call.
@@ -110,12 +112,32 @@ impl Ending {
             }
         }
     }
+
+    /// Waits for `change` or the end. Returns whether `client` hung up before either.
+    fn until(&self, change: BorrowedFd<'_>, client: BorrowedFd<'_>) -> io::Result<bool> {
+        loop {
+            let mut wakers = [
+                PollFd::new(change, PollFlags::POLLIN),
+                PollFd::new(self.known.as_fd(), PollFlags::POLLIN),
+                PollFd::new(client, PollFlags::empty()),
+            ];
+            match poll(&mut wakers, PollTimeout::NONE) {
+                Ok(_) => {
+                    let [changed, ended, _] = wakers.map(|waker| waker.any() == Some(true));
+                    return Ok(!changed && !ended);
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
 }
 
 /// A shim's answering half.
 pub struct Server {
     status: wire::Status,
     vmm: Arc<dyn Vmm>,
+    frozen: Arc<Frozen>,
     ending: Ending,
     clients: Mutex<Clients>,
     quiet: Condvar,
@@ -129,14 +151,19 @@ struct Clients {
 }
 
 impl Server {
-    /// A server that answers for `vmm`.
+    /// A server that answers for `vmm`, which may be `frozen`.
     ///
     /// # Errors
     /// The kernel has no descriptors to give.
-    pub fn new(status: wire::Status, vmm: Arc<dyn Vmm>) -> io::Result<Arc<Self>> {
+    pub fn new(
+        status: wire::Status,
+        vmm: Arc<dyn Vmm>,
+        frozen: Arc<Frozen>,
+    ) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             status,
             vmm,
+            frozen,
             ending: Ending::new()?,
             clients: Mutex::default(),
             quiet: Condvar::new(),
@@ -212,9 +239,12 @@ impl Server {
         Ok(match request.call {
             // A shim on its way out is not alive: what became of the guest is on disk.
             Some(Call::Hello(wire::Hello {})) if self.ending.record.get().is_some() => {
-                failure("the VMM has ended")
+                failure(ENDED)
             }
-            Some(Call::Hello(wire::Hello {})) => Answer::Status(self.status.clone()),
+            Some(Call::Hello(wire::Hello {})) => Answer::Status(self.status()),
+            Some(Call::WaitFreeze(wire::WaitFreeze { frozen })) => {
+                self.wait_freeze(frozen, client)?
+            }
             Some(Call::WaitExit(wire::WaitExit {})) => {
                 match self.ending.wait(None, Some(client))? {
                     Some(record) => Answer::Exit(record.into()),
@@ -232,11 +262,35 @@ impl Server {
         })
     }
 
+    fn status(&self) -> wire::Status {
+        wire::Status {
+            frozen: self.frozen.get(),
+            ..self.status.clone()
+        }
+    }
+
+    /// Waits until `frozen` is not `known` any more, as long as `client` stays.
+    fn wait_freeze(&self, known: bool, client: BorrowedFd<'_>) -> io::Result<Answer> {
+        if let Some(change) = self.frozen.change_from(known)? {
+            let hung_up = self.ending.until(change.as_fd(), client)?;
+            if hung_up {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+        }
+        Ok(match self.ending.record.get() {
+            Some(_) => failure(ENDED),
+            None => Answer::Status(self.status()),
+        })
+    }
+
     /// Presses the power button, and after `grace` ends the VMM: by its own hand if it still
-    /// listens (it then closes its disk properly), by ours if not. A caller that hangs up
-    /// does not stop the stopping.
+    /// listens (it then closes its disk properly), by ours if not; a frozen one hears nothing and
+    /// is killed. A caller that hangs up does not stop the stopping.
     fn stop(&self, grace: Duration) -> Result<&ExitRecord, StopError> {
         self.ending.asked.store(true, Ordering::Release);
+        if self.frozen.get() {
+            return self.kill();
+        }
         if !grace.is_zero() {
             // A VMM that cannot be told will be killed below.
             let _told = self.vmm.shutdown(Instant::now() + TELL_TIMEOUT);
@@ -249,6 +303,10 @@ impl Server {
         {
             return Ok(record);
         }
+        self.kill()
+    }
+
+    fn kill(&self) -> Result<&ExitRecord, StopError> {
         self.vmm.kill()?;
         self.ended_within(KILL_TIMEOUT).ok_or(StopError::Lingers {
             waited: KILL_TIMEOUT,
@@ -266,6 +324,9 @@ impl Server {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// What a client is told that asks for the living.
+const ENDED: &str = "the VMM has ended";
 
 fn failure(message: &str) -> Answer {
     Answer::Failure(wire::Failure {
@@ -312,7 +373,8 @@ mod tests {
     /// A server for `vmm`, with somebody to announce its end, as the main thread would.
     fn serve(vmm: FakeVmm) -> (Arc<Server>, Arc<FakeVmm>) {
         let vmm = Arc::new(vmm);
-        let server = Server::new(wire::Status::default(), vmm.clone()).expect("pipes");
+        let frozen = Arc::new(Frozen::default());
+        let server = Server::new(wire::Status::default(), vmm.clone(), frozen).expect("pipes");
         let (main, theirs) = (server.clone(), vmm.clone());
         thread::spawn(move || {
             if let Ok(Some(exit)) = theirs.wait(Instant::now() + SOON) {
@@ -362,6 +424,44 @@ mod tests {
         let answer = ask(&mut dial(&server), stop(0));
         assert!(matches!(answer, Some(Answer::Exit(exit)) if exit.signal == 9));
         assert_eq!(vmm.told(), ["quit", "kill"]);
+    }
+
+    #[test]
+    fn a_frozen_vmm_is_killed_without_being_told() {
+        let (server, vmm) = serve(FakeVmm::stubborn());
+        server.frozen.set(true);
+        let answer = ask(&mut dial(&server), stop(60_000));
+        assert!(matches!(answer, Some(Answer::Exit(exit)) if exit.asked));
+        assert_eq!(vmm.told(), ["kill"]);
+    }
+
+    #[test]
+    fn who_waits_for_a_freeze_is_told_of_it_and_then_of_the_thaw() {
+        let (server, _vmm) = serve(FakeVmm::stubborn());
+        let wait = |frozen| Call::WaitFreeze(wire::WaitFreeze { frozen });
+        let mut stream = dial(&server);
+        server.frozen.set(true);
+        let answer = ask(&mut stream, wait(false));
+        assert!(matches!(answer, Some(Answer::Status(it)) if it.frozen));
+        let thawing = Arc::clone(&server);
+        let thaw = thread::spawn(move || thawing.frozen.set(false));
+        let answer = ask(&mut stream, wait(true));
+        assert!(matches!(answer, Some(Answer::Status(it)) if !it.frozen));
+        thaw.join().expect("no panic");
+    }
+
+    #[test]
+    fn who_waits_for_a_freeze_is_told_of_the_end() {
+        let (server, vmm) = serve(FakeVmm::stubborn());
+        let mut stream = dial(&server);
+        let request = Request {
+            call: Some(Call::WaitFreeze(wire::WaitFreeze { frozen: false })),
+        };
+        protocol::write(&mut stream, &request).expect("sent");
+        vmm.end(VmmExit::default());
+        let answered: Option<Response> = protocol::read(&mut stream).expect("readable");
+        let answer = answered.and_then(|it| it.answer);
+        assert!(matches!(answer, Some(Answer::Failure(_))), "{answer:?}");
     }
 
     #[test]

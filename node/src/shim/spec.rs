@@ -26,6 +26,9 @@ pub struct ShimSpec {
     pub sandbox: SandboxId,
     /// The ownership under which it runs.
     pub epoch: Epoch,
+    /// The lease file that the guest obeys ([`super::lease`]); `None` for a guest that runs
+    /// whether its node has a lease or not.
+    pub lease: Option<PathBuf>,
     /// The guest.
     pub vmm: VmmSpec,
 }
@@ -45,6 +48,10 @@ struct Written {
     memory_mib: u32,
     root_disk: Option<PathBuf>,
     network: Option<WrittenNetwork>,
+    /// Left out where there is none: a release that knows no leases then reads the file, and
+    /// refuses one that it could not obey.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lease: Option<PathBuf>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -99,6 +106,7 @@ impl ShimSpec {
                 tap: network.tap,
                 mac: network.mac,
             }),
+            lease: self.lease.clone(),
         }
     }
 
@@ -114,6 +122,7 @@ impl ShimSpec {
                 .parse()
                 .map_err(|_| bad("sandbox", &written.sandbox))?,
             epoch: Epoch(written.epoch),
+            lease: written.lease,
             vmm: VmmSpec {
                 program: written.program,
                 accelerator: Accelerator::from_name(&written.accelerator)
@@ -142,6 +151,7 @@ mod tests {
         ShimSpec {
             sandbox: SandboxId([7; 16]),
             epoch: Epoch(3),
+            lease: Some("/data/lease".into()),
             vmm: VmmSpec {
                 program: "/usr/bin/qemu-system-x86_64".into(),
                 accelerator: Accelerator::Tcg,
@@ -185,6 +195,18 @@ mod tests {
             matches!(err, ReadFileError::UnknownVersion { found: 2, .. }),
             "{err}"
         );
+    }
+
+    #[test]
+    fn a_spec_of_before_there_were_leases_is_of_an_unbound_guest() {
+        let with_lease = ",\n  \"lease\": \"/data/lease\"";
+        let read = read_changed(with_lease, "").expect("read");
+        assert_eq!(read.lease, None);
+        let dir = tempfile::tempdir().expect("tempdir");
+        read.write(dir.path()).expect("written");
+        let written = files::read(dir.path(), files::SPEC).expect("read");
+        let written = String::from_utf8(written.expect("there")).expect("UTF-8");
+        assert!(!written.contains("lease"), "{written}");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use nix::sys::signal::Signal;
+
 use crate::base::remedy::Remedy;
 use crate::vmm::qemu::qmp::QmpError;
 
@@ -114,6 +116,16 @@ pub enum VmmError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The process could not be stopped, or let go on.
+    #[error("send {signal} to VMM process {pid}")]
+    Signal {
+        /// The signal.
+        signal: Signal,
+        /// The process.
+        pid: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The end of the process could not be awaited.
     #[error("wait for VMM process {pid}")]
     Wait {
@@ -130,7 +142,7 @@ impl VmmError {
     pub fn remedy(&self) -> Remedy {
         match self {
             Self::Told { .. } => Remedy::BlameGuest,
-            Self::Kill { .. } | Self::Wait { .. } => Remedy::CallOperator,
+            Self::Kill { .. } | Self::Signal { .. } | Self::Wait { .. } => Remedy::CallOperator,
         }
     }
 }

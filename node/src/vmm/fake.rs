@@ -117,6 +117,16 @@ impl Vmm for FakeVmm {
         Ok(())
     }
 
+    fn freeze(&self) -> Result<(), VmmError> {
+        self.note("freeze");
+        Ok(())
+    }
+
+    fn thaw(&self) -> Result<(), VmmError> {
+        self.note("thaw");
+        Ok(())
+    }
+
     fn kill(&self) -> Result<(), VmmError> {
         self.note("kill");
         self.end(VmmExit {

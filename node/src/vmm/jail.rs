@@ -124,12 +124,20 @@ pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 /// # Errors
 /// The kernel refused the signal.
 pub fn pidfd_kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
+    pidfd_signal(pidfd, Signal::SIGKILL)
+}
+
+/// Sends `signal` to the process behind `pidfd`. A process that has ended already is no error.
+///
+/// # Errors
+/// The kernel refused the signal.
+pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> io::Result<()> {
     // SAFETY: the third argument may be null, and the others are integers.
     let sent = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             pidfd.as_raw_fd(),
-            libc::SIGKILL,
+            signal as libc::c_int,
             std::ptr::null::<libc::siginfo_t>(),
             0,
         )
@@ -138,6 +146,19 @@ pub fn pidfd_kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
         Ok(_) | Err(Errno::ESRCH) => Ok(()),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Gives the calling thread the lowest real-time priority, before all ordinary threads of the
+/// host. Processes that it starts do not inherit it.
+///
+/// # Errors
+/// The caller lacks the right.
+pub fn raise_priority() -> io::Result<()> {
+    let lowest = libc::sched_param { sched_priority: 1 };
+    let policy = libc::SCHED_RR | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: 0 means the calling thread, and `lowest` lives through the call.
+    let set = unsafe { libc::sched_setscheduler(0, policy, &raw const lowest) };
+    Errno::result(set).map(drop).map_err(io::Error::from)
 }
 
 /// Takes all but [`KEPT_CAPABILITY`] out of the bounding set, so `exec` cannot give them back.

@@ -138,7 +138,20 @@ pub trait Vmm: Send + Sync {
     /// As [`Vmm::pause`].
     fn quit(&self, deadline: Instant) -> Result<(), VmmError>;
 
-    /// Kills the process at once. Killing a dead VMM is no error.
+    /// Stops the whole process, disk and network included, without its cooperation; it answers
+    /// nothing until [`Vmm::thaw`]. Freezing a frozen VMM, or a dead one, is no error.
+    ///
+    /// # Errors
+    /// The kernel refused the signal.
+    fn freeze(&self) -> Result<(), VmmError>;
+
+    /// Lets a frozen process go on. One that runs or is dead is left in peace.
+    ///
+    /// # Errors
+    /// The kernel refused the signal.
+    fn thaw(&self) -> Result<(), VmmError>;
+
+    /// Kills the process at once, frozen or not. Killing a dead VMM is no error.
     ///
     /// # Errors
     /// The kernel refused the signal.

@@ -13,8 +13,9 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
-use crate::vmm::jail::pidfd_open;
+use crate::vmm::jail::{pidfd_open, pidfd_signal};
 use crate::vmm::{VmmError, VmmExit};
 
 /// A running or ended child.
@@ -58,6 +59,31 @@ impl VmmProcess {
     pub fn kill(&self) -> Result<(), VmmError> {
         // The standard library sends nothing to a child it has reaped.
         self.child().kill().map_err(|source| VmmError::Kill {
+            pid: self.pid,
+            source,
+        })
+    }
+
+    /// Stops the child; one that has ended already is left in peace.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn freeze(&self) -> Result<(), VmmError> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets a stopped child go on.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn thaw(&self) -> Result<(), VmmError> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Through the descriptor, which never means another process: no lock is needed.
+    fn signal(&self, signal: Signal) -> Result<(), VmmError> {
+        pidfd_signal(self.pidfd.as_fd(), signal).map_err(|source| VmmError::Signal {
+            signal,
             pid: self.pid,
             source,
         })

@@ -213,6 +213,7 @@ impl Sandbox {
         ShimSpec {
             sandbox: self.id,
             epoch: Epoch(7),
+            lease: None,
             vmm: VmmSpec {
                 program: QEMU.into(),
                 accelerator: Accelerator::Tcg,

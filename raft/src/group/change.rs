@@ -29,7 +29,7 @@ use openraft::raft::Precondition;
 use proto::ids::NodeId;
 use tokio::time;
 
-use super::metrics::{heard, role_of};
+use super::metrics::{heard, is_settled, role_of};
 use super::{ChangeError, Group, LEASE_RETRY, MembershipStamp, Role, leader_of};
 use crate::adapter::StateMachine;
 use crate::machine::Machine;
@@ -49,6 +49,7 @@ type Refusal = RaftError<Types, ClientWriteError<Types>>;
 struct Current {
     stored: Arc<StoredMembership>,
     stamp: MembershipStamp,
+    is_settled: bool,
 }
 
 impl Current {
@@ -86,7 +87,7 @@ impl<M: Machine> Group<M> {
         }
         let current = self.current()?;
         match current.membership().get_node(&id.0) {
-            Some(known) if *known == node && self.is_settled() => return Ok(()),
+            Some(known) if *known == node && current.is_settled => return Ok(()),
             Some(known) if *known == node => return Err(under_way()),
             Some(_) => {
                 let why = format!("{id} is a member with another record");
@@ -158,11 +159,11 @@ impl<M: Machine> Group<M> {
         if !current.voters().contains(&to.0) {
             return Err(ChangeError::Refused("only a voter can lead"));
         }
-        if !self.is_answering(to) {
-            return Err(ChangeError::NoQuorum(to.to_string()));
-        }
+        let patience = self.inner.timeouts.election_max * TRANSFER_TIMEOUTS;
+        let deadline = Instant::now() + patience;
+        self.check_quorum(&BTreeSet::from([to.0]), deadline).await?;
         let mut standing = self.watch_metrics();
-        let limit = time::Instant::now() + self.inner.timeouts.election_max * TRANSFER_TIMEOUTS;
+        let limit = time::Instant::now() + patience;
         // Asked again until it works: a member that lacks the newest entries lets the first request
         // pass, and by now nobody else is heard.
         while time::Instant::now() < limit {
@@ -193,30 +194,35 @@ impl<M: Machine> Group<M> {
         if !current.is_joint() && current.voters() == voters {
             return Ok(current.stamp);
         }
-        self.check_quorum(&voters)?;
+        self.check_quorum(&voters, deadline).await?;
         let replaced = Change::ReplaceAllVoters(voters);
         self.change(replaced, current.stamp, deadline).await
     }
 
-    /// A majority of the voters to be must be answering.
-    fn check_quorum(&self, voters: &BTreeSet<u64>) -> Result<(), ChangeError> {
-        let answering = voters.iter().filter(|&&id| self.is_answering(NodeId(id)));
-        if answering.count() * 2 > voters.len() {
-            return Ok(());
-        }
-        Err(ChangeError::NoQuorum(format!("{voters:?}")))
-    }
-
-    fn is_answering(&self, id: NodeId) -> bool {
+    /// A majority of `voters` must be answering. A new leader has not heard of everybody yet: those
+    /// it is waited for, those that fell silent it is not.
+    async fn check_quorum(
+        &self,
+        voters: &BTreeSet<u64>,
+        deadline: Instant,
+    ) -> Result<(), ChangeError> {
         let recent = self.inner.timeouts.election_max * ANSWERING_TIMEOUTS;
-        let metrics = self.inner.raft.metrics().borrow_watched().clone();
-        id == self.inner.node_id || heard(&metrics).get(&id).is_some_and(|age| *age < recent)
-    }
-
-    fn is_settled(&self) -> bool {
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        metrics.membership_config.log_id() == metrics.committed_membership_config.log_id()
+        let limit = time::Instant::from_std(deadline).min(time::Instant::now() + recent);
+        loop {
+            let heard = heard(&self.inner.raft.metrics().borrow_watched());
+            let own = |id: &&u64| **id == self.inner.node_id.0;
+            let answers = |id: &&u64| heard.get(&NodeId(**id)).is_some_and(|age| *age < recent);
+            let unknown = |id: &&u64| !heard.contains_key(&NodeId(**id));
+            let answering = voters.iter().filter(|id| own(id) || answers(id)).count();
+            if answering * 2 > voters.len() {
+                return Ok(());
+            }
+            let hoped_for = voters.iter().filter(|id| !own(id) && unknown(id)).count();
+            if (answering + hoped_for) * 2 <= voters.len() || time::Instant::now() >= limit {
+                return Err(ChangeError::NoQuorum(format!("{voters:?}")));
+            }
+            time::sleep(LEASE_RETRY).await;
+        }
     }
 
     /// The membership, where this member may change it.
@@ -231,6 +237,7 @@ impl<M: Machine> Group<M> {
             (Role::Leader, Some(stamp)) => Ok(Current {
                 stored: Arc::clone(stored),
                 stamp,
+                is_settled: is_settled(&metrics),
             }),
             (Role::Stopped, _) => Err(ChangeError::Stopped),
             _ => {
@@ -265,12 +272,20 @@ impl<M: Machine> Group<M> {
         let deadline = time::Instant::from_std(deadline);
         let raft = self.inner.raft.clone();
         let drive = drive(raft, change, stamp, deadline);
-        match time::timeout_at(deadline, self.on_own_runtime(drive)).await {
-            Err(_) => Err(ChangeError::Timeout),
-            Ok(None) => Err(ChangeError::Stopped),
-            Ok(Some(Ok(stamp))) => Ok(stamp),
-            Ok(Some(Err(refusal))) => Err(self.change_error(refusal, stamp)),
-        }
+        let stamp = match time::timeout_at(deadline, self.on_own_runtime(drive)).await {
+            Err(_) => return Err(ChangeError::Timeout),
+            Ok(None) => return Err(ChangeError::Stopped),
+            Ok(Some(Ok(stamp))) => stamp,
+            Ok(Some(Err(refusal))) => return Err(self.change_error(refusal, stamp)),
+        };
+        // What is reported lags what is done by a moment; the caller's next decision must not.
+        let mut standing = self.watch_metrics();
+        let is_reported = standing.wait_for(|standing| {
+            let is_newest = standing.membership >= Some(stamp) && standing.is_settled;
+            is_newest || standing.role != Role::Leader
+        });
+        drop(time::timeout_at(deadline, is_reported).await);
+        Ok(stamp)
     }
 
     async fn on_own_runtime<T: Send + 'static>(

@@ -70,6 +70,8 @@ pub struct Standing {
     pub membership: Option<MembershipStamp>,
     /// Whether a change of voters is half done.
     pub is_joint: bool,
+    /// Whether the membership is committed. Until it is, no other change is taken.
+    pub is_settled: bool,
     /// Set once a member addressed this one by a disk that is not its own: this node lost its
     /// disk, will never be let in again under its id, and has to join anew.
     pub known_by: Option<DiskId>,
@@ -84,6 +86,7 @@ impl Standing {
             leader: metrics.current_leader.map(NodeId),
             membership: MembershipStamp::of(membership),
             is_joint: membership.membership().get_joint_config().len() > 1,
+            is_settled: is_settled(metrics),
             known_by: None,
         }
     }
@@ -157,12 +160,24 @@ impl Metrics {
             members: members.collect(),
             stamp: MembershipStamp::of(stored),
             is_joint: membership.get_joint_config().len() > 1,
-            is_settled: stored.log_id() == metrics.committed_membership_config.log_id(),
+            is_settled: is_settled(metrics),
             matched: matched(metrics),
             heard: heard(metrics),
-            quorum_age: metrics.last_quorum_acked.map(|at| at.elapsed()),
+            quorum_age: quorum_age(metrics),
         }
     }
+}
+
+pub(super) fn is_settled(metrics: &RaftMetrics<Types>) -> bool {
+    metrics.membership_config.log_id() == metrics.committed_membership_config.log_id()
+}
+
+fn quorum_age(metrics: &RaftMetrics<Types>) -> Option<Duration> {
+    let mut voters = metrics.membership_config.voter_ids();
+    if metrics.state == ServerState::Leader && voters.all(|id| id == metrics.id) {
+        return Some(Duration::ZERO);
+    }
+    metrics.last_quorum_acked.map(|at| at.elapsed())
 }
 
 fn matched(metrics: &RaftMetrics<Types>) -> BTreeMap<NodeId, u64> {

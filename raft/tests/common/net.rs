@@ -2,8 +2,9 @@
 //! that are switched on and off.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ pub struct Net {
     groups: Mutex<BTreeMap<NodeId, Group<Toy>>>,
     cut: Mutex<BTreeSet<(NodeId, NodeId)>>,
     snapshots: AtomicU64,
+    damages: AtomicBool,
 }
 
 /// One member's end of the net.
@@ -76,7 +78,14 @@ impl Link for Wire {
             return self.answered(to, refusal);
         }
         self.net.snapshots.fetch_add(1, Ordering::Relaxed);
-        let answer = group.serve_snapshot(&request, file.path).await;
+        let mut bytes = fs::read(&file.path).map_err(|_| LinkError::Broken(to))?;
+        if self.net.damages.load(Ordering::Relaxed) {
+            bytes.truncate(bytes.len() / 2);
+        }
+        let received = tempfile::NamedTempFile::new().unwrap();
+        fs::write(received.path(), bytes).unwrap();
+        let received_path = received.path().to_owned();
+        let answer = group.serve_snapshot(&request, received_path).await;
         self.answered(to, answer)
     }
 }
@@ -98,6 +107,11 @@ impl Net {
     /// Restores every way.
     pub fn heal(&self) {
         self.cut.lock().unwrap().clear();
+    }
+
+    /// Whether only half of each snapshot arrives from now on.
+    pub fn damage_snapshots(&self, damages: bool) {
+        self.damages.store(damages, Ordering::Relaxed);
     }
 
     /// Snapshots sent so far.

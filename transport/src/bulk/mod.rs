@@ -1,7 +1,12 @@
 //! The bulk lane: large things between members.
 //!
 //! A bulk connection goes through the same handshake, gate and hello as a control connection, and
-//! then serves byte streams ([`crate::streams`]) and a ping, but no calls.
+//! then serves byte streams ([`crate::streams`]) and a ping, but no calls. [`pace`] bounds what this node
+//! sends to each peer.
+
+pub(crate) mod pace;
+
+pub use pace::Pace;
 
 use quinn::{IdleTimeout, TransportConfig};
 

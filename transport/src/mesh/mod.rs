@@ -8,6 +8,7 @@
 //! the deadline > close every connection by name > wait until the packets saying so are out > join
 //! the tasks.
 
+mod dials;
 mod error;
 mod shared;
 
@@ -23,7 +24,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, info_span};
 
+use crate::BoxFuture;
 use crate::alpn::Alpn;
+use crate::bulk::Pace;
+use crate::bulk::pace::Paces;
 use crate::close::CloseCode;
 use crate::complaints::Complaints;
 use crate::datagram::{self, DatagramError};
@@ -34,6 +38,7 @@ use crate::join::JoinChannel;
 use crate::limits::{JOIN_ANSWER_BYTES, Limits};
 use crate::peers::{PeerInfo, Peers};
 use crate::rpc::{self, Handler, Method, Router, RpcError, Server, Service};
+use crate::sim::Faults;
 use crate::streams::{BiStream, StreamHandler};
 use crate::tls;
 
@@ -52,6 +57,10 @@ pub struct Config {
     pub limits: Limits,
     /// What the path between nodes needs.
     pub path: Path,
+    /// How fast this node sends to each peer on the bulk lane.
+    pub pace: Pace,
+    /// A bad network between this node and the others, for tests.
+    pub faults: Option<Faults>,
 }
 
 impl Config {
@@ -63,6 +72,8 @@ impl Config {
             bulk,
             limits: Limits::default(),
             path: Path::default(),
+            pace: Pace::default(),
+            faults: None,
         }
     }
 }
@@ -83,16 +94,19 @@ impl Transport {
         let bind = |lane: Lane, address| {
             let crypto = tls::server_config(identity, Arc::clone(&peers), lane.alpns())
                 .map_err(|source| StartError::Tls { source })?;
-            endpoint::bind(lane, address, crypto, config.path).map_err(|source| StartError::Bind {
-                lane,
-                address,
-                source,
-            })
+            endpoint::bind(lane, address, crypto, config.path, config.faults.clone()).map_err(
+                |source| StartError::Bind {
+                    lane,
+                    address,
+                    source,
+                },
+            )
         };
         let server = Server {
             own: identity.key(),
             router: Arc::new(Router::default()),
             complaints: Arc::new(Complaints::default()),
+            paces: Arc::new(Paces::new(config.pace, &peers)),
             limits: config.limits,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -120,6 +134,18 @@ impl Transport {
         self.shared.peers.set_membership(membership)
     }
 
+    /// Lets `voucher` answer for keys that this node's own list lacks, which may be behind: an unknown
+    /// key that asks for the mesh is held without a stream until it has answered, and let in on
+    /// true. It should say so only on the word of a member whose list is newer than this node's.
+    ///
+    /// Keys that a list of this node had and a later one has not are refused without asking.
+    pub fn set_voucher(
+        &self,
+        voucher: impl Fn(NodeKey) -> BoxFuture<'static, bool> + Send + Sync + 'static,
+    ) {
+        self.shared.peers.set_voucher(Arc::new(voucher));
+    }
+
     /// Lets `handler` answer calls to `service` on the control lane from now on.
     pub fn register(&self, service: Service, handler: impl Handler) {
         self.shared.server.router.register(service, handler);
@@ -138,7 +164,8 @@ impl Transport {
     }
 
     /// Makes sure there is a live, proven connection to the member `key`, dialling `address` if
-    /// there is none.
+    /// there is none. Callers that ask for the same at the same time share one dial, and one that
+    /// asks within [`Limits::redial`] of a failure is told of that failure at once.
     ///
     /// # Errors
     /// All of [`DialError`]. None of them leaves a connection behind.
@@ -155,9 +182,20 @@ impl Transport {
         if !self.shared.peers.membership().members.contains(&key) {
             return Err(DialError::NotMember { key });
         }
-        Arc::clone(&self.shared)
+        let rest = self.shared.server.limits.redial;
+        let dials = &self.shared.dials;
+        let turn = dials.turn((key, lane, address), rest, deadline).await?;
+        if self.is_connected(lane, key) {
+            return Ok(());
+        }
+        if let Some(err) = turn.recent_failure(rest) {
+            return Err(err);
+        }
+        let outcome = Arc::clone(&self.shared)
             .dial_mesh(lane, address, key, deadline)
-            .await
+            .await;
+        turn.done(&outcome, rest);
+        outcome
     }
 
     /// Calls `method` of the connected node `peer` on the control lane.
@@ -196,7 +234,8 @@ impl Transport {
     ) -> Result<BiStream, RpcError> {
         let connection = self.shared.peers.newest(peer, lane);
         let connection = connection.ok_or(RpcError::NotConnected { peer })?;
-        rpc::open(&connection, service, header, deadline).await
+        let pacer = self.shared.server.paces.of(lane, peer);
+        rpc::open(&connection, service, header, deadline, pacer).await
     }
 
     /// Sends `bytes` to the connected node `peer` on the control lane, without any promise that

@@ -4,23 +4,25 @@
 //! the way into the table has the handshake's deadline behind it.
 
 use std::collections::HashMap;
+use std::future::pending;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use proto::ids::NodeKey;
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, Incoming};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout, timeout_at};
-use tracing::{Instrument, debug, info, info_span};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{Instrument, debug, info_span};
 
+use super::dials::Dials;
 use super::error::{self, DialError, refusal};
 use crate::alpn::Alpn;
 use crate::close::CloseCode;
 use crate::datagram::Datagrams;
 use crate::endpoint::{self, End, Lane, Path};
-use crate::gate::{Arrival, Verdict};
+use crate::gate::Verdict;
 use crate::identity::Identity;
-use crate::limits::{MAX_ARRIVING_PER_ADDRESS, MAX_HANDSHAKES};
+use crate::limits::{MAX_ARRIVING_PER_ADDRESS, MAX_HANDSHAKES, MAX_VOUCHING};
 use crate::peers::{PeerInfo, Peers};
 use crate::rpc::hello::{self, Own, Settled};
 use crate::rpc::{self, Server};
@@ -35,10 +37,12 @@ pub(super) struct Shared {
     pub(super) peers: Arc<Peers>,
     pub(super) server: Server,
     pub(super) datagrams: Datagrams,
+    pub(super) dials: Dials,
     path: Path,
     control: Endpoint,
     bulk: Endpoint,
     handshakes: Arc<Semaphore>,
+    vouching: Semaphore,
     unproven: Mutex<HashMap<IpAddr, usize>>,
 }
 
@@ -56,10 +60,12 @@ impl Shared {
             peers,
             server,
             datagrams: Datagrams::default(),
+            dials: Dials::default(),
             path,
             control,
             bulk,
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            vouching: Semaphore::new(MAX_VOUCHING),
             unproven: Mutex::default(),
         })
     }
@@ -108,37 +114,90 @@ impl Shared {
         let Some(key) = tls::peer_key(&connection) else {
             return close(&connection, CloseCode::NotMember);
         };
-        let verdict = self.peers.decide(Arrival {
-            lane,
-            alpn: tls::peer_alpn(&connection),
-            key,
-            unproven: unproven.seen,
-        });
-        let stop = self.server.stop.clone();
+        let verdict = self
+            .peers
+            .decide(lane, tls::peer_alpn(&connection), key, unproven.seen);
+        let until = begun + limits.handshake;
         match verdict {
             Verdict::Close(code) => {
-                info!(peer = %key, %code, "refusing a connection");
+                self.server.complaints.about(key, code);
                 close(&connection, code);
             }
             Verdict::Join => {
                 drop(slot);
                 let join = rpc::serve_join(&self.server, key, &connection);
+                let stop = &self.server.stop;
                 if stop.run_until_cancelled(join).await.is_none() {
                     close(&connection, CloseCode::Stopping);
                 }
             }
             Verdict::Mesh => {
-                let welcome = self.welcome(lane, key, &connection);
-                match timeout_at(begun + limits.handshake, welcome).await {
-                    Ok(Ok(())) => {
-                        drop((slot, unproven));
-                        self.serve(lane, key, &connection).await;
-                    }
-                    Ok(Err(code)) => close(&connection, code),
-                    Err(_) => close(&connection, CloseCode::HelloExpected),
+                if self.enter(lane, key, &connection, until).await {
+                    drop((slot, unproven));
+                    self.serve(lane, key, &connection).await;
+                }
+            }
+            Verdict::Vouch => {
+                let code = timeout_at(until, self.vouch(key)).await;
+                if let Err(code) = code.unwrap_or(Err(CloseCode::NotMember)) {
+                    self.server.complaints.about(key, code);
+                    return close(&connection, code);
+                }
+                if self.enter(lane, key, &connection, until).await {
+                    drop((slot, unproven));
+                    self.serve_vouched(lane, key, &connection).await;
                 }
             }
         }
+    }
+
+    /// Asks the voucher about an unknown key, and lets it in for a while if it is a member's.
+    async fn vouch(&self, key: NodeKey) -> Result<(), CloseCode> {
+        let Ok(_place) = self.vouching.try_acquire() else {
+            return Err(CloseCode::Crowded);
+        };
+        self.peers.vouch(key, self.server.limits.vouched).await
+    }
+
+    /// Answers a peer that is not on this node's own list, and asks about it again now and then
+    /// until it is.
+    async fn serve_vouched(&self, lane: Lane, key: NodeKey, connection: &Connection) {
+        let doubt = async {
+            loop {
+                sleep(self.server.limits.vouched).await;
+                if self.peers.membership().members.contains(&key) {
+                    return pending().await;
+                }
+                if let Err(code) = self.vouch(key).await {
+                    return code;
+                }
+            }
+        };
+        tokio::select! {
+            () = self.serve(lane, key, connection) => {}
+            code = doubt => {
+                close(connection, code);
+                self.peers.forget(key, lane, connection);
+            }
+        }
+    }
+
+    /// Lets a member in once it has said hello; if it has not, the connection is closed by name.
+    async fn enter(
+        &self,
+        lane: Lane,
+        key: NodeKey,
+        connection: &Connection,
+        until: Instant,
+    ) -> bool {
+        let welcome = self.welcome(lane, key, connection);
+        let outcome = timeout_at(until, welcome).await;
+        let Err(code) = outcome.unwrap_or(Err(CloseCode::HelloExpected)) else {
+            return true;
+        };
+        self.server.complaints.about(key, code);
+        close(connection, code);
+        false
     }
 
     /// Hears the hello, enters the connection in the table, then answers: once the dialler knows

@@ -1,5 +1,6 @@
 //! The calling end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use super::frame::{self, FrameError};
 use super::stream::Stream;
 use super::wire::{Reply, Request, STREAM_FRAME_BYTES, status};
 use super::{Method, RpcError, Service};
+use crate::bulk::pace::Pacer;
 use crate::limits::{MAX_CALL, STREAM_ANSWER_BYTES, STREAM_HEADER_BYTES};
 use crate::streams::BiStream;
 
@@ -40,6 +42,7 @@ pub(crate) async fn open(
     service: Service,
     header: Bytes,
     deadline: Instant,
+    pacer: Option<Arc<Pacer>>,
 ) -> Result<BiStream, RpcError> {
     if header.len() > STREAM_HEADER_BYTES {
         return Err(RpcError::TooLarge);
@@ -56,7 +59,7 @@ pub(crate) async fn open(
             .await
             .map_err(read_failed)?;
         answer(reply, method)?;
-        Ok(BiStream::new(stream))
+        Ok(BiStream::new(stream, pacer))
     };
     timeout_at(Instant::now() + patience, opening)
         .await

@@ -21,6 +21,7 @@ use super::frame::{self, FrameError};
 use super::stream::Stream;
 use super::wire::{Reply, Request, STREAM_FRAME_BYTES};
 use super::{Call, Method, Router, RpcError, Service};
+use crate::bulk::pace::Paces;
 use crate::close::CloseCode;
 use crate::complaints::Complaints;
 use crate::endpoint::Lane;
@@ -36,6 +37,7 @@ pub(crate) struct Server {
     pub(crate) router: Arc<Router>,
     pub(crate) limits: Limits,
     pub(crate) complaints: Arc<Complaints>,
+    pub(crate) paces: Arc<Paces>,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
 }
@@ -186,6 +188,7 @@ impl Line {
             held,
             answered: Arc::clone(&answered),
             write: self.server.limits.reply_write,
+            pacer: self.server.paces.of(self.lane, self.peer),
         };
         let service = call.method.service;
         let handler = match self.caller {

@@ -1,5 +1,6 @@
 //! A stream that a peer wants to open, until the handler has said yes or no.
 
+use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +12,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
 use super::pipe::BiStream;
+use crate::bulk::pace::Pacer;
 use crate::close::CloseCode;
 use crate::endpoint::Lane;
 use crate::rpc::stream::Stream;
@@ -41,7 +43,6 @@ pub struct Inbound {
 }
 
 /// What answering takes.
-#[derive(Debug)]
 pub(crate) struct Opening {
     pub(crate) stream: Stream,
     /// The header's share of the connection's budget, given back with the answer.
@@ -50,6 +51,14 @@ pub(crate) struct Opening {
     pub(crate) answered: Arc<AtomicBool>,
     /// Longest wait for room to write the answer.
     pub(crate) write: Duration,
+    /// What the accepted stream has to keep to.
+    pub(crate) pacer: Option<Arc<Pacer>>,
+}
+
+impl fmt::Debug for Opening {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Opening({})", self.stream.send.id())
+    }
 }
 
 impl Inbound {
@@ -59,8 +68,9 @@ impl Inbound {
     /// [`RpcError::Closed`], [`RpcError::Lost`] or [`RpcError::Deadline`]: the opener has gone, or
     /// reads nothing.
     pub async fn accept(self) -> Result<BiStream, RpcError> {
+        let pacer = self.opening.pacer.clone();
         let stream = self.opening.answer(Ok(Bytes::new())).await?;
-        Ok(BiStream::new(stream))
+        Ok(BiStream::new(stream, pacer))
     }
 
     /// Says no, in words for the opener ([`RpcError::Rejected`] there).
@@ -90,6 +100,7 @@ impl Opening {
             held,
             answered,
             write,
+            pacer: _,
         } = self;
         answered.store(true, Ordering::Release);
         drop(held);

@@ -2,11 +2,13 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use quinn::{ConnectionError, ReadError, WriteError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::bulk::pace::{Paced, Pacer};
 use crate::close::CloseCode;
 use crate::rpc::stream::Stream;
 
@@ -24,15 +26,17 @@ pub struct BiStream {
     /// Whether the peer's FIN was read, or the direction has failed.
     read: bool,
     on_drop: CloseCode,
+    pace: Option<Paced>,
 }
 
 impl BiStream {
-    pub(crate) fn new(stream: Stream) -> Self {
+    pub(crate) fn new(stream: Stream, pacer: Option<Arc<Pacer>>) -> Self {
         Self {
             stream,
             sent: false,
             read: false,
             on_drop: CloseCode::Abandoned,
+            pace: pacer.map(Paced::new),
         }
     }
 
@@ -71,7 +75,18 @@ impl AsyncWrite for BiStream {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.stream.send).poll_write(cx, bytes);
+        let allowed = match &mut this.pace {
+            Some(pace) => ready!(pace.poll_take(cx, bytes.len())),
+            None => bytes.len(),
+        };
+        let written = Pin::new(&mut this.stream.send).poll_write(cx, &bytes[..allowed]);
+        if let Some(pace) = &this.pace {
+            let sent = match &written {
+                Poll::Ready(Ok(sent)) => *sent,
+                Poll::Ready(Err(_)) | Poll::Pending => 0,
+            };
+            pace.put_back(allowed - sent);
+        }
         written.map_err(|err| {
             this.sent = true;
             write_failed(err)

@@ -236,10 +236,11 @@ async fn start_again(identity: &Identity, at: SocketAddr) -> Transport {
 #[tokio::test]
 async fn a_restarted_node_is_reached_under_its_key_and_an_impostor_at_its_address_is_not() {
     let me = identity();
-    let (a, b) = (
-        start(&me, Limits::default()),
-        start(&identity(), Limits::default()),
-    );
+    let eager = Limits {
+        redial: Duration::ZERO,
+        ..Limits::default()
+    };
+    let (a, b) = (start(&me, eager), start(&identity(), eager));
     let list = members(1, &[a.key(), b.key()]);
     for node in [&a, &b] {
         node.set_membership(list.clone());

@@ -8,7 +8,9 @@ mod hostile;
 mod joining;
 mod lifecycle;
 mod members;
+mod network;
 mod streams;
+mod vouching;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;

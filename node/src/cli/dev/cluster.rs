@@ -8,11 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::super::error::CliError;
 use super::super::find::{self, Ready};
-use super::daemon;
-use crate::config::defaults;
+use super::daemon::{self, Launch};
+use super::partition::{CONTROL_PORT, Sides};
+use crate::config::{MEMBER_FILE, defaults};
 
 /// Ports that each node has for itself.
 const PORTS_PER_NODE: u16 = 10;
+/// Network slots that a machine has in all.
+const SLOTS: u32 = 1 << 16;
 /// What is remembered, in the cluster's directory.
 const FILE: &str = "cluster.json";
 
@@ -25,13 +28,30 @@ pub(super) struct Cluster {
 
 /// What `up` was told, and what was learnt since.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 struct Told {
     nodes: u16,
     port_base: u16,
+    slot_base: u16,
     images_dir: PathBuf,
     node_args: Vec<String>,
     /// In the order of their numbers; shorter while some were never ready.
     known: Vec<Known>,
+    /// Who is cut off from whom, if anybody is.
+    partition: Option<String>,
+}
+
+/// What `up` may be told. What is left out is as it was before.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Wanted {
+    /// How many nodes; a cluster only grows.
+    pub(super) nodes: Option<u16>,
+    /// The first node's API port; it stays while the cluster exists.
+    pub(super) port_base: Option<u16>,
+    /// The first node's first network slot; it stays while the cluster exists.
+    pub(super) slot_base: Option<u16>,
+    /// Further options of `wrenn node start`.
+    pub(super) node_args: Vec<String>,
 }
 
 /// What a node was when it was last ready.
@@ -62,29 +82,19 @@ pub(super) struct Node {
 
 impl Cluster {
     /// A cluster to start. One that was started before keeps what was learnt of it.
-    pub(super) fn new(
-        dir: PathBuf,
-        nodes: u16,
-        port_base: u16,
-        node_args: Vec<String>,
-    ) -> Result<Self, CliError> {
-        let last = nodes.checked_mul(PORTS_PER_NODE);
-        if last
-            .and_then(|ports| port_base.checked_add(ports))
-            .is_none()
-        {
-            let message = format!("{nodes} nodes from port {port_base} leave the range of ports");
-            return Err(CliError::usage(message).hint("choose a lower --port-base"));
-        }
-        let known = Self::load(&dir).map(|before| before.told.known);
-        fs::create_dir_all(&dir).map_err(|err| failed("make", &dir, &err))?;
-        let told = Told {
-            nodes,
-            port_base,
-            images_dir: PathBuf::new(),
-            node_args,
-            known: known.unwrap_or_default(),
+    pub(super) fn new(dir: PathBuf, wanted: Wanted) -> Result<Self, CliError> {
+        let before = match Self::load(&dir) {
+            Ok(before) => before.told,
+            Err(_) if !dir.join(FILE).exists() => Told {
+                nodes: wanted.nodes.unwrap_or(1),
+                port_base: wanted.port_base.unwrap_or(defaults::LISTEN.port()),
+                slot_base: wanted.slot_base.unwrap_or(defaults::SLOT_BASE),
+                ..Told::default()
+            },
+            Err(damaged) => return Err(damaged),
         };
+        let told = before.with(wanted)?;
+        fs::create_dir_all(&dir).map_err(|err| failed("make", &dir, &err))?;
         Ok(Self { dir, told })
     }
 
@@ -149,9 +159,47 @@ impl Cluster {
         Some(known.clone()).filter(|known| !known.url.is_empty())
     }
 
-    /// Starts a node unless it runs, and waits until it serves.
-    pub(super) async fn start(&self, node: &Node) -> Result<(), CliError> {
-        daemon::start(node, self.port(node), self.arguments(node)).await
+    /// Starts a node unless it runs, and waits until it serves. With a token, it joins first.
+    pub(super) async fn start(&self, node: &Node, token: Option<String>) -> Result<(), CliError> {
+        let launch = Launch {
+            port: self.port(node.number),
+            args: self.arguments(node),
+            token,
+        };
+        daemon::start(node, launch).await
+    }
+
+    /// Whether a node must join: it is no member yet, and it is not the one that founds.
+    pub(super) fn must_join(&self, node: &Node) -> bool {
+        let is_first = node.number == 1;
+        let founds = is_first && (node.has_log() || !self.nodes().iter().any(Node::is_member));
+        !founds && !node.is_member()
+    }
+
+    /// The first port of node `number`.
+    pub(super) fn port(&self, number: u16) -> u16 {
+        self.told.port_base + (number - 1) * PORTS_PER_NODE
+    }
+
+    /// The first port of all.
+    pub(super) fn port_base(&self) -> u16 {
+        self.told.port_base
+    }
+
+    /// Who is cut off from whom, if anybody is.
+    pub(super) fn partition(&self) -> Option<&str> {
+        self.told.partition.as_deref()
+    }
+
+    /// Reads the sides of a partition of these nodes.
+    pub(super) fn sides(&self, text: &str) -> Result<Sides, CliError> {
+        Sides::parse(text, self.told.nodes)
+    }
+
+    /// Remembers who is cut off from whom.
+    pub(super) fn set_partition(&mut self, sides: Option<&Sides>) -> Result<(), CliError> {
+        self.told.partition = sides.map(Sides::to_string);
+        self.save()
     }
 
     /// Forgets the cluster. Images stay.
@@ -163,20 +211,19 @@ impl Cluster {
         Ok(())
     }
 
-    fn port(&self, node: &Node) -> u16 {
-        self.told.port_base + (node.number - 1) * PORTS_PER_NODE
-    }
-
     fn arguments(&self, node: &Node) -> Vec<String> {
-        let port = self.port(node);
-        let slot_base = (node.number - 1) * defaults::SLOT_COUNT;
+        let port = self.port(node.number);
+        let slot_base = self.told.slot_base + (node.number - 1) * defaults::SLOT_COUNT;
         let mut args: Vec<String> = ["node", "start", "--detach"].map(str::to_owned).into();
         let mut option = |name: &str, value: String| args.extend([name.to_owned(), value]);
         option("--data-dir", node.data_dir().display().to_string());
         option("--images-dir", self.told.images_dir.display().to_string());
         option("--name", format!("node{}", node.number));
         option("--listen", format!("127.0.0.1:{port}"));
-        option("--cluster-listen", format!("127.0.0.1:{}", port + 1));
+        option(
+            "--cluster-listen",
+            format!("127.0.0.1:{}", port + CONTROL_PORT),
+        );
         option("--slot-base", slot_base.to_string());
         args.extend(self.told.node_args.iter().cloned());
         args
@@ -190,7 +237,48 @@ impl Cluster {
     }
 }
 
+impl Told {
+    /// The same as wanted now.
+    fn with(mut self, wanted: Wanted) -> Result<Self, CliError> {
+        let nodes = wanted.nodes.unwrap_or(self.nodes);
+        let base = wanted.port_base.unwrap_or(self.port_base);
+        if nodes < self.nodes {
+            let message = format!("the cluster has {} nodes, not {nodes}", self.nodes);
+            return Err(CliError::usage(message).hint("`wrenn dev stop I` stops one of them"));
+        }
+        let slot_base = wanted.slot_base.unwrap_or(self.slot_base);
+        if (base, slot_base) != (self.port_base, self.slot_base) {
+            let (ports, slots) = (self.port_base, self.slot_base);
+            let message = format!("the cluster has its ports from {ports}, its slots from {slots}");
+            return Err(CliError::usage(message).hint("`wrenn dev down` first"));
+        }
+        let slots = u32::from(nodes) * u32::from(defaults::SLOT_COUNT) + u32::from(slot_base);
+        let last = nodes.checked_mul(PORTS_PER_NODE);
+        let has_ports = last.is_some_and(|ports| base.checked_add(ports).is_some());
+        if nodes == 0 || slots > SLOTS || !has_ports {
+            let message =
+                format!("{nodes} nodes from port {base} and slot {slot_base} leave the range");
+            return Err(CliError::usage(message).hint("choose fewer nodes, or lower bases"));
+        }
+        self.nodes = nodes;
+        if !wanted.node_args.is_empty() {
+            self.node_args = wanted.node_args;
+        }
+        Ok(self)
+    }
+}
+
 impl Node {
+    /// Whether it has joined, or founded, a cluster.
+    pub(super) fn is_member(&self) -> bool {
+        self.data_dir().join(MEMBER_FILE).exists()
+    }
+
+    /// Whether it keeps a log, and so was started before.
+    fn has_log(&self) -> bool {
+        self.data_dir().join("raft").exists()
+    }
+
     /// Where it keeps its state.
     pub(super) fn data_dir(&self) -> PathBuf {
         self.dir.join(format!("node{}", self.number))
@@ -230,14 +318,27 @@ pub(super) fn failed(doing: &str, path: &Path, err: &std::io::Error) -> CliError
 mod tests {
     use super::*;
 
+    fn wanted(nodes: u16, port_base: u16) -> Wanted {
+        Wanted {
+            nodes: Some(nodes),
+            port_base: Some(port_base),
+            slot_base: None,
+            node_args: vec!["--vmm".into()],
+        }
+    }
+
+    fn dir() -> tempfile::TempDir {
+        tempfile::tempdir().expect("a directory")
+    }
+
     #[test]
     fn nodes_get_ports_and_slots_of_their_own() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let cluster =
-            Cluster::new(dir.path().into(), 3, 7320, vec!["--vmm".into()]).expect("a cluster");
+        let dir = dir();
+        let cluster = Cluster::new(dir.path().into(), wanted(3, 7320)).expect("a cluster");
         let third = cluster.node(3).expect("a node");
         let args = cluster.arguments(&third).join(" ");
         assert!(args.contains("--listen 127.0.0.1:7340"), "{args}");
+        assert!(args.contains("--cluster-listen 127.0.0.1:7341"), "{args}");
         assert!(args.contains("--slot-base 128"), "{args}");
         assert!(args.ends_with("--vmm"), "{args}");
         assert!(cluster.node(0).is_err() && cluster.node(4).is_err());
@@ -245,10 +346,12 @@ mod tests {
 
     #[test]
     fn what_was_told_is_still_known_to_the_next_command() {
-        let dir = tempfile::tempdir().expect("a directory");
+        let dir = dir();
         assert!(Cluster::load(dir.path()).is_err());
-        let mut cluster = Cluster::new(dir.path().into(), 1, 9000, vec![]).expect("a cluster");
+        let mut cluster = Cluster::new(dir.path().into(), wanted(2, 9000)).expect("a cluster");
         cluster.set_images(Path::new("/images")).expect("a file");
+        let sides = cluster.sides("1|2").expect("sides");
+        cluster.set_partition(Some(&sides)).expect("a file");
         let node = cluster.node(1).expect("a node");
         fs::create_dir(node.data_dir()).expect("a directory");
         let ready = r#"{"id":"node-1","name":"node1","url":"http://x","pid":1}"#;
@@ -257,6 +360,7 @@ mod tests {
 
         let again = Cluster::load(dir.path()).expect("a cluster");
         assert_eq!(again.told, cluster.told);
+        assert_eq!(again.partition(), Some("1 | 2"));
         assert_eq!(again.known(&node).expect("known").url, "http://x");
         node.remove().expect("removed");
         again.remove().expect("removed");
@@ -264,8 +368,44 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_grows_and_keeps_its_ports() {
+        let dir = dir();
+        let up = |wanted| Cluster::new(dir.path().into(), wanted);
+        let mut cluster = up(wanted(2, 9000)).expect("a cluster");
+        cluster.set_images(Path::new("/images")).expect("a file");
+        let same = up(Wanted::default()).expect("as before");
+        assert_eq!((same.nodes().len(), same.port(2)), (2, 9010));
+        assert_eq!(same.told.node_args, ["--vmm"]);
+        assert_eq!(up(wanted(3, 9000)).expect("grown").nodes().len(), 3);
+        assert!(up(wanted(1, 9000)).is_err());
+        assert!(up(wanted(2, 9001)).is_err());
+    }
+
+    #[test]
     fn ports_past_the_end_are_refused() {
-        let dir = tempfile::tempdir().expect("a directory");
-        assert!(Cluster::new(dir.path().into(), 1, 65_530, vec![]).is_err());
+        let dir = dir();
+        for (nodes, base) in [(1, 65_530), (0, 7320), (6554, 7320), (1025, 7320)] {
+            assert!(Cluster::new(dir.path().into(), wanted(nodes, base)).is_err());
+        }
+    }
+
+    #[test]
+    fn the_first_node_founds_and_whoever_is_no_member_joins() {
+        let dir = dir();
+        let cluster = Cluster::new(dir.path().into(), wanted(3, 9000)).expect("a cluster");
+        let nodes = cluster.nodes();
+        let must_join = || {
+            nodes
+                .iter()
+                .map(|it| cluster.must_join(it))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(must_join(), [false, true, true]);
+        fs::create_dir_all(nodes[1].data_dir()).expect("a directory");
+        fs::write(nodes[1].data_dir().join(MEMBER_FILE), "{}").expect("a file");
+        // The first node's disk was lost: it is a new node of the cluster that is left.
+        assert_eq!(must_join(), [true, false, true]);
+        fs::create_dir_all(nodes[0].data_dir().join("raft")).expect("a directory");
+        assert_eq!(must_join(), [false, false, true]);
     }
 }

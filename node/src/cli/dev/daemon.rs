@@ -1,11 +1,11 @@
 //! Starting and stopping a node's process, and knowing whether it lives.
 
 use std::fs::{self, File};
-use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use http::Method;
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::{self, Instant};
@@ -14,7 +14,8 @@ use super::super::client::Client;
 use super::super::error::CliError;
 use super::super::{find, print};
 use super::cluster::{Node, failed};
-use super::ports;
+use super::partition::{API_PORT, BULK_PORT, CONTROL_PORT};
+use super::ports::{self, Protocol};
 
 /// Longest a node may take to serve: it probes the accelerator by booting a guest, emulated
 /// where it must be, on a machine that may be busy.
@@ -27,34 +28,39 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause between two looks at a process.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Names the token that a starting node joins with.
+const TOKEN_VARIABLE: &str = "WRENN_JOIN_TOKEN";
 /// Lines of a failed node's log that are shown.
 const LOG_LINES: usize = 20;
 
+/// How a node is started.
+#[derive(Debug)]
+pub(super) struct Launch {
+    /// The first of its ports.
+    pub(super) port: u16,
+    /// What it is told.
+    pub(super) args: Vec<String>,
+    /// The token it joins with, if it does.
+    pub(super) token: Option<String>,
+}
+
 /// Starts a node unless it runs, and waits until it serves.
-pub(super) async fn start(node: &Node, port: u16, args: Vec<String>) -> Result<(), CliError> {
+pub(super) async fn start(node: &Node, launch: Launch) -> Result<(), CliError> {
     if node.is_healthy().await {
         return Ok(());
     }
     if node.pid().is_some() {
-        let err = CliError::new(format!("node {} runs but does not answer", node.number));
+        let number = node.number;
+        let err = CliError::new(format!("node {number} runs but does not answer"));
         return Err(err.hint(format!(
-            "`wrenn dev kill {}`, then start it again",
-            node.number
+            "`wrenn dev resume {number}` if it is paused, else `wrenn dev kill {number}`"
         )));
     }
-    if let Err(err) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
-        let message = format!("port {port} is taken by {}", ports::holder(port));
-        let message = if err.kind() == std::io::ErrorKind::AddrInUse {
-            message
-        } else {
-            format!("listen on port {port}: {err}")
-        };
-        return Err(CliError::new(message).hint("end that process, or choose --port-base"));
-    }
-    let mut child = spawn(node, args)?;
-    let label = format!("starting node {}", node.number);
-    let outcome = print::progress(&label, wait_ready(node, &mut child)).await;
-    outcome.map_err(|why| {
+    ports::check_free(Protocol::Tcp, launch.port + API_PORT)?;
+    ports::check_free(Protocol::Udp, launch.port + CONTROL_PORT)?;
+    ports::check_free(Protocol::Udp, launch.port + BULK_PORT)?;
+    let mut child = spawn(node, launch)?;
+    wait_ready(node, &mut child).await.map_err(|why| {
         print::note(&log_tail(node));
         CliError::new(format!("node {} did not start: {why}", node.number)).hint(format!(
             "`wrenn doctor`; the log is {}",
@@ -63,7 +69,7 @@ pub(super) async fn start(node: &Node, port: u16, args: Vec<String>) -> Result<(
     })
 }
 
-fn spawn(node: &Node, args: Vec<String>) -> Result<Child, CliError> {
+fn spawn(node: &Node, launch: Launch) -> Result<Child, CliError> {
     let data_dir = node.data_dir();
     fs::create_dir_all(&data_dir).map_err(|err| failed("make", &data_dir, &err))?;
     let log_path = node.log();
@@ -74,8 +80,12 @@ fn spawn(node: &Node, args: Vec<String>) -> Result<Child, CliError> {
         .map_err(|err| failed("open", &log_path, &err))?;
     let program =
         std::env::current_exe().map_err(|err| CliError::from_error("find this program", &err))?;
-    let child = Command::new(&program)
-        .args(args)
+    let mut command = Command::new(&program);
+    // Through the environment, since everybody can read arguments; and only the one meant.
+    command.env_remove(TOKEN_VARIABLE);
+    command.envs(launch.token.map(|token| (TOKEN_VARIABLE, token)));
+    let child = command
+        .args(launch.args)
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(errors)
@@ -174,15 +184,54 @@ impl Node {
         self.kill().await
     }
 
+    /// Stops it from running, with everything it holds kept, as a machine that hangs.
+    pub(super) fn pause(&self) -> Result<(), CliError> {
+        self.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets it run again.
+    pub(super) fn resume(&self) -> Result<(), CliError> {
+        self.signal(Signal::SIGCONT)
+    }
+
+    /// Whether it is paused.
+    pub(super) fn is_paused(&self) -> bool {
+        let stat = self
+            .pid()
+            .map(|pid| fs::read_to_string(format!("/proc/{pid}/stat")));
+        let stat = stat.and_then(Result::ok).unwrap_or_default();
+        // The state follows the name, which ends at the last bracket.
+        let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+        state.is_some_and(|state| state.starts_with('T'))
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), CliError> {
+        let Some(pid) = self.pid() else {
+            let err = CliError::new(format!("node {} does not run", self.number));
+            return Err(err.hint(format!("`wrenn dev start {}`", self.number)));
+        };
+        self.send(pid, signal)
+    }
+
+    /// Signals the process; one that has just ended needs no more signals.
+    fn send(&self, pid: Pid, signal: Signal) -> Result<(), CliError> {
+        match kill(pid, signal) {
+            Ok(()) | Err(Errno::ESRCH) => Ok(()),
+            Err(err) => {
+                let doing = format!("signal node {} (process {pid})", self.number);
+                Err(CliError::from_error(&doing, &err))
+            }
+        }
+    }
+
     /// Signals the process and waits until it is gone; `false` if it is not in time.
     async fn end(&self, signal: Signal, timeout: Duration) -> Result<bool, CliError> {
         let Some(pid) = self.pid() else {
             return Ok(true);
         };
-        if let Err(err) = kill(pid, signal) {
-            let doing = format!("signal node {} (process {pid})", self.number);
-            return Err(CliError::from_error(&doing, &err));
-        }
+        self.send(pid, signal)?;
+        // A paused process would take no notice.
+        self.send(pid, Signal::SIGCONT)?;
         let deadline = Instant::now() + timeout;
         while self.is_ours(pid.as_raw()) {
             if Instant::now() > deadline {

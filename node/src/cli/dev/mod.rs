@@ -3,24 +3,27 @@
 //! Everything lies in one directory: `node<i>/` is a node's data directory, `node<i>.log` what it
 //! prints, `node<i>.pid` its process, `cluster.json` what `up` was told, `images/` what all nodes
 //! share. Nodes run in sessions of their own and outlive this command; capsules outlive nodes,
-//! until `down` ends everything.
+//! until `down` ends everything. The first node founds the cluster, the others join it with tokens.
+//! Node i has the ports from `port_base + 10 (i - 1)` on: the API, the cluster, bulk transfers.
 
 mod cluster;
 mod daemon;
+mod partition;
 mod ports;
+mod seen;
+mod up;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use http::Method;
+use futures::future;
 use serde_json::{Value, json};
 
-use self::cluster::{Cluster, Node};
-use super::client::Client;
+use self::cluster::{Cluster, Node, Wanted};
+use self::seen::Seen;
 use super::error::{CliError, chain};
 use super::{Global, Hooks, find, print};
-use crate::config::defaults;
 
 /// What to do with the cluster.
 #[derive(Debug, Subcommand)]
@@ -37,6 +40,14 @@ pub(super) enum Command {
     Start(One),
     /// Kill one node, as a crash would. Its capsules keep running.
     Kill(One),
+    /// Pause one node's process, as a machine that hangs. Its capsules keep running.
+    Pause(One),
+    /// Let a paused node go on.
+    Resume(One),
+    /// Cut nodes off from each other: packets of the cluster between sides are lost. Needs root.
+    Partition(Partition),
+    /// End a partition. Needs root.
+    Heal(Place),
     /// End all nodes and capsules and remove their data; images stay.
     Down(Place),
 }
@@ -54,12 +65,16 @@ pub(super) struct Place {
 pub(super) struct Up {
     #[command(flatten)]
     place: Place,
-    /// How many nodes.
-    #[arg(long, default_value_t = 1)]
-    nodes: u16,
-    /// Port of the first node's API; each node takes ten from there.
-    #[arg(long, default_value_t = defaults::LISTEN.port())]
-    port_base: u16,
+    /// How many nodes; as many as before where absent, and 1 at first.
+    #[arg(long)]
+    nodes: Option<u16>,
+    /// Port of the first node's API, 7320 where absent; each node takes ten from there.
+    #[arg(long, value_name = "PORT")]
+    port_base: Option<u16>,
+    /// First network slot, 0 where absent; each node takes 64 from there. Clusters on one machine
+    /// need ranges of their own.
+    #[arg(long, value_name = "N")]
+    slot_base: Option<u16>,
     /// Where kernel, initramfs and templates lie; `images` in the directory where absent.
     #[arg(long, value_name = "DIR", env = "WRENN_IMAGES")]
     images_dir: Option<PathBuf>,
@@ -87,6 +102,16 @@ pub(super) struct One {
     place: Place,
 }
 
+/// Who is cut off from whom.
+#[derive(Debug, Args)]
+pub(super) struct Partition {
+    /// Sides between `|`, nodes between commas: "1|2,3". Nodes that are not named form one more
+    /// side together.
+    sides: String,
+    #[command(flatten)]
+    place: Place,
+}
+
 /// Does it.
 pub(super) async fn run(
     hooks: Hooks,
@@ -97,13 +122,25 @@ pub(super) async fn run(
         Command::Up(options) => up(global, options).await?,
         Command::Status(place) => status(global, &place.cluster()?).await?,
         Command::Env(options) => env(global, &options)?,
-        Command::Stop(one) => one.node()?.stop().await?,
-        Command::Kill(one) => one.node()?.kill().await?,
-        Command::Start(one) => {
-            let cluster = one.place.cluster()?;
-            let node = cluster.node(one.node)?;
-            cluster.start(&node).await?;
+        Command::Stop(one) => {
+            let node = one.node()?;
+            print::progress(&format!("stopping node {}", node.number), node.stop()).await?;
         }
+        Command::Kill(one) => one.node()?.kill().await?,
+        Command::Pause(one) => one.node()?.pause()?,
+        Command::Resume(one) => one.node()?.resume()?,
+        Command::Start(one) => {
+            let mut cluster = one.place.cluster()?;
+            let node = [cluster.node(one.node)?];
+            let joins = cluster.must_join(&node[0]);
+            up::bring_up(&mut cluster, &node).await?;
+            // A member may have been started to stay alone: its peers need not be there.
+            if joins {
+                up::wait_members(&cluster, &node).await?;
+            }
+        }
+        Command::Partition(options) => cut(&options)?,
+        Command::Heal(place) => heal(&mut place.cluster()?)?,
         Command::Down(place) => down(hooks, &place).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -131,18 +168,20 @@ impl One {
 }
 
 async fn up(global: &Global, options: Up) -> Result<(), CliError> {
-    if options.nodes != 1 {
-        let message = format!("cannot start {} nodes", options.nodes);
-        let hint = "clusters of several nodes come in a later version; use --nodes 1";
-        return Err(CliError::usage(message).hint(hint));
-    }
     let dir = options.place.dir()?;
     let images_dir = options.images_dir.unwrap_or_else(|| dir.join("images"));
-    let mut cluster = Cluster::new(dir, options.nodes, options.port_base, options.node_args)?;
+    let wanted = Wanted {
+        nodes: options.nodes,
+        port_base: options.port_base,
+        slot_base: options.slot_base,
+        node_args: options.node_args,
+    };
+    let mut cluster = Cluster::new(dir, wanted)?;
     cluster.set_images(&images_dir)?;
-    for node in cluster.nodes() {
-        cluster.start(&node).await?;
-        cluster.remember(&node)?;
+    let nodes = cluster.nodes();
+    up::bring_up(&mut cluster, &nodes).await?;
+    if nodes.len() > 1 && cluster.partition().is_none() {
+        up::wait_members(&cluster, &nodes).await?;
     }
     status(global, &cluster).await?;
     if !global.json {
@@ -152,12 +191,13 @@ async fn up(global: &Global, options: Up) -> Result<(), CliError> {
 }
 
 async fn status(global: &Global, cluster: &Cluster) -> Result<(), CliError> {
-    let mut all = Vec::new();
-    for node in cluster.nodes() {
-        all.push(describe(cluster, &node).await);
-    }
+    let looked = print::progress("asking the nodes", Seen::look(cluster)).await;
+    let nodes = cluster.nodes();
+    let described = nodes.iter().map(|node| describe(cluster, &looked, node));
+    let all: Vec<Value> = described.collect();
     if global.json {
-        return print::json(&json!({"nodes": all}));
+        let (quorum, partition) = (looked.has_quorum, cluster.partition());
+        return print::json(&json!({"nodes": all, "quorum": quorum, "partition": partition}));
     }
     let row = |(number, node): (usize, &Value)| {
         let is = |key: &str| if node[key] == true { "yes" } else { "no" }.to_owned();
@@ -169,46 +209,55 @@ async fn status(global: &Global, cluster: &Cluster) -> Result<(), CliError> {
             print::text(node, "pid"),
             print::text(node, "role"),
             is("leader"),
+            print::text(node, "state"),
             is("alive"),
         ]
     };
     let rows: Vec<_> = all.iter().enumerate().map(row).collect();
-    let headings = ["NR", "ID", "NAME", "URL", "PID", "ROLE", "LEADER", "ALIVE"];
-    print::table(&headings, &rows)
+    let headings = [
+        "NR", "ID", "NAME", "URL", "PID", "ROLE", "LEADER", "STATE", "ALIVE",
+    ];
+    print::table(&headings, &rows)?;
+    if let Some(sides) = cluster.partition() {
+        print::note(&format!("partition: {sides} (`wrenn dev heal` ends it)"));
+    }
+    Ok(())
 }
 
 /// One node as scripts see it. What a dead node was is remembered; its process is `null`.
-async fn describe(cluster: &Cluster, node: &Node) -> Value {
-    let alive = node.is_healthy().await;
-    let ready = find::ready(&node.data_dir());
-    let known = ready.as_ref().map(cluster::Known::from);
-    let known = known.or_else(|| cluster.known(node)).unwrap_or_default();
-    let seen = if alive {
-        seen_by(node, &known.id).await
-    } else {
-        None
+fn describe(cluster: &Cluster, looked: &Seen, node: &Node) -> Value {
+    let known = seen::now_known(cluster, node).unwrap_or_default();
+    let told = looked.member(&known.id).cloned().unwrap_or_default();
+    let alive = looked.is_alive(node);
+    let state = match told["state"].as_str() {
+        _ if node.is_paused() => "paused".into(),
+        Some(state) => state.to_owned(),
+        None => String::new(),
     };
-    let seen = seen.unwrap_or_default();
-    let pid = ready.filter(|_| alive).map(|ready| ready.pid);
     json!({
         "id": known.id,
         "name": known.name,
         "url": known.url,
-        "pid": pid,
-        "role": seen["role"],
-        "leader": seen["leader"].as_bool().unwrap_or(false),
+        "pid": node.pid().map(nix::unistd::Pid::as_raw),
+        "role": told["role"],
+        "leader": told["leader"].as_bool().unwrap_or(false),
+        "state": state,
         "alive": alive,
     })
 }
 
-/// What a node says of itself through its API.
-async fn seen_by(node: &Node, id: &str) -> Option<Value> {
-    let url = find::ready(&node.data_dir())?.url;
-    let key = find::bootstrap_key(&node.data_dir())?;
-    let client = Client::new(&url, &key).ok()?;
-    let all = client.call(Method::GET, "/v1/nodes", None).await.ok()?;
-    let mut all = all.as_array()?.iter();
-    all.find(|node| node["id"] == id).cloned()
+fn cut(options: &Partition) -> Result<(), CliError> {
+    let mut cluster = options.place.cluster()?;
+    let sides = cluster.sides(&options.sides)?;
+    partition::cut(&sides, cluster.port_base(), |node| cluster.port(node))?;
+    cluster.set_partition(Some(&sides))?;
+    print::note(&format!("cut: {sides}; `wrenn dev heal` ends it"));
+    Ok(())
+}
+
+fn heal(cluster: &mut Cluster) -> Result<(), CliError> {
+    partition::heal(cluster.port_base())?;
+    cluster.set_partition(None)
 }
 
 fn env(global: &Global, options: &Env) -> Result<(), CliError> {
@@ -218,11 +267,7 @@ fn env(global: &Global, options: &Env) -> Result<(), CliError> {
         known.or_else(|| cluster.known(node).map(|known| known.url))
     };
     let asked = cluster.node(options.node)?;
-    // One cluster has one set of keys; the first node's first start made the first of them.
-    let key = cluster
-        .nodes()
-        .iter()
-        .find_map(|node| find::bootstrap_key(&node.data_dir()));
+    let key = seen::key(&cluster);
     let (Some(base), Some(key)) = (url(&asked), key) else {
         let err = CliError::new(format!("node {} was never ready", options.node));
         return Err(err.hint("`wrenn dev up` starts it"));
@@ -246,25 +291,41 @@ fn env(global: &Global, options: &Env) -> Result<(), CliError> {
 
 async fn down(hooks: Hooks, place: &Place) -> Result<(), CliError> {
     let dir = place.dir()?;
-    let Ok(cluster) = Cluster::load(&dir) else {
+    let Ok(mut cluster) = Cluster::load(&dir) else {
         print::note(&format!("nothing was started in {}", dir.display()));
         return Ok(());
     };
-    for node in cluster.nodes() {
-        let name = format!("stopping node {}", node.number);
-        print::progress(&name, node.stop_or_kill()).await?;
-        let data_dir = node.data_dir();
-        let cleaned = tokio::task::spawn_blocking(move || {
-            (hooks.clean_up)(&data_dir).map_err(|err| chain(err.as_ref()))
-        });
-        let cleaned = print::progress("removing what it left on the host", cleaned).await;
-        cleaned
-            .unwrap_or_else(|err| Err(err.to_string()))
-            .map_err(|why| {
-                CliError::new(format!("clean up after node {}: {why}", node.number))
-                    .hint("its data is kept; run this again as root")
-            })?;
+    if cluster.partition().is_some() {
+        heal(&mut cluster)?;
+    }
+    let nodes = cluster.nodes();
+    let label = match nodes.len() {
+        1 => "stopping node 1".into(),
+        count => format!("stopping {count} nodes"),
+    };
+    let stopped = future::join_all(nodes.iter().map(Node::stop_or_kill));
+    for outcome in print::progress(&label, stopped).await {
+        outcome?;
+    }
+    for node in &nodes {
+        clean_up(hooks, node).await?;
         node.remove()?;
     }
     cluster.remove()
+}
+
+/// Ends what a stopped node left running.
+async fn clean_up(hooks: Hooks, node: &Node) -> Result<(), CliError> {
+    let data_dir = node.data_dir();
+    let cleaned = tokio::task::spawn_blocking(move || {
+        (hooks.clean_up)(&data_dir).map_err(|err| chain(err.as_ref()))
+    });
+    let label = format!("removing what node {} left on the host", node.number);
+    let cleaned = print::progress(&label, cleaned).await;
+    cleaned
+        .unwrap_or_else(|err| Err(err.to_string()))
+        .map_err(|why| {
+            CliError::new(format!("clean up after node {}: {why}", node.number))
+                .hint("its data is kept; run this again as root")
+        })
 }

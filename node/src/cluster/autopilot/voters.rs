@@ -44,9 +44,10 @@ impl Picture {
     fn kept(&self, target: usize) -> BTreeSet<NodeId> {
         let good = |id: &&NodeId| {
             let listed = self.nodes.get(id);
-            let alone = **id == self.here && self.voters.len() == 1;
+            let alone = self.voters.len() == 1 && target == 1;
             let good = listed.is_some_and(|node| !node.draining && !node.other_disk);
-            // A leader hands over first; only one that has nobody to hand over to is replaced.
+            // A leader hands over first. One that never will have a second voter beside it is
+            // replaced instead.
             (good && !self.is_silent(**id)) || (**id == self.here && listed.is_some() && !alone)
         };
         let mut kept = self.voters.iter().filter(good).copied().collect();

@@ -5,17 +5,21 @@
 //!
 //! ```text
 //! Alive --no renewal for ttl + margin--> Missing --for grace more--> Lost
-//!   ^-------- sign of life --------------'                            |
-//!   '-------- sign of life under a higher incarnation ----------------'
+//!   ^--------- sign of life -------------'                            |
+//!   '---------- sign of life -----------------------------------------'
 //! ```
 //!
 //! Renewals of a node that the table does not call alive are refused, since grants beside a verdict
-//! on its way through the log would count for nothing. They are remembered as signs of life.
+//! on its way through the log would count for nothing. They are remembered as signs of life. What
+//! keeps a lost node from thawing what it had is its own [`Holder`](super::Holder), which has
+//! lapsed and takes no grant under the incarnation that was lost.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::ids::NodeId;
+use raft::command::{self, Command};
+use raft::state;
 
 use super::Tick;
 use super::times::LeaseTimes;
@@ -23,10 +27,24 @@ use super::times::LeaseTimes;
 /// What the replicated node table says of a node's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Listed {
-    /// The newest incarnation the table knows.
+    /// Which start of its daemon the table knows.
     pub incarnation: u64,
     /// Where the node stands.
     pub liveness: Liveness,
+}
+
+impl From<&state::Node> for Listed {
+    fn from(node: &state::Node) -> Self {
+        let liveness = match node.liveness {
+            state::Liveness::Alive => Liveness::Alive,
+            state::Liveness::Missing { .. } => Liveness::Missing,
+            state::Liveness::Lost { .. } => Liveness::Lost,
+        };
+        Self {
+            incarnation: node.incarnation,
+            liveness,
+        }
+    }
 }
 
 /// Where a node stands in the table.
@@ -47,8 +65,25 @@ pub enum Verdict {
     Missing(NodeId, u64),
     /// The node's lease-bound guests are dead; their epochs may be given out again.
     Lost(NodeId, u64),
-    /// The node is there again, under this incarnation.
+    /// The node is there again.
     Back(NodeId, u64),
+}
+
+impl Verdict {
+    /// The command that tells the log.
+    #[must_use]
+    pub const fn command(self) -> Command {
+        let (node, incarnation, verdict) = match self {
+            Self::Missing(node, incarnation) => (node, incarnation, command::Verdict::Missing),
+            Self::Lost(node, incarnation) => (node, incarnation, command::Verdict::Lost),
+            Self::Back(node, incarnation) => (node, incarnation, command::Verdict::Back),
+        };
+        Command::JudgeNode {
+            node,
+            incarnation,
+            verdict,
+        }
+    }
 }
 
 /// Why a renewal is not granted.
@@ -58,27 +93,15 @@ pub enum Refused {
     /// The node is not in the table.
     #[error("the node is not a member")]
     NotListed,
-    /// The node has a newer incarnation than the renewal names.
-    #[error("the incarnation is over; the newest is {newest}")]
-    Superseded {
-        /// The one that counts.
-        newest: u64,
-    },
-    /// The table does not know this incarnation yet.
-    #[error("the incarnation is not known yet; the newest is {newest}")]
-    NotAnnounced {
-        /// The one that counts.
-        newest: u64,
-    },
+    /// The table knows another incarnation of the node: this one is over or not announced yet.
+    #[error("the node is known under another incarnation")]
+    OtherIncarnation,
     /// The node counts as missing until its return is committed.
     #[error("the node counts as missing; its return is on its way")]
     Missing,
-    /// The node counts as lost; it must come back under a higher incarnation.
-    #[error("the node counts as lost; it must return under an incarnation above {above}")]
-    Lost {
-        /// The one that was lost.
-        above: u64,
-    },
+    /// The node counts as lost until its return is committed.
+    #[error("the node counts as lost; its return is on its way")]
+    Lost,
 }
 
 /// Renewals as the leader received them.
@@ -96,7 +119,7 @@ struct Entry {
     /// The table's word at the last look.
     listed: Listed,
     /// The last refused renewal that asks for the node's return.
-    sign_of_life: Option<(u64, Tick)>,
+    sign_of_life: Option<Tick>,
 }
 
 impl Book {
@@ -128,26 +151,22 @@ impl Book {
         listed: Option<Listed>,
     ) -> Result<(), Refused> {
         let listed = listed.ok_or(Refused::NotListed)?;
-        let newest = listed.incarnation;
-        if incarnation < newest {
-            return Err(Refused::Superseded { newest });
+        if incarnation != listed.incarnation {
+            return Err(Refused::OtherIncarnation);
         }
         let entry = self.entry(node, received_at, listed);
         match listed.liveness {
-            Liveness::Alive if incarnation > newest => Err(Refused::NotAnnounced { newest }),
             Liveness::Alive => {
                 entry.counted_from = entry.counted_from.max(received_at);
                 Ok(())
             }
             Liveness::Missing => {
-                entry.sign_of_life = Some((incarnation, received_at));
+                entry.sign_of_life = Some(received_at);
                 Err(Refused::Missing)
             }
-            // Its holder lapsed long before this verdict: only a message from then can say less.
-            Liveness::Lost if incarnation == newest => Err(Refused::Lost { above: newest }),
             Liveness::Lost => {
-                entry.sign_of_life = Some((incarnation, received_at));
-                Err(Refused::Lost { above: newest })
+                entry.sign_of_life = Some(received_at);
+                Err(Refused::Lost)
             }
         }
     }
@@ -196,7 +215,7 @@ impl Book {
         if admitted || returned {
             entry.counted_from = entry.counted_from.max(first_seen);
         }
-        if listed.liveness == Liveness::Alive {
+        if admitted || listed.liveness == Liveness::Alive {
             entry.sign_of_life = None;
         }
         entry.listed = listed;
@@ -213,8 +232,8 @@ impl Entry {
         let age = now.since(self.counted_from);
         let back = self
             .sign_of_life
-            .filter(|(_, at)| now.since(*at) < times.ttl)
-            .map(|(incarnation, _)| Verdict::Back(node, incarnation));
+            .filter(|at| now.since(*at) < times.ttl)
+            .map(|_| Verdict::Back(node, incarnation));
         match liveness {
             Liveness::Alive => {
                 (age >= times.missing_after()).then_some(Verdict::Missing(node, incarnation))
@@ -323,28 +342,32 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_node_returns_only_under_a_higher_incarnation() {
+    fn a_lost_node_is_back_when_it_renews_and_is_granted_nothing_before() {
         let mut book = book();
         let lost = listed(1, Liveness::Lost);
-        let refused = Err(Refused::Lost { above: 1 });
-        assert_eq!(book.renewed(NODE, 1, at(200), Some(lost)), refused);
         assert_eq!(look(&mut book, 200, lost), []);
-        assert_eq!(book.renewed(NODE, 2, at(201), Some(lost)), refused);
-        assert_eq!(look(&mut book, 201, lost), [Verdict::Back(NODE, 2)]);
+        let refused = book.renewed(NODE, 1, at(201), Some(lost));
+        assert_eq!(refused, Err(Refused::Lost));
+        assert_eq!(look(&mut book, 201, lost), [Verdict::Back(NODE, 1)]);
+    }
+
+    #[test]
+    fn a_sign_of_life_of_an_earlier_start_brings_nobody_back() {
+        let mut book = book();
+        let _ = book.renewed(NODE, 1, at(120), Some(missing()));
+        assert_eq!(look(&mut book, 121, listed(2, Liveness::Missing)), []);
     }
 
     #[test]
     fn renewals_of_strangers_and_of_other_incarnations_are_refused_by_name() {
         let mut book = book();
-        assert_eq!(
-            book.renewed(NODE, 1, at(101), None),
-            Err(Refused::NotListed)
-        );
-        let newer = Some(listed(5, Liveness::Alive));
-        let superseded = Err(Refused::Superseded { newest: 5 });
-        assert_eq!(book.renewed(NODE, 4, at(101), newer), superseded);
-        let early = Err(Refused::NotAnnounced { newest: 5 });
-        assert_eq!(book.renewed(NODE, 6, at(101), newer), early);
+        let stranger = book.renewed(NODE, 1, at(101), None);
+        assert_eq!(stranger, Err(Refused::NotListed));
+        let row = Some(listed(5, Liveness::Alive));
+        for other in [4, 6] {
+            let refused = book.renewed(NODE, other, at(101), row);
+            assert_eq!(refused, Err(Refused::OtherIncarnation));
+        }
     }
 
     #[test]

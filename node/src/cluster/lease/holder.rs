@@ -7,7 +7,7 @@
 //!
 //! A lease that has lapsed takes no grant any more: the cluster may have given this node's
 //! sandboxes out since, and a guest that was merely suspended all the while must not wake up into a
-//! fresh lease. The caller ends its lease-bound guests, then starts over under the next incarnation.
+//! fresh lease. The caller ends its lease-bound guests, then starts over under another incarnation.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -72,8 +72,8 @@ pub struct Holder {
 impl Holder {
     /// A holder without a lease: before the first grant no lease-bound guest may run.
     ///
-    /// `incarnation` must be higher than every one this node has used before; the replicated node
-    /// record holds the newest.
+    /// `incarnation` must be one that this node has never used; it is drawn at random at each start
+    /// and announced in the node's replicated record.
     #[must_use]
     pub const fn new(times: LeaseTimes, incarnation: u64) -> Self {
         Self {
@@ -173,9 +173,9 @@ impl Holder {
 
     /// Begins again without a lease. Only once every lease-bound guest of this node is dead.
     ///
-    /// `incarnation` must be a higher one; a lower one is ignored, with `false`.
+    /// `incarnation` must be a new one; the present one is refused with `false`.
     pub fn start_over(&mut self, incarnation: u64) -> bool {
-        if incarnation <= self.incarnation {
+        if incarnation == self.incarnation {
             return false;
         }
         let sole_voter = self.sole_voter;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use raft::state::Settings;
+
 /// How long a granted renewal is good for, from when it was sent. Long enough for a leader change
 /// (below one second) and two lost renewals, short enough that a dead host is noticed in seconds.
 pub const TTL: Duration = Duration::from_secs(10);
@@ -52,7 +54,7 @@ pub struct LeaseTimes {
     pub(super) margin: Duration,
 }
 
-/// Why times do not fit together.
+/// Why times will not do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadTimes {
     /// The time to live is too short for any machine to keep.
@@ -60,16 +62,6 @@ pub enum BadTimes {
     TtlTooShort {
         /// As asked for.
         ttl: Duration,
-    },
-    /// Clocks could drift apart by more than the margin in that time.
-    #[error("lease grace is {grace:?}, must be at most {most:?} for a time to live of {ttl:?}")]
-    GraceTooLong {
-        /// As asked for.
-        grace: Duration,
-        /// As asked for.
-        ttl: Duration,
-        /// The longest that would do.
-        most: Duration,
     },
 }
 
@@ -84,27 +76,34 @@ impl Default for LeaseTimes {
     }
 }
 
+impl From<&Settings> for LeaseTimes {
+    /// The replicated settings were checked when they were proposed.
+    fn from(settings: &Settings) -> Self {
+        Self::of(settings.lease_ttl.max(SHORTEST_TTL), settings.lease_grace)
+    }
+}
+
 impl LeaseTimes {
-    /// Other times than the defaults; the renewal, the margin and the freeze keep their shares.
+    /// Other times than the defaults; renewal and freeze keep their shares, and the margin covers
+    /// drift and stall over the longest wait.
     ///
     /// # Errors
-    /// [`BadTimes`] names the relation that would not hold, with its values.
+    /// [`BadTimes`] says which of them no machine could keep.
     pub fn new(ttl: Duration, grace: Duration) -> Result<Self, BadTimes> {
         if ttl < SHORTEST_TTL {
             return Err(BadTimes::TtlTooShort { ttl });
         }
-        let margin = ttl / SHARE;
-        // Half the margin is the drift's, the other half the stall's, as in the defaults.
-        let most = (margin / 2 * (100 / RATE_ERROR_PERCENT)).saturating_sub(ttl);
-        if grace > most {
-            return Err(BadTimes::GraceTooLong { grace, ttl, most });
-        }
-        Ok(Self {
+        Ok(Self::of(ttl, grace))
+    }
+
+    fn of(ttl: Duration, grace: Duration) -> Self {
+        let drift = ttl.saturating_add(grace) / 100 * RATE_ERROR_PERCENT;
+        Self {
             ttl,
             grace,
             freeze_ahead: ttl / SHARE,
-            margin,
-        })
+            margin: STALL.saturating_add(drift).max(ttl / SHARE),
+        }
     }
 
     /// How long a granted renewal is good for.
@@ -146,13 +145,22 @@ mod tests {
     fn the_defaults_pass_their_own_validation() {
         assert_eq!(LeaseTimes::new(TTL, GRACE), Ok(LeaseTimes::default()));
         assert_eq!(LeaseTimes::default().renew_every(), RENEW_EVERY);
+        assert_eq!(
+            LeaseTimes::from(&Settings::default()),
+            LeaseTimes::default()
+        );
     }
 
     #[test]
-    fn times_that_do_not_fit_together_are_refused_by_name() {
+    fn a_lease_no_machine_could_keep_is_refused_by_name() {
         let short = LeaseTimes::new(Duration::from_millis(999), Duration::ZERO);
         assert!(matches!(short, Err(BadTimes::TtlTooShort { .. })));
-        let long = LeaseTimes::new(Duration::from_secs(2), Duration::from_secs(60));
-        assert!(matches!(long, Err(BadTimes::GraceTooLong { .. })));
+    }
+
+    #[test]
+    fn a_long_grace_gets_a_margin_that_covers_its_drift() {
+        let times = LeaseTimes::new(Duration::from_secs(10), Duration::from_secs(990));
+        let margin = times.map(|times| times.margin);
+        assert_eq!(margin, Ok(Duration::from_secs(11)));
     }
 }

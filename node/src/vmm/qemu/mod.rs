@@ -71,6 +71,14 @@ impl Vmm for Qemu {
         }
     }
 
+    fn freeze(&self) -> Result<(), VmmError> {
+        self.process.freeze()
+    }
+
+    fn thaw(&self) -> Result<(), VmmError> {
+        self.process.thaw()
+    }
+
     fn kill(&self) -> Result<(), VmmError> {
         self.process.kill()
     }
