@@ -25,6 +25,7 @@ mod log;
 mod memory;
 mod process;
 mod qemu;
+mod relay;
 mod slots;
 
 use std::error::Error;
@@ -50,7 +51,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 5] = [
+const BENCHMARKS: [Benchmark; 6] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -60,6 +61,11 @@ const BENCHMARKS: [Benchmark; 5] = [
         name: "slots",
         about: "network slots: taken from the pool, made, unmade",
         run: slots::run,
+    },
+    Benchmark {
+        name: "relay",
+        about: "calls and streams through a node in between, beside direct ones",
+        run: relay::run,
     },
     Benchmark {
         name: "memory",
