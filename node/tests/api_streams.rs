@@ -1,6 +1,6 @@
 //! Large bodies flow through the interface without being kept, on the node that owns the sandbox
-//! and through another. Alone in its binary, because it
-//! measures the memory of the whole process, agent included.
+//! and through another. Alone in its binary, because it measures the memory of the whole process,
+//! agent included.
 
 #![allow(clippy::unwrap_used)] // a failed test may panic
 
