@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use std::{env, fs};
 
 /// Messages that only our own processes exchange or write to disk.
-const OWN: [&str; 5] = [
+const OWN: &[&str] = &[
     "wire/cluster.proto",
+    "wire/mesh.proto",
     "wire/raft.proto",
     "wire/raftlog.proto",
     "wire/relay.proto",

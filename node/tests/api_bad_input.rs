@@ -6,7 +6,7 @@ mod api_world;
 
 use std::time::Duration;
 
-use api_world::{KEY, World, full, streamed};
+use api_world::{ADMIN_KEY, KEY, World, full, streamed};
 use bytes::Bytes;
 use futures::stream;
 use http::Method;
@@ -30,6 +30,17 @@ fn routes(id: &str) -> Vec<(Method, String, bool)> {
         (Method::GET, "/v1/snapshots".into(), false),
         (Method::GET, capsule.clone(), false),
         (Method::DELETE, format!("{capsule}/processes/1"), false),
+        (Method::GET, "/v1/tokens".into(), false),
+        (Method::POST, "/v1/tokens".into(), true),
+        (Method::DELETE, format!("/v1/tokens/{id}"), false),
+        (Method::GET, "/v1/nodes/node-9".into(), false),
+        (Method::DELETE, "/v1/nodes/node-9".into(), false),
+        (Method::POST, "/v1/nodes/node-9/cordon".into(), false),
+        (Method::POST, "/v1/nodes/node-9/uncordon".into(), false),
+        (Method::POST, "/v1/nodes/node-9/drain".into(), true),
+        (Method::PUT, "/v1/nodes/node-9/tags".into(), true),
+        (Method::GET, "/v1/cluster".into(), false),
+        (Method::PATCH, "/v1/cluster".into(), true),
     ];
     for (rest, json) in [
         ("ping", false),
@@ -114,6 +125,7 @@ async fn the_description_has_every_route_that_is_served() {
     let description = world.get("/openapi.json").await.json();
     for (method, path, _) in routes("{id}") {
         let path = path.replace("processes/1", "processes/{selector}");
+        let path = path.replace("node-9", "{node}");
         let operation = &description["paths"][&path][method.as_str().to_lowercase()];
         assert!(
             operation["responses"]["default"].is_object(),
@@ -352,9 +364,10 @@ fn random_bytes_on_every_route_get_defined_answers() {
     let request = (0..routes.len(), body, types);
     let outcome = runner.run(&request, |(at, body, content_type)| {
         let (method, path, _) = &routes[at];
+        let is_own = path.starts_with("/v1/capsules");
         let request = world
             .request(method.clone(), path)
-            .header("x-api-key", KEY)
+            .header("x-api-key", if is_own { KEY } else { ADMIN_KEY })
             .header("content-type", content_type)
             .body(full(body))
             .expect("a request");

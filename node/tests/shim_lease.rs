@@ -26,9 +26,10 @@ use wrenn_node::shim::spec::ShimSpec;
 const LONG: Duration = Duration::from_secs(600);
 /// How much later than its instant something may be seen on a busy machine.
 const SLACK: Duration = Duration::from_millis(700);
-/// The most that the watch may add to what a shim holds in memory: its whole goal is 8 MiB, of
-/// which a release build uses 6.
-const MAX_WATCH_KIB: u64 = 512;
+/// The most that the watch may add to the memory that is a shim's own: the goal of a whole shim is
+/// 8 MiB. Program pages, which all shims share, are not counted: how many are mapped is up to the
+/// kernel.
+const MAX_WATCH_KIB: u64 = 256;
 
 /// A sandbox directory, and a lease file beside it.
 struct Bound {
@@ -93,9 +94,9 @@ fn is_stopped(pid: u32) -> bool {
     after_name.trim_start().starts_with('T')
 }
 
-fn resident_kib(pid: u32) -> u64 {
+fn own_kib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
     let words = line.expect("resident").split_whitespace().nth(1);
     words.expect("a number").parse().expect("a number")
 }
@@ -132,7 +133,7 @@ async fn a_guest_freezes_at_the_instant_and_thaws_when_the_lease_is_renewed() {
 
 #[tokio::test]
 #[ignore = "starts real VMMs"]
-async fn the_watch_costs_a_shim_little_memory() {
+async fn the_watch_costs_a_shim_little_memory_of_its_own() {
     let (bound, other) = (Bound::new(), Sandbox::new());
     let (watched, plain) = (bound.start().await, other.start("test.deaf").await);
     // Both have answered the same; the watch has frozen and thawed a guest beyond that.
@@ -142,7 +143,7 @@ async fn the_watch_costs_a_shim_little_memory() {
     bound.lease_for(LONG, LONG);
     let told = watched.wait_freeze(true, Instant::now() + SOON).await;
     assert_eq!(told.expect("told"), Some(false));
-    let [watched, plain] = [watched, plain].map(|shim| resident_kib(shim.known_status().shim_pid));
+    let [watched, plain] = [watched, plain].map(|shim| own_kib(shim.known_status().shim_pid));
     assert!(
         watched < plain + MAX_WATCH_KIB,
         "{watched} KiB with a watch, {plain} KiB without"
@@ -255,7 +256,9 @@ async fn a_lease_file_that_is_gone_or_garbled_freezes_until_it_is_written_again(
         spoil();
         let told = shim.wait_freeze(false, Instant::now() + SOON).await;
         assert_eq!(told.expect("told"), Some(true));
-        assert!(is_stopped(shim.known_status().vmm_pid));
+        // The signal was sent; the VMM's threads take it in their own time.
+        let vmm = shim.known_status().vmm_pid;
+        assert!(eventually(SOON, || is_stopped(vmm)));
         std::fs::remove_file(&bound.path).unwrap_or_default();
         bound.lease_for(LONG, LONG);
         let told = shim.wait_freeze(true, Instant::now() + SOON).await;

@@ -19,6 +19,10 @@ pub mod wire {
     pub mod cluster {
         include!(concat!(env!("OUT_DIR"), "/wrenn.cluster.rs"));
     }
+    /// Calls between nodes of a cluster, beside raft's own.
+    pub mod mesh {
+        include!(concat!(env!("OUT_DIR"), "/wrenn.mesh.rs"));
+    }
     /// The raft log and snapshots.
     pub mod raft {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raft.rs"));
@@ -27,7 +31,7 @@ pub mod wire {
     pub mod raftlog {
         include!(concat!(env!("OUT_DIR"), "/wrenn.raftlog.rs"));
     }
-    /// Between the node that a client asks and the one that runs the guest.
+    /// Relaying byte streams to guests of other nodes, and questions to their owners.
     pub mod relay {
         include!(concat!(env!("OUT_DIR"), "/wrenn.relay.rs"));
     }

@@ -8,7 +8,7 @@ use proto::wire::raft as pb;
 
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
 use crate::placement::{Lack, LoadHint};
-use crate::state::BadRow;
+use crate::state::{BadRow, Node};
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
@@ -54,6 +54,22 @@ impl Proposal {
             command,
         })
     }
+}
+
+/// A node's record as bytes, for nodes that tell each other of themselves.
+#[must_use]
+pub fn encode_node(node: &Node) -> Vec<u8> {
+    pb::NodeRow::from(node).encode_to_vec()
+}
+
+/// Reads a node's record.
+///
+/// # Errors
+/// [`BadRow`] where the bytes are none of this version.
+pub fn decode_node(bytes: &[u8]) -> Result<Node, BadRow> {
+    pb::NodeRow::decode(bytes)
+        .map_err(|_| BadRow::Garbled)?
+        .try_into()
 }
 
 fn command_to_wire(command: &Command) -> pb::proposal::Command {

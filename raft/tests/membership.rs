@@ -197,7 +197,7 @@ async fn voters_without_a_quorum_are_refused_before_anything_is_written() {
                 .all(|id| heard[&NodeId(*id)] > cluster.config(1).timeouts.election_max * 2)
         })
         .await;
-    for wanted in [ids([1, 3]), ids([1, 2, 3, 4]), ids([2, 3, 4])] {
+    for wanted in [ids([1, 3]), ids([1, 2, 3, 4]), ids([1, 3, 4])] {
         let refused = leader.change_voters(wanted, None, soon()).await;
         assert!(
             matches!(refused, Err(ChangeError::NoQuorum(_))),
@@ -341,5 +341,80 @@ async fn the_leader_knows_how_far_everybody_is() {
         .find(|group| group.role() != Role::Leader);
     let metrics = follower.unwrap().metrics();
     assert!(metrics.matched.is_empty() && metrics.heard.is_empty() && metrics.quorum_age.is_none());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_left_half_done_is_seen_and_finished_by_the_next_leader() {
+    let cluster = Cluster::of(3).await;
+    cluster.start(4).await;
+    cluster.add(4).await;
+    cluster.agreed().await;
+    let old = cluster.leader().await;
+    let lost = old.metrics().leader.unwrap();
+    let kept = ids((1..=4).filter(|&id| NodeId(id) != lost));
+    // The old leader wants to replace one of the others by the fourth.
+    let wanted = ids((1..=4).filter(|&id| id != lost.0 % 3 + 1));
+    cluster.net.break_when_joint();
+    let patience = std::time::Instant::now() + Duration::from_secs(3);
+    let unknown = old.change_voters(wanted, None, patience).await;
+    assert!(
+        matches!(
+            unknown,
+            Err(ChangeError::Timeout | ChangeError::LeaderChanged)
+        ),
+        "{unknown:?}"
+    );
+    cluster
+        .until("another leads", || {
+            cluster.leading().iter().any(|&id| id != lost)
+        })
+        .await;
+    let next = cluster.leader().await;
+    let metrics = next.metrics();
+    assert!(metrics.is_joint);
+    assert_eq!(voters(&next), ids(1..=4));
+    cluster
+        .until("the joint membership is committed", || {
+            next.metrics().is_settled
+        })
+        .await;
+    next.change_voters(kept.clone(), None, soon())
+        .await
+        .unwrap();
+    assert!(!next.metrics().is_joint);
+    assert_eq!(voters(&next), kept);
+    cluster.net.heal();
+    cluster.set("key", "after").await;
+    cluster.agreed().await;
+    assert_eq!(old.role(), Role::Learner);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_keeps_its_vote_until_it_has_handed_over() {
+    let cluster = Cluster::of(3).await;
+    cluster.agreed().await;
+    let old = cluster.leader().await;
+    let own = old.metrics().leader.unwrap();
+    let rest = ids((1..=3).filter(|&id| NodeId(id) != own));
+    let refused = old.change_voters(rest.clone(), None, soon()).await;
+    assert!(
+        matches!(refused, Err(ChangeError::Refused(_))),
+        "{refused:?}"
+    );
+    let heir = *rest.first().unwrap();
+    old.transfer_leader(heir).await.unwrap();
+    let next = cluster.leader().await;
+    next.change_voters(rest.clone(), None, soon())
+        .await
+        .unwrap();
+    cluster.set("key", "value").await;
+    cluster.agreed().await;
+    assert_eq!((voters(&next), old.role()), (rest.clone(), Role::Learner));
+    next.remove_members([own].into(), None, soon())
+        .await
+        .unwrap();
+    assert_eq!(members(&next), rest);
     cluster.stop().await;
 }

@@ -36,7 +36,7 @@ async fn commands_are_answered_and_survive_a_restart_with_and_without_the_derive
     group.bootstrap().await.unwrap();
     for number in 0..20 {
         let answer = group.propose(put_key(number), soon()).await.unwrap();
-        assert_eq!(decode_answer(&answer), Ok(Receipt::Done(1)));
+        assert_eq!(decode_answer(&answer.answer), Ok(Receipt::Done(1)));
     }
     let revoke = Proposal {
         at: Stamp(2000),
@@ -44,7 +44,7 @@ async fn commands_are_answered_and_survive_a_restart_with_and_without_the_derive
     };
     let refused = group.propose(revoke.encode(), soon()).await.unwrap();
     assert!(matches!(
-        decode_answer(&refused),
+        decode_answer(&refused.answer),
         Err(Refusal::NoSuchKey(_))
     ));
     let before: Vec<_> = group.state().borrow().state.rows().collect();

@@ -23,8 +23,31 @@ pub(super) struct Caller {
     /// Whose objects the key opens.
     pub(super) team: TeamId,
     /// The key, for the audit trail.
-    #[allow(dead_code, reason = "read by the audit log, which comes later")]
     pub(super) key: KeyId,
+}
+
+impl Caller {
+    /// Whether this is an administrator: a caller of the team that is the platform itself.
+    pub(super) fn is_admin(&self) -> bool {
+        self.team == TeamId::default()
+    }
+}
+
+/// A caller who may change the cluster itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Admin(pub(super) Caller);
+
+impl FromRequestParts<ApiState> for Admin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
+        let caller = Caller::from_request_parts(parts, api).await?;
+        if caller.is_admin() {
+            return Ok(Self(caller));
+        }
+        let why = "only an administrator's API key may do this, such as the cluster's first key";
+        Err(ApiError::new(Code::Forbidden, why))
+    }
 }
 
 impl FromRequestParts<ApiState> for Caller {

@@ -13,6 +13,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use proto::ids::SandboxId;
 use raft::command::{Command, StopCause};
+use raft::placement::LoadHint;
 use raft::state::{Phase, Sandbox};
 use serde::Deserialize;
 use tokio::time::{self, Instant};
@@ -22,8 +23,10 @@ use super::auth::Caller;
 use super::create::CreateCapsule;
 use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, JsonBody, QueryOf};
+use super::reading::{Answered, ReadQuery, Reading};
 use super::state::{ApiState, owned};
 use super::wire::Capsule;
+use crate::cluster::liveness::Hint;
 use crate::cluster::{LogError, ProposeError};
 
 /// Longest the client of a create without an answer waits for its taking back.
@@ -52,7 +55,7 @@ pub(super) async fn create(
         id,
         team,
         spec,
-        hints: Vec::new(),
+        hints: hints(&api),
     };
     if let Err(err) = api.proposer.propose(command).await {
         // No answer is not a no: the command may have been applied all the same.
@@ -79,6 +82,19 @@ pub(super) async fn create(
     Ok((status, Json(Capsule::of(&state, sandbox, None))))
 }
 
+/// What placement should know of load: reservations are replicated, so all that is left to say is
+/// who was not heard of late. A busy node only loses against equals.
+fn hints(api: &ApiState) -> Vec<LoadHint> {
+    const BUSY_PERMILLE: u32 = 1000;
+    let silent = api.cluster.loads().into_iter().filter(Hint::is_suspect);
+    silent
+        .map(|hint| LoadHint {
+            node: hint.report.node,
+            busy_permille: BUSY_PERMILLE,
+        })
+        .collect()
+}
+
 /// Asks for the end of a capsule that may still come up although its client was told of a failure:
 /// in the log, the stop comes after the create that is under way. A refusal says that none came.
 async fn disown(api: &ApiState, id: SandboxId) {
@@ -91,10 +107,14 @@ async fn disown(api: &ApiState, id: SandboxId) {
 
 /// Lists the team's capsules, newest first, without those that ended.
 #[utoipa::path(
-    get, path = "/v1/capsules", tag = "capsules",
+    get, path = "/v1/capsules", tag = "capsules", params(ReadQuery),
     responses((status = 200, body = Vec<Capsule>))
 )]
-pub(super) async fn list(State(api): State<ApiState>, caller: Caller) -> Json<Vec<Capsule>> {
+pub(super) async fn list(
+    State(api): State<ApiState>,
+    caller: Caller,
+    reading: Reading,
+) -> Answered<Json<Vec<Capsule>>> {
     let state = api.view.state();
     let mut live: Vec<&Sandbox> = state
         .sandboxes()
@@ -104,23 +124,25 @@ pub(super) async fn list(State(api): State<ApiState>, caller: Caller) -> Json<Ve
     live.sort_by_key(|sandbox| std::cmp::Reverse((sandbox.created_at, sandbox.epoch)));
     let active = api.relay.last_active(&state, &live).await;
     let shape = |it: &Sandbox| Capsule::of(&state, it, active.get(&it.id).copied());
-    Json(live.into_iter().map(shape).collect())
+    reading.answer(Json(live.into_iter().map(shape).collect()))
 }
 
 /// Shows one capsule; one that ended is shown as long as its record is kept.
 #[utoipa::path(
     get, path = "/v1/capsules/{id}", tag = "capsules",
-    params(("id" = String, Path)), responses((status = 200, body = Capsule))
+    params(("id" = String, Path), ReadQuery), responses((status = 200, body = Capsule))
 )]
 pub(super) async fn get(
     State(api): State<ApiState>,
     caller: Caller,
     CapsuleId(id): CapsuleId,
-) -> Result<Json<Capsule>, ApiError> {
+    reading: Reading,
+) -> Result<Answered<Json<Capsule>>, ApiError> {
     let state = api.view.state();
     let sandbox = owned(&state, &caller, id)?;
     let facts = api.relay.facts(id).await;
-    Ok(Json(Capsule::in_detail(&state, sandbox, facts)))
+    let shape = Capsule::in_detail(&state, sandbox, facts);
+    Ok(reading.answer(Json(shape)))
 }
 
 /// Destroys a capsule; doing so again succeeds.

@@ -5,12 +5,14 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use proto::ids::NodeId;
 use proto::units::Mib;
-use raft::state::{SandboxSpec, State};
+use raft::state::{HostLoss, SandboxSpec, State};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::error::{ApiError, Code};
+use super::nodes::{named, no_node};
 use super::wire::RESERVED_KEYS;
 
 /// The template of a request that names none.
@@ -33,6 +35,8 @@ const MIN_IDLE_SECS: i64 = 60;
 const MAX_IDLE_SECS: i64 = 365 * 24 * 3600;
 /// Most labels of one capsule. Labels are replicated to every node.
 const MAX_LABELS: usize = 20;
+/// Most tags of a node, or asked of one. Tags are replicated to every node.
+const MAX_TAGS: usize = 32;
 /// Longest name of a template or label, and longest value of a label.
 const MAX_NAME_CHARS: usize = 64;
 
@@ -49,6 +53,24 @@ pub(super) struct CreateCapsule {
     pub(super) timeout_sec: Option<i64>,
     /// Labels.
     pub(super) metadata: Option<BTreeMap<String, String>>,
+    /// What becomes of it when its host is lost: `wait` for the host, where absent, or `restart`
+    /// from its template on another one.
+    #[schema(value_type = Option<String>)]
+    pub(super) on_host_loss: Option<OnHostLoss>,
+    /// Only nodes with all of these tags may run it.
+    pub(super) node_tags: Option<BTreeMap<String, String>>,
+    /// Only this node may run it: its id or name.
+    pub(super) on_node: Option<String>,
+}
+
+/// What becomes of a capsule when its host is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnHostLoss {
+    /// It waits for its host.
+    Wait,
+    /// It is started anew on another one.
+    Restart,
 }
 
 impl CreateCapsule {
@@ -63,16 +85,33 @@ impl CreateCapsule {
         let metadata = self.metadata.unwrap_or_default();
         check_labels(&metadata)?;
         let template = resolve(state, name)?;
+        let node_tags = self.node_tags.unwrap_or_default();
+        check_tags("node_tags", &node_tags)?;
+        let on_node = self.on_node.as_deref();
         Ok(SandboxSpec {
+            on_host_loss: on_host_loss(self.on_host_loss),
+            node_tags,
+            on_node: on_node.map(|name| node(state, name)).transpose()?,
             disk: template.disk,
             template: template.name.clone(),
             vcpus,
             memory: Mib(memory),
             idle_timeout,
             metadata,
-            ..SandboxSpec::default()
         })
     }
+}
+
+const fn on_host_loss(asked: Option<OnHostLoss>) -> HostLoss {
+    match asked {
+        None | Some(OnHostLoss::Wait) => HostLoss::Wait,
+        Some(OnHostLoss::Restart) => HostLoss::Restart,
+    }
+}
+
+fn node(state: &State, name: &str) -> Result<NodeId, ApiError> {
+    let node = named(state, name).ok_or_else(|| no_node(name))?;
+    Ok(node.id)
 }
 
 fn resolve<'a>(state: &'a State, name: &str) -> Result<&'a raft::state::Template, ApiError> {
@@ -158,6 +197,30 @@ fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
         }
     }
     Ok(())
+}
+
+/// Tags of a node, or asked of one: keys and values of letters, digits, `.`, `_`, `-` and `/`.
+pub(super) fn check_tags(what: &str, tags: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    let plain = |it: char| it.is_ascii_alphanumeric() || matches!(it, '.' | '_' | '-' | '/');
+    let fits =
+        |text: &str| !text.is_empty() && text.len() <= MAX_NAME_CHARS && text.chars().all(plain);
+    if tags.len() > MAX_TAGS {
+        return Err(ApiError::invalid(format!(
+            "{what} may have {MAX_TAGS} keys at most, not {}",
+            tags.len()
+        )));
+    }
+    let bad = tags.iter().find(|(key, value)| !fits(key) || !fits(value));
+    bad.map_or(Ok(()), |(key, value)| {
+        let shown: String = format!("{key}={value}")
+            .chars()
+            .take(MAX_NAME_CHARS)
+            .collect();
+        Err(ApiError::invalid(format!(
+            "{what}: {shown:?} does not fit: keys and values have 1 to {MAX_NAME_CHARS} letters, \
+             digits, '.', '_', '-' and '/'"
+        )))
+    })
 }
 
 #[cfg(test)]
@@ -290,6 +353,33 @@ mod tests {
         assert!(spec(fits).is_ok());
     }
 
+    #[test]
+    fn a_capsule_waits_for_its_host_unless_it_may_be_restarted() {
+        let asked = spec(serde_json::json!({"on_host_loss": "restart"})).expect("a spec");
+        assert_eq!(asked.on_host_loss, HostLoss::Restart);
+        let silent = spec(serde_json::json!({})).expect("a spec");
+        assert_eq!(silent.on_host_loss, HostLoss::Wait);
+        let other = serde_json::json!({"on_host_loss": "panic"});
+        assert!(serde_json::from_value::<CreateCapsule>(other).is_err());
+    }
+
+    #[test]
+    fn tags_and_nodes_that_cannot_be_are_refused() {
+        let tags = |json| spec(serde_json::json!({"node_tags": json}));
+        let fits = tags(serde_json::json!({"zone": "eu/1"})).expect("tags");
+        assert_eq!(fits.node_tags.len(), 1);
+        for bad in [
+            serde_json::json!({"": "a"}),
+            serde_json::json!({"a": ""}),
+            serde_json::json!({"a b": "c"}),
+            serde_json::json!({"a": "b".repeat(65)}),
+        ] {
+            assert_eq!(tags(bad).expect_err("accepted").code, Code::InvalidRequest);
+        }
+        let on_node = serde_json::json!({"on_node": "node-7"});
+        assert_eq!(code(on_node), Code::NotFound);
+    }
+
     proptest! {
         #[test]
         fn whatever_is_accepted_keeps_every_bound(
@@ -301,7 +391,9 @@ mod tests {
             named: bool,
         ) {
             let template = named.then_some(template);
-            let request = CreateCapsule { template, vcpus, memory_mb, timeout_sec, metadata };
+            let request = CreateCapsule {
+                template, vcpus, memory_mb, timeout_sec, metadata, ..CreateCapsule::default()
+            };
             if let Ok(spec) = request.into_spec(&state()) {
                 prop_assert!((1..=MAX_VCPUS).contains(&spec.vcpus));
                 prop_assert!((MIN_MEMORY..=MAX_MEMORY).contains(&spec.memory));

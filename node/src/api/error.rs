@@ -17,6 +17,7 @@ use serde::Serialize;
 use tracing::{error, warn};
 use utoipa::ToSchema;
 
+use super::cluster_info::NoQuorum;
 use crate::base::chain::chain;
 use crate::base::remedy::Remedy;
 use crate::cluster::ProposeError;
@@ -59,6 +60,8 @@ pub enum Code {
     HostUnavailable,
     /// No host has room.
     NoHostsAvailable,
+    /// Most voters of the cluster cannot be reached.
+    NoQuorum,
     /// This node serves as many requests as it can.
     Overloaded,
 }
@@ -83,6 +86,7 @@ impl Code {
             Self::AgentError => (StatusCode::BAD_GATEWAY, "agent_error"),
             Self::HostUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "host_unavailable"),
             Self::NoHostsAvailable => (StatusCode::SERVICE_UNAVAILABLE, "no_hosts_available"),
+            Self::NoQuorum => (StatusCode::SERVICE_UNAVAILABLE, "no_quorum"),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
         }
     }
@@ -129,6 +133,7 @@ impl Code {
             | Self::NotImplemented
             | Self::AgentUnimplemented
             | Self::NoHostsAvailable
+            | Self::NoQuorum
             | Self::Overloaded => false,
         }
     }
@@ -198,6 +203,12 @@ impl From<ProposeError> for ApiError {
                 Self::from_remedy(err.remedy(), &err)
             }
         }
+    }
+}
+
+impl From<NoQuorum> for ApiError {
+    fn from(err: NoQuorum) -> Self {
+        Self::new(Code::NoQuorum, err.to_string())
     }
 }
 

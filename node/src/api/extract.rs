@@ -31,10 +31,29 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
 
     async fn from_request(request: Request<Body>, _: &S) -> Result<Self, ApiError> {
         let bytes = read_json(request.into_body()).await?;
-        serde_json::from_slice(&bytes)
-            .map(Self)
-            .map_err(|err| ApiError::invalid(format!("the JSON body cannot be used: {err}")))
+        parse(&bytes).map(Self)
     }
+}
+
+/// A JSON body that may be left out.
+#[derive(Debug)]
+pub(super) struct OptionalJson<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for OptionalJson<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request<Body>, _: &S) -> Result<Self, ApiError> {
+        let bytes = read_json(request.into_body()).await?;
+        if bytes.is_empty() {
+            return Ok(Self(T::default()));
+        }
+        parse(&bytes).map(Self)
+    }
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    serde_json::from_slice(bytes)
+        .map_err(|err| ApiError::invalid(format!("the JSON body cannot be used: {err}")))
 }
 
 async fn read_json(body: Body) -> Result<Bytes, ApiError> {
@@ -78,6 +97,23 @@ impl<S: Send + Sync> FromRequestParts<S> for ProcessSelector {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         path_param(parts, state, "selector").await.map(Self)
+    }
+}
+
+/// What a path with one name in it names: a node or a token.
+#[derive(Clone, Debug)]
+pub(super) struct PathName(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let params = RawPathParams::from_request_parts(parts, state)
+            .await
+            .map_err(|err| ApiError::invalid(err.body_text()))?;
+        let name = params.iter().next().map(|(_, name)| name.to_owned());
+        name.map(Self)
+            .ok_or_else(|| ApiError::invalid("the path names nothing"))
     }
 }
 

@@ -6,6 +6,8 @@
 
 mod auth;
 mod capsules;
+mod cluster;
+mod cluster_info;
 mod create;
 mod error;
 mod exec;
@@ -15,15 +17,19 @@ mod form;
 mod later;
 mod linger;
 mod metrics;
+mod node_shape;
 mod nodes;
+mod reading;
 mod router;
 mod serve;
 mod service;
 mod state;
 mod templates;
+mod tokens;
 mod upload;
 mod wire;
 
+pub use cluster_info::{ClusterInfo, LinearizeFuture, Minted, NoQuorum, Standing, TokenTerms};
 pub use error::{ApiError, Code, DEADLINE_EXCEEDED};
 pub use router::{openapi, router, router_with_pages};
 pub use serve::serve;

@@ -1,95 +1,272 @@
-//! The nodes of the cluster.
+//! The nodes of the cluster: showing them, and what operators do with them. Which role a node has
+//! is nobody's to say: the leader decides.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use raft::state::{Node, Resources};
-use serde::Serialize;
-use utoipa::ToSchema;
+use axum::http::StatusCode;
+use proto::ids::{NodeId, SandboxId};
+use raft::command::{Command, StopCause};
+use raft::state::{self, Node};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use tracing::info;
+use utoipa::{IntoParams, ToSchema};
 
-use super::auth::Caller;
+use super::auth::{Admin, Caller};
+use super::create::check_tags;
+use super::error::{ApiError, Code};
+use super::extract::{JsonBody, OptionalJson, PathName, QueryOf};
+use super::node_shape::{NodeShape, Nodes};
+use super::reading::{Answered, Reading};
 use super::state::ApiState;
 
-/// A node as clients see it.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct NodeShape {
-    /// Given out by the cluster, never reused.
-    id: String,
-    /// What people call it.
-    name: String,
-    /// Where its API answers.
-    url: String,
-    /// Its part in the cluster's decisions: `voter`.
-    #[schema(value_type = String)]
-    role: &'static str,
-    /// Whether it leads them.
-    leader: bool,
-    /// Whether it is known to be up.
-    alive: bool,
-    /// The version of Wrenn it runs.
-    version: String,
-    /// The driver of its guests.
-    vmm: String,
-    /// That driver's version.
-    vmm_version: String,
-    /// What executes guest code: `kvm` or `tcg`.
-    accelerator: String,
-    /// What it offers.
-    capacity: ResourcesShape,
-    /// What is taken of it.
-    reserved: ResourcesShape,
-    /// Capsules that hold some of it.
-    capsules: u32,
-}
+/// How long a drain waits where nobody says: client libraries give up on a request after 30 s.
+const DRAIN_WAIT: Duration = Duration::from_secs(20);
+/// Longest a drain may be asked to wait.
+const MAX_DRAIN_WAIT: Duration = Duration::from_secs(600);
 
-/// Amounts of what capsules need.
-#[derive(Debug, Serialize, ToSchema)]
-struct ResourcesShape {
-    vcpus: u32,
-    memory_mb: u32,
-    disk_mb: u32,
-    capsules: u32,
-}
-
-/// Lists the nodes.
+/// Lists the nodes. A host of one team is shown to that team and to administrators.
 #[utoipa::path(
-    get, path = "/v1/nodes", tag = "cluster",
+    get, path = "/v1/nodes", tag = "cluster", params(super::reading::ReadQuery),
     responses((status = 200, body = Vec<NodeShape>))
 )]
-pub(super) async fn list(State(api): State<ApiState>, _: Caller) -> Json<Vec<NodeShape>> {
+pub(super) async fn list(
+    State(api): State<ApiState>,
+    caller: Caller,
+    reading: Reading,
+) -> Answered<Json<Vec<NodeShape>>> {
     let state = api.view.state();
-    let shape = |node: &Node| NodeShape::new(&api, node, state.reserved(node.id));
-    Json(state.nodes().map(shape).collect())
+    let nodes = Nodes::new(&api, &state);
+    let visible = state.nodes().filter(|node| is_visible(node, &caller));
+    reading.answer(Json(visible.map(|node| nodes.shape(node)).collect()))
 }
 
-impl NodeShape {
-    fn new(api: &ApiState, node: &Node, reserved: Resources) -> Self {
-        // A cluster of one: this node votes, leads and answers. More need membership and liveness.
-        let is_here = node.id == api.facts.id;
-        Self {
-            id: node.id.to_string(),
-            name: node.name.clone(),
-            url: node.api_url.clone(),
-            role: "voter",
-            leader: is_here,
-            alive: is_here,
-            version: node.version.clone(),
-            vmm: node.vmm.clone(),
-            vmm_version: node.vmm_version.clone(),
-            accelerator: node.accelerator.clone(),
-            capacity: node.capacity.into(),
-            capsules: reserved.sandboxes,
-            reserved: reserved.into(),
-        }
-    }
+/// Shows one node, by id or name.
+#[utoipa::path(
+    get, path = "/v1/nodes/{node}", tag = "cluster",
+    params(("node" = String, Path), super::reading::ReadQuery),
+    responses((status = 200, body = NodeShape))
+)]
+pub(super) async fn get(
+    State(api): State<ApiState>,
+    caller: Caller,
+    PathName(name): PathName,
+    reading: Reading,
+) -> Result<Answered<Json<NodeShape>>, ApiError> {
+    let state = api.view.state();
+    let node = named(&state, &name).filter(|node| is_visible(node, &caller));
+    let node = node.ok_or_else(|| no_node(&name))?;
+    let shape = Nodes::new(&api, &state).shape(node);
+    Ok(reading.answer(Json(shape)))
 }
 
-impl From<Resources> for ResourcesShape {
-    fn from(all: Resources) -> Self {
-        Self {
-            vcpus: all.vcpus,
-            memory_mb: all.memory.0,
-            disk_mb: all.disk.0,
-            capsules: all.sandboxes,
-        }
+/// Lets a node take no new capsules.
+#[utoipa::path(
+    post, path = "/v1/nodes/{node}/cordon", tag = "cluster", params(("node" = String, Path)),
+    responses((status = 200, body = NodeShape))
+)]
+pub(super) async fn cordon(
+    State(api): State<ApiState>,
+    _: Admin,
+    PathName(name): PathName,
+) -> Result<Json<NodeShape>, ApiError> {
+    let id = id_of(&api, &name)?;
+    change(&api, id, (Some(true), None), None).await
+}
+
+/// Lets a node take capsules again; a drain ends.
+#[utoipa::path(
+    post, path = "/v1/nodes/{node}/uncordon", tag = "cluster", params(("node" = String, Path)),
+    responses((status = 200, body = NodeShape))
+)]
+pub(super) async fn uncordon(
+    State(api): State<ApiState>,
+    _: Admin,
+    PathName(name): PathName,
+) -> Result<Json<NodeShape>, ApiError> {
+    let id = id_of(&api, &name)?;
+    change(&api, id, (Some(false), Some(false)), None).await
+}
+
+/// Replaces a node's tags.
+#[utoipa::path(
+    put, path = "/v1/nodes/{node}/tags", tag = "cluster", params(("node" = String, Path)),
+    request_body = BTreeMap<String, String>, responses((status = 200, body = NodeShape))
+)]
+pub(super) async fn tag(
+    State(api): State<ApiState>,
+    _: Admin,
+    PathName(name): PathName,
+    JsonBody(tags): JsonBody<BTreeMap<String, String>>,
+) -> Result<Json<NodeShape>, ApiError> {
+    check_tags("tags", &tags)?;
+    let id = id_of(&api, &name)?;
+    change(&api, id, (None, None), Some(tags)).await
+}
+
+/// How to empty a node.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct Drain {
+    /// Stop its capsules instead of waiting until they end.
+    stop_capsules: bool,
+    /// Seconds to wait until it is empty; 20 where absent, 600 at most.
+    timeout_sec: Option<u64>,
+}
+
+/// How far a drain got.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Drained {
+    /// Whether nothing is left.
+    drained: bool,
+    /// Capsules that are left.
+    capsules: Vec<String>,
+    node: NodeShape,
+}
+
+/// Empties a node: it takes nothing new, hands its leadership and its vote over, and its capsules
+/// end by themselves or are stopped. Asking again goes on waiting.
+#[utoipa::path(
+    post, path = "/v1/nodes/{node}/drain", tag = "cluster", params(("node" = String, Path)),
+    request_body = Drain,
+    responses(
+        (status = 200, description = "It is empty.", body = Drained),
+        (status = 202, description = "Capsules are left.", body = Drained),
+    )
+)]
+pub(super) async fn drain(
+    State(api): State<ApiState>,
+    _: Admin,
+    PathName(name): PathName,
+    OptionalJson(request): OptionalJson<Drain>,
+) -> Result<(StatusCode, Json<Drained>), ApiError> {
+    let wait = request.timeout_sec.map_or(DRAIN_WAIT, Duration::from_secs);
+    if wait > MAX_DRAIN_WAIT {
+        let most = MAX_DRAIN_WAIT.as_secs();
+        return Err(ApiError::invalid(format!("timeout_sec is {most} at most")));
     }
+    let deadline = Instant::now() + wait;
+    let id = id_of(&api, &name)?;
+    let _shape = change(&api, id, (Some(true), Some(true)), None).await?;
+    info!(node = %id, stop = request.stop_capsules, "draining");
+    if request.stop_capsules {
+        stop_all(&api, id).await?;
+    }
+    let empty = |state: &state::State| held(state, id).is_empty().then_some(());
+    let _timed_out = api.view.wait_for(deadline, empty).await;
+    let state = api.view.state();
+    let capsules: Vec<String> = held(&state, id).iter().map(SandboxId::to_string).collect();
+    let node = state.node(id).ok_or_else(|| no_node(&name))?;
+    let (drained, node) = (capsules.is_empty(), Nodes::new(&api, &state).shape(node));
+    let status = if drained {
+        StatusCode::OK
+    } else {
+        StatusCode::ACCEPTED
+    };
+    Ok((
+        status,
+        Json(Drained {
+            drained,
+            capsules,
+            node,
+        }),
+    ))
+}
+
+/// How to take a node out.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(default)]
+pub(super) struct RemoveQuery {
+    /// Declares the host dead for good: its capsules are given up, and those that may be are
+    /// started on other nodes. If it is not dead, one of them may then run twice.
+    force: bool,
+}
+
+/// Takes a node out of the cluster. Its connections close at once and its key is not taken again.
+#[utoipa::path(
+    delete, path = "/v1/nodes/{node}", tag = "cluster",
+    params(("node" = String, Path), RemoveQuery),
+    responses((status = 204), (status = 409, description = "It has capsules."))
+)]
+pub(super) async fn remove(
+    State(api): State<ApiState>,
+    _: Admin,
+    PathName(name): PathName,
+    QueryOf(query): QueryOf<RemoveQuery>,
+) -> Result<StatusCode, ApiError> {
+    // An id is enough, also one that was removed before: doing so again succeeds.
+    let node = name.parse().or_else(|_| id_of(&api, &name))?;
+    let declared_dead = query.force;
+    api.proposer
+        .propose(Command::RemoveNode {
+            node,
+            declared_dead,
+        })
+        .await?;
+    info!(%node, declared_dead, "removed");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The node of this id or name.
+pub(super) fn named<'a>(state: &'a state::State, name: &str) -> Option<&'a Node> {
+    let by_id = name.parse().ok().and_then(|id: NodeId| state.node(id));
+    by_id.or_else(|| state.nodes().find(|node| node.name == name))
+}
+
+/// What a client is told that names another node.
+pub(super) fn no_node(name: &str) -> ApiError {
+    let shown: String = name.chars().take(64).collect();
+    ApiError::new(Code::NotFound, format!("no node {shown:?}"))
+}
+
+fn id_of(api: &ApiState, name: &str) -> Result<NodeId, ApiError> {
+    let state = api.view.state();
+    let node = named(&state, name).ok_or_else(|| no_node(name))?;
+    Ok(node.id)
+}
+
+fn is_visible(node: &Node, caller: &Caller) -> bool {
+    node.team.is_none_or(|team| team == caller.team) || caller.is_admin()
+}
+
+/// What an operator decides about a node: whether it is cordoned and draining, and its tags.
+async fn change(
+    api: &ApiState,
+    node: NodeId,
+    (cordoned, draining): (Option<bool>, Option<bool>),
+    tags: Option<BTreeMap<String, String>>,
+) -> Result<Json<NodeShape>, ApiError> {
+    let command = Command::ChangeNode {
+        node,
+        cordoned,
+        draining,
+        tags,
+    };
+    api.proposer.propose(command).await?;
+    let state = api.view.state();
+    let known = state.node(node);
+    let known = known.ok_or_else(|| no_node(&node.to_string()))?;
+    Ok(Json(Nodes::new(api, &state).shape(known)))
+}
+
+/// Sandboxes that hold something of a node.
+fn held(state: &state::State, node: NodeId) -> Vec<SandboxId> {
+    let here = state.sandboxes().filter(|it| it.owner == node);
+    here.filter(|it| it.phase.holds_resources())
+        .map(|it| it.id)
+        .collect()
+}
+
+async fn stop_all(api: &ApiState, node: NodeId) -> Result<(), ApiError> {
+    for id in held(&api.view.state(), node) {
+        let cause = StopCause::Asked;
+        api.proposer
+            .propose(Command::StopSandbox { id, cause })
+            .await?;
+    }
+    Ok(())
 }

@@ -27,7 +27,9 @@ use utoipa_axum::routes;
 use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
-use super::{capsules, exec, files, later, metrics, nodes, service, templates, upload};
+use super::{
+    capsules, cluster, exec, files, later, metrics, nodes, service, templates, tokens, upload,
+};
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
 /// of a file; past this a node had better say so.
@@ -101,6 +103,14 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(upload::stream_write))
         .routes(routes!(templates::list))
         .routes(routes!(nodes::list))
+        .routes(routes!(nodes::get, nodes::remove))
+        .routes(routes!(nodes::cordon))
+        .routes(routes!(nodes::uncordon))
+        .routes(routes!(nodes::drain))
+        .routes(routes!(nodes::tag))
+        .routes(routes!(tokens::create, tokens::list))
+        .routes(routes!(tokens::revoke))
+        .routes(routes!(cluster::get, cluster::change))
 }
 
 fn service_routes() -> OpenApiRouter<ApiState> {
@@ -126,7 +136,13 @@ fn describe(mut description: utoipa::openapi::OpenApi) -> Bytes {
         )
         .build();
     for (path, item) in &mut description.paths.paths {
-        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        let operations = [
+            &mut item.get,
+            &mut item.post,
+            &mut item.put,
+            &mut item.patch,
+            &mut item.delete,
+        ];
         for operation in operations.into_iter().flatten() {
             let responses = &mut operation.responses.responses;
             responses.insert("default".into(), error.clone().into());

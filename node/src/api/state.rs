@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{self, MissedTickBehavior};
 
 use super::auth::Caller;
+use super::cluster_info::{Alone, ClusterInfo};
 use super::error::{ApiError, Code};
 use super::metrics::Counters;
 use crate::base::clock::Clock;
@@ -48,6 +49,7 @@ pub struct ApiState {
     pub(super) proposer: Proposer,
     pub(super) view: View,
     pub(super) relay: Relay,
+    pub(super) cluster: Arc<dyn ClusterInfo>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) facts: Arc<NodeFacts>,
     pub(super) counters: Arc<Counters>,
@@ -70,8 +72,13 @@ impl ApiState {
     /// The state of a node that starts serving now.
     #[must_use]
     pub fn new(proposer: Proposer, relay: Relay, clock: Arc<dyn Clock>, facts: NodeFacts) -> Self {
+        let (here, view) = (facts.id, proposer.view());
         Self {
-            view: proposer.view(),
+            cluster: Arc::new(Alone {
+                here,
+                view: view.clone(),
+            }),
+            view,
             proposer,
             relay,
             started_at: clock.now(),
@@ -83,6 +90,13 @@ impl ApiState {
             create_wait: CREATE_WAIT,
             destroy_wait: DESTROY_WAIT,
         }
+    }
+
+    /// Asks `cluster` instead of taking this node for a cluster of one.
+    #[must_use]
+    pub fn with_cluster(mut self, cluster: Arc<dyn ClusterInfo>) -> Self {
+        self.cluster = cluster;
+        self
     }
 
     /// Spools uploads in `dir` instead of the system's temporary directory. Spool files have no

@@ -8,6 +8,7 @@ use utoipa::IntoParams;
 use super::auth::Caller;
 use super::error::ApiError;
 use super::extract::QueryOf;
+use super::reading::{Answered, ReadQuery, Reading};
 use super::state::ApiState;
 use super::wire::TemplateShape;
 
@@ -22,14 +23,15 @@ pub(super) struct TemplateQuery {
 
 /// Lists the templates, by name.
 #[utoipa::path(
-    get, path = "/v1/snapshots", tag = "templates", params(TemplateQuery),
+    get, path = "/v1/snapshots", tag = "templates", params(TemplateQuery, ReadQuery),
     responses((status = 200, body = Vec<TemplateShape>))
 )]
 pub(super) async fn list(
     State(api): State<ApiState>,
     _: Caller,
     QueryOf(query): QueryOf<TemplateQuery>,
-) -> Result<Json<Vec<TemplateShape>>, ApiError> {
+    reading: Reading,
+) -> Result<Answered<Json<Vec<TemplateShape>>>, ApiError> {
     let kind = query.kind.filter(|kind| !kind.is_empty());
     if let Some(kind) = &kind
         && !matches!(kind.as_str(), "base" | "snapshot")
@@ -39,5 +41,5 @@ pub(super) async fn list(
     let all = api.view.state();
     let shapes = all.templates().map(TemplateShape::from);
     let wanted = shapes.filter(|shape| kind.as_deref().is_none_or(|kind| kind == shape.kind));
-    Ok(Json(wanted.collect()))
+    Ok(reading.answer(Json(wanted.collect())))
 }

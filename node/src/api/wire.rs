@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use proto::units::Stamp;
-use raft::state::{GuestVersions, Phase, Sandbox, State, Template};
+use raft::state::{GuestVersions, HostLoss, Phase, Sandbox, State, Template};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -20,15 +20,26 @@ pub(super) const RESERVED_KEYS: [&str; 4] = [
     "envd_version",
 ];
 
+/// The status of a capsule whose host cannot be reached. What it was doing goes on there, or not.
+const MISSING: &str = "missing";
+
 /// A capsule as clients see it.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub(super) struct Capsule {
     /// Its id for life.
     #[schema(example = "cl-0000000000000000000000001")]
     pub(super) id: String,
-    /// `starting`, `running`, `stopping`, `stopped` or `error`.
+    /// `starting`, `running`, `stopping`, `stopped`, `error`, or `missing` while its host cannot be
+    /// reached.
     #[schema(value_type = String)]
     pub(super) status: &'static str,
+    /// Since when its host has been missing.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) missing_since: Option<Timestamp>,
+    /// What becomes of it when its host is lost: `wait` or `restart`.
+    #[schema(value_type = String)]
+    pub(super) on_host_loss: &'static str,
     /// Its template.
     pub(super) template: String,
     /// Virtual processors.
@@ -78,11 +89,20 @@ impl Capsule {
         let spec = &sandbox.spec;
         let owner = state.node(sandbox.owner);
         let active = active.or(sandbox.started_at);
+        let live = sandbox.phase.holds_resources();
+        let missing_since = owner
+            .filter(|_| live)
+            .and_then(|owner| owner.liveness.since());
         let mut metadata = spec.metadata.clone();
         metadata.extend(version_labels(&sandbox.versions));
         Self {
             id: sandbox.id.to_string(),
-            status: status(sandbox.phase),
+            status: missing_since.map_or_else(|| status(sandbox.phase), |_| MISSING),
+            missing_since: missing_since.and_then(timestamp),
+            on_host_loss: match spec.on_host_loss {
+                HostLoss::Wait => "wait",
+                HostLoss::Restart => "restart",
+            },
             template: spec.template.clone(),
             vcpus: spec.vcpus,
             memory_mb: spec.memory.0,

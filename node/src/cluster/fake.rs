@@ -8,7 +8,7 @@ use raft::state::State;
 use raft::wire;
 use tokio::sync::watch;
 
-use super::propose::{Log, LogError, LogFuture};
+use super::propose::{Log, LogError, LogFuture, ReadFuture};
 use super::view::Seen;
 
 /// An in-memory [`Log`] of a cluster of one.
@@ -45,6 +45,11 @@ impl Log for MemoryLog {
                 Ok(wire::encode_answer(&applied.answer))
             });
         Box::pin(async move { answered })
+    }
+
+    fn read_index(&self, _timeout: Duration) -> ReadFuture {
+        let applied = self.seen().borrow().applied.unwrap_or(0);
+        Box::pin(async move { Ok(applied) })
     }
 
     fn seen(&self) -> watch::Receiver<Seen> {

@@ -24,10 +24,17 @@ const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A future that owns what it needs.
 pub type LogFuture = Pin<Box<dyn Future<Output = Result<Vec<u8>, LogError>> + Send>>;
 
+/// A read's future.
+pub type ReadFuture = Pin<Box<dyn Future<Output = Result<u64, LogError>> + Send>>;
+
 /// Whatever orders and keeps proposals.
 pub trait Log: fmt::Debug + Send + Sync + 'static {
     /// Appends a proposal and returns what applying it answered.
     fn propose(&self, proposal: Vec<u8>, timeout: Duration) -> LogFuture;
+
+    /// Waits until the applied state here holds everything that was acknowledged anywhere before
+    /// the call; returns the entry it has reached.
+    fn read_index(&self, timeout: Duration) -> ReadFuture;
 
     /// The applied state, published after every batch.
     fn seen(&self) -> watch::Receiver<Seen>;
@@ -37,6 +44,12 @@ pub trait Log: fmt::Debug + Send + Sync + 'static {
 #[non_exhaustive]
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum LogError {
+    /// The cluster has no leader that this node can reach; nothing was changed.
+    #[error("no leader could be reached within {waited:?}: the cluster may have lost its quorum")]
+    NoLeader {
+        /// How long was waited.
+        waited: Duration,
+    },
     /// No quorum answered in time; the proposal may or may not happen.
     #[error("no quorum answered within {waited:?}; the change may still happen")]
     Unknown {
@@ -79,7 +92,7 @@ impl ProposeError {
                 | Refusal::Unfit(_) => Remedy::WrongState,
                 _ => Remedy::CallOperator,
             },
-            Self::Log(LogError::Unknown { .. }) => Remedy::RetryLater,
+            Self::Log(LogError::Unknown { .. } | LogError::NoLeader { .. }) => Remedy::RetryLater,
             Self::Log(LogError::Stopped(_)) => Remedy::CallOperator,
         }
     }
@@ -111,6 +124,14 @@ impl Proposer {
     #[must_use]
     pub fn view(&self) -> View {
         View::new(self.log.seen())
+    }
+
+    /// Waits until [`Self::view`] holds everything that was acknowledged anywhere before the call.
+    ///
+    /// # Errors
+    /// [`LogError`]: no quorum could be asked in time.
+    pub async fn linearize(&self) -> Result<u64, LogError> {
+        self.log.read_index(PROPOSE_TIMEOUT).await
     }
 
     /// Makes one change; when this returns `Ok` it is durable.

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use proto::ids::{NodeId, SandboxId};
 use raft::command::{Command, Report, StopCause};
+use raft::state::HostLoss;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +45,8 @@ pub struct Reconciler {
     pub clock: Arc<dyn Clock>,
     /// How long records of ended sandboxes are kept.
     pub ended_retention: Duration,
+    /// Whether this node leads the cluster.
+    pub leads: watch::Receiver<bool>,
 }
 
 impl Reconciler {
@@ -83,8 +87,7 @@ impl Reconciler {
             here: self.here,
             now: self.clock.now(),
             ended_retention: self.ended_retention,
-            // In a cluster of one this node is also the leader, whose task pruning is.
-            prunes: true,
+            prunes: *self.leads.borrow(),
         };
         let plan = plan(at, &self.view.state(), &self.registry.observed());
         attempts.keep_only(
@@ -163,8 +166,7 @@ impl Reconciler {
             vcpus: u8::try_from(record.spec.vcpus).unwrap_or(u8::MAX),
             memory: record.spec.memory,
             disk: record.spec.disk,
-            // Until the cluster can give a sandbox to another node.
-            lease_bound: false,
+            lease_bound: record.spec.on_host_loss == HostLoss::Restart,
         });
     }
 

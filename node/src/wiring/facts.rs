@@ -1,25 +1,32 @@
 //! What a starting node tells: the cluster about itself, its templates and its first key; and the
 //! command line on the same host that it is ready.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::Duration;
 
-use proto::ids::{KeyId, TeamId};
+use proto::ids::{KeyId, NodeId, NodeKey, TeamId};
 use proto::units::Stamp;
 use proto::version;
 use raft::command::Command;
-use raft::state::{Key, Node, Template};
+use raft::group::Group;
+use raft::state::{Key, Node, State, Template};
 use sha2::{Digest as _, Sha256};
-use tracing::info;
-use transport::Identity;
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
 
-use super::{BOOTSTRAP_KEY_FILE, Chosen, FOUNDER, READY_FILE, RunError, disk, host};
-use crate::cluster::Proposer;
+use super::{BOOTSTRAP_KEY_FILE, Chosen, READY_FILE, RunError, disk, host};
+use crate::base::chain::chain;
+use crate::cluster::{ProposeError, Proposer};
 use crate::config::Config;
 use crate::store::{DataPaths, durable};
 use crate::template::Catalog;
 
+/// Pause before the cluster is told again what it could not be told.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
 /// What an API key begins with.
 const KEY_PREFIX: &str = "wrn_";
 /// Bytes of randomness in a key.
@@ -27,55 +34,109 @@ const KEY_BYTES: usize = 16;
 /// Characters of a key that may be shown again.
 const SHOWN_CHARS: usize = 10;
 
-/// Puts this node and its templates into the replicated state, where they are not there already
-/// as they are now: a restart that changes nothing writes nothing.
-pub(super) async fn announce(
-    config: &Config,
-    proposer: &Proposer,
-    identity: &Identity,
-    catalog: &Catalog,
-    chosen: &Chosen,
-) -> Result<(), RunError> {
-    let state = proposer.view().state();
-    let mut node = Node {
-        id: FOUNDER,
-        name: config.name.clone(),
-        key: identity.key(),
-        api_url: config.public_url.clone(),
-        cluster_address: config.cluster_listen.to_string(),
-        capacity: host::capacity(config),
-        vmm: "qemu".into(),
-        vmm_version: chosen.version.clone(),
-        accelerator: chosen.accelerator.name().to_owned(),
-        version: version::PRODUCT.to_owned(),
-        templates: catalog
-            .templates()
+/// What a node tells the cluster about itself.
+pub(super) struct Announcement {
+    node: Node,
+    templates: Vec<Template>,
+}
+
+impl Announcement {
+    /// What there is to tell.
+    pub(super) fn new(
+        config: &Config,
+        here: NodeId,
+        group: &Group<State>,
+        catalog: &Catalog,
+        chosen: &Chosen,
+    ) -> Result<Self, RunError> {
+        let held = catalog.templates();
+        let held: BTreeMap<_, _> = held
             .map(|held| (held.name.to_string(), held.digest.0))
-            .collect(),
-        ..Node::default()
-    };
-    if let Some(known) = state.node(FOUNDER) {
-        node.admitted_at = known.admitted_at;
-    }
-    if state.node(FOUNDER) != Some(&node) {
-        proposer.propose(Command::AdmitNode(node)).await?;
-    }
-    for held in catalog.templates() {
-        let mut template = Template {
-            name: held.name.to_string(),
-            digest: held.digest.0,
-            disk: held.disk,
-            size_bytes: data_bytes(&held.rootfs)?,
-            created_at: Stamp::default(),
+            .collect();
+        let template = |held: &crate::template::Template| {
+            Ok(Template {
+                name: held.name.to_string(),
+                digest: held.digest.0,
+                disk: held.disk,
+                size_bytes: data_bytes(&held.rootfs)?,
+                created_at: Stamp::default(),
+            })
         };
-        if let Some(known) = state.template(&template.name) {
-            template.created_at = known.created_at;
-        }
-        if state.template(&template.name) != Some(&template) {
-            proposer.propose(Command::PutTemplate(template)).await?;
-        }
+        Ok(Self {
+            node: Node {
+                id: here,
+                name: config.name.clone(),
+                key: NodeKey(group.node().key),
+                api_url: config.public_url.clone(),
+                cluster_address: config.advertise.to_string(),
+                bulk_address: config.advertise_bulk.to_string(),
+                disk: group.node().disk.0,
+                capacity: host::capacity(config),
+                vmm: "qemu".into(),
+                vmm_version: chosen.version.clone(),
+                accelerator: chosen.accelerator.name().to_owned(),
+                version: version::PRODUCT.to_owned(),
+                templates: held,
+                tags: config.tags.clone(),
+                ..Node::default()
+            },
+            templates: catalog
+                .templates()
+                .map(template)
+                .collect::<Result<_, RunError>>()?,
+        })
     }
-    Ok(())
+
+    /// Tells it. Every start does, since it gives the node a fresh incarnation.
+    pub(super) async fn tell(&self, proposer: &Proposer) -> Result<(), ProposeError> {
+        let admit = Command::AdmitNode(self.node.clone());
+        proposer.propose(admit).await?;
+        for template in &self.templates {
+            let state = proposer.view().state();
+            if self.decides(&state, template) {
+                let put = Command::PutTemplate(template.clone());
+                proposer.propose(put).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this node's version of a template is to be the cluster's: where there is none, or
+    /// where no other node holds the one there is any more. So a new image spreads host by host,
+    /// and the last one to get it makes it everybody's.
+    fn decides(&self, state: &State, template: &Template) -> bool {
+        let Some(known) = state.template(&template.name) else {
+            return true;
+        };
+        let is_held = |node: &Node| node.templates.get(&known.name) == Some(&known.digest);
+        let others = state.nodes().filter(|node| node.id != self.node.id);
+        let same = known.digest == template.digest;
+        let held_elsewhere = others.into_iter().any(is_held);
+        if !same && held_elsewhere {
+            warn!(
+                template = known.name,
+                "this host has another version of the template than the cluster; capsules of it \
+                 are placed elsewhere"
+            );
+        }
+        !same && !held_elsewhere
+    }
+
+    /// Tells it in the background until it is told: the cluster had no quorum when this node
+    /// started.
+    pub(super) async fn keep_telling(self, proposer: Proposer, stop: CancellationToken) {
+        let tell = async {
+            while let Err(err) = self.tell(&proposer).await {
+                warn!(
+                    err = chain(&err),
+                    "could not tell the cluster about this node yet"
+                );
+                time::sleep(TELL_AGAIN).await;
+            }
+            info!("told the cluster about this node");
+        };
+        stop.run_until_cancelled(tell).await;
+    }
 }
 
 /// Makes the first API key, once. The file is written before the key is proposed, so that a crash
@@ -138,9 +199,14 @@ pub(super) fn remove_ready(paths: &DataPaths) -> Result<(), RunError> {
 }
 
 /// Says that the node is ready and where.
-pub(super) fn write_ready(paths: &DataPaths, name: &str, url: &str) -> Result<(), RunError> {
+pub(super) fn write_ready(
+    paths: &DataPaths,
+    here: NodeId,
+    name: &str,
+    url: &str,
+) -> Result<(), RunError> {
     let ready = serde_json::json!({
-        "id": FOUNDER.to_string(),
+        "id": here.to_string(),
         "name": name,
         "url": url,
         "pid": std::process::id(),

@@ -1,17 +1,26 @@
 //! Builds the rooms, joins them, starts them, and stops them in reverse.
 //!
 //! ```text
-//! start  data dir, identity > images > accelerator > raft > transport > slots > sandboxes > facts > reconcile > API
-//! stop   API > transport > reconcile, sandbox drivers > slots > raft > data dir
+//! start  data dir, identity > transport > membership (found, join) > raft > cluster > images,
+//!        accelerator > slots > sandboxes > announcement > lease, reconcile, relay > API
+//! stop   API > reconcile, sandbox drivers > leadership > cluster > transport > slots > raft
 //! ```
+//!
+//! A node that was a member before waits for nobody: without a quorum it serves what it knows, its
+//! own sandboxes run on, and it announces itself as soon as there is one.
 //!
 //! What runs on the host is looked at before anything is swept, and the replicated state is up
 //! before anything is decided. Stopping leaves every sandbox running under its shim; the next
 //! daemon retakes them. [`clean_up`] is the other end: nothing of this node stays on the host.
 
+mod error;
 mod facts;
 mod guests;
 mod host;
+mod lease;
+mod member;
+mod membership;
+mod peers;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -22,38 +31,45 @@ use std::time::Duration;
 
 use proto::ids::NodeId;
 use proto::version;
-use raft::group::{BootstrapError, Group, GroupConfig, OpenError};
-use raft::link::NoPeers;
-use raft::state::State;
+use raft::command::Command;
+use raft::group::{Group, GroupConfig};
+use raft::state::{Settings, State};
 use raft::types::Node;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task;
-use tokio::time::Instant;
+use tokio::time::{self, Instant};
 use tracing::{info, info_span, warn};
-use transport::identity::IdentityError;
-use transport::{Identity, Membership, Transport};
+use transport::{Identity, Transport};
 
+pub use self::error::RunError;
+use self::facts::Announcement;
 use self::host::TagClaim;
+use self::lease::{LeaseFile, MachineLoad};
+use self::membership::Belonging;
+use self::peers::MeshWays;
 use crate::api::{self, ApiState, NodeFacts};
 use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
 use crate::base::stop::Tasks;
-use crate::cluster::{GroupLog, ProposeError, Proposer};
+use crate::cluster::{Cluster, Mesh, MeshLink, Proposer};
 use crate::config::Config;
 use crate::dashboard;
-use crate::net::{self, Cidr, NetConfig, NetError, SlotPool, SlotTag};
+use crate::net::{self, Cidr, NetConfig, SlotPool, SlotTag};
 use crate::reconcile::Reconciler;
-use crate::relay::Relay;
+use crate::relay::{QuicPeers, QuicRelay, Relay};
 use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
-use crate::store::{DataDir, DataPaths, OpenDataDirError, durable};
-use crate::template::{Catalog, OpenCatalogError};
+use crate::store::{DataDir, DataPaths, durable};
+use crate::template::Catalog;
 use crate::vmm::Accelerator;
-use crate::vmm::probe::ProbeError;
 
 /// The id of the node that founds a cluster; later ones get theirs from the log.
 const FOUNDER: NodeId = NodeId(1);
+/// How long a node that has just joined waits for the cluster's state.
+const STATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a starting member waits for a quorum before it serves without one.
+const QUORUM_PATIENCE: Duration = Duration::from_secs(5);
 /// Longest the transport may take to say goodbye to its peers.
 const TRANSPORT_STOP: Duration = Duration::from_secs(3);
 /// Where a node that is ready says so, for the command line on the same host.
@@ -61,95 +77,30 @@ pub const READY_FILE: &str = "ready.json";
 /// The key of the first start, readable by the node's own user.
 pub const BOOTSTRAP_KEY_FILE: &str = "bootstrap.key";
 
-/// Why a node could not start, or stopped by itself.
-#[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// The data directory cannot be used.
-    #[error("open the data directory")]
-    Data(#[from] OpenDataDirError),
-    /// The guest images are not there.
-    #[error("open the guest images")]
-    Images(#[from] OpenCatalogError),
-    /// No hypervisor runs a guest here.
-    #[error("find out how to run guests")]
-    Probe(#[from] ProbeError),
-    /// The hypervisor asked for does not run guests here.
-    #[error("the accelerator {wanted} does not run guests here: {why}")]
-    Accelerator {
-        /// What the configuration asks for.
-        wanted: &'static str,
-        /// How it failed.
-        why: String,
-    },
-    /// The node's key cannot be used.
-    #[error("load the node's key")]
-    Identity(#[from] IdentityError),
-    /// The replicated log cannot be used.
-    #[error("open the replicated log")]
-    Raft(#[from] OpenError),
-    /// The cluster of one could not be formed.
-    #[error("form the cluster")]
-    Bootstrap(#[from] BootstrapError),
-    /// The node could not tell the cluster about itself.
-    #[error("tell the cluster about this node")]
-    Announce(#[from] ProposeError),
-    /// The network could not be prepared.
-    #[error("prepare the network")]
-    Network(#[from] NetError),
-    /// Another node of this host has the network slots.
-    #[error("another node of this host uses the slots from {base} on; give each its own slot_base")]
-    SlotsTaken {
-        /// Where the range begins.
-        base: u16,
-    },
-    /// The address for other nodes cannot be used.
-    #[error("listen for other nodes")]
-    Transport(#[from] transport::StartError),
-    /// The API's address cannot be used.
-    #[error("listen on {address}")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// What the kernel says.
-        source: io::Error,
-    },
-    /// A file or a directory of the node's own cannot be used.
-    #[error("{what}")]
-    Disk {
-        /// What was tried.
-        what: &'static str,
-        /// What the disk says.
-        source: io::Error,
-    },
-    /// A part of the node broke; its log says which.
-    #[error("the node cannot go on: {0}")]
-    Broke(String),
-    /// Processes of the node cannot be ended.
-    #[error("end the processes of {dir:?}")]
-    Processes {
-        /// The sandbox's directory.
-        dir: PathBuf,
-        /// What stands in the way.
-        source: crate::shim::error::SweepError,
-    },
-}
-
 /// Runs a node until it is asked to stop (SIGTERM, SIGINT). Sandboxes keep running without it.
 ///
 /// # Errors
 /// [`RunError`]. What a failed start left on the host, the next start sweeps.
 pub async fn run(config: Config) -> Result<(), RunError> {
     let mut stop = StopSignals::new()?;
+    let data_dir = config.data_dir.clone();
     let running = Running::start(config).await?;
-    let broke = tokio::select! {
-        () = stop.wait() => None,
-        () = running.panicked() => Some("a task ended in a panic".to_owned()),
-        fault = running.group.failed() => Some(chain(&*fault)),
+    let ended = tokio::select! {
+        () = stop.wait() => Ok(()),
+        () = running.panicked() => Err(RunError::Broke("a task ended in a panic".to_owned())),
+        fault = running.group.failed() => Err(RunError::Broke(chain(&*fault))),
+        () = running.cluster.removed().cancelled() => Err(RunError::Removed),
     };
-    info!("stopping; capsules keep running");
+    let removed = matches!(ended, Err(RunError::Removed));
+    if !removed {
+        info!("stopping; capsules keep running");
+    }
     running.stop().await;
-    broke.map_or(Ok(()), |why| Err(RunError::Broke(why)))
+    if removed {
+        // Nobody will ask for them again, and nobody else would end them.
+        clean_up(&data_dir).await?;
+    }
+    ended
 }
 
 /// The two signals that ask a daemon to stop.
@@ -180,83 +131,120 @@ impl StopSignals {
 struct Running {
     data: DataDir,
     group: Group<State>,
+    cluster: Cluster,
+    /// Lease, load, leadership, the replica.
+    cluster_tasks: Tasks,
     /// The pool's task; it outlives the drivers, which give slots back.
     slot_tasks: Tasks,
     slots: SlotPool,
     _slot_claim: TagClaim,
     /// Sandbox drivers and the reconciler.
     tasks: Tasks,
-    transport: Transport,
+    transport: Arc<Transport>,
     api_tasks: Tasks,
 }
 
 impl Running {
     async fn start(config: Config) -> Result<Self, RunError> {
         let data = open_data(&config.data_dir)?;
+        let paths = data.paths();
         // A daemon that was killed left it.
-        facts::remove_ready(data.paths())?;
+        facts::remove_ready(paths)?;
         // Bound before anything slow or lasting: a taken port is the most common mistake.
         let listener = listen(config.listen).await?;
-        let identity = Identity::load_or_create(&data.paths().identity())?;
-        let catalog = open_catalog(&config, data.paths()).await?;
-        let chosen = host::choose_vmm(&config, &catalog, data.paths()).await?;
-        let group = open_group(&config, data.paths(), &identity).await?;
-        let log = Arc::new(GroupLog(group.clone()));
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let proposer = Proposer::new(log, Arc::clone(&clock));
-
-        // Before anything is made on the host: its ports may be taken as well.
+        let identity = Identity::load_or_create(&paths.identity())?;
+        let catalog = open_catalog(&config, paths).await?;
         let transport = start_transport(&config, &identity)?;
+        let belonging = membership::establish(&config, paths, &identity, &transport).await?;
+        let here = belonging.node;
 
+        let mesh = Mesh::new(Arc::clone(&transport), here);
+        let group = open_group(&config, paths, &identity, &belonging, &mesh).await?;
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let cluster = Cluster::assemble(group.clone(), mesh, &belonging.told, Arc::clone(&clock));
+        let cluster_tasks = Tasks::new();
+        cluster.serve(paths.cache(), Arc::clone(&clock));
+        cluster.follow(belonging.told.clone(), paths.cache(), &cluster_tasks);
+        await_state(&belonging, &cluster).await?;
+
+        let chosen = host::choose_vmm(&config, &catalog, paths).await?;
         let (slot_tasks, tasks, api_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
-        let leftovers = adopt::scan(data.paths())
+        let leftovers = adopt::scan(paths)
             .await
             .map_err(disk("look for sandboxes"))?;
-        let (slots, slot_claim) =
-            start_slots(&config, data.paths(), &leftovers, &slot_tasks).await?;
-        let host = host::of(&config, data.paths(), &catalog, &chosen, slots.clone())?;
+        let (slots, slot_claim) = start_slots(&config, paths, &leftovers, &slot_tasks).await?;
+        let host = host::of(&config, paths, &catalog, &chosen, slots.clone())?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
 
-        let url = config.public_url.clone();
-        facts::announce(&config, &proposer, &identity, &catalog, &chosen).await?;
-        facts::bootstrap_key(data.paths(), &proposer).await?;
-        Reconciler {
-            here: FOUNDER,
-            view: proposer.view(),
-            proposer: proposer.clone(),
-            registry: Arc::clone(&registry),
-            catalog: Arc::clone(&catalog),
-            clock: Arc::clone(&clock),
-            ended_retention: config.ended_retention,
-        }
-        .spawn(&tasks);
-
-        let guests = Arc::new(guests::RegistryGuests(registry));
-        let relay = Relay::new(FOUNDER, proposer.view(), guests);
-        let node = NodeFacts {
-            id: FOUNDER,
-            name: config.name.clone(),
-            url: url.clone(),
-            version: version::PRODUCT.to_owned(),
-        };
-        let state =
-            ApiState::new(proposer, relay, clock, node).with_spool_dir(data.paths().cache());
-        let router = api::router_with_pages(state, dashboard::routes());
-        let stop = api_tasks.token().clone();
-        api_tasks.spawn(info_span!("api"), api::serve(listener, router, stop));
-        facts::write_ready(data.paths(), &config.name, &url)?;
-        info!(%url, data = %data.paths().root().display(), "ready");
-        Ok(Self {
-            data,
+        let announcement = Announcement::new(&config, here, &group, &catalog, &chosen)?;
+        announce(&belonging, announcement, &cluster, paths, &cluster_tasks).await?;
+        let running = Self {
             group,
+            cluster,
+            cluster_tasks,
             slot_tasks,
             slots,
             _slot_claim: slot_claim,
             tasks,
             transport,
             api_tasks,
-        })
+            data,
+        };
+        running.serve(&config, registry, catalog, clock, listener)?;
+        Ok(running)
+    }
+
+    /// Starts what an announced node does: renew, reconcile, relay, answer.
+    fn serve(
+        &self,
+        config: &Config,
+        registry: Arc<Registry>,
+        catalog: Arc<Catalog>,
+        clock: Arc<dyn Clock>,
+        listener: TcpListener,
+    ) -> Result<(), RunError> {
+        let (cluster, paths) = (&self.cluster, self.data.paths());
+        let (proposer, here) = (cluster.proposer().clone(), cluster.mesh().here());
+        let lease = LeaseFile::open(paths, Arc::clone(&registry), proposer.view());
+        let lease = Arc::new(lease.map_err(disk("open the lease file"))?);
+        let load = Arc::new(MachineLoad::new(Arc::clone(&registry)));
+        cluster.take_part(lease, load, &self.cluster_tasks);
+        Reconciler {
+            here,
+            view: proposer.view(),
+            proposer: proposer.clone(),
+            registry: Arc::clone(&registry),
+            catalog,
+            clock: Arc::clone(&clock),
+            ended_retention: config.ended_retention,
+            leads: cluster.leads(),
+        }
+        .spawn(&self.tasks);
+
+        let guests = Arc::new(guests::RegistryGuests(registry));
+        let ways = Arc::new(MeshWays(cluster.mesh().clone()));
+        let peers = QuicPeers::new(Arc::clone(&self.transport), ways.clone());
+        let relay = Relay::new(here, proposer.view(), guests).with_peers(Arc::new(peers));
+        QuicRelay::register(&self.transport, relay.server(), ways);
+        let follow = relay.clone().follow(self.api_tasks.token().clone());
+        self.api_tasks.spawn(info_span!("relay"), follow);
+
+        let url = config.public_url.clone();
+        let node = NodeFacts {
+            id: here,
+            name: config.name.clone(),
+            url: url.clone(),
+            version: version::PRODUCT.to_owned(),
+        };
+        let state = ApiState::new(proposer, relay, clock, node).with_spool_dir(paths.cache());
+        let router = api::router_with_pages(state, dashboard::routes());
+        let stop = self.api_tasks.token().clone();
+        let serve = api::serve(listener, router, stop);
+        self.api_tasks.spawn(info_span!("api"), serve);
+        facts::write_ready(paths, here, &config.name, &url)?;
+        info!(%url, node = %here, data = %paths.root().display(), "ready");
+        Ok(())
     }
 
     /// Waits for a panic in any task: it stops the others of its kind, and half a node is worse
@@ -264,6 +252,7 @@ impl Running {
     async fn panicked(&self) {
         tokio::select! {
             () = self.tasks.token().cancelled() => {}
+            () = self.cluster_tasks.token().cancelled() => {}
             () = self.slot_tasks.token().cancelled() => {}
             () = self.api_tasks.token().cancelled() => {}
         }
@@ -275,8 +264,11 @@ impl Running {
             warn!(err = chain(&err), "it still looks ready");
         }
         self.api_tasks.stop_and_join().await;
-        self.transport.stop(Instant::now() + TRANSPORT_STOP).await;
+        // Reports under way still need the leader, wherever it is.
         self.tasks.stop_and_join().await;
+        self.cluster.hand_over().await;
+        self.cluster_tasks.stop_and_join().await;
+        self.transport.stop(Instant::now() + TRANSPORT_STOP).await;
         self.slots.shutdown().await;
         self.slot_tasks.stop_and_join().await;
         self.group.shutdown().await;
@@ -309,12 +301,93 @@ async fn open_group(
     config: &Config,
     paths: &DataPaths,
     identity: &Identity,
+    belonging: &Belonging,
+    mesh: &Mesh,
 ) -> Result<Group<State>, RunError> {
-    let node = Node::new(config.cluster_listen.to_string(), identity.key());
-    let layout = GroupConfig::new(paths.raft(), paths.state(), FOUNDER, node);
-    let group = Group::open(layout, NoPeers).await?;
-    group.bootstrap().await?;
+    let node = Node::new(config.advertise.to_string(), identity.key());
+    let layout = GroupConfig::new(paths.raft(), paths.state(), belonging.node, node);
+    let group = Group::open(layout, MeshLink::new(mesh.clone())).await?;
+    // Only ever once: a founder whose log has an entry waits for nobody.
+    if belonging.is_founder() && group.metrics().last_log.is_none() {
+        group.bootstrap().await?;
+    }
     Ok(group)
+}
+
+/// Waits until a node that has just joined knows what the cluster knew then.
+async fn await_state(belonging: &Belonging, cluster: &Cluster) -> Result<(), RunError> {
+    if !belonging.is_new {
+        return Ok(());
+    }
+    let view = cluster.proposer().view();
+    let deadline = Instant::now() + STATE_TIMEOUT;
+    let here = belonging.node;
+    let arrived = view.wait_for(deadline, |state| state.node(here).map(|_| ()));
+    arrived.await.ok_or(RunError::NoState {
+        node: here,
+        waited: STATE_TIMEOUT,
+    })
+}
+
+/// Tells the cluster about this node, and a founder what it is. A node that was a member before
+/// goes on without a quorum and tells later.
+async fn announce(
+    belonging: &Belonging,
+    announcement: Announcement,
+    cluster: &Cluster,
+    paths: &DataPaths,
+    tasks: &Tasks,
+) -> Result<(), RunError> {
+    let proposer = cluster.proposer().clone();
+    let tell = async {
+        if belonging.is_founder() {
+            found(belonging, &proposer, paths).await?;
+        }
+        announcement.tell(&proposer).await?;
+        if belonging.is_founder() {
+            facts::bootstrap_key(paths, &proposer).await?;
+        }
+        Ok::<(), RunError>(())
+    };
+    let was_member = proposer.view().state().node(belonging.node).is_some();
+    match time::timeout(QUORUM_PATIENCE, tell).await {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(err)) if !was_member => return Err(err),
+        Ok(Err(err)) => warn!(
+            err = chain(&err),
+            "could not tell the cluster about this node"
+        ),
+        Err(_) => warn!("no quorum yet: serving what this node knows"),
+    }
+    let stop = tasks.token().clone();
+    let later = announcement.keep_telling(proposer, stop);
+    tasks.spawn(info_span!("announce"), later);
+    Ok(())
+}
+
+/// Gives the cluster its name, once.
+async fn found(
+    belonging: &Belonging,
+    proposer: &Proposer,
+    paths: &DataPaths,
+) -> Result<(), RunError> {
+    let id = match proposer.view().state().cluster() {
+        Some(known) if known.id == belonging.told.cluster => return Ok(()),
+        Some(known) => known.id,
+        None => {
+            let id = belonging.told.cluster;
+            let settings = Settings::default();
+            proposer
+                .propose(Command::FoundCluster { id, settings })
+                .await?;
+            return Ok(());
+        }
+    };
+    // A recovery gave it another one.
+    let mut told = belonging.told.clone();
+    told.cluster = id;
+    let node = belonging.node;
+    Ok(member::Member { node, roster: told }.save(paths.root())?)
 }
 
 async fn start_slots(
@@ -374,18 +447,10 @@ fn allowed(networks: &[(Ipv4Addr, u8)]) -> Result<Vec<Cidr>, RunError> {
     networks.iter().map(parse).collect()
 }
 
-fn start_transport(config: &Config, identity: &Identity) -> Result<Transport, RunError> {
-    let control = config.cluster_listen;
-    let bulk = config.bulk_listen;
-    let transport = Transport::start(identity, transport::Config::at(control, bulk))?;
-    // A cluster of one: this node's own key and nobody else's.
-    let members = [identity.key()].into_iter().collect();
-    transport.set_membership(Membership {
-        index: 1,
-        members,
-        join_open: false,
-    });
-    Ok(transport)
+/// Nobody is let in before the cluster room says who belongs to the cluster.
+fn start_transport(config: &Config, identity: &Identity) -> Result<Arc<Transport>, RunError> {
+    let listen = transport::Config::at(config.cluster_listen, config.bulk_listen);
+    Ok(Arc::new(Transport::start(identity, listen)?))
 }
 
 /// Ends everything that a node with this data directory left running on the host: sandboxes, their

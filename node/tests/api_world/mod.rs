@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,16 +21,19 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use proto::epoch::Epoch;
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId};
+use proto::ids::{ClusterId, KeyId, NodeId, NodeKey, SandboxId, TeamId};
 use proto::units::{Mib, Stamp};
-use raft::command::{Command, Report};
-use raft::state::{GuestVersions, Key, Node, Phase, Resources, Template};
+use raft::command::{Command, Receipt, Report};
+use raft::state::{GuestVersions, Key, Node, Phase, Resources, Settings, Template};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use wrenn_node::api::{self, ApiState, NodeFacts};
+use wrenn_node::api::{
+    self, ApiState, ClusterInfo, LinearizeFuture, Minted, NoQuorum, NodeFacts, Standing, TokenTerms,
+};
 use wrenn_node::base::clock::HandClock;
+use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, TcpDial};
 use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay};
@@ -37,6 +41,8 @@ use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay};
 /// The key of team 1, and the one of team 2.
 pub const KEY: &str = "wrn_00000000000000000000000000000001";
 pub const OTHER_KEY: &str = "wrn_00000000000000000000000000000002";
+/// An administrator's key.
+pub const ADMIN_KEY: &str = "wrn_00000000000000000000000000000009";
 /// No test waits longer than this for anything.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const HERE: NodeId = NodeId(1);
@@ -89,12 +95,61 @@ impl LocalGuests for Guests {
     }
 }
 
+/// What the cluster looks like beside the replicated state: as the test says.
+#[derive(Debug)]
+pub struct Surmised {
+    pub standing: Mutex<Standing>,
+    pub loads: Mutex<Vec<Hint>>,
+    pub quorum: AtomicBool,
+}
+
+impl Default for Surmised {
+    fn default() -> Self {
+        let standing = Standing {
+            leader: Some(HERE),
+            term: 7,
+            voters: [HERE].into(),
+            has_quorum: true,
+            ..Standing::default()
+        };
+        Self {
+            standing: Mutex::new(standing),
+            loads: Mutex::default(),
+            quorum: AtomicBool::new(true),
+        }
+    }
+}
+
+impl ClusterInfo for Surmised {
+    fn standing(&self) -> Standing {
+        self.standing.lock().unwrap().clone()
+    }
+
+    fn loads(&self) -> Vec<Hint> {
+        self.loads.lock().unwrap().clone()
+    }
+
+    fn linearize(&self) -> LinearizeFuture {
+        let has_quorum = self.quorum.load(Ordering::Relaxed);
+        let lost = || NoQuorum("the test says so".into());
+        Box::pin(async move { has_quorum.then_some(()).ok_or_else(lost) })
+    }
+
+    fn mint(&self, terms: &TokenTerms) -> Result<Minted, String> {
+        Ok(Minted {
+            public_key: [4; 32],
+            text: format!("secret-of-{}", terms.id),
+        })
+    }
+}
+
 /// A running interface.
 pub struct World {
     pub address: SocketAddr,
     pub guests: Arc<Guests>,
     pub proposer: Proposer,
     pub clock: HandClock,
+    pub cluster: Arc<Surmised>,
     pub agent: SocketAddr,
     http: Client<HttpConnector, Body>,
     _stop: DropGuard,
@@ -197,7 +252,9 @@ impl World {
             url: format!("http://{address}"),
             version: "1.2.3".into(),
         };
+        let cluster = Arc::new(Surmised::default());
         let state = ApiState::new(proposer.clone(), relay, Arc::new(clock.clone()), facts)
+            .with_cluster(cluster.clone())
             .with_waits(create, destroy);
         tokio::spawn(api::serve(listener, api::router(state), stop.clone()));
         Self {
@@ -205,6 +262,7 @@ impl World {
             guests,
             proposer,
             clock,
+            cluster,
             agent,
             http: Client::builder(TokioExecutor::new()).build_http(),
             _stop: stop.drop_guard(),
@@ -252,6 +310,32 @@ impl World {
         let request = self.request(method, path).header("x-api-key", key);
         self.send(request.body(full(body.to_owned())).unwrap())
             .await
+    }
+
+    /// Asks as an administrator; an empty body is none.
+    pub async fn admin(&self, method: Method, path: &str, body: Value) -> Answer {
+        let body = match body {
+            Value::Null => String::new(),
+            json => json.to_string(),
+        };
+        self.ask(method, path, ADMIN_KEY, &body).await
+    }
+
+    /// Lets another node in, which has no room for anything.
+    pub async fn join(&self, name: &str, key: u8) -> NodeId {
+        let made = self.admin(Method::POST, "/v1/tokens", json!({})).await;
+        let token = made.is(201).json()["id"].as_str().unwrap().parse().unwrap();
+        let node = Node {
+            name: name.into(),
+            key: NodeKey([key; 32]),
+            cluster_address: format!("10.0.0.{key}:7321"),
+            ..Node::default()
+        };
+        let redeemed = self.proposer.propose(Command::RedeemToken { token, node });
+        match redeemed.await.expect("let in") {
+            Receipt::Admitted(id) => id,
+            other => panic!("{other:?}"),
+        }
     }
 
     /// Creates a running capsule.
@@ -364,7 +448,9 @@ async fn populate(proposer: &Proposer) {
     };
     propose(proposer, Command::AdmitNode(node)).await;
     propose(proposer, Command::PutTemplate(template)).await;
-    for (number, secret) in [(1, KEY), (2, OTHER_KEY)] {
+    let (id, settings) = (ClusterId([5; 16]), Settings::default());
+    propose(proposer, Command::FoundCluster { id, settings }).await;
+    for (number, secret) in [(1, KEY), (2, OTHER_KEY), (0, ADMIN_KEY)] {
         let key = Key {
             id: KeyId([number; 16]),
             team: TeamId([number; 16]),

@@ -59,7 +59,7 @@ impl State {
             Command::RedeemToken { token, node } => {
                 self.redeem_token(at, NodeId(index), token, node)
             }
-            Command::AdmitNode(node) => self.admit_node(at, node),
+            Command::AdmitNode(node) => self.admit_node(at, index, node),
             Command::ChangeNode {
                 node,
                 cordoned,

@@ -120,6 +120,7 @@ impl State {
         node.cordoned = false;
         node.draining = false;
         node.liveness = Liveness::Alive;
+        node.incarnation = id.0;
         self.put_token(known);
         self.put_node(node);
         Applied {
@@ -165,7 +166,7 @@ impl State {
         Ok(Ok(known.clone()))
     }
 
-    pub(super) fn admit_node(&mut self, at: Stamp, mut node: Node) -> Applied {
+    pub(super) fn admit_node(&mut self, at: Stamp, index: u64, mut node: Node) -> Applied {
         let known = self.node(node.id).cloned();
         let other_key = known.as_ref().is_some_and(|known| known.key != node.key);
         let other_id = self
@@ -181,13 +182,19 @@ impl State {
                 node.admitted_at = known.admitted_at;
                 node.cordoned = known.cordoned;
                 node.draining = known.draining;
-                node.liveness = known.liveness;
                 node.team = known.team;
+                node.tags = known.tags;
+                // What it had was given out again: it starts over, and is back once it renews.
+                node.liveness = match known.liveness {
+                    Liveness::Lost { since } => Liveness::Missing { since },
+                    other => other,
+                };
             }
             None if self.nodes().next().is_none() => node.admitted_at = at,
             // Only a token lets further nodes in; this one was removed.
             None => return Applied::untouched(Err(Refusal::NoSuchNode(node.id.to_string()))),
         }
+        node.incarnation = index;
         let id = node.id;
         self.put_node(node);
         Applied::touched(Receipt::Done(1), RowKey::Node(id))

@@ -105,7 +105,8 @@ impl<M: Machine> Group<M> {
     /// `expected` is the membership the choice was made on; `None` takes what is there.
     ///
     /// # Errors
-    /// [`ChangeError`].
+    /// [`ChangeError`]; [`ChangeError::Refused`] for a set without the leader: hand over to a member
+    /// of it first.
     pub async fn change_voters(
         &self,
         voters: BTreeSet<NodeId>,
@@ -193,6 +194,10 @@ impl<M: Machine> Group<M> {
         }
         if !current.is_joint() && current.voters() == voters {
             return Ok(current.stamp);
+        }
+        // It would go on leading without a vote, and nobody would be elected in its place.
+        if !voters.contains(&self.inner.node_id.0) {
+            return Err(ChangeError::Refused("the leader must hand over first"));
         }
         self.check_quorum(&voters, deadline).await?;
         let replaced = Change::ReplaceAllVoters(voters);

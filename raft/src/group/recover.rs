@@ -202,10 +202,9 @@ impl Survivor {
         covered: Option<SnapshotMeta>,
     ) -> Result<StoredMembership, RecoverError> {
         let mut newest = covered.map(|meta| meta.last_membership).unwrap_or_default();
-        if let Some(copy) = &self.copy {
-            if copy.position.membership.log_id() > newest.log_id() {
-                newest = copy.position.membership.clone();
-            }
+        let copied = self.copy.as_ref().map(|copy| &copy.position.membership);
+        if let Some(copied) = copied.filter(|copied| copied.log_id() > newest.log_id()) {
+            newest = copied.clone();
         }
         let mut next = self.log.purged().map_or(0, |id| id.index + 1);
         loop {
@@ -277,6 +276,7 @@ impl Survivor {
         };
         let after = Position::from(entry.log_id);
         self.write(last, entry).map_err(RecoverError::Write)?;
+        tracing::warn!(node = %config.node_id, ?after, "this node is the only voter now");
         Ok(Recovered {
             before: last.into(),
             after,

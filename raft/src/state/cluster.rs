@@ -51,8 +51,10 @@ impl Settings {
     /// # Errors
     /// The broken rule, in words.
     pub fn check(&self) -> Result<(), String> {
-        const LEAST_TTL: Duration = Duration::from_secs(4);
-        const MOST: Duration = Duration::from_secs(24 * 3600);
+        const LEAST_TTL: Duration = Duration::from_secs(1);
+        const MOST_TTL: Duration = Duration::from_secs(600);
+        /// Past this the clocks of two hosts could drift apart by more than a lease's margin.
+        const MOST_GRACE: u32 = 9;
         /// Each learner costs the leader a stream; past this they belong behind mirrors.
         const MOST_LEARNERS: u32 = 64;
         if !matches!(self.max_voters, 1 | 3 | 5 | 7) {
@@ -64,11 +66,11 @@ impl Settings {
         if self.max_learners > MOST_LEARNERS {
             return Err(format!("max_learners is at most {MOST_LEARNERS}"));
         }
-        if self.lease_ttl < LEAST_TTL || self.lease_ttl > MOST {
-            return Err("lease_ttl is 4 s to 24 h: guests freeze 2 s before its end".into());
+        if self.lease_ttl < LEAST_TTL || self.lease_ttl > MOST_TTL {
+            return Err("lease_ttl is 1 s to 10 min".into());
         }
-        if self.lease_grace > MOST {
-            return Err("lease_grace is at most 24 h".into());
+        if self.lease_grace > self.lease_ttl * MOST_GRACE {
+            return Err("lease_grace is at most nine times lease_ttl".into());
         }
         Ok(())
     }

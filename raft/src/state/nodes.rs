@@ -44,7 +44,8 @@ pub struct Node {
     pub cordoned: bool,
     /// Whether it is being emptied; a draining node is cordoned as well.
     pub draining: bool,
-    /// Drawn anew at each start of its daemon.
+    /// The entry by which it last announced itself; every start of its daemon makes one. Leases are
+    /// renewed under it, and a verdict about an earlier one changes nothing.
     pub incarnation: u64,
     /// Whether its lease runs.
     pub liveness: Liveness,

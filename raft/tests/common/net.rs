@@ -25,6 +25,7 @@ pub struct Net {
     cut: Mutex<BTreeSet<(NodeId, NodeId)>>,
     snapshots: AtomicU64,
     damages: AtomicBool,
+    breaks_when_joint: AtomicBool,
 }
 
 /// One member's end of the net.
@@ -40,7 +41,16 @@ impl Wire {
             return Err(LinkError::Unreachable(to));
         }
         let groups = self.net.groups.lock().unwrap();
-        groups.get(&to).cloned().ok_or(LinkError::Unreachable(to))
+        let group = groups.get(&to).cloned();
+        drop(groups);
+        let group = group.ok_or(LinkError::Unreachable(to))?;
+        let breaks = self.net.breaks_when_joint.load(Ordering::Relaxed);
+        if breaks && group.metrics().is_joint && group.role() != Role::Leader {
+            self.net.breaks_when_joint.store(false, Ordering::Relaxed);
+            self.net.isolate(self.own.0);
+            return Err(LinkError::Unreachable(to));
+        }
+        Ok(group)
     }
 
     /// What comes back, unless the way back is cut by now.
@@ -107,6 +117,12 @@ impl Net {
     /// Restores every way.
     pub fn heal(&self) {
         self.cut.lock().unwrap().clear();
+    }
+
+    /// From now on, whoever sends to a member that has a joint membership is cut off at once: the
+    /// leader, as it is about to say how the change goes on.
+    pub fn break_when_joint(&self) {
+        self.breaks_when_joint.store(true, Ordering::Relaxed);
     }
 
     /// Whether only half of each snapshot arrives from now on.

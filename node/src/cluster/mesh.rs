@@ -1,0 +1,270 @@
+//! The other members, by id: dialled when needed, called, streamed to.
+//!
+//! Whoever calls a node names its id; the [`Roster`] says under which key and at which addresses.
+//! A connection counts as that node only under that key, so an address that changed hands reaches
+//! nobody. Connections are kept by the transport and dialled again by whoever needs them next.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto::ids::{NodeId, NodeKey};
+use tokio::time::Instant;
+use transport::streams::BiStream;
+use transport::{CloseCode, DialError, Lane, Membership, Method, RpcError, Service, Transport};
+
+use super::roster::{Contact, Roster};
+
+/// Longest one dial may take where the caller's own deadline is later: on a LAN it takes
+/// milliseconds, and a caller has other nodes to turn to.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why another node did not do what it was asked.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum MeshError {
+    /// No member has that id.
+    #[error("{0} is no member of this cluster")]
+    NoSuchNode(NodeId),
+    /// It cannot be reached.
+    #[error("reach {node}")]
+    Dial {
+        /// Who was to be reached.
+        node: NodeId,
+        /// What stands in the way.
+        source: DialError,
+    },
+    /// It was reached and brought no answer.
+    #[error("call {node}")]
+    Call {
+        /// Who was called.
+        node: NodeId,
+        /// What went wrong.
+        source: RpcError,
+    },
+}
+
+impl MeshError {
+    /// Whether the node may have acted all the same.
+    #[must_use]
+    pub fn may_have_acted(&self) -> bool {
+        match self {
+            Self::NoSuchNode(_) | Self::Dial { .. } => false,
+            Self::Call { source, .. } => source.may_have_acted(),
+        }
+    }
+}
+
+/// The way to every other member. Cheap to clone.
+#[derive(Clone)]
+pub struct Mesh {
+    transport: Arc<Transport>,
+    here: NodeId,
+    roster: Arc<RwLock<Arc<Roster>>>,
+    /// Since when peers have done nothing but refuse this node's key.
+    refused_since: Arc<Mutex<Option<Instant>>>,
+}
+
+impl std::fmt::Debug for Mesh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mesh")
+            .field("here", &self.here)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Mesh {
+    /// A mesh around node `here` that knows nobody yet.
+    #[must_use]
+    pub fn new(transport: Arc<Transport>, here: NodeId) -> Self {
+        Self {
+            transport,
+            here,
+            roster: Arc::default(),
+            refused_since: Arc::default(),
+        }
+    }
+
+    /// This node.
+    #[must_use]
+    pub const fn here(&self) -> NodeId {
+        self.here
+    }
+
+    /// The transport underneath.
+    #[must_use]
+    pub const fn transport(&self) -> &Arc<Transport> {
+        &self.transport
+    }
+
+    /// Who belongs to the cluster.
+    #[must_use]
+    pub fn roster(&self) -> Arc<Roster> {
+        Arc::clone(&self.roster.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Replaces the roster, and with it whom the transport lets in; who is no longer on it is cut
+    /// off at once.
+    pub fn set_roster(&self, roster: Roster, join_open: bool) {
+        let own = self.transport.key();
+        let keys = roster.nodes.values().map(|contact| contact.key);
+        self.transport.set_membership(Membership {
+            index: roster.index,
+            members: keys.chain([own]).collect(),
+            join_open,
+        });
+        *self.roster.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(roster);
+    }
+
+    /// The member behind a proven key.
+    #[must_use]
+    pub fn node_of(&self, key: &NodeKey) -> Option<NodeId> {
+        if *key == self.transport.key() {
+            return Some(self.here);
+        }
+        self.roster().by_key(key).map(|contact| contact.id)
+    }
+
+    /// How a member is reached.
+    ///
+    /// # Errors
+    /// [`MeshError::NoSuchNode`].
+    pub fn contact(&self, node: NodeId) -> Result<Contact, MeshError> {
+        let found = self.roster().nodes.get(&node).copied();
+        found.ok_or(MeshError::NoSuchNode(node))
+    }
+
+    /// Calls `method` of `node`.
+    ///
+    /// # Errors
+    /// All of [`MeshError`].
+    pub async fn call(
+        &self,
+        node: NodeId,
+        method: Method,
+        body: Bytes,
+        deadline: Instant,
+    ) -> Result<Bytes, MeshError> {
+        let contact = self.contact(node)?;
+        self.call_contact(contact, method, body, deadline).await
+    }
+
+    /// Calls `method` of a node that the roster may not have yet.
+    ///
+    /// # Errors
+    /// All of [`MeshError`].
+    pub async fn call_contact(
+        &self,
+        contact: Contact,
+        method: Method,
+        body: Bytes,
+        deadline: Instant,
+    ) -> Result<Bytes, MeshError> {
+        self.reach(Lane::Control, contact, deadline).await?;
+        let called = self.transport.call(contact.key, method, body, deadline);
+        called.await.map_err(|source| MeshError::Call {
+            node: contact.id,
+            source,
+        })
+    }
+
+    /// Makes sure that there is a live connection to `node`; returns its key.
+    ///
+    /// # Errors
+    /// All of [`MeshError`].
+    pub async fn connect(
+        &self,
+        node: NodeId,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<NodeKey, MeshError> {
+        let contact = self.contact(node)?;
+        self.reach(lane, contact, deadline).await?;
+        Ok(contact.key)
+    }
+
+    /// Opens a byte stream of `service` to `node` on `lane`.
+    ///
+    /// # Errors
+    /// All of [`MeshError`].
+    pub async fn open(
+        &self,
+        node: NodeId,
+        lane: Lane,
+        service: Service,
+        header: Bytes,
+        deadline: Instant,
+    ) -> Result<BiStream, MeshError> {
+        let contact = self.contact(node)?;
+        self.reach(lane, contact, deadline).await?;
+        let opened = self
+            .transport
+            .open_stream(lane, contact.key, service, header, deadline);
+        opened
+            .await
+            .map_err(|source| MeshError::Call { node, source })
+    }
+
+    /// Sends a datagram to `node` if it is connected; dials it otherwise, for the next one.
+    pub async fn send_datagram(&self, node: NodeId, bytes: Bytes) {
+        let Ok(contact) = self.contact(node) else {
+            return;
+        };
+        let deadline = Instant::now() + DIAL_TIMEOUT;
+        if self.reach(Lane::Control, contact, deadline).await.is_ok() {
+            // Nothing depends on one report: the next follows within a second.
+            let _best_effort = self.transport.send_datagram(contact.key, bytes);
+        }
+    }
+
+    async fn reach(
+        &self,
+        lane: Lane,
+        contact: Contact,
+        deadline: Instant,
+    ) -> Result<(), MeshError> {
+        let address = match lane {
+            Lane::Control => contact.control,
+            Lane::Bulk => contact.bulk,
+        };
+        let deadline = deadline.min(Instant::now() + DIAL_TIMEOUT);
+        let dialled = self.transport.connect(lane, address, contact.key, deadline);
+        let dialled = dialled.await;
+        self.note(&dialled);
+        dialled.map_err(|source| MeshError::Dial {
+            node: contact.id,
+            source,
+        })
+    }
+
+    /// For how long every peer that was reached has refused this node's key.
+    #[must_use]
+    pub fn refused_for(&self) -> Duration {
+        let since = *self.lock_refused();
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn note(&self, dialled: &Result<(), DialError>) {
+        let mut since = self.lock_refused();
+        match dialled {
+            Ok(()) => *since = None,
+            Err(
+                DialError::KeyRefused { .. }
+                | DialError::Refused {
+                    code: CloseCode::NotMember | CloseCode::Removed,
+                    ..
+                },
+            ) => {
+                since.get_or_insert_with(Instant::now);
+            }
+            // Nobody was reached: that says nothing.
+            Err(_) => {}
+        }
+    }
+
+    fn lock_refused(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.refused_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

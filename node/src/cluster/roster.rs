@@ -1,0 +1,156 @@
+//! Who belongs to the cluster and where they are dialled, as of one entry of the log.
+//!
+//! A member derives it from its own applied state. A node that has just joined knows it from the
+//! answer to its join, until its state has caught up with that: a log that is replayed from its
+//! beginning goes through times in which today's leader was no member.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use proto::ids::{ClusterId, NodeId, NodeKey};
+use proto::wire::mesh as wire;
+use raft::state::{Node, State};
+
+/// How a member is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contact {
+    /// Its id.
+    pub id: NodeId,
+    /// Its key; a connection counts as this member only under this key.
+    pub key: NodeKey,
+    /// Where it takes calls.
+    pub control: SocketAddr,
+    /// Where it takes bulk transfers.
+    pub bulk: SocketAddr,
+}
+
+impl Contact {
+    fn of(node: &Node) -> Option<Self> {
+        Some(Self {
+            id: node.id,
+            key: node.key,
+            control: node.cluster_address.parse().ok()?,
+            bulk: node.bulk_address.parse().ok()?,
+        })
+    }
+}
+
+/// Everybody who belongs to a cluster, as of one entry of its log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Roster {
+    /// The cluster; all zero while it has no name yet.
+    pub cluster: ClusterId,
+    /// The entry.
+    pub index: u64,
+    /// The members, by id.
+    pub nodes: BTreeMap<NodeId, Contact>,
+}
+
+/// A roster that a peer sent is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the list of members is garbled")]
+pub(super) struct BadRoster;
+
+impl Roster {
+    /// The roster that `state` describes at `index`.
+    #[must_use]
+    pub fn of(state: &State, index: u64) -> Self {
+        let contacts = state.nodes().filter_map(Contact::of);
+        Self {
+            cluster: state
+                .cluster()
+                .map(|cluster| cluster.id)
+                .unwrap_or_default(),
+            index,
+            nodes: contacts.map(|contact| (contact.id, contact)).collect(),
+        }
+    }
+
+    /// This roster, with whoever only `told` knows as long as that is newer.
+    #[must_use]
+    pub fn or_told(mut self, told: &Self) -> Self {
+        if told.index > self.index {
+            for (id, contact) in &told.nodes {
+                self.nodes.entry(*id).or_insert(*contact);
+            }
+        }
+        self
+    }
+
+    /// The member with this key.
+    #[must_use]
+    pub fn by_key(&self, key: &NodeKey) -> Option<&Contact> {
+        self.nodes.values().find(|contact| contact.key == *key)
+    }
+
+    pub(super) fn to_wire(&self) -> wire::Roster {
+        let contact = |contact: &Contact| wire::Contact {
+            node: contact.id.0,
+            key: contact.key.0.to_vec(),
+            control: contact.control.to_string(),
+            bulk: contact.bulk.to_string(),
+        };
+        wire::Roster {
+            cluster: self.cluster.0.to_vec(),
+            index: self.index,
+            nodes: self.nodes.values().map(contact).collect(),
+        }
+    }
+
+    pub(super) fn from_wire(wire: wire::Roster) -> Result<Self, BadRoster> {
+        let contact = |wire: wire::Contact| {
+            let contact = Contact {
+                id: NodeId(wire.node),
+                key: NodeKey(wire.key.try_into().map_err(|_| BadRoster)?),
+                control: wire.control.parse().map_err(|_| BadRoster)?,
+                bulk: wire.bulk.parse().map_err(|_| BadRoster)?,
+            };
+            Ok((contact.id, contact))
+        };
+        let nodes = wire.nodes.into_iter().map(contact);
+        Ok(Self {
+            cluster: ClusterId(wire.cluster.try_into().map_err(|_| BadRoster)?),
+            index: wire.index,
+            nodes: nodes.collect::<Result<_, BadRoster>>()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contact(id: u64) -> Contact {
+        Contact {
+            id: NodeId(id),
+            key: NodeKey([u8::try_from(id).expect("small"); 32]),
+            control: "127.0.0.1:7321".parse().expect("an address"),
+            bulk: "127.0.0.1:7322".parse().expect("an address"),
+        }
+    }
+
+    fn roster(index: u64, ids: &[u64]) -> Roster {
+        Roster {
+            cluster: ClusterId([1; 16]),
+            index,
+            nodes: ids.iter().map(|id| (NodeId(*id), contact(*id))).collect(),
+        }
+    }
+
+    #[test]
+    fn a_state_that_lags_behind_the_join_keeps_the_members_of_the_join() {
+        let lagging = roster(3, &[1]).or_told(&roster(9, &[1, 2]));
+        assert!(lagging.nodes.contains_key(&NodeId(2)));
+        let caught_up = roster(9, &[1]).or_told(&roster(9, &[1, 2]));
+        assert!(!caught_up.nodes.contains_key(&NodeId(2)));
+    }
+
+    #[test]
+    fn a_roster_survives_the_wire_and_garbage_is_refused() {
+        let roster = roster(4, &[1, 2, 3]);
+        let mut wire = roster.to_wire();
+        assert_eq!(Roster::from_wire(wire.clone()), Ok(roster));
+        wire.nodes[0].control = "nowhere".into();
+        assert_eq!(Roster::from_wire(wire), Err(BadRoster));
+    }
+}

@@ -1,0 +1,224 @@
+//! What a member answers to others: proposals and reads for the leader, renewals, the load table,
+//! entries for mirrors.
+//!
+//! Every caller has proven its key and is on the member list; a host of one team is on it too, and
+//! may do only what concerns itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use proto::ids::{NodeId, NodeKey};
+use proto::wire::mesh as wire;
+use raft::command::{Command, Proposal};
+use raft::group::{EntriesError, Group, ProposeError};
+use raft::state::State;
+use tokio::time::{self, Instant};
+use transport::{Call, Handler, RpcError};
+
+use super::calls;
+use super::desk::{self, Desk, NotGranted};
+use super::lease::Renewal;
+use super::load::LoadTable;
+use super::log::{ClusterLog, not_leader};
+use super::mesh::Mesh;
+use super::replica::Replica;
+use crate::base::chain::chain;
+
+/// What is kept of a caller's patience for the way back.
+const WAY_BACK: Duration = Duration::from_millis(50);
+/// Longest a mirror's question is held open while there is nothing new. Its answer also says that
+/// this node is alive.
+const PULL_PATIENCE: Duration = Duration::from_secs(5);
+/// Bytes of entries in one answer to a mirror; well below the largest frame.
+const PULL_BYTES: usize = 1 << 20;
+
+/// Answers the cluster's calls.
+pub(super) struct ClusterCalls {
+    pub(super) group: Group<State>,
+    pub(super) mesh: Mesh,
+    pub(super) log: ClusterLog,
+    pub(super) replica: Replica,
+    pub(super) desk: Arc<Desk>,
+    pub(super) loads: Arc<LoadTable>,
+}
+
+impl Handler for ClusterCalls {
+    async fn call(&self, call: Call) -> Result<Bytes, RpcError> {
+        let patience = call.patience.saturating_sub(WAY_BACK);
+        let deadline = Instant::now() + patience;
+        let from = self
+            .mesh
+            .node_of(&call.peer)
+            .ok_or_else(|| RpcError::rejected("the caller is no member"))?;
+        match call.method {
+            calls::PROPOSE => self.propose(from, call.body, patience).await,
+            calls::READ_INDEX => self.read_index(call.body, deadline).await,
+            calls::RENEW => self.renew(from, call.body, deadline).await,
+            calls::VOUCH => self.vouch(call.body),
+            calls::LOAD_TABLE => Ok(self.loads.encode().into()),
+            calls::PULL => self.pull(from, call.body, deadline).await,
+            method => Err(RpcError::NotServed { method }),
+        }
+    }
+}
+
+impl ClusterCalls {
+    async fn propose(
+        &self,
+        from: NodeId,
+        body: Bytes,
+        patience: Duration,
+    ) -> Result<Bytes, RpcError> {
+        let request: wire::ProposeRequest = calls::request(body)?;
+        self.permit(from, &request.proposal)?;
+        let (index, answer) = if request.last_hop {
+            let deadline = Instant::now() + patience;
+            let proposed = self.group.propose(request.proposal, deadline.into_std());
+            let proposed = proposed.await.map_err(refused)?;
+            (proposed.index, proposed.answer)
+        } else {
+            let proposed = self.log.propose_anywhere(request.proposal, patience);
+            proposed
+                .await
+                .map_err(|err| RpcError::failed(err.to_string()))?
+        };
+        Ok(calls::body(&wire::ProposeAnswer { index, answer }))
+    }
+
+    /// A host of one team may speak for itself and its own sandboxes only.
+    fn permit(&self, from: NodeId, proposal: &[u8]) -> Result<(), RpcError> {
+        let state = self.replica.state();
+        let Some(team) = state.node(from).and_then(|node| node.team) else {
+            return Ok(());
+        };
+        let proposal =
+            Proposal::decode(proposal).map_err(|err| RpcError::rejected(err.to_string()))?;
+        let owns = |id| state.sandbox(id).is_some_and(|it| it.owner == from);
+        let fine = match proposal.command {
+            Command::AdmitNode(node) => node.id == from,
+            Command::ReportSandbox { id, node, .. } => node == from && owns(id),
+            Command::StopSandbox { id, .. } => state.sandbox(id).is_some_and(|it| it.team == team),
+            Command::CreateSandbox { team: for_team, .. } => for_team == team,
+            _ => false,
+        };
+        if fine {
+            return Ok(());
+        }
+        Err(RpcError::rejected("a host of one team may not change that"))
+    }
+
+    async fn read_index(&self, body: Bytes, deadline: Instant) -> Result<Bytes, RpcError> {
+        let request: wire::ReadRequest = calls::request(body)?;
+        let index = if request.last_hop {
+            let read = time::timeout_at(deadline, self.group.read_index()).await;
+            read.ok().and_then(Result::ok).ok_or_else(not_leader)?
+        } else {
+            use super::propose::Log as _;
+            let patience = deadline.saturating_duration_since(Instant::now());
+            let read = self.log.read_index(patience).await;
+            read.map_err(|err| RpcError::failed(err.to_string()))?
+        };
+        Ok(calls::body(&wire::ReadAnswer { index }))
+    }
+
+    async fn renew(&self, from: NodeId, body: Bytes, deadline: Instant) -> Result<Bytes, RpcError> {
+        let request: wire::RenewRequest = calls::request(body)?;
+        let node = NodeId(request.node);
+        let state = self.replica.state();
+        let speaks_for_others = state.node(from).is_some_and(|node| node.team.is_none());
+        if node != from && !speaks_for_others {
+            return Err(RpcError::rejected(
+                "a host of one team renews its own lease",
+            ));
+        }
+        let leader = self.group.watch_metrics().borrow().leader;
+        let elsewhere = leader.filter(|leader| *leader != self.mesh.here());
+        if let Some(leader) = elsewhere.filter(|_| !request.last_hop) {
+            let onward = wire::RenewRequest {
+                last_hop: true,
+                ..request
+            };
+            let called = self
+                .mesh
+                .call(leader, calls::RENEW, calls::body(&onward), deadline);
+            return called.await.map_err(|err| RpcError::failed(chain(&err)));
+        }
+        let renewal = Renewal {
+            incarnation: request.incarnation,
+            seq: request.seq,
+        };
+        let granted = self.desk.renew(node, renewal, deadline).await;
+        let times = granted.map_err(|why| match why {
+            NotGranted::NoQuorum => RpcError::failed(why.to_string()),
+            NotGranted::NotLeader | NotGranted::Refused(_) => RpcError::rejected(why.to_string()),
+        })?;
+        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+        Ok(calls::body(&wire::RenewAnswer {
+            seq: request.seq,
+            ttl_ms: millis(times.ttl()),
+            grace_ms: millis(times.grace()),
+        }))
+    }
+
+    fn vouch(&self, body: Bytes) -> Result<Bytes, RpcError> {
+        let request: wire::VouchRequest = calls::request(body)?;
+        let key = <[u8; 32]>::try_from(request.key.as_slice()).map(NodeKey);
+        let state = self.replica.state();
+        let member = key.is_ok_and(|key| state.node_by_key(&key).is_some());
+        Ok(calls::body(&wire::VouchAnswer { member }))
+    }
+
+    async fn pull(&self, from: NodeId, body: Bytes, deadline: Instant) -> Result<Bytes, RpcError> {
+        let request: wire::PullRequest = calls::request(body)?;
+        let state = self.replica.state();
+        let ours = state.cluster().map(|cluster| cluster.id);
+        if ours.is_none_or(|id| id.0[..] != request.cluster[..]) {
+            return Err(RpcError::rejected("of another cluster"));
+        }
+        if state.node(from).is_none_or(|node| node.team.is_some()) {
+            return Err(RpcError::rejected("entries are for full members"));
+        }
+        let until = deadline.min(Instant::now() + PULL_PATIENCE);
+        self.replica.wait_applied(request.from, until).await;
+        let mut answer = wire::PullAnswer {
+            applied: self.replica.applied(),
+            leader: self
+                .group
+                .watch_metrics()
+                .borrow()
+                .leader
+                .map_or(0, |it| it.0),
+            ..wire::PullAnswer::default()
+        };
+        match self.group.entries(request.from, PULL_BYTES).await {
+            Ok(entries) => {
+                answer.entries = entries
+                    .entries
+                    .into_iter()
+                    .map(|(index, proposal)| wire::PulledEntry {
+                        index,
+                        proposal: proposal.map(|bytes| bytes.to_vec()),
+                    })
+                    .collect();
+            }
+            Err(EntriesError::Purged { .. }) => answer.snapshot_needed = true,
+            Err(err) => return Err(RpcError::failed(err.to_string())),
+        }
+        Ok(calls::body(&answer))
+    }
+}
+
+/// What a proposer is told: only a plain no may be taken as "nothing happened".
+fn refused(err: ProposeError) -> RpcError {
+    match err {
+        ProposeError::NotLeader { .. } => not_leader(),
+        ProposeError::TooLarge { .. } => RpcError::rejected(err.to_string()),
+        err => RpcError::failed(err.to_string()),
+    }
+}
+
+/// The instant at which a load report came in.
+pub(super) fn received_at() -> super::lease::Tick {
+    desk::now()
+}
