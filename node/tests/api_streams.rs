@@ -1,5 +1,6 @@
-//! Large bodies flow through the interface without being kept. Alone in its binary, because it
-//! measures the memory of the whole process, agent included.
+//! Large bodies flow through the interface without being kept, on the node that owns the sandbox
+//! and through another. Alone in its binary, because it measures the memory of the whole process,
+//! agent included.
 
 #![allow(clippy::unwrap_used)] // a failed test may panic
 
@@ -20,7 +21,11 @@ const GROWTH_BYTES: u64 = 48 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_file_flows_in_and_out_with_flat_memory() {
-    let world = World::new().await;
+    flow_both_ways(World::new().await).await;
+    flow_both_ways(World::elsewhere().await.0).await;
+}
+
+async fn flow_both_ways(world: World) {
     let id = world.capsule().await;
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("large").display().to_string();

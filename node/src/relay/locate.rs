@@ -88,6 +88,12 @@ impl Relay {
         stop.run_until_cancelled(follow).await;
     }
 
+    /// The replicated state that decides where a sandbox is.
+    #[must_use]
+    pub const fn view(&self) -> &View {
+        &self.view
+    }
+
     /// The other half: what serves the guests of this node to other nodes.
     #[must_use]
     pub fn server(&self) -> Server {

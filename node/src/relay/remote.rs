@@ -30,8 +30,6 @@ use super::wire::{self, Header};
 use crate::guest::dial::DialFuture;
 use crate::guest::{CutDial, Dial, Guest, GuestStream};
 
-/// Where a guest's agent listens.
-const AGENT_PORT: u16 = 49983;
 /// Longest from asking for a stream to the owner's verdict: the owner may take 5 s to reach its
 /// guest and 1 s to catch up with the log.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -81,13 +79,14 @@ impl Target {
 pub(super) struct RemoteDial {
     peers: Arc<dyn Peers>,
     target: Arc<Target>,
-    port: u16,
+    /// The agent's own, where there is none.
+    port: Option<u16>,
 }
 
 impl RemoteDial {
     /// Dials the guest's agent.
     pub(super) fn new(peers: Arc<dyn Peers>, target: Target) -> Self {
-        let (target, port) = (Arc::new(target), AGENT_PORT);
+        let (target, port) = (Arc::new(target), None);
         Self {
             peers,
             target,
@@ -126,7 +125,7 @@ impl Dial for RemoteDial {
 
     fn at_port(&self, port: u16) -> Arc<dyn Dial> {
         Arc::new(Self {
-            port,
+            port: Some(port),
             ..self.clone()
         })
     }

@@ -96,7 +96,8 @@ impl Server {
                 return;
             }
             let (id, epoch) = (admitted.header.sandbox, admitted.header.epoch);
-            let use_again = || self.local.guest(id, epoch).is_some();
+            // What stands still may thaw, and then goes on where it was.
+            let use_again = || self.local.is_frozen(id) || self.local.guest(id, epoch).is_some();
             match pump(stream, near, use_again).await {
                 Ok((sent, received)) => debug!(%from, sandbox = %id, sent, received, "relayed"),
                 Err(err) => debug!(%from, sandbox = %id, %err, "a relayed stream broke"),
@@ -119,7 +120,10 @@ impl Server {
         let header = Header::decode(header)?;
         self.check_sight(from, header.sandbox)?;
         let guest = self.guest(header.sandbox, header.epoch).await?;
-        let dial = guest.dial().at_port(header.port);
+        let dial = match header.port {
+            Some(port) => guest.dial().at_port(port),
+            None => Arc::clone(guest.dial()),
+        };
         let stream = dial.dial().await;
         let stream = stream.map_err(|err| Refusal::Guest(err.to_string()))?;
         let admitted = Admitted {

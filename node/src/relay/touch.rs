@@ -74,3 +74,28 @@ impl Touches {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::relay::InProcessPeers;
+
+    #[tokio::test(start_paused = true)]
+    async fn uses_are_told_in_one_question_an_owner_and_never_lost() {
+        let peers = InProcessPeers::default();
+        let touches = Touches::new(Arc::new(peers.clone()));
+        let (one, two) = (NodeId(1), NodeId(2));
+        for number in 0..100 {
+            touches.note(one, SandboxId([number; 16]));
+            touches.note(one, SandboxId([0; 16]));
+        }
+        touches.note(two, SandboxId([0; 16]));
+        assert_eq!(peers.asked(), 0, "nobody waits for it");
+        time::sleep(2 * GATHER).await;
+        assert_eq!(peers.asked(), 2);
+        assert!(touches.pending().is_empty());
+        touches.note(one, SandboxId([0; 16]));
+        time::sleep(2 * GATHER).await;
+        assert_eq!(peers.asked(), 3, "a later use is told anew");
+    }
+}

@@ -28,12 +28,16 @@ const DETAIL_CHARS: usize = 200;
 pub(super) const IDS_PER_QUESTION: usize = 2048;
 const _: () = assert!(IDS_PER_QUESTION * 18 < QUESTION_BYTES);
 
+/// The port that means the guest's agent.
+const AGENT: u16 = 0;
+
 /// Which guest a stream is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) sandbox: SandboxId,
     pub(super) epoch: Epoch,
-    pub(super) port: u16,
+    /// Where in the guest; its agent, wherever that listens, where there is none.
+    pub(super) port: Option<u16>,
 }
 
 impl Header {
@@ -42,7 +46,7 @@ impl Header {
             version: VERSION,
             sandbox: self.sandbox.0.to_vec(),
             epoch: self.epoch.0,
-            port: self.port.into(),
+            port: self.port.unwrap_or(AGENT).into(),
         };
         open.encode_to_vec().into()
     }
@@ -53,11 +57,12 @@ impl Header {
         }
         let open = pb::Open::decode(bytes.as_ref()).map_err(garbled)?;
         check_version(open.version)?;
-        let port = u16::try_from(open.port).ok().filter(|port| *port != 0);
+        let port = u16::try_from(open.port);
+        let port = port.map_err(|_| Refusal::Garbled("there is no such port".into()))?;
         Ok(Self {
             sandbox: sandbox_id(&open.sandbox)?,
             epoch: Epoch(open.epoch),
-            port: port.ok_or_else(|| Refusal::Garbled("there is no such port".into()))?,
+            port: Some(port).filter(|port| *port != AGENT),
         })
     }
 }
@@ -189,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_without_a_port_or_of_another_version_is_refused() {
+    fn a_header_with_an_impossible_port_or_of_another_version_is_refused() {
         let open = |version, port| pb::Open {
             version,
             sandbox: vec![1; 16],
@@ -199,7 +204,7 @@ mod tests {
         let decoded = |open: pb::Open| Header::decode(&open.encode_to_vec().into());
         assert!(decoded(open(VERSION, 80)).is_ok());
         assert_eq!(decoded(open(2, 80)), Err(Refusal::Version(2)));
-        for port in [0, 65_536, u32::MAX] {
+        for port in [65_536, u32::MAX] {
             assert!(matches!(
                 decoded(open(VERSION, port)),
                 Err(Refusal::Garbled(_))
@@ -209,7 +214,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_header_survives_the_wire(sandbox: [u8; 16], epoch: u64, port in 1_u16..) {
+        fn every_header_survives_the_wire(sandbox: [u8; 16], epoch: u64, port in 1_u16.., agent: bool) {
+            let port = (!agent).then_some(port);
             let header = Header { sandbox: SandboxId(sandbox), epoch: Epoch(epoch), port };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }

@@ -21,6 +21,10 @@ impl LocalGuests for RegistryGuests {
         self.0.guest(id, epoch)
     }
 
+    fn is_frozen(&self, id: SandboxId) -> bool {
+        self.0.frozen(id)
+    }
+
     fn touch(&self, id: SandboxId) {
         self.0.touch(id);
     }

@@ -35,8 +35,8 @@ use wrenn_node::api::{
 use wrenn_node::base::clock::HandClock;
 use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
-use wrenn_node::guest::{Guest, TcpDial};
-use wrenn_node::relay::{LocalFacts, LocalGuests, Relay};
+use wrenn_node::guest::{CutDial, Guest, TcpDial};
+use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay};
 
 /// The key of team 1, and the one of team 2.
 pub const KEY: &str = "wrn_00000000000000000000000000000001";
@@ -45,7 +45,8 @@ pub const OTHER_KEY: &str = "wrn_00000000000000000000000000000002";
 pub const ADMIN_KEY: &str = "wrn_00000000000000000000000000000009";
 /// No test waits longer than this for anything.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-const HERE: NodeId = NodeId(1);
+pub const HERE: NodeId = NodeId(1);
+const ELSEWHERE: NodeId = NodeId(99);
 
 /// What becomes of a sandbox that is started or stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub struct Guests {
     pub touched: Mutex<Vec<SandboxId>>,
     pub active: Mutex<HashMap<SandboxId, Stamp>>,
     pub console: Mutex<Option<Vec<u8>>>,
+    /// Cancelled when the guests die.
+    pub gone: CancellationToken,
     pub start: Mutex<Option<Fate>>,
     pub stop: Mutex<Option<Fate>>,
 }
@@ -209,6 +212,27 @@ impl World {
     }
 
     pub async fn with_waits(create: Duration, destroy: Duration) -> Self {
+        Self::build(create, destroy, |relay| relay).await
+    }
+
+    /// An interface on another node than the one that owns every sandbox.
+    pub async fn elsewhere() -> (Self, InProcessPeers) {
+        let peers = InProcessPeers::default().seen_from(ELSEWHERE);
+        let others = peers.clone();
+        let (create, destroy) = (Duration::from_secs(20), Duration::from_secs(10));
+        let world = Self::build(create, destroy, |owner| {
+            others.add(HERE, owner.server());
+            let nobody = Arc::new(Guests::default());
+            Relay::new(ELSEWHERE, owner.view().clone(), nobody).with_peers(Arc::new(others))
+        });
+        (world.await, peers)
+    }
+
+    async fn build(
+        create: Duration,
+        destroy: Duration,
+        asked: impl FnOnce(Relay) -> Relay,
+    ) -> Self {
         let stop = CancellationToken::new();
         let log: Arc<dyn Log> = Arc::new(MemoryLog::default());
         let clock = HandClock::at(Stamp(1_700_000_000_000));
@@ -218,7 +242,8 @@ impl World {
         let guests = Arc::new(Guests::default());
         tokio::spawn(play_reconciler(proposer.clone(), guests.clone(), agent));
 
-        let relay = Relay::new(HERE, proposer.view(), guests.clone());
+        let relay = asked(Relay::new(HERE, proposer.view(), guests.clone()));
+        tokio::spawn(relay.clone().follow(stop.clone()));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let facts = NodeFacts {
@@ -478,7 +503,8 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
                     reason: reason.into(),
                 },
                 (Fate::Obey, Phase::Starting) => {
-                    let guest = Guest::new(Arc::new(TcpDial(agent)), "token").unwrap();
+                    let dial = CutDial::new(TcpDial(agent), guests.gone.clone());
+                    let guest = Guest::new(Arc::new(dial), "token").unwrap();
                     guests.running.lock().unwrap().insert(sandbox.id, guest);
                     Report::Running(GuestVersions {
                         kernel: "6.1".into(),

@@ -28,6 +28,7 @@ mod log;
 mod memory;
 mod process;
 mod qemu;
+mod relay;
 mod slots;
 mod statemachine;
 mod trio;
@@ -57,7 +58,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 9] = [
+const BENCHMARKS: [Benchmark; 10] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -87,6 +88,11 @@ const BENCHMARKS: [Benchmark; 9] = [
         name: "slots",
         about: "network slots: taken from the pool, made, unmade",
         run: slots::run,
+    },
+    Benchmark {
+        name: "relay",
+        about: "calls and streams through a node in between, beside direct ones",
+        run: relay::run,
     },
     Benchmark {
         name: "memory",
