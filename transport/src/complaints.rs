@@ -2,6 +2,8 @@
 //! count of what was left out.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +19,24 @@ const QUIET: Duration = Duration::from_secs(60);
 /// log falls silent about new ones until old ones have expired. Memory: about 100 KiB.
 const MAX_REMEMBERED: usize = 1024;
 
+/// Whom a complaint is about. Keys of strangers cost nothing to make, so a stranger is its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Subject {
+    /// A member.
+    Peer(NodeKey),
+    /// Whoever sends from there.
+    Address(IpAddr),
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Peer(key) => write!(f, "node {key}"),
+            Self::Address(address) => write!(f, "{address}"),
+        }
+    }
+}
+
 /// What was said, and what has been left out since.
 struct Said {
     at: Instant,
@@ -26,21 +46,21 @@ struct Said {
 /// The complaints of one node.
 #[derive(Default)]
 pub(crate) struct Complaints {
-    said: Mutex<HashMap<(NodeKey, CloseCode), Said>>,
+    said: Mutex<HashMap<(Subject, CloseCode), Said>>,
 }
 
 impl Complaints {
-    /// Notes that `peer` did what is answered with `code`, and says so unless it was said lately.
-    pub(crate) fn about(&self, peer: NodeKey, code: CloseCode) {
-        if let Some(left_out) = self.note(peer, code, Instant::now()) {
-            warn!(%peer, %code, left_out, "a peer misbehaves");
+    /// Notes that `who` did what is answered with `code`, and says so unless it was said lately.
+    pub(crate) fn about(&self, who: Subject, code: CloseCode) {
+        if let Some(left_out) = self.note(who, code, Instant::now()) {
+            warn!(%who, %code, left_out, "a peer misbehaves");
         }
     }
 
     /// The pure half: how many were left out, if this one is to be said.
-    fn note(&self, peer: NodeKey, code: CloseCode, now: Instant) -> Option<u64> {
+    fn note(&self, who: Subject, code: CloseCode, now: Instant) -> Option<u64> {
         let mut all = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(said) = all.get_mut(&(peer, code)) {
+        if let Some(said) = all.get_mut(&(who, code)) {
             if now.saturating_duration_since(said.at) < QUIET {
                 said.left_out += 1;
                 return None;
@@ -62,7 +82,7 @@ impl Complaints {
             at: now,
             left_out: 0,
         };
-        all.insert((peer, code), first);
+        all.insert((who, code), first);
         Some(0)
     }
 }
@@ -71,7 +91,7 @@ impl Complaints {
 mod tests {
     use super::*;
 
-    const PEER: NodeKey = NodeKey([1; 32]);
+    const PEER: Subject = Subject::Peer(NodeKey([1; 32]));
 
     #[test]
     fn each_kind_of_each_peer_is_said_once_a_minute_with_a_count() {
@@ -82,7 +102,7 @@ mod tests {
             assert_eq!(complaints.note(PEER, CloseCode::Flood, begun), None);
         }
         assert_eq!(complaints.note(PEER, CloseCode::Stalled, begun), Some(0));
-        let other = NodeKey([2; 32]);
+        let other = Subject::Address([127, 0, 0, 1].into());
         assert_eq!(complaints.note(other, CloseCode::Flood, begun), Some(0));
         let later = begun + QUIET;
         assert_eq!(complaints.note(PEER, CloseCode::Flood, later), Some(1000));
@@ -95,7 +115,7 @@ mod tests {
         let key = |number: u64| {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&number.to_le_bytes());
-            NodeKey(key)
+            Subject::Peer(NodeKey(key))
         };
         let said = |from: u64, now| {
             let notes =

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::bucket::Bucket;
 use crate::close::CloseCode;
-use crate::complaints::Complaints;
+use crate::complaints::{Complaints, Subject};
 use crate::limits::{DATAGRAM_BURST, DATAGRAM_RATE};
 
 /// Why a datagram was not sent.
@@ -63,7 +63,7 @@ impl Datagrams {
         let mut allowance = Bucket::new(DATAGRAM_RATE, DATAGRAM_BURST, Instant::now());
         while let Ok(bytes) = connection.read_datagram().await {
             if allowance.take(1, Instant::now()) == 0 {
-                complaints.about(peer, CloseCode::Flood);
+                complaints.about(Subject::Peer(peer), CloseCode::Flood);
                 continue;
             }
             let listener = self

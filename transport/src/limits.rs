@@ -1,8 +1,9 @@
 //! Every bound of the transport, why it has its value and what memory it can cost.
 //!
 //! What one authenticated peer can make this node hold, in the worst case and on one connection:
-//! the connection's receive window plus [`REQUEST_BYTES`] of assembled requests plus the send
-//! window. What a stranger can make it hold: [`MAX_HANDSHAKES`] handshakes and
+//! the connection's receive window plus [`REQUEST_BYTES`] of assembled requests, as much of
+//! answers, and the send window. What strangers can make it hold: [`MAX_HANDSHAKES`] handshakes
+//! with [`UNPROVEN_WINDOW_BYTES`] each, [`MAX_UNPROVEN_PER_ADDRESS`] joiners for each address, and
 //! [`INCOMING_BUFFER_TOTAL_BYTES`].
 //!
 //! Values that a test or an operator may want otherwise are fields of [`Limits`]; the others are

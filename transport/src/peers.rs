@@ -224,6 +224,8 @@ impl Peers {
             close_all(connections, code);
         }
         state.live.clear();
+        // It may well hold what this table is a part of.
+        state.voucher = None;
     }
 
     /// Closes by name what `key` has on either lane.

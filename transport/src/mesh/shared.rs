@@ -11,13 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use proto::ids::NodeKey;
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, Incoming};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::{Instrument, debug, info_span};
 
 use super::dials::Dials;
 use super::error::{self, DialError, refusal};
 use crate::alpn::Alpn;
 use crate::close::CloseCode;
+use crate::complaints::Subject;
 use crate::datagram::Datagrams;
 use crate::endpoint::{self, End, Lane, Path};
 use crate::gate::Verdict;
@@ -103,104 +104,113 @@ impl Shared {
         slot: OwnedSemaphorePermit,
         unproven: Unproven,
     ) {
-        let limits = self.server.limits;
-        let begun = Instant::now();
-        let handshake = async { incoming.accept()?.await };
-        let connection = match timeout(limits.handshake, handshake).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(err)) => return debug!(%err, "handshake failed"),
-            Err(_) => return debug!("handshake took too long"),
+        let until = Instant::now() + self.server.limits.handshake;
+        let stop = self.server.stop.clone();
+        let handshake = timeout_at(until, async { incoming.accept()?.await });
+        let connection = match stop.run_until_cancelled(handshake).await {
+            Some(Ok(Ok(connection))) => connection,
+            Some(Ok(Err(err))) => return debug!(%err, "handshake failed"),
+            Some(Err(_)) => return debug!("handshake took too long"),
+            None => return,
         };
         let Some(key) = tls::peer_key(&connection) else {
             return close(&connection, CloseCode::NotMember);
         };
-        let verdict = self
-            .peers
-            .decide(lane, tls::peer_alpn(&connection), key, unproven.seen);
-        let until = begun + limits.handshake;
-        match verdict {
-            Verdict::Close(code) => {
-                self.server.complaints.about(key, code);
-                close(&connection, code);
+        let alpn = tls::peer_alpn(&connection);
+        let verdict = self.peers.decide(lane, alpn, key, unproven.seen);
+        if verdict == Verdict::Join {
+            drop(slot);
+            return self.serve_joiner(key, &connection).await;
+        }
+        let entering = self.enter(lane, key, &connection, verdict, until);
+        let entered = stop.run_until_cancelled(entering).await;
+        match entered.unwrap_or(Err(CloseCode::Stopping)) {
+            Ok(()) => {
+                drop((slot, unproven));
+                self.serve_accepted(lane, key, &connection).await;
             }
-            Verdict::Join => {
-                drop(slot);
-                let join = rpc::serve_join(&self.server, key, &connection);
-                let stop = &self.server.stop;
-                if stop.run_until_cancelled(join).await.is_none() {
-                    close(&connection, CloseCode::Stopping);
-                }
-            }
-            Verdict::Mesh => {
-                if self.enter(lane, key, &connection, until).await {
-                    drop((slot, unproven));
-                    self.serve(lane, key, &connection).await;
-                }
-            }
-            Verdict::Vouch => {
-                let code = timeout_at(until, self.vouch(key)).await;
-                if let Err(code) = code.unwrap_or(Err(CloseCode::NotMember)) {
-                    self.server.complaints.about(key, code);
-                    return close(&connection, code);
-                }
-                if self.enter(lane, key, &connection, until).await {
-                    drop((slot, unproven));
-                    self.serve_vouched(lane, key, &connection).await;
-                }
-            }
+            Err(code) => self.turn_away(lane, key, &connection, code),
         }
     }
 
-    /// Asks the voucher about an unknown key, and lets it in for a while if it is a member's.
-    async fn vouch(&self, key: NodeKey) -> Result<(), CloseCode> {
-        let Ok(_place) = self.vouching.try_acquire() else {
-            return Err(CloseCode::Crowded);
-        };
-        self.peers.vouch(key, self.server.limits.vouched).await
-    }
-
-    /// Answers a peer that is not on this node's own list, and asks about it again now and then
-    /// until it is.
-    async fn serve_vouched(&self, lane: Lane, key: NodeKey, connection: &Connection) {
-        let doubt = async {
-            loop {
-                sleep(self.server.limits.vouched).await;
-                if self.peers.membership().members.contains(&key) {
-                    return pending().await;
-                }
-                if let Err(code) = self.vouch(key).await {
-                    return code;
-                }
-            }
-        };
-        tokio::select! {
-            () = self.serve(lane, key, connection) => {}
-            code = doubt => {
-                close(connection, code);
-                self.peers.forget(key, lane, connection);
-            }
-        }
-    }
-
-    /// Lets a member in once it has said hello; if it has not, the connection is closed by name.
+    /// Lets a member in once it has said hello.
     async fn enter(
         &self,
         lane: Lane,
         key: NodeKey,
         connection: &Connection,
+        verdict: Verdict,
         until: Instant,
-    ) -> bool {
+    ) -> Result<(), CloseCode> {
+        match verdict {
+            Verdict::Close(code) => return Err(code),
+            Verdict::Vouch => self.vouch(key, until).await?,
+            Verdict::Mesh | Verdict::Join => {}
+        }
         let welcome = self.welcome(lane, key, connection);
-        let outcome = timeout_at(until, welcome).await;
-        let Err(code) = outcome.unwrap_or(Err(CloseCode::HelloExpected)) else {
-            return true;
-        };
+        let welcomed = timeout_at(until, welcome).await;
+        welcomed.unwrap_or(Err(CloseCode::HelloExpected))
+    }
+
+    /// Closes by name what did not get in, and says so in the log.
+    fn turn_away(&self, lane: Lane, key: NodeKey, connection: &Connection, code: CloseCode) {
         // A dialler that gave up did nothing wrong.
-        if connection.close_reason().is_none() {
-            self.server.complaints.about(key, code);
+        if code != CloseCode::Stopping && connection.close_reason().is_none() {
+            let who = if self.peers.membership().members.contains(&key) {
+                Subject::Peer(key)
+            } else {
+                Subject::Address(connection.remote_address().ip())
+            };
+            self.server.complaints.about(who, code);
         }
         close(connection, code);
-        false
+        self.peers.forget(key, lane, connection);
+    }
+
+    async fn serve_joiner(&self, key: NodeKey, connection: &Connection) {
+        let join = rpc::serve_join(&self.server, key, connection);
+        let stop = &self.server.stop;
+        if stop.run_until_cancelled(join).await.is_none() {
+            close(connection, CloseCode::Stopping);
+        }
+    }
+
+    /// Asks the voucher about an unknown key, and lets it in for a while if it is a member's.
+    async fn vouch(&self, key: NodeKey, until: Instant) -> Result<(), CloseCode> {
+        let Ok(_place) = self.vouching.try_acquire() else {
+            return Err(CloseCode::Crowded);
+        };
+        let vouch = self.peers.vouch(key, self.server.limits.vouched);
+        let vouched = timeout_at(until, vouch).await;
+        vouched.unwrap_or(Err(CloseCode::NotMember))
+    }
+
+    /// Answers a peer that this node did not dial. As long as it is not on this node's own list, it
+    /// is asked about again now and then.
+    async fn serve_accepted(&self, lane: Lane, key: NodeKey, connection: &Connection) {
+        tokio::select! {
+            () = self.serve(lane, key, connection) => {}
+            code = self.doubt(key) => self.turn_away(lane, key, connection, code),
+        }
+    }
+
+    /// Why a peer must go that was vouched for and did not get onto the list.
+    async fn doubt(&self, key: NodeKey) -> CloseCode {
+        let limits = self.server.limits;
+        while !self.peers.membership().members.contains(&key) {
+            sleep(limits.vouched).await;
+            if self.peers.membership().members.contains(&key) {
+                break;
+            }
+            let until = Instant::now() + limits.handshake;
+            match self.vouch(key, until).await {
+                // Too many others are being asked about just now.
+                Ok(()) | Err(CloseCode::Crowded) => {}
+                Err(code) => return code,
+            }
+        }
+        // From here on the list decides.
+        pending().await
     }
 
     /// Hears the hello, enters the connection in the table, then answers: once the dialler knows

@@ -23,7 +23,7 @@ use super::wire::{Reply, Request, STREAM_FRAME_BYTES};
 use super::{Call, Method, Router, RpcError, Service};
 use crate::bulk::pace::Paces;
 use crate::close::CloseCode;
-use crate::complaints::Complaints;
+use crate::complaints::{Complaints, Subject};
 use crate::endpoint::Lane;
 use crate::join::JoinChannel;
 use crate::limits::{JOIN_ANSWER_BYTES, JOIN_FRAME_BYTES, Limits, MAX_CALL};
@@ -258,7 +258,11 @@ impl Line {
     /// Ends a stream by name. A caller that gave up did nothing wrong.
     fn refuse(&self, stream: Stream, code: CloseCode) {
         if code != CloseCode::Cancelled {
-            self.server.complaints.about(self.peer, code);
+            let who = match self.caller {
+                Caller::Member => Subject::Peer(self.peer),
+                Caller::Joiner => Subject::Address(self.connection.remote_address().ip()),
+            };
+            self.server.complaints.about(who, code);
         }
         stream.refuse(code);
     }

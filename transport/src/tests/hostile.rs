@@ -207,7 +207,7 @@ async fn a_member_that_never_says_hello_is_closed_when_the_handshake_s_time_is_u
 }
 
 #[tokio::test]
-async fn the_bulk_lane_serves_nothing_but_a_ping_yet() {
+async fn the_bulk_lane_answers_no_call_but_a_ping() {
     let node = start(&identity(), Limits::default());
     node.register(SERVICE, Echo);
     let member = identity();

@@ -106,6 +106,27 @@ async fn an_unknown_key_is_let_in_when_a_known_peer_vouches_for_it() {
     three.stop().await;
 }
 
+/// The second lane comes in on the first one's word, and goes with it.
+#[tokio::test]
+async fn a_key_that_is_no_longer_vouched_for_loses_both_lanes() {
+    let three = three().await;
+    let (behind, new) = (&three.behind, &three.new);
+    let mut connections = Vec::new();
+    for lane in [Lane::Control, Lane::Bulk] {
+        new.connect(lane, address(behind, lane), behind.key(), deadline())
+            .await
+            .expect("vouched for");
+        connections.push(new.connection(lane, behind.key()).expect("connected"));
+    }
+    let list = members(3, &[behind.key(), three.knows.key()]);
+    three.knows.set_membership(list);
+    for connection in &connections {
+        assert_eq!(close_code(connection).await, CloseCode::NotMember);
+    }
+    assert!(!behind.is_connected(Lane::Bulk, new.key()));
+    three.stop().await;
+}
+
 #[tokio::test]
 async fn a_key_that_nobody_vouches_for_stays_out() {
     let three = three().await;
