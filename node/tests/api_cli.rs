@@ -6,7 +6,7 @@ mod api_world;
 
 use std::process::{Output, Stdio};
 
-use api_world::{Fate, KEY, World};
+use api_world::{ADMIN_KEY, Fate, KEY, World};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
@@ -15,6 +15,7 @@ use tokio::process::Command;
 struct Terminal {
     world: World,
     home: tempfile::TempDir,
+    key: &'static str,
 }
 
 impl Terminal {
@@ -22,6 +23,15 @@ impl Terminal {
         Self {
             world: World::new().await,
             home: tempfile::tempdir().expect("a directory"),
+            key: KEY,
+        }
+    }
+
+    /// One with an administrator's key.
+    async fn admin() -> Self {
+        Self {
+            key: ADMIN_KEY,
+            ..Self::new().await
         }
     }
 
@@ -34,7 +44,7 @@ impl Terminal {
                 "WRENN_BASE_URL",
                 format!("http://{}/api/", self.world.address),
             )
-            .env("WRENN_API_KEY", KEY)
+            .env("WRENN_API_KEY", self.key)
             .env_remove("WRENN_DEV_DIR")
             .stdin(Stdio::null())
             .kill_on_drop(true);
@@ -105,12 +115,7 @@ async fn a_capsule_is_created_shown_listed_and_destroyed() {
         serde_json::json!([])
     );
     assert!(terminal.ok(&["template", "ls"]).await.contains("minimal"));
-    assert!(
-        terminal
-            .ok(&["node", "ls"])
-            .await
-            .contains("voter (leader)")
-    );
+    assert!(terminal.ok(&["node", "ls"]).await.contains("voter  yes"));
 }
 
 #[tokio::test]
@@ -326,4 +331,106 @@ async fn a_local_key_goes_to_no_other_node() {
     let other = run(&["--url", "http://127.0.0.1:1", "capsule", "ls"]).await;
     assert_eq!(other.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&other.stderr).contains("no API key"));
+}
+
+#[tokio::test]
+async fn a_token_is_one_line_that_can_be_run() {
+    let terminal = Terminal::admin().await;
+    let line = terminal
+        .ok(&["token", "create", "--ttl", "90s", "--uses", "2"])
+        .await;
+    assert!(
+        line.starts_with("wrenn node start --join secret-of-tok-"),
+        "{line}"
+    );
+    assert_eq!(line.lines().count(), 1);
+    let listed = terminal.json(&["token", "ls"]).await;
+    let id = listed[0]["id"].as_str().unwrap();
+    assert_eq!(listed[0]["uses_left"], 2);
+    terminal.ok(&["token", "revoke", id]).await;
+    let table = terminal.ok(&["token", "ls"]).await;
+    assert!(table.contains(id) && table.contains("revoked"), "{table}");
+    assert!(!table.contains("secret-of"));
+    terminal
+        .fails(2, &["token", "create", "--role", "host"])
+        .await;
+    terminal
+        .fails(2, &["token", "revoke", "../nodes/here"])
+        .await;
+
+    let team = Terminal::new().await;
+    let complaint = team.fails(1, &["token", "create"]).await;
+    assert!(complaint.contains("administrator") && complaint.contains("hint: "));
+}
+
+#[tokio::test]
+async fn nodes_are_cared_for_by_name() {
+    let terminal = Terminal::admin().await;
+    let table = terminal.ok(&["node", "ls"]).await;
+    let headings = [
+        "NAME",
+        "ADDRESS",
+        "ROLE",
+        "LEADER",
+        "VERSION",
+        "STATE",
+        "LAST SEEN",
+    ];
+    assert!(headings.iter().all(|it| table.contains(it)), "{table}");
+    terminal.ok(&["node", "cordon", "here"]).await;
+    assert!(
+        terminal
+            .ok(&["node", "ls"])
+            .await
+            .contains("alive, cordoned")
+    );
+    let tagged = terminal
+        .json(&["node", "tag", "here", "zone=a", "rack=7"])
+        .await;
+    assert_eq!(tagged["tags"]["rack"], "7");
+    let tagged = terminal.json(&["node", "tag", "here", "rack-"]).await;
+    assert_eq!(tagged["tags"], serde_json::json!({"zone": "a"}));
+    let drained = terminal.json(&["node", "drain", "here"]).await;
+    assert_eq!(drained["node"]["draining"], true);
+    terminal.ok(&["node", "uncordon", "here"]).await;
+
+    let complaint = terminal.fails(1, &["node", "remove", "here"]).await;
+    assert!(complaint.contains("last node"), "{complaint}");
+    let complaint = terminal.fails(1, &["node", "cordon", "nobody"]).await;
+    assert!(complaint.contains("nobody"), "{complaint}");
+    terminal.fails(2, &["node", "cordon", "../tokens"]).await;
+}
+
+#[tokio::test]
+async fn a_drain_that_runs_out_of_time_fails_and_says_what_to_do() {
+    let terminal = Terminal::admin().await;
+    let id = terminal.capsule().await;
+    let args = ["node", "drain", "here", "--timeout", "0s"];
+    let complaint = terminal.fails(1, &args).await;
+    assert!(complaint.contains("1 capsules") && complaint.contains("--stop-capsules"));
+    terminal
+        .ok(&["node", "drain", "here", "--stop-capsules"])
+        .await;
+    let ended = terminal.json(&["capsule", "get", &id]).await;
+    assert_eq!(ended["status"], "stopped");
+}
+
+#[tokio::test]
+async fn settings_of_the_cluster_are_shown_and_set() {
+    let terminal = Terminal::admin().await;
+    let shown = terminal.ok(&["cluster", "get"]).await;
+    assert!(
+        shown.contains("leader") && shown.contains("max_voters"),
+        "{shown}"
+    );
+    let set = ["cluster", "set", "max_voters=3", "lease_grace_sec=1m"];
+    let settings = terminal.json(&set).await["settings"].clone();
+    assert_eq!(
+        (&settings["max_voters"], &settings["lease_grace_sec"]),
+        (&3.into(), &60.into())
+    );
+    terminal.fails(1, &["cluster", "set", "max_voters=4"]).await;
+    terminal
+        .fails(2, &["cluster", "set", "max_voters=many"])
+        .await;
 }

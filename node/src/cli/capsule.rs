@@ -94,6 +94,15 @@ pub(super) struct Create {
     /// A label; may be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
+    /// What becomes of it when its host is lost: wait for the host, or restart from the template.
+    #[arg(long, value_name = "wait|restart")]
+    on_host_loss: Option<String>,
+    /// A tag that its node must have; may be repeated.
+    #[arg(long = "node-tag", value_name = "KEY=VALUE", value_parser = pair)]
+    node_tags: Vec<(String, String)>,
+    /// The only node that may run it, by id or name.
+    #[arg(long = "node", value_name = "NODE")]
+    on_node: Option<String>,
     /// Do not wait until it runs.
     #[arg(long)]
     no_wait: bool,
@@ -167,12 +176,16 @@ pub(super) fn path(id: &str) -> Result<String, CliError> {
 async fn create(global: &Global, client: &Client, request: Create) -> Result<(), CliError> {
     let deadline = Instant::now() + request.wait;
     let metadata: BTreeMap<_, _> = request.metadata.into_iter().collect();
+    let node_tags: BTreeMap<_, _> = request.node_tags.into_iter().collect();
     let body = json!({
         "template": request.template,
         "vcpus": request.vcpus,
         "memory_mb": request.memory,
         "timeout_sec": request.timeout.map(|timeout| timeout.as_secs()),
         "metadata": metadata,
+        "on_host_loss": request.on_host_loss,
+        "node_tags": node_tags,
+        "on_node": request.on_node,
     });
     let asked = client.call(Method::POST, "/v1/capsules", Some(body));
     let mut capsule = print::progress("creating the capsule", asked).await?;
@@ -342,8 +355,8 @@ async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(),
     print::json(&capsules.into())
 }
 
-/// How long ago, in words as long as needed.
-fn age(created_at: &str) -> String {
+/// How long ago an instant was, in words as long as needed; empty for none.
+pub(super) fn age(created_at: &str) -> String {
     let Ok(then) = created_at.parse::<Timestamp>() else {
         return String::new();
     };
@@ -358,7 +371,8 @@ fn age(created_at: &str) -> String {
     }
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+/// A key and its value.
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("expected KEY=VALUE")?;
     if key.is_empty() {
         return Err("the key is empty".into());
@@ -367,7 +381,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
 }
 
 /// A time with its unit, or a number of seconds.
-fn period(text: &str) -> Result<Duration, String> {
+pub(super) fn period(text: &str) -> Result<Duration, String> {
     if let Ok(seconds) = text.parse() {
         return Ok(Duration::from_secs(seconds));
     }

@@ -190,7 +190,10 @@ fn advice(code: &str) -> Option<&'static str> {
         "unauthorized" => Some("give --api-key or WRENN_API_KEY; `wrenn dev env` prints them"),
         "not_found" => Some("`wrenn capsule ls` and `wrenn template ls` show what there is"),
         "invalid_state" => Some("`wrenn capsule get ID` shows where it stands"),
-        "no_hosts_available" => Some("`wrenn node ls` shows what is taken; destroy a capsule"),
+        "no_hosts_available" => Some("`wrenn node ls` shows what is taken and who takes nothing"),
+        "no_quorum" => Some("`wrenn cluster get` shows who votes; most of them must be up"),
+        "host_unavailable" => Some("`wrenn node ls` shows which nodes are away"),
+        "forbidden" => Some("the cluster's first API key may; it lies in its founder's data"),
         "agent_error" => Some("`wrenn capsule logs ID` shows the guest's console"),
         _ => None,
     }

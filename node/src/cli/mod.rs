@@ -1,12 +1,13 @@
 //! The command line: one file per noun.
 //!
-//! Everything but `node start`, `dev` and `doctor` is a client of the public interface. What those
+//! Everything but `node start` and its like, `dev` and `doctor` is a client of the public interface. What those
 //! three need of the node itself comes in as [`Hooks`], joined in `main.rs`. Standard output
 //! carries answers only; progress and errors go to standard error. Exit codes: 0 done, 1 failed,
 //! 2 wrong usage; `capsule exec` passes the command's own, and 124 when its time ran out.
 
 mod capsule;
 mod client;
+mod cluster;
 mod completions;
 mod copy;
 mod dev;
@@ -14,9 +15,11 @@ mod doctor;
 mod error;
 mod find;
 mod node;
+mod nodes;
 mod print;
 mod shell;
 mod template;
+mod token;
 
 use std::error::Error;
 use std::path::Path;
@@ -78,9 +81,15 @@ enum Command {
     /// Show templates.
     #[command(subcommand)]
     Template(template::Command),
-    /// Run a node, and show the nodes of the cluster.
+    /// Run a node, and care for the nodes of the cluster.
     #[command(subcommand)]
     Node(node::Command),
+    /// Let further hosts join the cluster.
+    #[command(subcommand)]
+    Token(token::Command),
+    /// Show the cluster, and change its settings.
+    #[command(subcommand)]
+    Cluster(cluster::Command),
     /// Check whether this machine can run a node, and fix what can be fixed safely.
     Doctor(Box<doctor::Options>),
     /// Run a cluster on this machine for development.
@@ -108,10 +117,9 @@ fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
     match command {
         Command::Completions(options) => completions::run(&options, Cli::command()),
         Command::Doctor(options) => doctor::run(hooks, &global, *options),
-        Command::Node(node::Command::Start(options)) => node::start(hooks, *options),
-        Command::Node(node::Command::Config(options)) => node::show_config(*options),
-        Command::Node(node::Command::CleanUp { data_dir }) => node::clean_up(hooks, &data_dir),
-        Command::Node(node::Command::Ls) => wait_for(async { node::ls(&global).await }),
+        Command::Node(command) => node::run(hooks, &global, command),
+        Command::Token(command) => wait_for(token::run(&global, command)),
+        Command::Cluster(command) => wait_for(cluster::run(&global, command)),
         Command::Capsule(command) => wait_for(capsule::run(&global, command)),
         Command::Template(command) => wait_for(template::run(&global, command)),
         Command::Dev(command) => wait_for(dev::run(hooks, &global, command)),

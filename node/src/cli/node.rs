@@ -6,11 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use http::Method;
-use serde_json::Value;
 
 use super::error::{CliError, chain};
-use super::{Global, Hooks, find, print};
+use super::{Global, Hooks, find, nodes, print, wait_for};
 use crate::config::{
     AcceleratorChoice, Cidr, Config, JoinToken, Period, Tag, VmmChoice, Written, WrittenCapacity,
 };
@@ -22,6 +20,16 @@ pub(super) enum Command {
     Start(Box<Settings>),
     /// List the nodes of the cluster.
     Ls,
+    /// Let a node take no new capsules. Those it has stay.
+    Cordon(nodes::One),
+    /// Let a node take capsules again; ends a drain as well.
+    Uncordon(nodes::One),
+    /// Empty a node: it takes nothing new, hands its vote over, and its capsules end.
+    Drain(nodes::Drain),
+    /// Take a node out of the cluster for good.
+    Remove(nodes::Remove),
+    /// Change a node's tags, which capsules may ask for.
+    Tag(nodes::Retag),
     /// End everything a stopped node left running on this machine: capsules, VMMs, networks.
     CleanUp {
         /// Where the node keeps its state.
@@ -33,7 +41,7 @@ pub(super) enum Command {
 }
 
 /// Ends everything a stopped node left running.
-pub(super) fn clean_up(hooks: Hooks, data_dir: &Path) -> Result<ExitCode, CliError> {
+fn clean_up(hooks: Hooks, data_dir: &Path) -> Result<ExitCode, CliError> {
     (hooks.clean_up)(data_dir).map_err(|err| CliError::new(chain(&*err)))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -164,8 +172,23 @@ impl Settings {
     }
 }
 
+/// Does it.
+pub(super) fn run(hooks: Hooks, global: &Global, command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Start(options) => start(hooks, *options),
+        Command::Config(options) => show_config(*options),
+        Command::CleanUp { data_dir } => clean_up(hooks, &data_dir),
+        Command::Ls => wait_for(nodes::ls(global)),
+        Command::Cordon(one) => wait_for(nodes::cordon(global, &one, true)),
+        Command::Uncordon(one) => wait_for(nodes::cordon(global, &one, false)),
+        Command::Drain(options) => wait_for(nodes::drain(global, &options)),
+        Command::Remove(options) => wait_for(nodes::remove(global, &options)),
+        Command::Tag(options) => wait_for(nodes::tag(global, &options)),
+    }
+}
+
 /// Runs a node.
-pub(super) fn start(hooks: Hooks, options: Settings) -> Result<ExitCode, CliError> {
+fn start(hooks: Hooks, options: Settings) -> Result<ExitCode, CliError> {
     if options.detach {
         // Fails only where the process leads its group already, which is detached enough.
         let _leads_already = nix::unistd::setsid();
@@ -178,60 +201,10 @@ pub(super) fn start(hooks: Hooks, options: Settings) -> Result<ExitCode, CliErro
 }
 
 /// Shows the configuration.
-pub(super) fn show_config(options: Settings) -> Result<ExitCode, CliError> {
+fn show_config(options: Settings) -> Result<ExitCode, CliError> {
     let config = options.into_config()?;
     let json = serde_json::to_value(config)
         .map_err(|err| CliError::from_error("print the configuration", &err))?;
     print::json(&json)?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// Lists the nodes.
-pub(super) async fn ls(global: &Global) -> Result<ExitCode, CliError> {
-    let all = global
-        .client()?
-        .call(Method::GET, "/v1/nodes", None)
-        .await?;
-    if global.json {
-        print::json(&all)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let headings = [
-        "ID",
-        "NAME",
-        "ROLE",
-        "ALIVE",
-        "VMM",
-        "CAPSULES",
-        "VCPUS",
-        "MEMORY MIB",
-        "URL",
-    ];
-    let rows: Vec<_> = all.as_array().into_iter().flatten().map(row).collect();
-    print::table(&headings, &rows)?;
-    Ok(ExitCode::SUCCESS)
-}
-
-fn row(node: &Value) -> Vec<String> {
-    let used = |key: &str| {
-        let (reserved, capacity) = (&node["reserved"][key], &node["capacity"][key]);
-        format!("{reserved}/{capacity}")
-    };
-    let is = |key: &str| node[key].as_bool().unwrap_or(false);
-    let leads = if is("leader") { " (leader)" } else { "" };
-    vec![
-        print::text(node, "id"),
-        print::text(node, "name"),
-        format!("{}{leads}", print::text(node, "role")),
-        if is("alive") { "yes" } else { "no" }.into(),
-        format!(
-            "{} {}",
-            print::text(node, "vmm"),
-            print::text(node, "accelerator")
-        ),
-        used("capsules"),
-        used("vcpus"),
-        used("memory_mb"),
-        print::text(node, "url"),
-    ]
 }
