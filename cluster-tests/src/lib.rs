@@ -7,4 +7,5 @@
 
 pub mod client;
 pub mod leaks;
+pub mod sim;
 pub mod world;
