@@ -33,28 +33,4 @@ pub enum Bug {
     DemotesBelowQuorum,
     /// A node that lost its disk votes under its old id.
     WipedDiskVotes,
-    /// A vote is forgotten in a crash.
-    VoteForgotten,
-}
-
-impl Bug {
-    /// Every bug there is.
-    pub const ALL: [Self; 16] = [
-        Self::StaleReportCounts,
-        Self::LeaseCountedFromReceipt,
-        Self::NoMargins,
-        Self::NewLeaderDoesNotWait,
-        Self::GrantsWithoutQuorum,
-        Self::GrantsToTheMissing,
-        Self::GrantCountsBeforeCaughtUp,
-        Self::ShimIgnoresLease,
-        Self::RestartableRunsUnbound,
-        Self::SoleVoterStaysUnlimited,
-        Self::ReservationsIgnored,
-        Self::CreateNotIdempotent,
-        Self::AcknowledgedBeforeCommit,
-        Self::DemotesBelowQuorum,
-        Self::WipedDiskVotes,
-        Self::VoteForgotten,
-    ];
 }

@@ -55,6 +55,30 @@ pub(crate) enum Mail {
     },
 }
 
+impl Mail {
+    /// The same, without the part of the log it brings: what a node hears whose peers are there
+    /// while the log itself is stuck behind something larger.
+    pub(crate) fn without_entries(self) -> Self {
+        match self {
+            Self::Log(Message::Append {
+                term, prev, probe, ..
+            }) => Self::Log(Message::Append {
+                term,
+                prev,
+                entries: Vec::new(),
+                commit: 0,
+                probe,
+            }),
+            Self::Pulled { after, leader, .. } => Self::Pulled {
+                after,
+                entries: Vec::new(),
+                leader,
+            },
+            other => other,
+        }
+    }
+}
+
 /// What a daemon may touch while it handles one event.
 pub(crate) struct Context<'a> {
     pub(crate) now: Ms,
@@ -425,7 +449,7 @@ impl Daemon {
             return;
         }
         self.seen_epochs.insert(id, record.epoch);
-        let ready_at = context.now + context.rng.within(100, 3000);
+        let ready_at = context.now + context.rng.within(200, 6000);
         let guest = Guest {
             epoch: record.epoch,
             bound,

@@ -8,6 +8,10 @@ use super::Ms;
 use super::bugs::Bug;
 use super::rng::Rng;
 
+/// How slow a link that fades becomes, and after what time nothing gets out.
+const FADED: Ms = 4000;
+const FADE_AFTER: Ms = 2000;
+
 /// One misfortune.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
@@ -23,7 +27,9 @@ pub(crate) enum Fault {
     Cut(BTreeSet<NodeId>, BTreeSet<NodeId>, bool, Ms),
     /// Messages to a node take up to this long, for this long.
     Slow(NodeId, Ms, Ms),
-    /// The log does not reach a node, everything else does.
+    /// A node's link becomes slow, and two seconds later nothing of it gets out any more.
+    Fade(NodeId, Vec<NodeId>, Ms),
+    /// The log's entries do not reach a node, everything else does.
     Starve(NodeId, Ms),
     /// Messages are lost in so many of a thousand cases, for this long.
     Loss(u64, Ms),
@@ -35,15 +41,16 @@ impl Fault {
         let node = *rng.pick(nodes);
         let short = rng.within(100, 3000);
         let long = rng.within(2000, 25_000);
-        match rng.within(0, 11) {
+        match rng.within(0, 13) {
             0 | 1 => Self::Crash(node, if rng.chance(500) { short } else { long }),
             2 if bug == Some(Bug::WipedDiskVotes) => Self::Wipe(node, short),
-            2 => Self::LoseHost(node, long),
+            2 | 12 => Self::LoseHost(node, long),
             3 | 4 => Self::Pause(node, if rng.chance(500) { short } else { long }),
             5 | 6 => Self::isolate(node, nodes, rng.chance(500), long),
             7 | 8 => Self::split(rng, nodes, long),
             9 => Self::Slow(node, rng.within(500, 4000), long),
-            10 => Self::Starve(node, long),
+            10 => Self::Starve(node, long + 5000),
+            11 => Self::Fade(node, nodes.to_vec(), long),
             _ => Self::Loss(rng.within(50, 400), long),
         }
     }
@@ -70,8 +77,8 @@ impl Fault {
 /// The network between the nodes.
 #[derive(Debug, Default)]
 pub(crate) struct Net {
-    /// Directed links that are cut, and until when.
-    cut: BTreeMap<(NodeId, NodeId), Ms>,
+    /// Directed links that are cut, from when until when.
+    cut: BTreeMap<(NodeId, NodeId), (Ms, Ms)>,
     slow: BTreeMap<NodeId, (Ms, Ms)>,
     starved: BTreeMap<NodeId, Ms>,
     loss: (u64, Ms),
@@ -85,10 +92,17 @@ impl Net {
                     .iter()
                     .flat_map(|one| to.iter().map(move |other| (one, other)))
                 {
-                    self.cut.insert((*one, *other), now + last);
+                    self.cut.insert((*one, *other), (now, now + last));
                     if *both {
-                        self.cut.insert((*other, *one), now + last);
+                        self.cut.insert((*other, *one), (now, now + last));
                     }
+                }
+            }
+            Fault::Fade(node, others, last) => {
+                self.slow.insert(*node, (FADED, now + last));
+                for other in others {
+                    let cut = (now + FADE_AFTER, now + FADE_AFTER + last);
+                    self.cut.insert((*node, *other), cut);
                 }
             }
             Fault::Slow(node, up_to, last) => {
@@ -98,6 +112,9 @@ impl Net {
                 self.starved.insert(*node, now + last);
             }
             Fault::Loss(permille, last) => self.loss = (*permille, now + last),
+            Fault::LoseHost(node, last) if last % 2 == 0 => {
+                self.starved.insert(*node, now + last + 6000);
+            }
             Fault::Crash(..) | Fault::LoseHost(..) | Fault::Wipe(..) | Fault::Pause(..) => {}
         }
     }
@@ -106,22 +123,20 @@ impl Net {
         *self = Self::default();
     }
 
+    /// Whether the log does not reach a node.
+    pub(crate) fn starves(&self, node: NodeId, now: Ms) -> bool {
+        self.starved.get(&node).is_some_and(|until| now < *until)
+    }
+
     /// How long a message takes, or `None` where it is lost.
-    pub(crate) fn carry(
-        &self,
-        rng: &mut Rng,
-        now: Ms,
-        from: NodeId,
-        to: NodeId,
-        is_log: bool,
-    ) -> Option<Ms> {
+    pub(crate) fn carry(&self, rng: &mut Rng, now: Ms, from: NodeId, to: NodeId) -> Option<Ms> {
         if from == to {
             return Some(0);
         }
-        let cut = self.cut.get(&(from, to)).is_some_and(|until| now < *until);
-        let starved = is_log && self.starved.get(&to).is_some_and(|until| now < *until);
+        let cut = self.cut.get(&(from, to));
+        let cut = cut.is_some_and(|(since, until)| (*since..*until).contains(&now));
         let lost = now < self.loss.1 && rng.chance(self.loss.0);
-        if cut || starved || lost {
+        if cut || lost {
             return None;
         }
         let slow = self.slow.get(&to).filter(|(_, until)| now < *until);

@@ -14,7 +14,7 @@ use super::daemon::{Context, Daemon, Mail};
 use super::log::{Body, Members, Message};
 
 /// How often the leader looks at leases and members.
-const LEAD_EVERY: Ms = 500;
+const LEAD_EVERY: Ms = 200;
 
 /// The memory of one term of leadership.
 #[derive(Debug)]

@@ -24,8 +24,8 @@ use super::rng::Rng;
 const TICK: Ms = 100;
 /// How long a client waits before it asks another node.
 const CLIENT_PATIENCE: Ms = 2000;
-/// The longest time a shim's look is late, as a share of the freeze-ahead that covers it.
-const STALL_PERCENT: u64 = 80;
+/// The longest time a shim's look is late: nearly what freeze-ahead and margin cover together.
+const STALL: Ms = 950;
 /// Lines of history that a violation shows.
 const NOTES: usize = 60;
 
@@ -44,6 +44,10 @@ pub struct Setup {
     pub rest_s: u64,
     /// How many learners there may be.
     pub max_learners: usize,
+    /// By how many millionths a clock may run wrong, either way.
+    pub drift_ppm: u32,
+    /// The lease's grace; `None` lets chance choose.
+    pub grace_s: Option<u64>,
 }
 
 /// What a simulation that went well went through.
@@ -158,7 +162,8 @@ pub fn run(setup: Setup) -> Result<Summary, Violation> {
 impl World {
     fn new(setup: Setup) -> Self {
         let mut rng = Rng::new(setup.seed);
-        let grace = Duration::from_secs(*rng.pick(&[0, 0, 2, 8]));
+        let drawn = *rng.pick(&[0, 0, 2, 8]);
+        let grace = Duration::from_secs(setup.grace_s.unwrap_or(drawn));
         let times = LeaseTimes::new(Duration::from_secs(4), grace).unwrap_or_default();
         Self {
             setup,
@@ -250,11 +255,12 @@ impl World {
     fn install(&mut self, record: Node, disk: Disk) {
         let id = record.id;
         self.oracle.capacity.insert(id, record.capacity);
+        let drift = u64::from(self.setup.drift_ppm);
         let body = Body {
             record,
             ahead: self.rng.within(0, 1_000_000),
-            // Two clocks differ by at most 0.8 %: within what the margin is made for.
-            drift_ppm: i64::try_from(self.rng.within(0, 8000)).unwrap_or(0) - 4000,
+            drift_ppm: i64::try_from(self.rng.within(0, 2 * drift)).unwrap_or(0)
+                - i64::from(self.setup.drift_ppm),
             guests: BTreeMap::new(),
             lease: None,
         };
@@ -324,8 +330,12 @@ impl World {
     }
 
     fn send(&mut self, from: NodeId, to: NodeId, mail: Mail) {
-        let is_log = matches!(mail, Mail::Log(_) | Mail::Pulled { .. });
-        if let Some(wait) = self.net.carry(&mut self.rng, self.now, from, to, is_log) {
+        let mail = if self.net.starves(to, self.now) {
+            mail.without_entries()
+        } else {
+            mail
+        };
+        if let Some(wait) = self.net.carry(&mut self.rng, self.now, from, to) {
             self.after(wait, Event::Mail(from, to, Box::new(mail)));
         }
     }
@@ -351,7 +361,7 @@ impl World {
         let slow = if self.setup.nodes > 50 { 5 } else { 1 };
         let wait = self.rng.within(TICK * slow * 9 / 10, TICK * slow * 11 / 10);
         self.after(wait, Event::Tick(id, run));
-        self.check_guests();
+        self.check_guests(id);
     }
 
     /// The shims of a machine look at their lease and their guests, now and then late.
@@ -366,15 +376,14 @@ impl World {
         };
         machine.body.watch(now, times, bug);
         machine.body.progress(now);
-        let most = u64::try_from(times.ttl().as_millis()).unwrap_or(0) / 5 * STALL_PERCENT / 100;
         let wait = if self.rng.chance(100) {
-            self.rng.within(TICK, most)
+            self.rng.within(TICK, STALL)
         } else {
             TICK
         };
         let wait = if self.setup.nodes > 50 { 1000 } else { wait };
         self.after(wait, Event::Watch(id, run));
-        self.check_guests();
+        self.check_guests(id);
     }
 
     fn deliver(&mut self, from: NodeId, to: NodeId, mail: Box<Mail>) {
@@ -415,10 +424,7 @@ impl World {
         };
         machine.run += 1;
         let run = machine.run;
-        let mut disk = std::mem::take(&mut machine.disk);
-        if self.setup.bug == Some(Bug::VoteForgotten) {
-            disk.voted_for = None;
-        }
+        let disk = std::mem::take(&mut machine.disk);
         self.with(id, |daemon, context| {
             *daemon = Some(Daemon::start(id, disk, context))
         });
@@ -468,7 +474,11 @@ impl World {
                     machine.paused_until = self.now + wait;
                 }
             }
-            Fault::Cut(..) | Fault::Slow(..) | Fault::Starve(..) | Fault::Loss(..) => {}
+            Fault::Cut(..)
+            | Fault::Fade(..)
+            | Fault::Slow(..)
+            | Fault::Starve(..)
+            | Fault::Loss(..) => {}
         }
         let wait = self.rng.within(500, 6000).min(self.faults_end - self.now);
         self.after(wait.max(1), Event::Fault);
@@ -624,10 +634,15 @@ impl World {
     }
 
     /// At most one guest of a sandbox runs, and none whose end was committed.
-    fn check_guests(&mut self) {
+    fn check_guests(&mut self, looked_at: NodeId) {
+        let looked_at = self.machines.get(&looked_at);
+        let idle = looked_at.is_none_or(|machine| machine.body.guests.is_empty());
+        if idle && self.oracle.ended.is_empty() {
+            return;
+        }
         let mut running: BTreeMap<SandboxId, NodeId> = BTreeMap::new();
         for (node, machine) in &self.machines {
-            for (id, guest) in machine.body.guests.iter().filter(|(_, guest)| guest.runs()) {
+            for (id, _) in machine.body.guests.iter().filter(|(_, guest)| guest.runs()) {
                 if let Some(other) = running.insert(*id, *node) {
                     self.oracle
                         .accuse(format!("{id} runs on {other} and on {node}"));
