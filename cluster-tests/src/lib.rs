@@ -9,4 +9,5 @@
 pub mod client;
 pub mod history;
 pub mod leaks;
+pub mod sim;
 pub mod world;
