@@ -7,6 +7,8 @@
     reason = "each test file uses a part of it"
 )]
 
+pub mod history;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

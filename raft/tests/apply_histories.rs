@@ -1,0 +1,371 @@
+//! What holds under any history of commands, checked after each of them.
+
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use proptest::strategy::ValueTree as _;
+use proptest::test_runner::TestRunner;
+use proto::epoch::Epoch;
+use proto::ids::{NodeId, NodeKey, SandboxId, TokenId};
+use world::history::{any_history, busy_world, token_of};
+use world::*;
+use wrenn_raft::apply::Applied;
+use wrenn_raft::command::{Command, Proposal, Receipt, Refusal, Verdict};
+use wrenn_raft::state::{HostLoss, Liveness, Node, Phase, Resources, RowKey, Sandbox, State};
+use wrenn_raft::wire;
+
+/// What cannot be seen from two states in a row.
+#[derive(Default)]
+struct Memory {
+    epochs: BTreeMap<SandboxId, Epoch>,
+    keys: BTreeMap<NodeId, NodeKey>,
+    removed: BTreeSet<NodeKey>,
+    redeemed: BTreeMap<TokenId, BTreeSet<NodeId>>,
+}
+
+/// One command and both sides of it.
+struct Step<'a> {
+    index: u64,
+    command: &'a Command,
+    applied: &'a Applied,
+    before: &'a State,
+    after: &'a State,
+}
+
+fn sum_of(state: &State, node: NodeId) -> Resources {
+    let held = state.sandboxes().filter(|it| it.owner == node);
+    held.filter(|it| it.phase.holds_resources())
+        .fold(Resources::default(), |sum, it| {
+            sum.plus(it.spec.resources())
+        })
+}
+
+/// Everything a node must be to be given a sandbox, spelled out once more.
+fn may_take(state: &State, node: &Node, sandbox: &Sandbox) -> bool {
+    let template = state.template(&sandbox.spec.template).expect("it is known");
+    let spec = &sandbox.spec;
+    node.liveness == Liveness::Alive
+        && !node.cordoned
+        && !node.draining
+        && (node.team.is_none() || node.team == Some(sandbox.team))
+        && (spec.on_node.is_none() || spec.on_node == Some(node.id))
+        && spec
+            .node_tags
+            .iter()
+            .all(|(k, v)| node.tags.get(k) == Some(v))
+        && node.templates.get(&spec.template) == Some(&template.digest)
+}
+
+impl Step<'_> {
+    fn check(&self, memory: &mut Memory) {
+        self.check_rows();
+        self.check_reservations();
+        for sandbox in self.after.sandboxes() {
+            self.check_sandbox(sandbox);
+            let newest = memory.epochs.entry(sandbox.id).or_default();
+            assert!(sandbox.epoch >= *newest, "the epoch of {} fell", sandbox.id);
+            *newest = sandbox.epoch;
+        }
+        self.check_nodes(memory);
+        self.check_tokens(memory);
+    }
+
+    /// What the derived copy relies on.
+    fn check_rows(&self) {
+        let changes = self.applied.touched.iter();
+        let changes = changes.map(|key| (key.encode(), self.after.row(key)));
+        let mut copy = self.before.clone();
+        copy.follow(changes).expect("own rows are readable");
+        assert!(
+            copy == *self.after,
+            "the touched rows are not all that changed"
+        );
+        let read = State::from_rows(self.after.rows()).expect("own rows are readable");
+        assert!(read == *self.after, "the state does not survive as rows");
+        if self.applied.answer.is_err() {
+            assert!(
+                self.before == self.after,
+                "a refused command changed something"
+            );
+            assert_eq!(self.applied.touched, []);
+        }
+        let changed = self.after.changes_since(self.before);
+        assert_eq!(changed.is_empty(), self.before == self.after);
+        for (key, _) in changed {
+            let told = self.applied.touched.iter().any(|it| it.encode() == key);
+            assert!(told, "a row changed and was not told");
+        }
+    }
+
+    fn check_reservations(&self) {
+        for node in self.after.nodes() {
+            assert_eq!(self.after.reserved(node.id), sum_of(self.after, node.id));
+            let held: Vec<_> = self.after.sandboxes_on(node.id).map(|it| it.id).collect();
+            let all = self.after.sandboxes().filter(|it| it.owner == node.id);
+            let all = all.filter(|it| it.phase.holds_resources());
+            assert_eq!(held, all.map(|it| it.id).collect::<Vec<_>>());
+        }
+        let ended = self
+            .after
+            .sandboxes()
+            .filter(|it| !it.phase.holds_resources());
+        let mut ended: Vec<_> = ended.map(|it| (it.updated_at, it.id)).collect();
+        ended.sort_unstable();
+        assert_eq!(self.after.ended_sandboxes().collect::<Vec<_>>(), ended);
+    }
+
+    fn check_sandbox(&self, sandbox: &Sandbox) {
+        if sandbox.phase.holds_resources() {
+            assert!(
+                self.after.node(sandbox.owner).is_some(),
+                "nobody is left who could end {}",
+                sandbox.id
+            );
+        }
+        let known = self.before.sandbox(sandbox.id);
+        if known.is_some_and(|known| known.epoch == sandbox.epoch) {
+            let owner = known.map(|known| known.owner);
+            assert_eq!(owner, Some(sandbox.owner), "another owner under one epoch");
+            return;
+        }
+        // Its ownership was given out by this command.
+        assert_eq!(sandbox.epoch, Epoch(self.index));
+        let owner = self.after.node(sandbox.owner).expect("given to a node");
+        assert!(
+            may_take(self.after, owner, sandbox),
+            "{owner:?} got {sandbox:?}"
+        );
+        let reserved = self.after.reserved(owner.id);
+        assert!(
+            owner.capacity.covers(reserved),
+            "{} is over-committed",
+            owner.id
+        );
+        if let Some(known) = known {
+            self.check_given_out_again(known);
+        }
+    }
+
+    /// Only what is bound to a lease, and only once that is certainly over.
+    fn check_given_out_again(&self, known: &Sandbox) {
+        assert_eq!(known.spec.on_host_loss, HostLoss::Restart);
+        assert!(known.phase.holds_resources(), "what ended stays ended");
+        let owner = self.before.node(known.owner).expect("it had one");
+        let lost_now = matches!(
+            (self.command, owner.liveness),
+            (
+                Command::JudgeNode { node, incarnation, verdict: Verdict::Lost },
+                Liveness::Missing { .. }
+            ) if *node == owner.id && *incarnation == owner.incarnation
+        );
+        assert!(lost_now, "{:?} gave {} out again", self.command, known.id);
+    }
+
+    fn check_nodes(&self, memory: &mut Memory) {
+        for node in self.before.nodes() {
+            if self.after.node(node.id).is_none() {
+                memory.removed.insert(node.key);
+                let again = self.after.removed_node(&node.key);
+                assert_eq!(again.map(|it| it.node), Some(node.id));
+            }
+        }
+        let mut names = BTreeSet::new();
+        for node in self.after.nodes() {
+            let first = *memory.keys.entry(node.id).or_insert(node.key);
+            assert_eq!(first, node.key, "{} changed hands", node.id);
+            assert!(!memory.removed.contains(&node.key), "a removed key is back");
+            assert!(
+                names.insert(&node.name),
+                "two nodes are called {}",
+                node.name
+            );
+            assert!(node.cordoned || !node.draining);
+            let found = self.after.node_by_key(&node.key).map(|it| it.id);
+            assert_eq!(found, Some(node.id), "two nodes have one key");
+        }
+        let full = |state: &State| state.nodes().any(|node| node.team.is_none());
+        assert!(full(self.after) || !full(self.before), "no member is left");
+    }
+
+    fn check_tokens(&self, memory: &mut Memory) {
+        let Command::RedeemToken { token, .. } = self.command else {
+            return;
+        };
+        if let Ok(Receipt::Admitted(id)) = self.applied.answer {
+            let joined = memory.redeemed.entry(*token).or_default();
+            joined.insert(id);
+            let uses = (0..u8::MAX).map(token_of).find(|it| it.id == *token);
+            let uses = uses.expect("all tokens are known").uses_left;
+            assert!(joined.len() <= usize::try_from(uses).expect("small"));
+            assert!(self.after.node(id).is_some(), "let in as nobody");
+        }
+    }
+}
+
+/// Applies a proposal three ways that must agree, and checks the step.
+fn play(world: &mut World, memory: &mut Memory, proposal: Proposal) {
+    let wire = Proposal::decode(&proposal.encode());
+    assert_eq!(wire, Ok(proposal.clone()));
+    let before = world.state.clone();
+    let mut reread = State::from_rows(before.rows()).expect("own rows are readable");
+    world.index += 1;
+    world.now = world.now.max(proposal.at);
+    let applied = world.state.apply(world.index, proposal.clone());
+    assert_eq!(reread.apply(world.index, proposal.clone()), applied);
+    assert!(
+        reread == world.state,
+        "a state read from rows goes another way"
+    );
+    let answer = wire::decode_answer(&wire::encode_answer(&applied.answer));
+    assert_eq!(answer, applied.answer);
+    Step {
+        index: world.index,
+        command: &proposal.command,
+        applied: &applied,
+        before: &before,
+        after: &world.state,
+    }
+    .check(memory);
+    let mut twice = world.state.clone();
+    let again = twice.apply(world.index + 1, proposal);
+    // A refused create may find room only after something else changed.
+    assert!(
+        twice == world.state,
+        "applied twice it changed the state twice: {again:?}"
+    );
+}
+
+/// Ends everything that holds resources, by its owner or by giving the owner up.
+fn end_everything(world: &mut World, memory: &mut Memory) {
+    world.join(50);
+    let held: Vec<Sandbox> = world.state.sandboxes().cloned().collect();
+    for sandbox in held.iter().filter(|it| it.phase.holds_resources()) {
+        let stop = Command::StopSandbox {
+            id: sandbox.id,
+            cause: wrenn_raft::command::StopCause::Asked,
+        };
+        let at = world.now;
+        play(world, memory, Proposal { at, command: stop });
+        let owner = world.state.node(sandbox.owner).expect("it has an owner");
+        if owner.liveness == Liveness::Alive {
+            let report = Command::ReportSandbox {
+                id: sandbox.id,
+                epoch: sandbox.epoch,
+                node: sandbox.owner,
+                report: ended(),
+            };
+            play(
+                world,
+                memory,
+                Proposal {
+                    at,
+                    command: report,
+                },
+            );
+        }
+    }
+    let away: Vec<NodeId> = world
+        .state
+        .nodes()
+        .filter(|it| !it.liveness.is_alive())
+        .map(|it| it.id)
+        .collect();
+    for id in away {
+        world
+            .act(remove(id, true))
+            .expect("a dead node can be given up");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_promise_holds_after_every_command(history in any_history(110)) {
+        let mut world = busy_world();
+        let mut memory = Memory::default();
+        for node in world.state.nodes() {
+            memory.keys.insert(node.id, node.key);
+        }
+        for token in world.state.tokens() {
+            let ids = token.redeemed.iter().map(|(_, id)| *id);
+            memory.redeemed.insert(token.id, ids.collect());
+        }
+        for what in history {
+            if let Some(proposal) = world.proposal(what) {
+                play(&mut world, &mut memory, proposal);
+            }
+        }
+        end_everything(&mut world, &mut memory);
+        let stuck: Vec<_> = world.state.sandboxes().filter(|it| it.phase.holds_resources()).collect();
+        prop_assert!(stuck.is_empty(), "no way out: {stuck:?}");
+    }
+}
+
+/// The word for what a command came to.
+fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str {
+    match (&proposal.command, &applied.answer) {
+        (Command::JudgeNode { .. }, Ok(Receipt::Done(1))) => {
+            let mut settled = applied.touched.iter().filter_map(|key| match key {
+                RowKey::Sandbox(id) => world.state.sandbox(*id),
+                _ => None,
+            });
+            match settled.next().map(|it| it.phase) {
+                None => "judged",
+                Some(Phase::Starting) => "given out again",
+                Some(Phase::Error) => "found no room elsewhere",
+                Some(_) => "stopped with its node",
+            }
+        }
+        (Command::JudgeNode { .. }, Ok(_)) => "no step",
+        (Command::RemoveNode { .. }, Ok(Receipt::Done(1))) if applied.touched.len() > 2 => {
+            "given up with its node"
+        }
+        (Command::RemoveNode { .. }, Ok(Receipt::Done(1))) => "removed",
+        (Command::PruneSandboxes { .. }, Ok(Receipt::Done(1..))) => "pruned",
+        (Command::PutToken(_), Ok(_)) if applied.touched.len() > 1 => "tokens forgotten",
+        (_, Ok(Receipt::Placed { .. })) => "placed",
+        (_, Ok(Receipt::Admitted(_))) if applied.touched.is_empty() => "same id again",
+        (_, Ok(Receipt::Admitted(_))) => "let in",
+        (_, Err(Refusal::TokenExpired(_))) => "token expired",
+        (_, Err(Refusal::TokenUsed(_))) => "token used",
+        (_, Err(Refusal::NoSuchToken(_))) => "no token",
+        (_, Err(Refusal::Fenced { .. })) => "fenced",
+        (_, Err(Refusal::NoRoom(_))) => "no room",
+        (_, Err(Refusal::IdTaken(_))) => "id taken",
+        (Command::RedeemToken { .. }, Err(Refusal::Unfit(_))) => "may not join",
+        (Command::RemoveNode { .. }, Err(Refusal::Unfit(_))) => "may not be removed",
+        (_, Err(_)) => "otherwise refused",
+        (_, Ok(_)) => "done",
+    }
+}
+
+/// Histories that miss what they were written for would prove nothing.
+#[test]
+fn the_histories_reach_what_they_are_about() {
+    let mut runner = TestRunner::deterministic();
+    let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
+    for _ in 0..200 {
+        let mut world = busy_world();
+        let tree = any_history(110).new_tree(&mut runner).expect("a history");
+        for what in tree.current() {
+            let Some(proposal) = world.proposal(what) else {
+                continue;
+            };
+            world.index += 1;
+            world.now = world.now.max(proposal.at);
+            let applied = world.state.apply(world.index, proposal.clone());
+            *seen.entry(event(&world, &proposal, &applied)).or_default() += 1;
+        }
+    }
+    let wanted = "judged, given out again, found no room elsewhere, stopped with its node, no step, \
+                  given up with its node, removed, pruned, tokens forgotten, placed, same id again, \
+                  let in, token expired, token used, no token, fenced, no room, id taken, \
+                  may not join, may not be removed";
+    for event in wanted.split(", ") {
+        let times = seen.get(event).copied().unwrap_or_default();
+        assert!(times >= 5, "{event}: {times} times; all: {seen:?}");
+    }
+}

@@ -1,0 +1,451 @@
+//! Random histories: what people, nodes and the leader may ask for, in any order.
+//!
+//! A move names what it is about by a number that is looked up in the state it meets, so that most
+//! moves hit something: the third sandbox there is, its owner or another node, its epoch or one
+//! before it.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proto::epoch::Epoch;
+use proto::ids::{KeyId, NodeId, TeamId};
+use proto::units::{Mib, Stamp};
+use wrenn_raft::command::{Command, Proposal, Report, StopCause, Verdict};
+use wrenn_raft::placement::LoadHint;
+use wrenn_raft::state::{
+    GuestVersions, HostLoss, Key, Liveness, Node, Resources, Sandbox, SandboxSpec, Settings, Token,
+};
+
+use super::{
+    HOUR_MS, World, cordon, mark, node, node_key, redeem, remove, sandbox_id, template, token,
+    token_id,
+};
+
+/// Teams there are; the first is the platform.
+pub const TEAMS: u8 = 3;
+/// Keys that machines may come with.
+const MACHINES: u8 = 8;
+const TOKENS: u8 = 6;
+const SANDBOXES: u8 = 24;
+const TEMPLATES: [&str; 2] = ["debian", "minimal"];
+
+pub fn team(n: u8) -> TeamId {
+    match n % TEAMS {
+        0 => TeamId::default(),
+        n => TeamId(mark(b't', n)),
+    }
+}
+
+/// A word that names a machine and stands in its tags.
+pub fn tag_of(machine: u8) -> String {
+    format!("tag-of-machine-{machine}")
+}
+
+/// Uses, team and expiry are the token's own: made again, it is the same.
+pub fn token_of(n: u8) -> Token {
+    let start = World::empty().now;
+    let scope = (n % 3 != 0).then(|| team(n));
+    Token {
+        team: scope,
+        ..token(n, 1 + u32::from(n % 3), Stamp(start.0 + (10 + 10 * u64::from(n)) * HOUR_MS))
+    }
+}
+
+/// One move.
+#[derive(Clone, Debug)]
+pub enum Move {
+    Found,
+    PutSettings(u32),
+    Template(u8, u8),
+    Key {
+        n: u8,
+        revoke: bool,
+    },
+    PutToken(u8),
+    RevokeToken(u8),
+    Redeem {
+        token: u8,
+        machine: u8,
+    },
+    Restart {
+        node: Index,
+        incarnation: u64,
+        room: u32,
+        held: u8,
+    },
+    StrangerSays {
+        id: u64,
+        machine: u8,
+    },
+    Change {
+        node: Index,
+        cordoned: Option<bool>,
+        draining: Option<bool>,
+        tagged: Option<bool>,
+    },
+    Judge {
+        node: Index,
+        /// `None` is the next step from where the node is.
+        verdict: Option<Verdict>,
+        stale: bool,
+    },
+    Remove {
+        node: Index,
+        declared_dead: bool,
+    },
+    RemoveAgain {
+        id: u64,
+    },
+    Create {
+        n: u8,
+        spec: Asked,
+        busy: Vec<u32>,
+    },
+    Stop {
+        n: u8,
+        idle: bool,
+    },
+    Report {
+        sandbox: Index,
+        epoch_back: u64,
+        by: Option<Index>,
+        what: Report,
+    },
+    Prune {
+        before_ms: u64,
+    },
+}
+
+/// What a client asks for.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    team: u8,
+    template: u8,
+    bound: bool,
+    vcpus: u32,
+    memory: u32,
+    tag: Option<Index>,
+    pin: Option<Index>,
+}
+
+fn any_report() -> impl Strategy<Value = Report> {
+    let running = "[a-b]{0,1}".prop_map(|agent| {
+        Report::Running(GuestVersions {
+            agent,
+            ..GuestVersions::default()
+        })
+    });
+    prop_oneof![
+        3 => running,
+        1 => "[a-z ]{0,8}".prop_map(|reason| Report::Stopped { reason }),
+        1 => "[a-z ]{0,8}".prop_map(|reason| Report::Failed { reason }),
+    ]
+}
+
+fn any_spec() -> impl Strategy<Value = Asked> {
+    let rarely = || prop::option::weighted(0.15, any::<Index>());
+    let amounts = (1_u32..4, prop::sample::select(vec![1_u32, 256, 256, 3000]));
+    (
+        0..TEAMS,
+        0_u8..2,
+        prop::bool::weighted(0.7),
+        amounts,
+        rarely(),
+        rarely(),
+    )
+        .prop_map(|(team, template, bound, (vcpus, memory), tag, pin)| Asked {
+            team,
+            template,
+            bound,
+            vcpus,
+            memory,
+            tag,
+            pin,
+        })
+}
+
+fn about_the_cluster() -> impl Strategy<Value = Move> {
+    prop_oneof![
+        1 => Just(Move::Found),
+        1 => (0_u32..9).prop_map(Move::PutSettings),
+        1 => (0_u8..2, 1_u8..3).prop_map(|(name, digest)| Move::Template(name, digest)),
+        3 => (0_u8..6, any::<bool>()).prop_map(|(n, revoke)| Move::Key { n, revoke }),
+        4 => (0..TOKENS).prop_map(Move::PutToken),
+        2 => (0..TOKENS).prop_map(Move::RevokeToken),
+    ]
+}
+
+fn about_nodes() -> impl Strategy<Value = Move> {
+    let choice = || prop::option::of(any::<bool>());
+    let verdict = prop::sample::select(vec![Verdict::Back, Verdict::Missing, Verdict::Lost]);
+    let verdict = prop::option::weighted(0.3, verdict);
+    let held = prop_oneof![5 => Just(3_u8), 1 => 0_u8..3];
+    prop_oneof![
+        5 => (0..TOKENS, 2..MACHINES).prop_map(|(token, machine)| Move::Redeem { token, machine }),
+        2 => (any::<Index>(), 1_u64..4, 0_u32..10, held).prop_map(
+            |(node, incarnation, room, held)| Move::Restart { node, incarnation, room, held }
+        ),
+        1 => (0_u64..40, 1..MACHINES)
+            .prop_map(|(id, machine)| Move::StrangerSays { id, machine }),
+        2 => (any::<Index>(), choice(), choice(), choice()).prop_map(
+            |(node, cordoned, draining, tagged)| Move::Change { node, cordoned, draining, tagged }
+        ),
+        9 => (any::<Index>(), verdict, prop::bool::weighted(0.2))
+            .prop_map(|(node, verdict, stale)| Move::Judge { node, verdict, stale }),
+        1 => (any::<Index>(), any::<bool>())
+            .prop_map(|(node, declared_dead)| Move::Remove { node, declared_dead }),
+        1 => (0_u64..40).prop_map(|id| Move::RemoveAgain { id }),
+    ]
+}
+
+fn about_sandboxes() -> impl Strategy<Value = Move> {
+    let stale = prop_oneof![4 => Just(0), 1 => 1_u64..20];
+    let stranger = prop::option::weighted(0.2, any::<Index>());
+    prop_oneof![
+        6 => (0..SANDBOXES, any_spec(), prop::collection::vec(0_u32..1500, 0..4))
+            .prop_map(|(n, spec, busy)| Move::Create { n, spec, busy }),
+        3 => (0..SANDBOXES, any::<bool>()).prop_map(|(n, idle)| Move::Stop { n, idle }),
+        5 => (any::<Index>(), stale, stranger, any_report()).prop_map(
+            |(sandbox, epoch_back, by, what)| Move::Report { sandbox, epoch_back, by, what }
+        ),
+        1 => (0_u64..40_000).prop_map(|before_ms| Move::Prune { before_ms }),
+    ]
+}
+
+/// A move and how many milliseconds pass before it; proposers' clocks may be behind each other.
+pub fn any_move() -> impl Strategy<Value = (i64, Move)> {
+    let pause = prop_oneof![
+        20 => -500_i64..2000,
+        1 => Just(20 * 3_600_000_i64),
+    ];
+    let what = prop_oneof![
+        2 => about_the_cluster(),
+        5 => about_nodes(),
+        6 => about_sandboxes(),
+    ];
+    (pause, what)
+}
+
+pub fn any_history(length: usize) -> impl Strategy<Value = Vec<(i64, Move)>> {
+    prop::collection::vec(any_move(), 1..length)
+}
+
+/// A founded cluster in which most moves mean something: tokens are there and two templates.
+pub fn busy_world() -> World {
+    let mut world = World::founded();
+    let put = |world: &mut World, command| {
+        world.act(command).expect("it fits");
+    };
+    put(&mut world, Command::PutTemplate(template("debian", 2)));
+    for n in 2..5 {
+        let token = token_of(n);
+        put(&mut world, Command::PutToken(token));
+    }
+    for machine in 2..5 {
+        let joiner = machine_says(machine, 10, 3, 1);
+        put(&mut world, redeem(machine, joiner));
+    }
+    world
+}
+
+/// What a machine tells of itself; bit by bit, `held` says which templates it has.
+fn machine_says(machine: u8, room: u32, held: u8, incarnation: u64) -> Node {
+    let holds =
+        |(n, name): (u8, &&str)| (held >> n & 1 == 1).then(|| ((*name).into(), [2 - n; 32]));
+    Node {
+        capacity: Resources {
+            vcpus: room,
+            memory: Mib(room * 700),
+            disk: Mib(40_960),
+            sandboxes: room.min(4),
+        },
+        templates: (0..).zip(&TEMPLATES).filter_map(holds).collect(),
+        tags: BTreeMap::from([("machine".into(), tag_of(machine))]),
+        incarnation,
+        ..node(machine)
+    }
+}
+
+/// Which machine has this node's key.
+pub fn machine_of(known: &Node) -> u8 {
+    let mut machines = 0..MACHINES;
+    machines
+        .find(|n| node_key(*n) == known.key)
+        .expect("all nodes are machines")
+}
+
+impl World {
+    /// The proposal a move comes to here, if it means anything.
+    pub fn proposal(&self, (pause, what): (i64, Move)) -> Option<Proposal> {
+        let at = Stamp(self.now.0.saturating_add_signed(pause));
+        let command = self.command(what)?;
+        Some(Proposal { at, command })
+    }
+
+    fn any_node(&self, pick: Index) -> Option<&Node> {
+        let nodes: Vec<&Node> = self.state.nodes().collect();
+        (!nodes.is_empty()).then(|| *pick.get(&nodes))
+    }
+
+    fn command(&self, what: Move) -> Option<Command> {
+        Some(match what {
+            Move::Found => Command::FoundCluster {
+                id: self.state.cluster()?.id,
+                settings: Settings::default(),
+            },
+            Move::PutSettings(max_voters) => Command::PutSettings(Settings {
+                max_voters,
+                ..Settings::default()
+            }),
+            Move::Template(n, digest) => {
+                Command::PutTemplate(template(TEMPLATES[usize::from(n)], digest))
+            }
+            Move::Key { n, revoke: true } => Command::RevokeKey(KeyId(mark(b'k', n))),
+            Move::Key { n, revoke: false } => Command::PutKey(any_key(n)),
+            Move::PutToken(n) => Command::PutToken(token_of(n)),
+            Move::RevokeToken(n) => Command::RevokeToken(token_id(n)),
+            Move::Redeem { token, machine } => redeem(token, machine_says(machine, 8, 3, 1)),
+            Move::Create { n, spec, busy } => self.create_command(n, &spec, &busy),
+            Move::Stop { n, idle } => Command::StopSandbox {
+                id: sandbox_id(n),
+                cause: if idle {
+                    StopCause::Idle
+                } else {
+                    StopCause::Asked
+                },
+            },
+            Move::Report {
+                sandbox,
+                epoch_back,
+                by,
+                what,
+            } => self.report_command(sandbox, epoch_back, by, what)?,
+            Move::Prune { before_ms } => Command::PruneSandboxes {
+                ended_before: Stamp(self.now.0.saturating_sub(before_ms)),
+            },
+            other => self.node_command(other)?,
+        })
+    }
+
+    fn node_command(&self, what: Move) -> Option<Command> {
+        Some(match what {
+            Move::Restart {
+                node,
+                incarnation,
+                room,
+                held,
+            } => {
+                let known = self.any_node(node)?;
+                Command::AdmitNode(Node {
+                    id: known.id,
+                    ..machine_says(machine_of(known), room, held, incarnation)
+                })
+            }
+            Move::StrangerSays { id, machine } => Command::AdmitNode(Node {
+                id: NodeId(id),
+                ..machine_says(machine, 8, 3, 1)
+            }),
+            Move::Change {
+                node,
+                cordoned,
+                draining,
+                tagged,
+            } => {
+                let known = self.any_node(node)?;
+                let tag = ("machine".to_owned(), tag_of(machine_of(known)));
+                Command::ChangeNode {
+                    node: known.id,
+                    cordoned,
+                    draining,
+                    tags: tagged.map(|tagged| tagged.then_some(tag).into_iter().collect()),
+                }
+            }
+            Move::Judge {
+                node,
+                verdict,
+                stale,
+            } => {
+                let known = self.any_node(node)?;
+                Command::JudgeNode {
+                    node: known.id,
+                    incarnation: known.incarnation + u64::from(stale),
+                    verdict: verdict.unwrap_or(match known.liveness {
+                        Liveness::Alive => Verdict::Missing,
+                        Liveness::Missing { .. } => Verdict::Lost,
+                        Liveness::Lost { .. } => Verdict::Back,
+                    }),
+                }
+            }
+            Move::Remove {
+                node,
+                declared_dead,
+            } => remove(self.any_node(node)?.id, declared_dead),
+            Move::RemoveAgain { id } => remove(NodeId(id), true),
+            _ => cordon(NodeId(u64::MAX)),
+        })
+    }
+
+    fn create_command(&self, n: u8, asked: &Asked, busy: &[u32]) -> Command {
+        let tag = asked.tag.and_then(|pick| self.any_node(pick));
+        let tag = tag.map(|node| ("machine".to_owned(), tag_of(machine_of(node))));
+        let pin = asked.pin.and_then(|pick| self.any_node(pick));
+        let nodes = self.state.nodes().map(|node| node.id);
+        let hints = nodes.zip(busy).map(|(node, busy_permille)| LoadHint {
+            node,
+            busy_permille: *busy_permille,
+        });
+        Command::CreateSandbox {
+            id: sandbox_id(n),
+            team: team(asked.team),
+            spec: SandboxSpec {
+                template: TEMPLATES[usize::from(asked.template)].into(),
+                vcpus: asked.vcpus,
+                memory: Mib(asked.memory),
+                disk: Mib(5120),
+                metadata: [("of", n % 3), ("by", n % 2)]
+                    .map(|(key, n)| (key.into(), n.to_string()))
+                    .into(),
+                on_host_loss: if asked.bound {
+                    HostLoss::Restart
+                } else {
+                    HostLoss::Wait
+                },
+                node_tags: tag.into_iter().collect(),
+                on_node: pin.map(|node| node.id),
+                ..SandboxSpec::default()
+            },
+            hints: hints.collect(),
+        }
+    }
+
+    fn report_command(
+        &self,
+        pick: Index,
+        epoch_back: u64,
+        by: Option<Index>,
+        report: Report,
+    ) -> Option<Command> {
+        let all: Vec<&Sandbox> = self.state.sandboxes().collect();
+        let known = (!all.is_empty()).then(|| *pick.get(&all))?;
+        let stranger = by.and_then(|pick| self.any_node(pick));
+        Some(Command::ReportSandbox {
+            id: known.id,
+            epoch: Epoch(known.epoch.0.saturating_sub(epoch_back)),
+            node: stranger.map_or(known.owner, |node| node.id),
+            report,
+        })
+    }
+}
+
+fn any_key(n: u8) -> Key {
+    Key {
+        id: KeyId(mark(b'k', n)),
+        team: team(n),
+        name: format!("key-{n}"),
+        hash: mark(b'h', n),
+        shown: "wrn_".into(),
+        created_at: Stamp(0),
+        revoked: false,
+    }
+}
