@@ -48,7 +48,11 @@ pub fn token_of(n: u8) -> Token {
     let scope = (n % 3 != 0).then(|| team(n));
     Token {
         team: scope,
-        ..token(n, 1 + u32::from(n % 3), Stamp(start.0 + (10 + 10 * u64::from(n)) * HOUR_MS))
+        ..token(
+            n,
+            1 + u32::from(n % 3),
+            Stamp(start.0 + (10 + 10 * u64::from(n)) * HOUR_MS),
+        )
     }
 }
 
