@@ -99,7 +99,6 @@ impl Followed {
         let voters = voters(state);
         for host in state.nodes().filter(|node| node.team.is_some()) {
             let slice = state.sliced(host.id, &voters).expect("a host of a team");
-            check_slice(state, host, &slice, &voters);
             let sent = self.sent.entry(host.id).or_default();
             let changes = slice.changes_since(sent);
             let bytes = bytes_of(&changes);
@@ -110,6 +109,7 @@ impl Followed {
                     host.id
                 );
             }
+            check_slice(state, host, &slice, &voters);
             let held = self.held.entry(host.id).or_default();
             held.follow(changes).expect("own rows are readable");
             assert!(*held == slice, "{} has another slice", host.id);

@@ -50,10 +50,10 @@ fn cluster(nodes: u32) -> World {
     for n in 1..nodes {
         let mut joiner = Node {
             capacity: Resources {
-                vcpus: 4096,
+                vcpus: 1 << 16,
                 memory: Mib(1 << 24),
                 disk: Mib(u32::MAX),
-                sandboxes: 8192,
+                sandboxes: 1 << 14,
             },
             name: format!("host-{n}"),
             ..node(2)
