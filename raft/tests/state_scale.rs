@@ -69,7 +69,11 @@ fn create(n: u32, hints: Vec<LoadHint>) -> Command {
     Command::CreateSandbox {
         id: id(n),
         team: team(n),
-        spec: if n % 2 == 0 { bound(512) } else { waiting(512) },
+        spec: if n.is_multiple_of(2) {
+            bound(512)
+        } else {
+            waiting(512)
+        },
         hints,
     }
 }
@@ -91,7 +95,11 @@ fn filled(nodes: u32) -> World {
     for n in 0..SANDBOXES {
         world.act(create(n, vec![])).expect("there is room");
         let seen = Report::Running(GuestVersions::default());
-        let seen = if n % ENDED_EVERY == 0 { ended() } else { seen };
+        let seen = if n.is_multiple_of(ENDED_EVERY) {
+            ended()
+        } else {
+            seen
+        };
         let command = report(&world.state, n, seen);
         world.act(command).expect("reported");
     }

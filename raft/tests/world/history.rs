@@ -45,7 +45,7 @@ pub fn tag_of(machine: u8) -> String {
 /// Uses, team and expiry are the token's own: made again, it is the same.
 pub fn token_of(n: u8) -> Token {
     let start = World::empty().now;
-    let scope = (n % 3 != 0).then(|| team(n));
+    let scope = (!n.is_multiple_of(3)).then(|| team(n));
     Token {
         team: scope,
         ..token(
