@@ -11,4 +11,5 @@ pub mod client;
 pub mod cluster;
 pub mod history;
 pub mod leaks;
+pub mod sim;
 pub mod world;

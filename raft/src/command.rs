@@ -46,7 +46,7 @@ pub enum Command {
         node: Node,
     },
     /// The first node, or what a node that is known says of itself: addresses, capacity,
-    /// versions, templates. What operators and the leader decided about it stays.
+    /// versions, templates. What operators and the leader decided about it stays, its tags too.
     AdmitNode(Node),
     /// What an operator decided about a node; `None` leaves things as they are.
     ChangeNode {
@@ -59,7 +59,9 @@ pub enum Command {
         /// All of its tags.
         tags: Option<BTreeMap<String, String>>,
     },
-    /// What the leader found out about a node's lease.
+    /// What the leader found out about a node's lease. The leader alone proposes it, to itself and
+    /// never by way of another: once it is deposed, its verdict may be older than a renewal that
+    /// its successor has answered.
     JudgeNode {
         /// Which one.
         node: NodeId,

@@ -8,6 +8,7 @@ use proto::epoch::Epoch;
 use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId};
 use proto::units::{Mib, Stamp};
 use wrenn_raft::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause};
+use wrenn_raft::placement::Lack;
 use wrenn_raft::state::{
     Desired, GuestVersions, Key, Node, Phase, Resources, SandboxSpec, State, Template,
 };
@@ -378,6 +379,34 @@ fn sum_of(state: &State, id: NodeId) -> Resources {
         .fold(Resources::default(), |sum, sandbox| {
             sum.plus(sandbox.spec.resources())
         })
+}
+
+#[test]
+fn every_answer_survives_being_encoded() {
+    let text = || "x".to_owned();
+    let refusals = [
+        Refusal::Unreadable(text()),
+        Refusal::NoSuchSandbox(text()),
+        Refusal::NoSuchTemplate(text()),
+        Refusal::NoSuchKey(text()),
+        Refusal::NoRoom(Lack(text())),
+        Refusal::NoSuchNode(text()),
+        Refusal::NoSuchToken(text()),
+        Refusal::TokenExpired(text()),
+        Refusal::TokenUsed(text()),
+        Refusal::Unfit(text()),
+        Refusal::IdTaken(text()),
+        Refusal::Fenced { newest: Epoch(7) },
+    ];
+    let placed = Receipt::Placed {
+        node: NODE,
+        epoch: Epoch(3),
+    };
+    let receipts = [Receipt::Done(0), Receipt::Admitted(NodeId(9)), placed];
+    let answers = receipts.into_iter().map(Ok);
+    for answer in answers.chain(refusals.into_iter().map(Err)) {
+        assert_eq!(wire::decode_answer(&wire::encode_answer(&answer)), answer);
+    }
 }
 
 proptest! {

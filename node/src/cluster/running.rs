@@ -34,6 +34,8 @@ use crate::base::stop::Tasks;
 
 /// Longest a stopping leader looks for somebody to lead in its place.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(3);
+/// A leader that heard from a quorum within this time has one; a sole voter hears nobody.
+const QUORUM_RECENT: Duration = Duration::from_secs(2);
 /// Longest one peer may take to say whether it knows a key.
 const VOUCH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Peers asked about a key that this node does not know.
@@ -86,6 +88,8 @@ pub struct Standing {
     pub voters: Vec<NodeId>,
     /// Who receives the log without a vote.
     pub learners: Vec<NodeId>,
+    /// Whether most voters were in touch a moment ago, as far as this node can tell.
+    pub has_quorum: bool,
 }
 
 impl Cluster {
@@ -153,6 +157,11 @@ impl Cluster {
             applied: self.replica.applied(),
             voters: of(true),
             learners: of(false),
+            // Whoever leads knows by itself; others know by hearing of a leader at all.
+            has_quorum: match metrics.role {
+                Role::Leader => metrics.quorum_age.is_none_or(|age| age < QUORUM_RECENT),
+                _ => metrics.leader.is_some(),
+            },
         }
     }
 

@@ -238,7 +238,10 @@ impl Running {
             url: url.clone(),
             version: version::PRODUCT.to_owned(),
         };
-        let state = ApiState::new(proposer, relay, clock, node).with_spool_dir(paths.cache());
+        let info = Arc::new(info::Info(cluster.clone()));
+        let state = ApiState::new(proposer, relay, clock, node)
+            .with_cluster(info)
+            .with_spool_dir(paths.cache());
         let router = api::router_with_pages(state, dashboard::routes());
         let stop = self.api_tasks.token().clone();
         let serve = api::serve(listener, router, stop);

@@ -33,7 +33,7 @@ impl Picture {
                 best.insert(stopgap);
             }
         }
-        if best.len() % 2 == 0 {
+        if best.len().is_multiple_of(2) {
             let odd = odd_at_most(best.len());
             self.shrink(&mut best, odd);
         }

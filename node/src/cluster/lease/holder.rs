@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::Tick;
+use super::book::{Listed, Liveness};
 use super::times::LeaseTimes;
 
 /// Renewals whose answers are still waited for: as many as can be sent in a time to live, twice.
@@ -52,6 +53,8 @@ pub enum Granted {
     Until(Tick),
     /// Nothing: the renewal is unknown, of another incarnation, or older than what is held.
     Stale,
+    /// Nothing: this node has not applied yet that it counts as alive. A later grant will do.
+    NotCaughtUp,
     /// Nothing: the lease had lapsed before the answer came. See [`Holder::start_over`].
     Lapsed,
 }
@@ -117,10 +120,22 @@ impl Holder {
         }
     }
 
-    /// Takes the leader's consent to a renewal, which arrived at `now`.
-    pub fn granted(&mut self, now: Tick, renewal: Renewal) -> Granted {
+    /// Takes the leader's consent to a renewal, which arrived at `now`. `own` is this node's own
+    /// row as this node has applied it.
+    ///
+    /// The row must show it alive under the incarnation it renews with: a node that was lost has
+    /// then applied its return, and before it, what became of its sandboxes. Otherwise it could
+    /// start one again from a copy of the state in which that is still its own.
+    pub fn granted(&mut self, now: Tick, renewal: Renewal, own: Option<Listed>) -> Granted {
         if renewal.incarnation != self.incarnation {
             return Granted::Stale;
+        }
+        let wanted = Listed {
+            incarnation: self.incarnation,
+            liveness: Liveness::Alive,
+        };
+        if own != Some(wanted) {
+            return Granted::NotCaughtUp;
         }
         let Some(sent_at) = self.sent.remove(&renewal.seq) else {
             return Granted::Stale;
@@ -189,7 +204,7 @@ impl Holder {
     /// `false` must be said, and the limits written where the shims read them, *before* the change
     /// that adds another voter is proposed; `true` only after the change that leaves this one is
     /// committed. Renewals with itself go on all the while, so that there is a lease to fall back
-    /// to.
+    /// to; where [`Self::limits`] has none after `false` was said, the change has to wait.
     pub const fn set_sole_voter(&mut self, sole: bool) {
         self.sole_voter = sole;
     }
@@ -216,11 +231,48 @@ mod tests {
         Holder::new(LeaseTimes::default(), 1)
     }
 
+    /// A grant to a node that counts as alive.
+    fn grant(holder: &mut Holder, now: Tick, renewal: Renewal) -> Granted {
+        let own = Listed {
+            incarnation: holder.incarnation(),
+            liveness: Liveness::Alive,
+        };
+        holder.granted(now, renewal, Some(own))
+    }
+
+    #[test]
+    fn a_node_that_has_not_applied_its_return_takes_no_grant() {
+        let mut holder = holder();
+        let renewal = holder.renew(at(100));
+        let row = |incarnation, liveness| {
+            Some(Listed {
+                incarnation,
+                liveness,
+            })
+        };
+        for own in [
+            None,
+            row(1, Liveness::Lost),
+            row(1, Liveness::Missing),
+            row(9, Liveness::Alive),
+        ] {
+            assert_eq!(holder.granted(at(101), renewal, own), Granted::NotCaughtUp);
+        }
+        let own = row(1, Liveness::Alive);
+        assert_eq!(
+            holder.granted(at(101), renewal, own),
+            Granted::Until(at(110))
+        );
+    }
+
     #[test]
     fn the_lease_counts_from_the_sending_however_late_the_answer() {
         let mut holder = holder();
         let renewal = holder.renew(at(100));
-        assert_eq!(holder.granted(at(105), renewal), Granted::Until(at(110)));
+        assert_eq!(
+            grant(&mut holder, at(105), renewal),
+            Granted::Until(at(110))
+        );
         let limits = holder.limits().expect("a lease is held");
         assert_eq!((limits.freeze_at, limits.kill_at), (at(108), at(170)));
     }
@@ -238,9 +290,9 @@ mod tests {
         let mut holder = holder();
         let first = holder.renew(at(100));
         let second = holder.renew(at(102));
-        assert_eq!(holder.granted(at(103), second), Granted::Until(at(112)));
-        assert_eq!(holder.granted(at(103), second), Granted::Stale);
-        assert_eq!(holder.granted(at(103), first), Granted::Stale);
+        assert_eq!(grant(&mut holder, at(103), second), Granted::Until(at(112)));
+        assert_eq!(grant(&mut holder, at(103), second), Granted::Stale);
+        assert_eq!(grant(&mut holder, at(103), first), Granted::Stale);
         assert_eq!(holder.valid_until(), Some(at(112)));
     }
 
@@ -253,8 +305,8 @@ mod tests {
             incarnation: 0,
             ..renewal
         };
-        assert_eq!(holder.granted(at(101), unknown), Granted::Stale);
-        assert_eq!(holder.granted(at(101), other), Granted::Stale);
+        assert_eq!(grant(&mut holder, at(101), unknown), Granted::Stale);
+        assert_eq!(grant(&mut holder, at(101), other), Granted::Stale);
         assert_eq!(holder.limits(), None);
     }
 
@@ -262,25 +314,25 @@ mod tests {
     fn a_frozen_node_is_thawed_by_a_grant_and_a_lapsed_one_is_not() {
         let mut holder = holder();
         let first = holder.renew(at(100));
-        holder.granted(at(100), first);
+        grant(&mut holder, at(100), first);
         let second = holder.renew(at(150));
         assert!(!holder.may_run(at(151)));
-        assert_eq!(holder.granted(at(152), second), Granted::Until(at(160)));
+        assert_eq!(grant(&mut holder, at(152), second), Granted::Until(at(160)));
         assert!(holder.may_run(at(153)));
         let third = holder.renew(at(219));
-        assert_eq!(holder.granted(at(220), third), Granted::Lapsed);
+        assert_eq!(grant(&mut holder, at(220), third), Granted::Lapsed);
         assert!(!holder.may_run(at(220)));
         assert!(!holder.start_over(1));
         assert!(holder.start_over(2));
         let fourth = holder.renew(at(221));
-        assert_eq!(holder.granted(at(221), fourth), Granted::Until(at(231)));
+        assert_eq!(grant(&mut holder, at(221), fourth), Granted::Until(at(231)));
     }
 
     #[test]
     fn the_only_voter_has_no_limits_and_falls_back_to_its_lease_as_others_join() {
         let mut holder = holder();
         let renewal = holder.renew(at(100));
-        holder.granted(at(100), renewal);
+        grant(&mut holder, at(100), renewal);
         holder.set_sole_voter(true);
         assert!(holder.may_run(at(10_000)));
         holder.set_sole_voter(false);
@@ -294,7 +346,7 @@ mod tests {
         assert!(!holder.may_run(at(108)));
         let mut late = Holder::new(LeaseTimes::default(), 2).resume(at(110));
         let renewal = late.renew(at(200));
-        assert_eq!(late.granted(at(200), renewal), Granted::Lapsed);
+        assert_eq!(grant(&mut late, at(200), renewal), Granted::Lapsed);
     }
 
     proptest! {
@@ -314,7 +366,7 @@ mod tests {
                     last_sent = now;
                 } else {
                     let seq = asked.saturating_sub(pick);
-                    holder.granted(at(now), Renewal { incarnation: 1, seq });
+                    grant(&mut holder, at(now), Renewal { incarnation: 1, seq });
                 }
                 prop_assert!(holder.valid_until() >= before);
                 prop_assert!(holder.valid_until() <= Some(at(last_sent + 10)));

@@ -126,7 +126,7 @@ impl World {
         let listed = Some(listed(Liveness::Alive));
         let granted = old.renewed(HOST, renewal.incarnation, at(0), listed);
         granted.expect("a listed node is granted its lease");
-        holder.granted(at(0), renewal);
+        holder.granted(at(0), renewal, listed);
         Self {
             now: 0,
             host: Host {
@@ -254,7 +254,8 @@ impl World {
                 } else {
                     *renewal
                 };
-                host.holder.granted(now, counted);
+                host.holder
+                    .granted(now, counted, Some(listed(Liveness::Alive)));
             }
         }
     }

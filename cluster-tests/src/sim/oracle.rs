@@ -1,0 +1,196 @@
+//! What was promised, and what may never be: the judge of a simulation. It sees everything at once,
+//! as nobody in the cluster does.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use proto::epoch::Epoch;
+use proto::ids::{NodeId, SandboxId};
+use raft::command::{Command, Proposal, Receipt, Report};
+use raft::state::{Desired, Resources, State};
+
+use super::bugs::Bug;
+use super::log::{Body, Entry};
+
+/// What a client asked for when it asked for a sandbox.
+#[derive(Clone, Debug)]
+pub(crate) struct Wish {
+    pub(crate) request: u64,
+    pub(crate) resources: Resources,
+}
+
+/// What a client was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Promise {
+    Created(SandboxId),
+    Stopped(SandboxId),
+}
+
+/// The whole truth.
+#[derive(Debug, Default)]
+pub(crate) struct Oracle {
+    bug: Option<Bug>,
+    entries: Vec<Rc<Entry>>,
+    states: Vec<State>,
+    pub(crate) wishes: BTreeMap<SandboxId, Wish>,
+    by_request: BTreeMap<u64, SandboxId>,
+    pub(crate) capacity: BTreeMap<NodeId, Resources>,
+    pub(crate) promises: Vec<Promise>,
+    /// Ends that were committed and whose guests must be dead.
+    pub(crate) ended: Vec<(SandboxId, Epoch)>,
+    /// Answers of what was applied, by index.
+    answers: Vec<raft::command::Answer>,
+    pub(crate) violation: Option<String>,
+}
+
+impl Oracle {
+    pub(crate) fn new(bug: Option<Bug>) -> Self {
+        Self {
+            bug,
+            ..Self::default()
+        }
+    }
+
+    /// The newest committed state.
+    pub(crate) fn newest(&self) -> State {
+        self.states.last().cloned().unwrap_or_default()
+    }
+
+    pub(crate) fn committed(&self) -> u64 {
+        self.entries.len() as u64
+    }
+
+    /// The state after the committed entry `index`.
+    pub(crate) fn state(&self, index: u64) -> State {
+        let at = index.checked_sub(1).and_then(|at| usize::try_from(at).ok());
+        at.and_then(|at| self.states.get(at))
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn answer(&self, index: u64) -> Option<raft::command::Answer> {
+        let at = usize::try_from(index.checked_sub(1)?).ok()?;
+        self.answers.get(at).cloned()
+    }
+
+    pub(crate) fn accuse(&mut self, what: String) {
+        self.violation.get_or_insert(what);
+    }
+
+    /// A node says that `entry` is committed at `index`.
+    pub(crate) fn commit(&mut self, node: NodeId, index: u64, entry: &Rc<Entry>) {
+        let known = usize::try_from(index - 1)
+            .ok()
+            .and_then(|at| self.entries.get(at));
+        match known {
+            Some(known) if Rc::ptr_eq(known, entry) => {}
+            Some(_) => self.accuse(format!(
+                "{node} committed another entry {index}: a write is lost"
+            )),
+            None => self.apply(index, entry),
+        }
+    }
+
+    fn apply(&mut self, index: u64, entry: &Rc<Entry>) {
+        let before = self.newest();
+        let mut state = before.clone();
+        let mut answer = Ok(Receipt::Done(0));
+        if let Body::Command(proposal) = &entry.body {
+            let proposal = self.planted(&state, proposal.clone());
+            let command = proposal.command.clone();
+            answer = state.apply(index, proposal).answer;
+            if answer.is_ok() {
+                self.judge(&before, &state, &command);
+            }
+        }
+        self.entries.push(Rc::clone(entry));
+        self.states.push(state);
+        self.answers.push(answer);
+    }
+
+    /// The command as a broken state machine would read it.
+    fn planted(&self, state: &State, mut proposal: Proposal) -> Proposal {
+        if self.bug == Some(Bug::StaleReportCounts)
+            && let Command::ReportSandbox {
+                id, epoch, node, ..
+            } = &mut proposal.command
+            && let Some(known) = state.sandbox(*id)
+        {
+            (*epoch, *node) = (known.epoch, known.owner);
+        }
+        proposal
+    }
+
+    /// What may never come of one command.
+    fn judge(&mut self, before: &State, after: &State, command: &Command) {
+        match command {
+            Command::CreateSandbox { id, .. } => {
+                let request = self.wishes.get(id).map_or(0, |wish| wish.request);
+                if *self.by_request.entry(request).or_insert(*id) != *id {
+                    self.accuse(format!("request {request} made a second sandbox"));
+                }
+                self.check_room(after);
+            }
+            Command::JudgeNode { .. } => {
+                self.check_epochs(before, after);
+                self.check_room(after);
+            }
+            Command::ReportSandbox { id, report, .. } => {
+                let ended = matches!(report, Report::Stopped { .. } | Report::Failed { .. });
+                if let Some(sandbox) = after.sandbox(*id).filter(|_| ended) {
+                    self.ended.push((*id, sandbox.epoch));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Epochs only grow, and an owner changes only with its epoch.
+    fn check_epochs(&mut self, before: &State, after: &State) {
+        for old in before.sandboxes() {
+            let Some(new) = after.sandbox(old.id) else {
+                continue;
+            };
+            if new.epoch < old.epoch || (new.owner != old.owner && new.epoch == old.epoch) {
+                self.accuse(format!(
+                    "{} went from epoch {} to {}",
+                    old.id, old.epoch, new.epoch
+                ));
+            }
+        }
+    }
+
+    /// What clients asked for fits where it was placed.
+    fn check_room(&mut self, state: &State) {
+        let mut held: BTreeMap<NodeId, Resources> = BTreeMap::new();
+        for sandbox in state.sandboxes().filter(|it| it.phase.holds_resources()) {
+            let wanted = self.wishes.get(&sandbox.id).map(|wish| wish.resources);
+            let sum = held.entry(sandbox.owner).or_default();
+            *sum = sum.plus(wanted.unwrap_or_default());
+        }
+        for (node, sum) in held {
+            let all = self.capacity.get(&node).copied().unwrap_or_default();
+            if sum.memory > all.memory || sum.vcpus > all.vcpus || sum.sandboxes > all.sandboxes {
+                self.accuse(format!("{node} is over-committed: {sum:?} of {all:?}"));
+            }
+        }
+    }
+
+    /// Every promise to a client still holds in the newest state.
+    pub(crate) fn check_promises(&mut self) {
+        let state = self.newest();
+        for promise in self.promises.clone() {
+            let (id, stopped) = match promise {
+                Promise::Created(id) => (id, false),
+                Promise::Stopped(id) => (id, true),
+            };
+            match state.sandbox(id) {
+                None => self.accuse(format!("the acknowledged create of {id} is lost")),
+                Some(sandbox) if stopped && sandbox.desired != Desired::Stopped => {
+                    self.accuse(format!("the acknowledged stop of {id} is lost"));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+}
