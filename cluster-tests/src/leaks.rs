@@ -20,18 +20,7 @@ pub fn of_node(tag: &str, data: &Path) -> BTreeSet<String> {
     found.extend(
         names("/sys/class/net", |name| name.starts_with(&veth)).map(|it| "link ".to_owned() + &it),
     );
-    let tables = Command::new("nft")
-        .args(["list", "tables"])
-        .output()
-        .expect("nft is installed");
-    let table = format!("wrenn_{tag}");
-    let tables = String::from_utf8_lossy(&tables.stdout).into_owned();
-    found.extend(
-        tables
-            .lines()
-            .filter(|line| line.split_whitespace().last() == Some(table.as_str()))
-            .map(|line| format!("nft {line}")),
-    );
+    found.extend(tables(&format!("wrenn_{tag}")));
     found.extend(processes(data).map(|it| format!("process {it}")));
     let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
     let data_text = data.to_string_lossy().into_owned();
@@ -42,6 +31,24 @@ pub fn of_node(tag: &str, data: &Path) -> BTreeSet<String> {
             .map(|line| format!("mount {line}")),
     );
     found
+}
+
+/// The nftables tables of this name.
+///
+/// # Panics
+/// Where `nft` is not installed.
+#[must_use]
+pub fn tables(name: &str) -> Vec<String> {
+    let listed = Command::new("nft")
+        .args(["list", "tables"])
+        .output()
+        .expect("nft is installed");
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    listed
+        .lines()
+        .filter(|line| line.split_whitespace().last() == Some(name))
+        .map(|line| format!("nft {line}"))
+        .collect()
 }
 
 /// Command lines of live processes that name `data`, other than this one.

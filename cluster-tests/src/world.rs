@@ -44,6 +44,19 @@ struct Probed {
     outcome: Vec<u8>,
 }
 
+/// What a daemon has for itself on this machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Site {
+    /// What it is called.
+    pub(crate) name: String,
+    /// Of its API (TCP).
+    pub(crate) port: u16,
+    /// Of its cluster (UDP); the one after it is for bulk transfers.
+    pub(crate) cluster_port: u16,
+    /// Index of its first network slot.
+    pub(crate) slot_base: u16,
+}
+
 /// The right to use certain ports and network slots.
 #[derive(Debug)]
 struct Place(usize);
@@ -62,6 +75,21 @@ impl Place {
 
     fn number(&self) -> u16 {
         u16::try_from(self.0).expect("there are few places")
+    }
+
+    /// Ports below those that the kernel gives to clients, and slots above what a quickstart on the
+    /// same machine uses. Other test programs on this machine are avoided by taking the process id
+    /// into account.
+    fn site(&self) -> Site {
+        let process = std::process::id();
+        let row = |rows: u32| u16::try_from(process % rows).expect("few rows");
+        let port = 20_000 + row(1500) * 8 + self.number() * 2;
+        Site {
+            name: "test".into(),
+            port,
+            cluster_port: port,
+            slot_base: 8192 + row(512) * 64 + self.number() * SLOTS,
+        }
     }
 }
 
@@ -86,8 +114,11 @@ pub struct World {
     pub images: PathBuf,
     /// How many network slots the daemon may have.
     pub slots: u16,
+    site: Site,
+    /// Whose first key opens this one's API, where that is another.
+    founder: Option<PathBuf>,
     // Last, since fields are dropped in order: the place is free once everything is gone.
-    place: Place,
+    place: Option<Place>,
 }
 
 impl World {
@@ -105,11 +136,18 @@ impl World {
     /// Where the images have not been built: a test of the real thing needs them.
     #[must_use]
     pub fn asleep() -> Self {
+        let place = Place::take();
+        let mut world = Self::at(place.site());
+        world.place = Some(place);
+        world
+    }
+
+    /// A world at `site`, whose daemon has never been started.
+    pub(crate) fn at(site: Site) -> Self {
         assert!(
             images().join("initramfs").exists(),
             "no guest images; run deploy/test real-vm"
         );
-        let place = Place::take();
         let dir = tempfile::Builder::new()
             .prefix("wrenn-test-")
             .tempdir()
@@ -122,7 +160,9 @@ impl World {
             environment: Vec::new(),
             images: images(),
             slots: SLOTS,
-            place,
+            site,
+            founder: None,
+            place: None,
         }
     }
 
@@ -157,12 +197,16 @@ impl World {
         self.data().join("sandboxes").join(id)
     }
 
-    /// The first port of this world, below those that the kernel gives to clients. Other test
-    /// programs on this machine are avoided by taking the process id into account.
+    /// The API's port.
     #[must_use]
-    pub fn port(&self) -> u16 {
-        let process = u16::try_from(std::process::id() % 1500).expect("below 1500");
-        20_000 + process * 8 + self.place.number() * 2
+    pub const fn port(&self) -> u16 {
+        self.site.port
+    }
+
+    /// The port of the cluster (UDP); the one after it is for bulk transfers.
+    #[must_use]
+    pub const fn cluster_port(&self) -> u16 {
+        self.site.cluster_port
     }
 
     /// The API's base URL.
@@ -171,10 +215,12 @@ impl World {
         format!("http://127.0.0.1:{}", self.port())
     }
 
-    fn slot_base(&self) -> u16 {
-        // Above what a quickstart on the same machine uses.
-        let process = u16::try_from(std::process::id() % 512).expect("below 512");
-        8192 + process * 64 + self.place.number() * SLOTS
+    /// Makes this daemon a member of the cluster that `founder` founded: it joins with `token` when
+    /// it is started for the first time.
+    pub(crate) fn join(&mut self, founder: &Self, token: &str) {
+        self.founder = Some(founder.data());
+        let variable = ("WRENN_JOIN_TOKEN".to_owned(), token.to_owned());
+        self.environment.push(variable);
     }
 
     /// The bootstrap key.
@@ -183,7 +229,8 @@ impl World {
     /// Before the first start.
     #[must_use]
     pub fn key(&self) -> String {
-        let key = fs::read_to_string(self.data().join("bootstrap.key")).expect("a bootstrap key");
+        let data = self.founder.clone().unwrap_or_else(|| self.data());
+        let key = fs::read_to_string(data.join("bootstrap.key")).expect("a bootstrap key");
         key.trim().to_owned()
     }
 
@@ -202,17 +249,35 @@ impl World {
             None => Some(probed),
         };
         self.spawn();
-        let ready = wait_for(READY_TIMEOUT, || {
-            assert!(self.is_alive(), "the daemon ended:\n{}", self.log());
-            self.is_ready().then_some(())
-        });
-        assert!(ready.is_some(), "the daemon is not ready:\n{}", self.log());
+        self.wait_ready();
         if let Some(mut probed) = first {
             *probed = Some(Probed {
                 version: fs::read(self.data().join("version")).expect("a version"),
                 outcome: fs::read(self.probe_file()).expect("an outcome"),
             });
         }
+    }
+
+    /// Starts the daemon with what is known of the accelerator, and does not wait.
+    pub(crate) fn begin(&mut self) {
+        let probed = PROBED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*probed {
+            self.hand_on_probe(known);
+        }
+        drop(probed);
+        self.spawn();
+    }
+
+    /// Waits until the daemon is ready.
+    ///
+    /// # Panics
+    /// When it does not get ready; its log is shown.
+    pub fn wait_ready(&mut self) {
+        let ready = wait_for(READY_TIMEOUT, || {
+            assert!(self.is_alive(), "the daemon ended:\n{}", self.log());
+            self.is_ready().then_some(())
+        });
+        assert!(ready.is_some(), "the daemon is not ready:\n{}", self.log());
     }
 
     fn probe_file(&self) -> PathBuf {
@@ -250,17 +315,17 @@ impl World {
     /// The command that starts the daemon.
     #[must_use]
     pub fn command(&self) -> Command {
-        let address = format!("127.0.0.1:{}", self.port());
+        let address = |port| format!("127.0.0.1:{port}");
         let mut command = Command::new(wrenn());
         command
-            .args(["node", "start", "--name", "test"])
+            .args(["node", "start", "--name", &self.site.name])
             .arg("--data-dir")
             .arg(self.data())
             .arg("--images-dir")
             .arg(&self.images)
-            .args(["--listen", &address])
-            .args(["--cluster-listen", &address])
-            .args(["--slot-base", &self.slot_base().to_string()])
+            .args(["--listen", &address(self.site.port)])
+            .args(["--cluster-listen", &address(self.site.cluster_port)])
+            .args(["--slot-base", &self.site.slot_base.to_string()])
             .args(["--slot-count", &self.slots.to_string()])
             .args(["--slot-pool", &SLOT_POOL.to_string()])
             .args(&self.arguments)
