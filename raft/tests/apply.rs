@@ -442,6 +442,10 @@ proptest! {
             let once: Vec<_> = world.state.rows().collect();
             let at = Stamp(world.index * 1000);
             let mut twice = world.state.clone();
+            // Each announcement of a node is one of its own: see `apply_histories.rs`.
+            if matches!(command, Command::AdmitNode(_)) {
+                continue;
+            }
             let _ = twice.apply(world.index + 1, Proposal { at, command });
             prop_assert_eq!(once, twice.rows().collect::<Vec<_>>());
         }

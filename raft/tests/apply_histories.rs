@@ -182,11 +182,22 @@ impl Step<'_> {
                 node.name
             );
             assert!(node.cordoned || !node.draining);
+            self.check_incarnation(node);
             let found = self.after.node_by_key(&node.key).map(|it| it.id);
             assert_eq!(found, Some(node.id), "two nodes have one key");
         }
         let full = |state: &State| state.nodes().any(|node| node.team.is_none());
         assert!(full(self.after) || !full(self.before), "no member is left");
+    }
+
+    /// It is the newest announcement's entry, so a verdict about an earlier one is told apart.
+    fn check_incarnation(&self, node: &Node) {
+        let announced = matches!(&self.command, Command::AdmitNode(it) if it.id == node.id)
+            && self.applied.answer.is_ok();
+        match self.before.node(node.id) {
+            Some(known) if !announced => assert_eq!(node.incarnation, known.incarnation),
+            _ => assert_eq!(node.incarnation, self.index),
+        }
     }
 
     fn check_tokens(&self, memory: &mut Memory) {
@@ -229,12 +240,30 @@ fn play(world: &mut World, memory: &mut Memory, proposal: Proposal) {
     }
     .check(memory);
     let mut twice = world.state.clone();
+    let announced = match &proposal.command {
+        Command::AdmitNode(node) => world.state.node(node.id).cloned(),
+        _ => None,
+    };
     let again = twice.apply(world.index + 1, proposal);
-    // A refused create may find room only after something else changed.
+    if let (Some(announced), Ok(_)) = (announced, &again.answer) {
+        check_announced_again(&world.state, world.index + 1, &announced, &twice);
+        return;
+    }
     assert!(
         twice == world.state,
         "applied twice it changed the state twice: {again:?}"
     );
+}
+
+/// Every announcement of a node makes a new incarnation, the second of two alike as well; nothing
+/// else comes of it.
+fn check_announced_again(once: &State, index: u64, announced: &Node, twice: &State) {
+    let expected = Node {
+        incarnation: index,
+        ..announced.clone()
+    };
+    assert_eq!(twice.node(announced.id), Some(&expected));
+    assert_eq!(twice.changes_since(once).len(), 1);
 }
 
 /// Ends everything that holds resources, by its owner or by giving the owner up.

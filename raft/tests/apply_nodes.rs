@@ -91,7 +91,7 @@ fn a_node_that_starts_again_keeps_what_was_decided_about_it() {
     let before = world.state.node(second).expect("known").clone();
     let again = Node {
         id: second,
-        incarnation: 2,
+        incarnation: 77,
         version: "0.2.0".into(),
         team: Some(TeamId([7; 16])),
         name: "other".into(),
@@ -100,7 +100,7 @@ fn a_node_that_starts_again_keeps_what_was_decided_about_it() {
     world.act(Command::AdmitNode(again)).expect("known already");
     let after = world.state.node(second).expect("known");
     let expected = Node {
-        incarnation: 2,
+        incarnation: world.index,
         version: "0.2.0".into(),
         ..before
     };
@@ -548,6 +548,26 @@ fn a_waiting_sandbox_of_a_lost_node_that_is_stopped_ends_when_its_owner_says_so(
     world.judge(second, Verdict::Back).expect("judged");
     world.report(1, ended()).expect("reported");
     assert_eq!(world.sandbox(1).phase, Phase::Stopped);
+}
+
+#[test]
+fn a_lost_node_that_starts_again_is_missing_until_it_renews() {
+    let (mut world, second, _) = World::of_three();
+    world.create_on(second, 1, waiting(512));
+    world.lose(second);
+    let lost_since = world.state.node(second).expect("known").liveness.since();
+    let again = Node {
+        id: second,
+        ..node(2)
+    };
+    world.act(Command::AdmitNode(again)).expect("known already");
+    let since = lost_since.expect("it was missing");
+    let known = world.state.node(second).expect("known").liveness;
+    assert_eq!(known, Liveness::Missing { since });
+    assert!(world.create(2, waiting(4096)).is_ok(), "elsewhere");
+    assert_ne!(world.sandbox(2).owner, second);
+    world.judge(second, Verdict::Back).expect("judged");
+    assert_eq!(world.sandbox(1).owner, second, "what waited is there still");
 }
 
 #[test]

@@ -179,10 +179,11 @@ fn commands(world: &mut World) {
     });
     let judge = |verdict| {
         move |state: &State, _: u32| {
-            let node = state.nodes().last().expect("there are nodes").id;
+            let last = state.nodes().last().expect("there are nodes");
+            let (node, incarnation) = (last.id, last.incarnation);
             Command::JudgeNode {
                 node,
-                incarnation: 1,
+                incarnation,
                 verdict,
             }
         }
