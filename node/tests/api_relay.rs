@@ -153,9 +153,10 @@ async fn a_host_that_cannot_be_reached_is_named_and_the_client_told_to_come_agai
     assert_eq!(refused.json()["error"]["detail"], "host_unreachable");
     assert_eq!(refused.headers["retry-after"], "5");
 
+    let state = world.proposer.view().state();
     let judge = Command::JudgeNode {
         node: HERE,
-        incarnation: 0,
+        incarnation: state.node(HERE).expect("a node").incarnation,
         verdict: Verdict::Missing,
     };
     api_world::propose(&world.proposer, judge).await;

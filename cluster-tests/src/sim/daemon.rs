@@ -101,7 +101,7 @@ impl Context<'_> {
 
     pub(crate) fn propose(&self, command: Command) -> log::Body {
         let at = Stamp(self.now);
-        log::Body::Command(Proposal { at, command })
+        log::Body::Command(Box::new(Proposal { at, command }))
     }
 }
 
@@ -268,12 +268,13 @@ impl Daemon {
             self.applied += 1;
         }
         let applied = self.applied;
-        let ready = self
-            .answered
-            .extract_if(.., |_, (index, _)| *index <= applied);
-        context
-            .done
-            .extend(ready.map(|(request, (_, answer))| (request, answer)));
+        self.answered.retain(|request, (index, answer)| {
+            let waits = *index > applied;
+            if !waits {
+                context.done.push((*request, answer.clone()));
+            }
+            waits
+        });
     }
 
     /// Renews in time, writes down what is held, and starts over once everything bound is dead.

@@ -20,7 +20,7 @@ pub(crate) struct Body {
     /// How far its clock is ahead of true time, and by how many millionths it runs wrong.
     pub(crate) ahead: Ms,
     pub(crate) drift_ppm: i64,
-    /// When it was last booted, by its own clock: what is older is of an earlier boot.
+    /// What its shims hold. Gone with the boot.
     pub(crate) guests: BTreeMap<SandboxId, Guest>,
     /// What the shims read. Gone with the boot.
     pub(crate) lease: Option<Limits>,

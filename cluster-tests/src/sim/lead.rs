@@ -1,6 +1,6 @@
 //! What a daemon does while it leads: the real book, the real autopilot, and answers to proposers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use node::cluster::autopilot::{self, Action, Contact, Picture, Settings, Steadiness, decide};
@@ -131,7 +131,8 @@ impl Daemon {
         let Some(led) = &mut self.led else {
             return;
         };
-        let ready: Vec<_> = led.waiting.extract_if(..=applied, |_, _| true).collect();
+        let later = led.waiting.split_off(&(applied + 1));
+        let ready = std::mem::replace(&mut led.waiting, later);
         for (index, (to, request)) in ready {
             let answer = context
                 .oracle
@@ -341,8 +342,7 @@ fn demote_the_silent(picture: &Picture) -> Option<Action> {
         let contact = picture.contacts.get(id).and_then(|contact| contact.heard);
         **id == picture.here || contact.is_some_and(|heard| heard < Duration::from_secs(3))
     };
-    let left: std::collections::BTreeSet<NodeId> =
-        picture.voters.iter().filter(heard).copied().collect();
+    let left: BTreeSet<NodeId> = picture.voters.iter().filter(heard).copied().collect();
     let fewer = left.len() < picture.voters.len() && picture.leader_for > Duration::from_secs(4);
     (fewer && !picture.change_under_way).then_some(Action::SetVoters(left))
 }

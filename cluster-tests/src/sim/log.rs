@@ -30,7 +30,7 @@ pub(crate) struct Entry {
 pub(crate) enum Body {
     Blank,
     Members(Members),
-    Command(Proposal),
+    Command(Box<Proposal>),
 }
 
 /// Who votes and who learns; while joint, who voted before.

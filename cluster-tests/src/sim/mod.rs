@@ -1,13 +1,13 @@
 //! A whole cluster's logic in virtual time: one event queue, one seed, no thread and no clock.
 //!
 //! Every node has the real replicated [`State`](raft::state::State), applied through a small
-//! [modelled log](log), the real autopilot, lease holder, lease book and load table, the real
+//! modelled log (`log`), the real autopilot, lease holder, lease book and load table, the real
 //! placement (inside apply) and the real reconcile plan, over a fake VMM that records which guest
 //! runs where at which instant. Faults fall on it: daemons crash and stall, hosts are lost and come
 //! back, links break one way or both, delay, lose; clocks drift apart within what the lease allows.
 //! Then the faults stop, and everything has to come to rest.
 //!
-//! Judged after every event (see [`oracle`] and [`world`]):
+//! Judged after every event (`oracle` and `world/judge`):
 //! - at most one guest of a sandbox runs anywhere (I1), and none whose end was reported;
 //! - no two nodes commit different entries, no acknowledged write is lost (I2);
 //! - no node is over-committed; epochs only grow; a request makes one sandbox;

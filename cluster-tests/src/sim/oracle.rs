@@ -96,7 +96,7 @@ impl Oracle {
         let mut state = before.clone();
         let mut answer = Ok(Receipt::Done(0));
         if let Body::Command(proposal) = &entry.body {
-            let proposal = self.planted(&state, proposal.clone());
+            let proposal = self.planted(&state, Proposal::clone(proposal));
             let command = proposal.command.clone();
             answer = state.apply(index, proposal).answer;
             if answer.is_ok() {

@@ -1,4 +1,7 @@
-//! The event queue, and everything that is not a node: clients, the operator, the judge's rounds.
+//! The event queue, the machines and what befalls them.
+
+mod clients;
+mod judge;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -6,18 +9,18 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use node::cluster::lease::LeaseTimes;
-use proto::ids::{NodeId, NodeKey, SandboxId, TeamId, TokenId};
+use proto::ids::{NodeId, NodeKey, TokenId};
 use proto::units::{Mib, Stamp};
-use raft::command::{Answer, Command, Proposal, Receipt, StopCause};
-use raft::state::{Desired, HostLoss, Node, Phase, Resources, SandboxSpec, Template, Token};
+use raft::command::{Command, Proposal};
+use raft::state::{Node, Resources, Template, Token};
 
 use super::Ms;
 use super::bugs::Bug;
 use super::daemon::{Context, Daemon, Mail};
 use super::faults::{Fault, Net};
-use super::host::{Body, GuestState};
+use super::host::Body;
 use super::log::{self, Disk, Entry, Members};
-use super::oracle::{Oracle, Promise, Wish};
+use super::oracle::{Oracle, Promise};
 use super::rng::Rng;
 
 /// How often a daemon looks at its timers.
@@ -209,7 +212,7 @@ impl World {
         }
         let entry = |body| Rc::new(Entry { term: 0, body });
         let at = Stamp(0);
-        let proposal = |command| entry(log::Body::Command(Proposal { at, command }));
+        let proposal = |command| entry(log::Body::Command(Box::new(Proposal { at, command })));
         let mut entries: Vec<Rc<Entry>> = commands.into_iter().map(proposal).collect();
         let voters = [first].into();
         entries.push(entry(log::Body::Members(Members {
@@ -499,120 +502,6 @@ impl World {
         }
     }
 
-    /// A client asks for something, as long as faults fall.
-    fn client(&mut self) {
-        if self.now >= self.faults_end.max(10_000) {
-            return;
-        }
-        let created: Vec<SandboxId> = self
-            .oracle
-            .promises
-            .iter()
-            .filter_map(|promise| match promise {
-                Promise::Created(id) => Some(*id),
-                Promise::Stopped(_) => None,
-            })
-            .collect();
-        self.requests += 1;
-        let request = self.requests;
-        let pending = if !created.is_empty() && self.rng.chance(400) {
-            let id = *self.rng.pick(&created);
-            Pending {
-                command: Command::StopSandbox {
-                    id,
-                    cause: StopCause::Asked,
-                },
-                promise: Promise::Stopped(id),
-            }
-        } else {
-            self.new_sandbox(request)
-        };
-        self.pending.insert(request, pending);
-        self.retry(request);
-        let wait = self.rng.within(300, 2500);
-        self.after(wait, Event::Client);
-    }
-
-    fn new_sandbox(&mut self, request: u64) -> Pending {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&self.rng.next().to_be_bytes());
-        let id = SandboxId(bytes);
-        let on_host_loss = if self.rng.chance(700) {
-            HostLoss::Restart
-        } else {
-            HostLoss::Wait
-        };
-        let memory = Mib(*self.rng.pick(&[128, 256, 512]));
-        let mut spec = SandboxSpec {
-            template: template().name,
-            vcpus: 1,
-            memory,
-            disk: Mib(10),
-            on_host_loss,
-            ..SandboxSpec::default()
-        };
-        let resources = spec.resources();
-        self.oracle.wishes.insert(id, Wish { request, resources });
-        if self.setup.bug == Some(Bug::ReservationsIgnored) {
-            (spec.memory, spec.vcpus) = (Mib(0), 0);
-        }
-        Pending {
-            command: Command::CreateSandbox {
-                id,
-                team: TeamId::default(),
-                spec,
-                hints: Vec::new(),
-            },
-            promise: Promise::Created(id),
-        }
-    }
-
-    /// Asks some node, and another one after a while.
-    fn retry(&mut self, request: u64) {
-        let Some(mut pending) = self.pending.get(&request).cloned() else {
-            return;
-        };
-        if self.setup.bug == Some(Bug::CreateNotIdempotent)
-            && let Promise::Created(id) = pending.promise
-        {
-            // The first wish stays: it is still the same request.
-            let wish = self.oracle.wishes.get(&id).cloned();
-            pending = self.new_sandbox(request);
-            if let (Promise::Created(new), Some(wish)) = (pending.promise, wish) {
-                self.oracle.wishes.insert(new, wish);
-            }
-            self.pending.insert(request, pending.clone());
-        }
-        let nodes: Vec<NodeId> = self.machines.keys().copied().collect();
-        let node = *self.rng.pick(&nodes);
-        let now = self.now;
-        let awake = self
-            .machines
-            .get(&node)
-            .is_some_and(|it| it.is_up && it.paused_until <= now);
-        if awake {
-            self.with(node, |daemon, context| {
-                if let Some(daemon) = daemon {
-                    daemon.ask(request, pending.command, context);
-                }
-            });
-        }
-        self.after(CLIENT_PATIENCE, Event::Retry(request));
-    }
-
-    fn answered(&mut self, request: u64, answer: Answer) {
-        let Some(pending) = self.pending.remove(&request) else {
-            return;
-        };
-        match (pending.promise, answer) {
-            (promise @ Promise::Stopped(_), Ok(_))
-            | (promise @ Promise::Created(_), Ok(Receipt::Placed { .. } | Receipt::Done(_))) => {
-                self.oracle.promises.push(promise);
-            }
-            _ => {}
-        }
-    }
-
     fn note(&mut self, note: String) {
         if self.notes.len() == NOTES {
             self.notes.pop_front();
@@ -631,115 +520,6 @@ impl World {
             what,
             notes: self.notes.drain(..).collect(),
         })
-    }
-
-    /// At most one guest of a sandbox runs, and none whose end was committed.
-    fn check_guests(&mut self, looked_at: NodeId) {
-        let looked_at = self.machines.get(&looked_at);
-        let idle = looked_at.is_none_or(|machine| machine.body.guests.is_empty());
-        if idle && self.oracle.ended.is_empty() {
-            return;
-        }
-        let mut running: BTreeMap<SandboxId, NodeId> = BTreeMap::new();
-        for (node, machine) in &self.machines {
-            for (id, _) in machine.body.guests.iter().filter(|(_, guest)| guest.runs()) {
-                if let Some(other) = running.insert(*id, *node) {
-                    self.oracle
-                        .accuse(format!("{id} runs on {other} and on {node}"));
-                }
-            }
-        }
-        for (id, epoch) in std::mem::take(&mut self.oracle.ended) {
-            for (node, machine) in &self.machines {
-                let guest = machine
-                    .body
-                    .guests
-                    .get(&id)
-                    .filter(|guest| guest.epoch == epoch);
-                if guest.is_some_and(super::host::Guest::runs) {
-                    self.oracle
-                        .accuse(format!("{id} was reported ended and runs on {node}"));
-                }
-            }
-        }
-    }
-
-    /// What must hold once the faults are over.
-    fn check_rest(&mut self) {
-        let state = self.oracle.newest();
-        for node in state.nodes().filter(|node| !node.liveness.is_alive()) {
-            self.oracle
-                .accuse(format!("{} is still {:?}", node.id, node.liveness));
-        }
-        for sandbox in state.sandboxes() {
-            let guest = self
-                .machines
-                .get(&sandbox.owner)
-                .and_then(|it| it.body.guests.get(&sandbox.id));
-            let ready = guest.is_some_and(|it| {
-                it.state == GuestState::Ready && it.runs() && it.epoch == sandbox.epoch
-            });
-            let well = match sandbox.phase {
-                Phase::Running => sandbox.desired == Desired::Running && ready,
-                Phase::Stopped | Phase::Error => !guest.is_some_and(super::host::Guest::runs),
-                Phase::Starting | Phase::Stopping => false,
-            };
-            if !well {
-                let (id, phase, owner) = (sandbox.id, sandbox.phase, sandbox.owner);
-                self.oracle
-                    .accuse(format!("{id} is stuck in {phase:?} on {owner}: {guest:?}"));
-            }
-        }
-        for (node, machine) in &self.machines {
-            for (id, guest) in machine.body.guests.iter().filter(|(_, guest)| guest.runs()) {
-                if state
-                    .sandbox(*id)
-                    .is_none_or(|it| it.owner != *node || it.epoch != guest.epoch)
-                {
-                    self.oracle
-                        .accuse(format!("a guest of {id} is left over on {node}"));
-                }
-            }
-        }
-        self.check_members();
-    }
-
-    fn check_members(&mut self) {
-        let leaders = self.machines.iter().filter(|(_, it)| {
-            it.daemon
-                .as_ref()
-                .is_some_and(|daemon| daemon.replica.is_leader())
-        });
-        let Some((leader, _)) =
-            leaders.max_by_key(|(_, it)| it.daemon.as_ref().map(|daemon| daemon.replica.disk.term))
-        else {
-            return self.oracle.accuse("nobody leads".into());
-        };
-        let picture = self.with(*leader, |daemon, context| {
-            daemon.as_ref().map(|daemon| daemon.picture(context))
-        });
-        let Some(picture) = picture.flatten() else {
-            return;
-        };
-        let nodes = usize::try_from(self.setup.nodes).unwrap_or(usize::MAX);
-        let voters = picture.voters.len();
-        let target = picture.settings.target_voters(nodes, voters);
-        let learners = self.setup.max_learners.min(nodes - target.min(nodes));
-        self.summary.members = (
-            voters,
-            picture.learners.len(),
-            nodes - voters - picture.learners.len(),
-        );
-        if voters != target || picture.learners.len() != learners {
-            let members = self.summary.members;
-            self.oracle.accuse(format!(
-                "{members:?} members, not {target} voters and {learners} learners"
-            ));
-        }
-        if let Some(action) = node::cluster::autopilot::decide(&picture) {
-            self.oracle
-                .accuse(format!("the autopilot still wants {action:?}"));
-        }
     }
 
     fn summary(&self) -> Summary {

@@ -12,15 +12,14 @@
 //! and closes it when it no longer leads.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use proto::ids::NodeId;
 use raft::group::{Group, Role};
-use raft::state::{self, Settings, State};
+use raft::state::{Settings, State};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 
-use super::lease::{Book, LeaseTimes, Listed, Liveness, Refused, Renewal, Tick, Verdict};
+use super::lease::{Book, LeaseTimes, Listed, Refused, Renewal, Tick, Verdict};
 use super::replica::Replica;
 use crate::base::clock::BootInstant;
 
@@ -60,7 +59,7 @@ pub(super) fn times(settings: Settings) -> LeaseTimes {
 
 /// This machine's time since boot, sleep included, as leases count it.
 pub(super) fn now() -> Tick {
-    Tick(Duration::from_nanos(BootInstant::now().as_nanos()))
+    BootInstant::now().into()
 }
 
 impl Desk {
@@ -88,7 +87,7 @@ impl Desk {
         if confirmed != Ok(true) {
             return Err(NotGranted::NoQuorum);
         }
-        let listed = self.replica.state().node(node).map(listed);
+        let listed = self.replica.state().node(node).map(Listed::from);
         let mut open = self.lock();
         let open = open.as_mut().ok_or(NotGranted::NotLeader)?;
         open.book
@@ -121,7 +120,7 @@ impl Desk {
                 book: Book::new(wanted, now),
             },
         };
-        let table = state.nodes().map(|node| (node.id, listed(node)));
+        let table = state.nodes().map(|node| (node.id, Listed::from(node)));
         let verdicts = current.book.verdicts(now, table);
         *open = Some(current);
         verdicts
@@ -134,17 +133,6 @@ impl Desk {
 
     fn lock(&self) -> MutexGuard<'_, Option<OpenBook>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn listed(node: &state::Node) -> Listed {
-    Listed {
-        incarnation: node.incarnation,
-        liveness: match node.liveness {
-            state::Liveness::Alive => Liveness::Alive,
-            state::Liveness::Missing { .. } => Liveness::Missing,
-            state::Liveness::Lost { .. } => Liveness::Lost,
-        },
     }
 }
 

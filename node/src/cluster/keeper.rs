@@ -22,7 +22,7 @@ use tracing::{debug, info, warn};
 
 use super::calls;
 use super::desk::{self, Desk};
-use super::lease::{Granted, Holder, LeaseTimes, Limits, Renewal};
+use super::lease::{Granted, Holder, LeaseTimes, Limits, Listed, Renewal};
 use super::mesh::Mesh;
 use super::propose::Proposer;
 use super::replica::Replica;
@@ -119,15 +119,16 @@ impl LeaseHand {
         self.lock().holder.renew(desk::now())
     }
 
-    fn granted(&self, renewal: Renewal, times: LeaseTimes) {
+    fn granted(&self, renewal: Renewal, times: LeaseTimes, own: Option<Listed>) {
         let mut hand = self.lock();
         if times != hand.times {
             // The leader counts by other times than this node: one of both has not applied the
             // change yet. Nothing is taken from such a grant.
             return;
         }
-        match hand.holder.granted(desk::now(), renewal) {
+        match hand.holder.granted(desk::now(), renewal, own) {
             Granted::Until(_) => self.write(&hand),
+            Granted::NotCaughtUp => debug!("a renewal was granted that is not applied here yet"),
             Granted::Stale => debug!("a renewal was granted too late"),
             Granted::Lapsed => warn!("the lease had lapsed before it was granted again"),
         }
@@ -206,7 +207,11 @@ impl Keeper {
         let renewal = self.hand.renew();
         let deadline = Instant::now() + within;
         match self.ask(renewal, deadline).await {
-            Ok(times) => self.hand.granted(renewal, times),
+            Ok(times) => {
+                let state = self.replica.state();
+                let own = state.node(here).map(Listed::from);
+                self.hand.granted(renewal, times, own);
+            }
             Err(why) => self.note(&why),
         }
     }

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ids::NodeId;
-use raft::command::{self, Command};
 use raft::group::{ChangeError, Group, Metrics, Role};
 use raft::state::State;
 use raft::types::{DiskId, Node};
@@ -22,7 +21,6 @@ use tracing::{debug, info, warn};
 use super::autopilot::{Action, Contact, Listed, Picture, Settings, Steadiness, decide};
 use super::desk::{self, Desk};
 use super::keeper::LeaseHand;
-use super::lease::Verdict;
 use super::load::LoadTable;
 use super::mesh::Mesh;
 use super::propose::Proposer;
@@ -105,21 +103,10 @@ impl Leader {
 
     async fn judge(&self, term: u64) {
         for verdict in self.desk.verdicts(term) {
-            let (node, incarnation, verdict) = match verdict {
-                Verdict::Missing(node, incarnation) => {
-                    (node, incarnation, command::Verdict::Missing)
-                }
-                Verdict::Lost(node, incarnation) => (node, incarnation, command::Verdict::Lost),
-                Verdict::Back(node, incarnation) => (node, incarnation, command::Verdict::Back),
-            };
-            info!(%node, ?verdict, "judging a node's lease");
-            let judged = Command::JudgeNode {
-                node,
-                incarnation,
-                verdict,
-            };
+            info!(?verdict, "judging a node's lease");
+            let judged = verdict.command();
             if let Err(err) = self.proposer.propose(judged).await {
-                warn!(err = chain(&err), %node, "could not tell the cluster about a node");
+                warn!(err = chain(&err), "could not tell the cluster about a node");
             }
         }
     }

@@ -2,12 +2,10 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use raft::state::HostLoss;
 
-use crate::base::clock::BootInstant;
-use crate::cluster::lease::{Limits, Tick};
+use crate::cluster::lease::Limits;
 use crate::cluster::{LeaseSink, LoadSample, LoadSource, View};
 use crate::sandbox::{ObservedState, Registry};
 use crate::shim::lease::{LeaseReader, LeaseTimes, LeaseWriter, file_in};
@@ -40,8 +38,8 @@ impl LeaseSink for LeaseFile {
         match self.reader.read().ok()? {
             LeaseTimes::Unlimited => Some(Limits::NONE),
             LeaseTimes::Limited { freeze_at, kill_at } => Some(Limits {
-                freeze_at: tick(freeze_at),
-                kill_at: tick(kill_at),
+                freeze_at: freeze_at.into(),
+                kill_at: kill_at.into(),
             }),
         }
     }
@@ -51,8 +49,8 @@ impl LeaseSink for LeaseFile {
             LeaseTimes::Unlimited
         } else {
             LeaseTimes::Limited {
-                freeze_at: instant(limits.freeze_at),
-                kill_at: instant(limits.kill_at),
+                freeze_at: limits.freeze_at.into(),
+                kill_at: limits.kill_at.into(),
             }
         };
         self.writer.write(times)
@@ -71,14 +69,6 @@ impl LeaseSink for LeaseFile {
             .filter(|(_, seen)| !matches!(seen.state, ObservedState::Gone(_)));
         here.any(|(id, _)| is_bound(*id))
     }
-}
-
-fn tick(instant: BootInstant) -> Tick {
-    Tick(Duration::from_nanos(instant.as_nanos()))
-}
-
-fn instant(tick: Tick) -> BootInstant {
-    BootInstant::from_nanos(u64::try_from(tick.0.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// This machine's load, from `/proc`.

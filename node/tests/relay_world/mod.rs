@@ -178,9 +178,10 @@ impl Pair {
 
     /// The cluster's opinion of the owner.
     pub async fn judge(&self, verdict: Verdict) {
+        let state = self.proposer.view().state();
         let judge = Command::JudgeNode {
             node: OWNER,
-            incarnation: 0,
+            incarnation: state.node(OWNER).expect("a node").incarnation,
             verdict,
         };
         self.proposer.propose(judge).await.expect("judged");

@@ -1,0 +1,126 @@
+//! Clients: they ask any node, and ask another one until they are answered.
+
+use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::units::Mib;
+use raft::command::{Answer, Command, Receipt, StopCause};
+use raft::state::{HostLoss, SandboxSpec};
+
+use super::{CLIENT_PATIENCE, Event, Pending, World, template};
+use crate::sim::bugs::Bug;
+use crate::sim::oracle::{Promise, Wish};
+
+impl World {
+    /// A client asks for something, as long as faults fall.
+    pub(super) fn client(&mut self) {
+        if self.now >= self.faults_end.max(10_000) {
+            return;
+        }
+        let created: Vec<SandboxId> = self
+            .oracle
+            .promises
+            .iter()
+            .filter_map(|promise| match promise {
+                Promise::Created(id) => Some(*id),
+                Promise::Stopped(_) => None,
+            })
+            .collect();
+        self.requests += 1;
+        let request = self.requests;
+        let pending = if !created.is_empty() && self.rng.chance(400) {
+            let id = *self.rng.pick(&created);
+            Pending {
+                command: Command::StopSandbox {
+                    id,
+                    cause: StopCause::Asked,
+                },
+                promise: Promise::Stopped(id),
+            }
+        } else {
+            self.new_sandbox(request)
+        };
+        self.pending.insert(request, pending);
+        self.retry(request);
+        let wait = self.rng.within(300, 2500);
+        self.after(wait, Event::Client);
+    }
+
+    fn new_sandbox(&mut self, request: u64) -> Pending {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.rng.next().to_be_bytes());
+        let id = SandboxId(bytes);
+        let on_host_loss = if self.rng.chance(700) {
+            HostLoss::Restart
+        } else {
+            HostLoss::Wait
+        };
+        let memory = Mib(*self.rng.pick(&[128, 256, 512]));
+        let mut spec = SandboxSpec {
+            template: template().name,
+            vcpus: 1,
+            memory,
+            disk: Mib(10),
+            on_host_loss,
+            ..SandboxSpec::default()
+        };
+        let resources = spec.resources();
+        self.oracle.wishes.insert(id, Wish { request, resources });
+        if self.setup.bug == Some(Bug::ReservationsIgnored) {
+            (spec.memory, spec.vcpus) = (Mib(0), 0);
+        }
+        Pending {
+            command: Command::CreateSandbox {
+                id,
+                team: TeamId::default(),
+                spec,
+                hints: Vec::new(),
+            },
+            promise: Promise::Created(id),
+        }
+    }
+
+    /// Asks some node, and another one after a while.
+    pub(super) fn retry(&mut self, request: u64) {
+        let Some(mut pending) = self.pending.get(&request).cloned() else {
+            return;
+        };
+        if self.setup.bug == Some(Bug::CreateNotIdempotent)
+            && let Promise::Created(id) = pending.promise
+        {
+            // The first wish stays: it is still the same request.
+            let wish = self.oracle.wishes.get(&id).cloned();
+            pending = self.new_sandbox(request);
+            if let (Promise::Created(new), Some(wish)) = (pending.promise, wish) {
+                self.oracle.wishes.insert(new, wish);
+            }
+            self.pending.insert(request, pending.clone());
+        }
+        let nodes: Vec<NodeId> = self.machines.keys().copied().collect();
+        let node = *self.rng.pick(&nodes);
+        let now = self.now;
+        let awake = self
+            .machines
+            .get(&node)
+            .is_some_and(|it| it.is_up && it.paused_until <= now);
+        if awake {
+            self.with(node, |daemon, context| {
+                if let Some(daemon) = daemon {
+                    daemon.ask(request, pending.command, context);
+                }
+            });
+        }
+        self.after(CLIENT_PATIENCE, Event::Retry(request));
+    }
+
+    pub(super) fn answered(&mut self, request: u64, answer: Answer) {
+        let Some(pending) = self.pending.remove(&request) else {
+            return;
+        };
+        match (pending.promise, answer) {
+            (promise @ Promise::Stopped(_), Ok(_))
+            | (promise @ Promise::Created(_), Ok(Receipt::Placed { .. } | Receipt::Done(_))) => {
+                self.oracle.promises.push(promise);
+            }
+            _ => {}
+        }
+    }
+}
