@@ -29,9 +29,10 @@ fn heard(node: NodeId, age_secs: u64) -> Hint {
 }
 
 async fn judge(world: &World, node: NodeId, verdict: Verdict) {
+    let known = world.proposer.view().state().node(node).cloned();
     let command = Command::JudgeNode {
         node,
-        incarnation: 0,
+        incarnation: known.expect("a node").incarnation,
         verdict,
     };
     propose(&world.proposer, command).await;
