@@ -276,7 +276,7 @@ async fn a_node_with_capsules_goes_only_when_it_is_declared_dead() {
 
     let refused = world.admin(Method::DELETE, "/v1/nodes/here", NONE).await;
     refused.refused(409, "invalid_state");
-    assert!(String::from_utf8_lossy(&refused.body).contains("1 capsules"));
+    assert!(String::from_utf8_lossy(&refused.body).contains("1 capsule"));
     judge(&world, NodeId(1), Verdict::Missing).await;
     let gone = world.get(&format!("/v1/capsules/{id}")).await.json();
     assert_eq!(gone["status"], "missing");
