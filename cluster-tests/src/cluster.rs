@@ -206,7 +206,9 @@ impl ClusterWorld {
     #[must_use]
     pub fn wait_leader_among(&self, numbers: &[u16]) -> u16 {
         let leader = wait_for(SETTLE_TIMEOUT, || {
-            let seen = numbers.iter().find_map(|number| self.leader_seen_by(*number));
+            let seen = numbers
+                .iter()
+                .find_map(|number| self.leader_seen_by(*number));
             seen.filter(|leader| numbers.contains(leader))
         });
         leader.unwrap_or_else(|| panic!("nobody leads:\n{}", self.logs()))
@@ -214,7 +216,9 @@ impl ClusterWorld {
 
     fn leader_seen_by(&self, number: u16) -> Option<u16> {
         let cluster = self.ask(number, "/v1/cluster")?;
-        let leader = cluster["leader"].as_str().filter(|_| cluster["quorum"] == true)?;
+        let leader = cluster["leader"]
+            .as_str()
+            .filter(|_| cluster["quorum"] == true)?;
         self.number_of(&self.ask(number, "/v1/nodes")?, leader)
     }
 
@@ -273,7 +277,10 @@ impl ClusterWorld {
             let control = self.client(*number).cluster_port();
             [control, control + 1]
         });
-        ports.map(|it| it.to_string()).collect::<Vec<_>>().join(", ")
+        ports
+            .map(|it| it.to_string())
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     fn table(&self) -> String {

@@ -407,7 +407,7 @@ async fn a_drain_that_runs_out_of_time_fails_and_says_what_to_do() {
     let id = terminal.capsule().await;
     let args = ["node", "drain", "here", "--timeout", "0s"];
     let complaint = terminal.fails(1, &args).await;
-    assert!(complaint.contains("1 capsules") && complaint.contains("--stop-capsules"));
+    assert!(complaint.contains("1 capsule ") && complaint.contains("--stop-capsules"));
     terminal
         .ok(&["node", "drain", "here", "--stop-capsules"])
         .await;

@@ -29,9 +29,10 @@ fn heard(node: NodeId, age_secs: u64) -> Hint {
 }
 
 async fn judge(world: &World, node: NodeId, verdict: Verdict) {
+    let known = world.proposer.view().state().node(node).cloned();
     let command = Command::JudgeNode {
         node,
-        incarnation: 0,
+        incarnation: known.expect("a node").incarnation,
         verdict,
     };
     propose(&world.proposer, command).await;
@@ -275,7 +276,7 @@ async fn a_node_with_capsules_goes_only_when_it_is_declared_dead() {
 
     let refused = world.admin(Method::DELETE, "/v1/nodes/here", NONE).await;
     refused.refused(409, "invalid_state");
-    assert!(String::from_utf8_lossy(&refused.body).contains("1 capsules"));
+    assert!(String::from_utf8_lossy(&refused.body).contains("1 capsule"));
     judge(&world, NodeId(1), Verdict::Missing).await;
     let gone = world.get(&format!("/v1/capsules/{id}")).await.json();
     assert_eq!(gone["status"], "missing");

@@ -142,7 +142,10 @@ pub(super) async fn drain(global: &Global, options: &Drain) -> Result<ExitCode, 
     }
     let left = drained["capsules"].as_array().map_or(0, Vec::len);
     let (node, waited) = (&options.node, options.timeout);
-    let err = CliError::new(format!("{node} still has {left} capsules after {waited:?}"));
+    let capsules = if left == 1 { "capsule" } else { "capsules" };
+    let err = CliError::new(format!(
+        "{node} still has {left} {capsules} after {waited:?}"
+    ));
     Err(err.hint("it goes on draining; --stop-capsules stops them, `node uncordon` ends it"))
 }
 

@@ -66,9 +66,13 @@ impl Roster {
         }
     }
 
-    /// This roster, with whoever only `told` knows as long as that is newer.
+    /// This roster, with whoever only `told` knows as long as that is newer; and the cluster's name
+    /// from there, until the state has it: members answer nobody of another cluster.
     #[must_use]
     pub fn or_told(mut self, told: &Self) -> Self {
+        if self.cluster == ClusterId::default() {
+            self.cluster = told.cluster;
+        }
         if told.index > self.index {
             for (id, contact) in &told.nodes {
                 self.nodes.entry(*id).or_insert(*contact);
@@ -143,6 +147,12 @@ mod tests {
         assert!(lagging.nodes.contains_key(&NodeId(2)));
         let caught_up = roster(9, &[1]).or_told(&roster(9, &[1, 2]));
         assert!(!caught_up.nodes.contains_key(&NodeId(2)));
+    }
+
+    #[test]
+    fn an_empty_state_knows_its_cluster_from_the_join() {
+        let roster = Roster::default().or_told(&roster(9, &[1]));
+        assert_eq!(roster.cluster, ClusterId([1; 16]));
     }
 
     #[test]

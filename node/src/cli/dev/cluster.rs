@@ -134,9 +134,13 @@ impl Cluster {
         })
     }
 
-    /// Where all nodes find their images.
-    pub(super) fn set_images(&mut self, dir: &Path) -> Result<(), CliError> {
-        self.told.images_dir = std::path::absolute(dir).map_err(|err| failed("find", dir, &err))?;
+    /// Where all nodes find their images; `None` leaves it as it was.
+    pub(super) fn set_images(&mut self, dir: Option<&Path>) -> Result<(), CliError> {
+        let before = Some(self.told.images_dir.clone()).filter(|dir| dir != Path::new(""));
+        let dir = dir.map(Path::to_owned).or(before);
+        let dir = dir.unwrap_or_else(|| self.dir.join("images"));
+        self.told.images_dir =
+            std::path::absolute(&dir).map_err(|err| failed("find", &dir, &err))?;
         self.save()
     }
 
@@ -279,6 +283,28 @@ impl Node {
         self.data_dir().join("raft").exists()
     }
 
+    /// Takes over what another node of this machine found out by booting a guest, which takes many
+    /// seconds where guests are emulated. Only into a new directory; without, it finds out itself.
+    pub(super) fn learn_from(&self, others: &[Self]) {
+        // The second one says in which layout the first is kept.
+        const PROBED: [&str; 2] = ["cache/probe.json", "version"];
+        let knows = |node: &&Self| PROBED.iter().all(|it| node.data_dir().join(it).exists());
+        let Some(other) = others.iter().find(knows) else {
+            return;
+        };
+        let here = self.data_dir();
+        if here.exists() || fs::create_dir_all(here.join("cache")).is_err() {
+            return;
+        }
+        for file in PROBED {
+            if fs::copy(other.data_dir().join(file), here.join(file)).is_err() {
+                // Half of it would make the directory nobody's.
+                let _gone = fs::remove_dir_all(&here);
+                return;
+            }
+        }
+    }
+
     /// Where it keeps its state.
     pub(super) fn data_dir(&self) -> PathBuf {
         self.dir.join(format!("node{}", self.number))
@@ -349,7 +375,9 @@ mod tests {
         let dir = dir();
         assert!(Cluster::load(dir.path()).is_err());
         let mut cluster = Cluster::new(dir.path().into(), wanted(2, 9000)).expect("a cluster");
-        cluster.set_images(Path::new("/images")).expect("a file");
+        cluster
+            .set_images(Some(Path::new("/images")))
+            .expect("a file");
         let sides = cluster.sides("1|2").expect("sides");
         cluster.set_partition(Some(&sides)).expect("a file");
         let node = cluster.node(1).expect("a node");
@@ -372,8 +400,12 @@ mod tests {
         let dir = dir();
         let up = |wanted| Cluster::new(dir.path().into(), wanted);
         let mut cluster = up(wanted(2, 9000)).expect("a cluster");
-        cluster.set_images(Path::new("/images")).expect("a file");
-        let same = up(Wanted::default()).expect("as before");
+        cluster
+            .set_images(Some(Path::new("/images")))
+            .expect("a file");
+        let mut same = up(Wanted::default()).expect("as before");
+        same.set_images(None).expect("a file");
+        assert_eq!(same.told.images_dir, Path::new("/images"));
         assert_eq!((same.nodes().len(), same.port(2)), (2, 9010));
         assert_eq!(same.told.node_args, ["--vmm"]);
         assert_eq!(up(wanted(3, 9000)).expect("grown").nodes().len(), 3);
@@ -387,6 +419,24 @@ mod tests {
         for (nodes, base) in [(1, 65_530), (0, 7320), (6554, 7320), (1025, 7320)] {
             assert!(Cluster::new(dir.path().into(), wanted(nodes, base)).is_err());
         }
+    }
+
+    #[test]
+    fn only_a_new_node_learns_what_others_found_out() {
+        let dir = dir();
+        let cluster = Cluster::new(dir.path().into(), wanted(3, 9000)).expect("a cluster");
+        let nodes = cluster.nodes();
+        nodes[1].learn_from(&nodes);
+        assert!(!nodes[1].data_dir().exists(), "nobody knows anything");
+        fs::create_dir_all(nodes[0].data_dir().join("cache")).expect("a directory");
+        for file in ["version", "cache/probe.json"] {
+            fs::write(nodes[0].data_dir().join(file), "known").expect("a file");
+        }
+        nodes[1].learn_from(&nodes);
+        assert!(nodes[1].data_dir().join("cache/probe.json").exists());
+        fs::create_dir_all(nodes[2].data_dir()).expect("a directory");
+        nodes[2].learn_from(&nodes);
+        assert!(!nodes[2].data_dir().join("version").exists());
     }
 
     #[test]

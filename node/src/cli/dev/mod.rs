@@ -75,7 +75,8 @@ pub(super) struct Up {
     /// need ranges of their own.
     #[arg(long, value_name = "N")]
     slot_base: Option<u16>,
-    /// Where kernel, initramfs and templates lie; `images` in the directory where absent.
+    /// Where kernel, initramfs and templates lie; as before where absent, and `images` in the
+    /// directory at first.
     #[arg(long, value_name = "DIR", env = "WRENN_IMAGES")]
     images_dir: Option<PathBuf>,
     /// Further options of `wrenn node start`, after `--`.
@@ -169,7 +170,6 @@ impl One {
 
 async fn up(global: &Global, options: Up) -> Result<(), CliError> {
     let dir = options.place.dir()?;
-    let images_dir = options.images_dir.unwrap_or_else(|| dir.join("images"));
     let wanted = Wanted {
         nodes: options.nodes,
         port_base: options.port_base,
@@ -177,7 +177,7 @@ async fn up(global: &Global, options: Up) -> Result<(), CliError> {
         node_args: options.node_args,
     };
     let mut cluster = Cluster::new(dir, wanted)?;
-    cluster.set_images(&images_dir)?;
+    cluster.set_images(options.images_dir.as_deref())?;
     let nodes = cluster.nodes();
     up::bring_up(&mut cluster, &nodes).await?;
     if nodes.len() > 1 && cluster.partition().is_none() {

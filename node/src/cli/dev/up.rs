@@ -31,6 +31,10 @@ pub(super) async fn bring_up(cluster: &mut Cluster, nodes: &[Node]) -> Result<()
         .cloned()
         .partition(|node| cluster.must_join(node));
     start(cluster, &known, "starting").await?;
+    let nodes = cluster.nodes();
+    for node in &new {
+        node.learn_from(&nodes);
+    }
     start(cluster, &new, "joining").await
 }
 

@@ -13,7 +13,8 @@ const LOOKS = {
   running: "good", alive: "good",
   pending: "busy", starting: "busy", pausing: "busy", resuming: "busy",
   stopping: "busy", snapshotting: "busy", cordoned: "busy", draining: "busy",
-  missing: "bad", error: "bad", down: "bad",
+  suspect: "busy",
+  missing: "bad", lost: "bad", error: "bad", down: "bad",
 };
 
 const byId = (id) => document.getElementById(id);
@@ -138,9 +139,10 @@ function drawCapsules(capsules) {
 }
 
 function nodeState(node) {
+  if (node.state && node.state !== "alive") return String(node.state);
   if (node.alive === false) return "down";
-  if (node.cordoned) return "cordoned";
-  return String(node.state || node.status || "alive");
+  if (node.draining) return "draining";
+  return node.cordoned ? "cordoned" : "alive";
 }
 
 function drawNodes(nodes) {
