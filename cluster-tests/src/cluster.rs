@@ -10,7 +10,7 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use std::{process, thread};
+use std::{fs, process, thread};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -80,6 +80,40 @@ impl ClusterWorld {
         }
         for other in others {
             other.wait_ready();
+        }
+    }
+
+    /// One more node, which joins by a token that node `through` gives out; returns its number.
+    ///
+    /// # Panics
+    /// When it does not get ready, or there would be more than [`MAX_NODES`].
+    pub fn admit(&mut self, through: u16) -> u16 {
+        let number = self.len() + 1;
+        assert!(number <= MAX_NODES, "1 to {MAX_NODES} nodes");
+        let mut world = World::at(site(number));
+        let token = token(self.client(through));
+        world.join(&self.nodes[0], &token);
+        world.start();
+        self.nodes.push(world);
+        number
+    }
+
+    /// Ends a node's host for good: the daemon, its guests and its disk. Of the founder's disk the
+    /// first API key stays, as with a person who has kept it.
+    ///
+    /// # Panics
+    /// When something of it resists.
+    pub fn lose(&mut self, number: u16) {
+        let node = self.node(number);
+        node.clean_up().expect("nothing of it stays");
+        for entry in fs::read_dir(node.data()).expect("a data directory") {
+            let path = entry.expect("an entry").path();
+            let removed = match path.file_name().and_then(|name| name.to_str()) {
+                Some("bootstrap.key") => Ok(()),
+                _ if path.is_dir() => fs::remove_dir_all(&path),
+                _ => fs::remove_file(&path),
+            };
+            removed.expect("the disk lets go");
         }
     }
 

@@ -259,7 +259,7 @@ impl World {
     }
 
     /// Starts the daemon with what is known of the accelerator, and does not wait.
-    pub(crate) fn begin(&mut self) {
+    pub fn begin(&mut self) {
         let probed = PROBED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = &*probed {
             self.hand_on_probe(known);
@@ -468,7 +468,7 @@ impl World {
     }
 
     /// Ends everything this world left on the host; tells what went wrong.
-    fn clean_up(&mut self) -> Result<(), String> {
+    pub(crate) fn clean_up(&mut self) -> Result<(), String> {
         self.kill();
         if self.data().join("version").exists() {
             let cleaned = Command::new(wrenn())

@@ -27,6 +27,8 @@ fn main() -> ExitCode {
     cli::run(Hooks {
         run_node,
         clean_up,
+        survey: |dir| Ok(wiring::recover::survey(dir)?),
+        recover: |dir, lost, last| Ok(wiring::recover::recover(dir, lost, last)?),
         probe,
     })
 }

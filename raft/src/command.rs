@@ -31,6 +31,17 @@ pub enum Command {
         /// What the founder was told.
         settings: Settings,
     },
+    /// The cluster lost its quorum for good and goes on from one survivor, which proposes this first
+    /// of all: under a new id, and without the keys of those that were declared lost. Their rows
+    /// stay, cordoned, until their leases are over and the leader removes them.
+    RecoverCluster {
+        /// Chosen by the survivor.
+        id: ClusterId,
+        /// The survivor's last entry before it was made the only voter.
+        last: u64,
+        /// Who is dead for good.
+        lost: Vec<NodeId>,
+    },
     /// Replaces what operators set for all nodes.
     PutSettings(Settings),
     /// Adds a join token.

@@ -78,6 +78,7 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
     use pb::proposal::Command as Wire;
     match command {
         Command::FoundCluster { id, settings } => Wire::FoundCluster(found_to_wire(*id, *settings)),
+        Command::RecoverCluster { id, last, lost } => recovered_to_wire(*id, *last, lost),
         Command::PutSettings(settings) => Wire::PutSettings((*settings).into()),
         Command::PutToken(token) => Wire::PutToken(pb::PutToken {
             token: Some(token.into()),
@@ -146,6 +147,22 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
     }
 }
 
+fn recovered_to_wire(id: ClusterId, last: u64, lost: &[NodeId]) -> pb::proposal::Command {
+    pb::proposal::Command::RecoverCluster(pb::RecoverCluster {
+        id: id.0.to_vec(),
+        last,
+        lost: lost.iter().map(|node| node.0).collect(),
+    })
+}
+
+fn recovered_from_wire(wire: pb::RecoverCluster) -> Result<Command, BadRow> {
+    Ok(Command::RecoverCluster {
+        id: ClusterId(array("cluster id", &wire.id)?),
+        last: wire.last,
+        lost: wire.lost.into_iter().map(NodeId).collect(),
+    })
+}
+
 fn found_to_wire(id: ClusterId, settings: Settings) -> pb::FoundCluster {
     pb::FoundCluster {
         id: id.0.to_vec(),
@@ -212,6 +229,7 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             id: ClusterId(array("cluster id", &it.id)?),
             settings: some("settings", it.settings)?.into(),
         },
+        Wire::RecoverCluster(it) => recovered_from_wire(it)?,
         Wire::PutSettings(it) => Command::PutSettings(it.into()),
         Wire::PutToken(it) => Command::PutToken(some("token", it.token)?.try_into()?),
         Wire::RevokeToken(it) => Command::RevokeToken(TokenId(array("token id", &it.id)?)),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use proto::epoch::Epoch;
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId};
+use proto::ids::{ClusterId, KeyId, NodeId, NodeKey, SandboxId, TeamId};
 use proto::units::{Mib, Stamp};
 use wrenn_raft::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause};
 use wrenn_raft::placement::Lack;
@@ -367,6 +367,13 @@ fn any_command() -> impl Strategy<Value = Command> {
         }),
         (0_u64..40_000).prop_map(|ms| Command::PruneSandboxes {
             ended_before: Stamp(ms)
+        }),
+        (0_u8..3, 0_u64..40, prop::collection::vec(1_u64..4, 0..3)).prop_map(|(id, last, lost)| {
+            Command::RecoverCluster {
+                id: ClusterId([id; 16]),
+                last,
+                lost: lost.into_iter().map(NodeId).collect(),
+            }
         }),
     ]
 }

@@ -10,7 +10,7 @@ use proto::units::Stamp;
 use world::*;
 use wrenn_raft::command::{Command, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::state::{
-    Desired, GuestVersions, Liveness, Node, Phase, Resources, SandboxSpec, Settings, Token,
+    Desired, Former, GuestVersions, Liveness, Node, Phase, Resources, SandboxSpec, Settings, Token,
 };
 
 fn unfit(answer: Result<Receipt, Refusal>) -> String {
@@ -61,6 +61,76 @@ fn a_cluster_is_founded_once_and_by_settings_that_work() {
         world.act(Command::PutSettings(even)),
         Err(Refusal::Unfit(_))
     ));
+}
+
+fn recovered(id: u8, last: u64, lost: &[NodeId]) -> Command {
+    Command::RecoverCluster {
+        id: ClusterId(mark(b'r', id)),
+        last,
+        lost: lost.to_vec(),
+    }
+}
+
+#[test]
+fn a_recovered_cluster_has_another_id_and_remembers_the_former_ones() {
+    let (mut world, second, third) = World::of_three();
+    let founded = world.state.cluster().expect("founded").clone();
+    let recover = recovered(1, 40, &[second, third]);
+    assert_eq!(world.act(recover.clone()), Ok(Receipt::Done(1)));
+    let now = world.state.cluster().expect("founded").clone();
+    assert_eq!(now.id, ClusterId(mark(b'r', 1)));
+    assert_eq!(
+        now.former,
+        [Former {
+            id: founded.id,
+            last: 40
+        }]
+    );
+    assert_eq!(
+        (now.founded_at, now.settings),
+        (founded.founded_at, founded.settings)
+    );
+    // Proposed again after a crash it changes nothing, and neither does an older one.
+    assert_eq!(world.act(recover.clone()), Ok(Receipt::Done(0)));
+    world.act(recovered(2, 60, &[])).expect("recovered again");
+    assert_eq!(world.act(recover), Ok(Receipt::Done(0)));
+    let former = &world.state.cluster().expect("founded").former;
+    assert_eq!(former.len(), 2);
+    for id in 3..40 {
+        world.act(recovered(id, 99, &[])).expect("recovered");
+    }
+    let former = &world.state.cluster().expect("founded").former;
+    assert_eq!(former.len(), 16, "bounded");
+}
+
+#[test]
+fn whoever_a_recovery_declares_lost_is_shut_out_at_once_and_settled_later() {
+    let (mut world, second, third) = World::of_three();
+    let epoch = world.create_on(second, 1, bound(512));
+    let lost = world.state.node(second).expect("known").clone();
+    world
+        .act(recovered(1, 40, &[second, NodeId(77)]))
+        .expect("recovered");
+    let row = world.state.node(second).expect("its row waits");
+    assert!(row.cordoned && row.liveness == Liveness::Alive);
+    assert!(world.state.removed_node(&lost.key).is_some());
+    assert_eq!(world.sandbox(1).epoch, epoch, "its lease may not be over");
+    assert!(world.state.removed_node(&node(3).key).is_none());
+    assert!(world.state.node(third).is_some_and(|node| !node.cordoned));
+    // Even with a token it is not taken in again under its old key.
+    let expires_at = Stamp(world.now.0 + HOUR_MS);
+    world
+        .act(Command::PutToken(token(9, 1, expires_at)))
+        .expect("put");
+    let why = unfit(world.act(redeem(9, lost.clone())));
+    assert!(why.contains("was removed"), "{why}");
+
+    world.lose(second);
+    let again = world.sandbox(1);
+    assert!(again.epoch > epoch && again.owner != second);
+    world.act(remove(second, true)).expect("its lease is over");
+    assert!(world.state.node(second).is_none());
+    assert!(world.state.removed_node(&lost.key).is_some());
 }
 
 #[test]

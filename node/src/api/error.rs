@@ -20,7 +20,7 @@ use utoipa::ToSchema;
 use super::cluster_info::NoQuorum;
 use crate::base::chain::chain;
 use crate::base::remedy::Remedy;
-use crate::cluster::ProposeError;
+use crate::cluster::{LogError, ProposeError};
 use crate::guest::{GuestCode, GuestError};
 use crate::relay::RelayError;
 
@@ -198,6 +198,10 @@ impl From<ProposeError> for ApiError {
             // The one refusal that clients know by a code of its own.
             ProposeError::Refused(Refusal::NoRoom(_)) => {
                 Self::new(Code::NoHostsAvailable, err.to_string())
+            }
+            // With or without a known outcome: asking again once there is a quorum is right.
+            ProposeError::Log(LogError::NoLeader { .. } | LogError::Unknown { .. }) => {
+                Self::new(Code::NoQuorum, err.to_string())
             }
             ProposeError::Refused(_) | ProposeError::Log(_) => {
                 Self::from_remedy(err.remedy(), &err)
@@ -400,13 +404,10 @@ mod tests {
                 .message
                 .contains("n1 lacks memory")
         );
-        let unknown = LogError::Unknown {
-            waited: std::time::Duration::ZERO,
-        };
-        assert_eq!(
-            wire_of(ProposeError::Log(unknown)),
-            (503, "host_unavailable")
-        );
+        let waited = std::time::Duration::ZERO;
+        for lost in [LogError::Unknown { waited }, LogError::NoLeader { waited }] {
+            assert_eq!(wire_of(ProposeError::Log(lost)), (503, "no_quorum"));
+        }
         let template = Refusal::NoSuchTemplate("x".into());
         assert_eq!(wire_of(ProposeError::Refused(template)), (404, "not_found"));
     }

@@ -17,20 +17,29 @@ mod find;
 mod node;
 mod nodes;
 mod print;
+mod recover;
 mod shell;
 mod template;
 mod token;
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
+use proto::ids::{ClusterId, NodeId};
+use raft::group::Position;
+
+use crate::cluster::recovery::Survey;
 use crate::config::Config;
 
 use client::Client;
 use error::CliError;
+
+/// The data directory, the lost, the last entry that goes on; the recovered cluster's id.
+pub type RecoverHook = fn(&Path, &BTreeSet<NodeId>, Position) -> Result<ClusterId, Box<dyn Error>>;
 
 /// What the command line needs of the rooms above it.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +48,10 @@ pub struct Hooks {
     pub run_node: fn(Config) -> Result<(), Box<dyn Error>>,
     /// Ends everything that a node with this data directory left on the host.
     pub clean_up: fn(&Path) -> Result<(), Box<dyn Error + Send + Sync>>,
+    /// Looks at a stopped node's log.
+    pub survey: fn(&Path) -> Result<Survey, Box<dyn Error>>,
+    /// Makes a stopped node the only voter, without the lost, from the last entry that was shown.
+    pub recover: RecoverHook,
     /// Boots a tiny guest and says what ran it.
     pub probe: fn(&Config) -> Result<String, Box<dyn Error>>,
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::error::{CliError, chain};
-use super::{Global, Hooks, find, nodes, print, wait_for};
+use super::{Global, Hooks, find, nodes, print, recover, wait_for};
 use crate::config::{
     AcceleratorChoice, Cidr, Config, JoinToken, Period, Tag, VmmChoice, Written, WrittenCapacity,
 };
@@ -36,6 +36,8 @@ pub(super) enum Command {
         #[arg(long, value_name = "DIR")]
         data_dir: PathBuf,
     },
+    /// Rebuild the cluster from this stopped node after most voters are gone for good.
+    Recover(recover::Options),
     /// Show the configuration that `start` would use, as JSON.
     Config(Box<Settings>),
 }
@@ -178,6 +180,7 @@ pub(super) fn run(hooks: Hooks, global: &Global, command: Command) -> Result<Exi
         Command::Start(options) => start(hooks, *options),
         Command::Config(options) => show_config(*options),
         Command::CleanUp { data_dir } => clean_up(hooks, &data_dir),
+        Command::Recover(options) => recover::run(hooks, global, &options),
         Command::Ls => wait_for(nodes::ls(global)),
         Command::Cordon(one) => wait_for(nodes::cordon(global, &one, true)),
         Command::Uncordon(one) => wait_for(nodes::cordon(global, &one, false)),

@@ -2,16 +2,18 @@
 //!
 //! One task on every node, idle on all but the leader. It begins a term once the first entry of
 //! that term is committed, looks every [`TICK`], proposes what the desk's book says about leases,
-//! and carries out one step of the autopilot at a time. It ends the term the moment it sees another
-//! leader; a verdict that is proposed late changes nothing, since it names the incarnation.
+//! removes whom a recovery declared lost, and carries out one step of the autopilot at a time. It
+//! ends the term the moment it sees another leader; a verdict that is proposed late changes nothing,
+//! since it names the incarnation.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ids::NodeId;
+use raft::command::Command;
 use raft::group::{ChangeError, Group, Metrics, Role};
-use raft::state::State;
+use raft::state::{Liveness, State};
 use raft::types::{DiskId, Node};
 use tokio::sync::watch;
 use tokio::time::{self, Instant, MissedTickBehavior};
@@ -91,6 +93,7 @@ impl Leader {
         while self.leads_in(number) {
             ticks.tick().await;
             self.judge(number).await;
+            self.bury().await;
             self.steer(&mut term).await;
         }
         info!(term = number, "no longer leading");
@@ -107,6 +110,31 @@ impl Leader {
             let judged = verdict.command();
             if let Err(err) = self.proposer.propose(judged).await {
                 warn!(err = chain(&err), "could not tell the cluster about a node");
+            }
+        }
+    }
+
+    /// Removes those whom a recovery declared lost, once their leases and grace are over: what lived
+    /// by the lease there is dead by then, and was given out anew. Where there was nothing, the
+    /// lease is enough.
+    async fn bury(&self) {
+        let state = self.replica.state();
+        let over = |node: &&raft::state::Node| {
+            let settled = match node.liveness {
+                Liveness::Alive => false,
+                Liveness::Missing { .. } => state.reserved(node.id).sandboxes == 0,
+                Liveness::Lost { .. } => true,
+            };
+            settled && state.removed_node(&node.key).is_some()
+        };
+        for node in state.nodes().filter(over) {
+            info!(node = %node.id, name = node.name, "removing a node that was declared lost");
+            let remove = Command::RemoveNode {
+                node: node.id,
+                declared_dead: true,
+            };
+            if let Err(err) = self.proposer.propose(remove).await {
+                warn!(err = chain(&err), node = %node.id, "could not remove a lost node");
             }
         }
     }

@@ -7,6 +7,9 @@
 //! receiver  file into the spool directory > raft > length (u32) | raft's answer > FIN
 //! ```
 //!
+//! Each request begins with the sender's [`lineage`], so that nodes of a cluster that was recovered
+//! and such that still live before that never mix.
+//!
 //! Raft runs on a runtime of its own that has no sockets; everything here is carried out on the
 //! daemon's, so that a connection dialled for raft outlives raft's runtime.
 
@@ -30,6 +33,7 @@ use transport::streams::{Inbound, StreamHandler};
 use transport::{Call, Handler, Lane, RpcError, Service};
 
 use super::calls;
+use super::lineage;
 use super::mesh::{Mesh, MeshError};
 use super::roster::Contact;
 
@@ -97,6 +101,7 @@ impl Link for MeshLink {
         let mesh = self.mesh.clone();
         let call = async move {
             let deadline = Instant::now() + within;
+            let request = lineage::stamped(&mesh.roster(), &request);
             let called = mesh.call_contact(contact, calls::RAFT, request.into(), deadline);
             match called.await {
                 Ok(answer) => Ok(answer.into()),
@@ -133,6 +138,7 @@ async fn send(mesh: &Mesh, to: NodeId, request: Vec<u8>, path: PathBuf) -> io::R
     let file = File::open(&path).await?;
     let length = file.metadata().await?.len();
     let deadline = Instant::now() + OPEN_TIMEOUT;
+    let request = lineage::stamped(&mesh.roster(), &request);
     let opened = mesh.open(to, Lane::Bulk, Service::SNAPSHOT, request.into(), deadline);
     let mut stream = opened.await.map_err(io::Error::other)?;
     stream.write_u64(length).await?;
@@ -164,7 +170,12 @@ fn link_error(to: NodeId, err: &MeshError) -> LinkError {
 }
 
 /// Raft's network, receiving end: calls.
-pub(super) struct RaftCalls(pub(super) Group<State>);
+pub(super) struct RaftCalls {
+    /// Who answers.
+    pub(super) group: Group<State>,
+    /// Which cluster it belongs to.
+    pub(super) mesh: Mesh,
+}
 
 impl Handler for RaftCalls {
     async fn call(&self, call: Call) -> Result<Bytes, RpcError> {
@@ -173,7 +184,9 @@ impl Handler for RaftCalls {
                 method: call.method,
             });
         }
-        Ok(self.0.serve(&call.body).await.into())
+        let request = lineage::read(&self.mesh.roster(), &call.body)
+            .map_err(|foreign| RpcError::rejected(foreign.to_string()))?;
+        Ok(self.group.serve(request).await.into())
     }
 }
 
@@ -181,6 +194,8 @@ impl Handler for RaftCalls {
 pub(super) struct SnapshotStreams {
     /// Where to.
     pub(super) group: Group<State>,
+    /// Which cluster it belongs to.
+    pub(super) mesh: Mesh,
     /// Where the bytes lie until raft has taken them over.
     pub(super) spool: PathBuf,
 }
@@ -198,9 +213,10 @@ impl StreamHandler for SnapshotStreams {
 
 impl SnapshotStreams {
     async fn receive(&self, inbound: Inbound) -> io::Result<()> {
-        let request = inbound.header.clone();
+        let header = inbound.header.clone();
+        let request = lineage::read(&self.mesh.roster(), &header).map_err(io::Error::other)?;
         let mut stream = inbound.accept().await.map_err(io::Error::other)?;
-        if let Some(refusal) = self.group.refuse_snapshot(&request) {
+        if let Some(refusal) = self.group.refuse_snapshot(request) {
             return answer(&mut stream, &refusal).await;
         }
         let length = stream.read_u64().await?;
@@ -220,7 +236,7 @@ impl SnapshotStreams {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         file.flush().await?;
-        let reply = self.group.serve_snapshot(&request, path.to_path_buf());
+        let reply = self.group.serve_snapshot(request, path.to_path_buf());
         let reply = reply.await;
         answer(&mut stream, &reply).await
     }

@@ -9,7 +9,7 @@
 //! leader: desk (renewals > verdicts), autopilot (who votes)     every node: keeper (its lease), load
 //! ```
 //!
-//! Pure, and tested as such: `autopilot`, `lease`, `liveness`, `token`, `roster`. The others carry
+//! Pure, and tested as such: `autopilot`, `lease`, `lineage`, `liveness`, `recovery`, `roster`, `token`. The others carry
 //! out what those decide. [`Cluster`] is the whole, as wiring builds it; [`join`] is how a node
 //! gets in.
 
@@ -21,6 +21,7 @@ pub mod join;
 mod keeper;
 mod leader;
 pub mod lease;
+mod lineage;
 mod link;
 pub mod liveness;
 mod load;
@@ -28,6 +29,7 @@ mod log;
 mod mesh;
 mod mirror;
 mod propose;
+pub mod recovery;
 mod replica;
 mod roster;
 mod running;

@@ -44,6 +44,8 @@ pub struct Roster {
     pub index: u64,
     /// The members, by id.
     pub nodes: BTreeMap<NodeId, Contact>,
+    /// What the cluster was called before it was recovered from a lost quorum, the oldest first.
+    pub former: Vec<ClusterId>,
 }
 
 /// A roster that a peer sent is none.
@@ -55,28 +57,31 @@ impl Roster {
     /// The roster that `state` describes at `index`.
     #[must_use]
     pub fn of(state: &State, index: u64) -> Self {
-        let contacts = state.nodes().filter_map(Contact::of);
+        // Whoever a recovery declared lost is no member, though its row waits to be settled.
+        let members = state
+            .nodes()
+            .filter(|node| state.removed_node(&node.key).is_none());
+        let contacts = members.filter_map(Contact::of);
+        let cluster = state.cluster();
+        let former = cluster.into_iter().flat_map(|cluster| &cluster.former);
         Self {
-            cluster: state
-                .cluster()
-                .map(|cluster| cluster.id)
-                .unwrap_or_default(),
+            cluster: cluster.map(|cluster| cluster.id).unwrap_or_default(),
             index,
             nodes: contacts.map(|contact| (contact.id, contact)).collect(),
+            former: former.map(|former| former.id).collect(),
         }
     }
 
-    /// This roster, with whoever only `told` knows as long as that is newer; and the cluster's name
-    /// from there, until the state has it: members answer nobody of another cluster.
+    /// This roster, or `told` as long as that is newer: a log that is replayed goes through times
+    /// in which today's members were none, and others were. The cluster's name is taken from
+    /// there until the state has it: members answer nobody of another cluster.
     #[must_use]
     pub fn or_told(mut self, told: &Self) -> Self {
+        if told.index > self.index {
+            return told.clone();
+        }
         if self.cluster == ClusterId::default() {
             self.cluster = told.cluster;
-        }
-        if told.index > self.index {
-            for (id, contact) in &told.nodes {
-                self.nodes.entry(*id).or_insert(*contact);
-            }
         }
         self
     }
@@ -116,6 +121,8 @@ impl Roster {
             cluster: ClusterId(wire.cluster.try_into().map_err(|_| BadRoster)?),
             index: wire.index,
             nodes: nodes.collect::<Result<_, BadRoster>>()?,
+            // A joiner has no past in this cluster.
+            former: Vec::new(),
         })
     }
 }
@@ -138,6 +145,7 @@ mod tests {
             cluster: ClusterId([1; 16]),
             index,
             nodes: ids.iter().map(|id| (NodeId(*id), contact(*id))).collect(),
+            former: Vec::new(),
         }
     }
 

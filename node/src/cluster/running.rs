@@ -168,7 +168,13 @@ impl Cluster {
     /// Answers other nodes from now on. `spool` is where snapshots lie while they arrive.
     pub fn serve(&self, spool: PathBuf, clock: Arc<dyn Clock>) {
         let transport = self.mesh.transport();
-        transport.register(Service::RAFT, RaftCalls(self.group.clone()));
+        transport.register(
+            Service::RAFT,
+            RaftCalls {
+                group: self.group.clone(),
+                mesh: self.mesh.clone(),
+            },
+        );
         transport.register(
             Service::CLUSTER,
             ClusterCalls {
@@ -182,8 +188,11 @@ impl Cluster {
         );
         let proposer = self.proposer.clone();
         transport.register(Service::JOIN, JoinCalls { proposer, clock });
-        let group = self.group.clone();
-        let snapshots = SnapshotStreams { group, spool };
+        let snapshots = SnapshotStreams {
+            group: self.group.clone(),
+            mesh: self.mesh.clone(),
+            spool,
+        };
         transport.register_streams(Service::SNAPSHOT, Lane::Bulk, snapshots);
         let group = self.group.clone();
         transport.register_streams(Service::PULL, Lane::Bulk, PullStreams { group });

@@ -165,16 +165,20 @@ impl ClusterCalls {
         let request: wire::VouchRequest = calls::request(body)?;
         let key = <[u8; 32]>::try_from(request.key.as_slice()).map(NodeKey);
         let state = self.replica.state();
-        let member = key.is_ok_and(|key| state.node_by_key(&key).is_some());
+        let is_member =
+            |key: &NodeKey| state.node_by_key(key).is_some() && state.removed_node(key).is_none();
+        let member = key.is_ok_and(|key| is_member(&key));
         Ok(calls::body(&wire::VouchAnswer { member }))
     }
 
     async fn pull(&self, from: NodeId, body: Bytes, deadline: Instant) -> Result<Bytes, RpcError> {
         let request: wire::PullRequest = calls::request(body)?;
         let state = self.replica.state();
-        let ours = state.cluster().map(|cluster| cluster.id);
-        if ours.is_none_or(|id| id.0[..] != request.cluster[..]) {
-            return Err(RpcError::rejected("of another cluster"));
+        if !may_pull(&state, &request) {
+            return Err(RpcError::rejected(
+                "of another cluster, or of this one and past the point it was recovered from: \
+                 remove the data directory and join anew",
+            ));
         }
         if state.node(from).is_none_or(|node| node.team.is_some()) {
             return Err(RpcError::rejected("entries are for full members"));
@@ -207,6 +211,17 @@ impl ClusterCalls {
         }
         Ok(calls::body(&answer))
     }
+}
+
+/// Whether entries follow on what the asker has: it is of this cluster, or of what this cluster was
+/// and has seen nothing that was lost with its quorum.
+fn may_pull(state: &State, request: &wire::PullRequest) -> bool {
+    let asker = request.cluster.as_slice();
+    state.cluster().is_some_and(|ours| {
+        let mut former = ours.former.iter();
+        ours.id.0 == asker
+            || former.any(|past| past.id.0 == asker && request.from <= past.last.saturating_add(1))
+    })
 }
 
 /// What a proposer is told: only a plain no may be taken as "nothing happened".

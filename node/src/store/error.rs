@@ -17,6 +17,19 @@ pub enum OpenDataDirError {
         /// The directory.
         path: PathBuf,
     },
+    /// It was written by a later wrenn.
+    #[error(
+        "data directory {path} was written by a later version of wrenn (layout {found}; this wrenn \
+         reads up to {ours}); install that version again"
+    )]
+    LaterVersion {
+        /// The directory.
+        path: PathBuf,
+        /// The layout it has.
+        found: u32,
+        /// The newest that this program reads.
+        ours: u32,
+    },
     /// It was written by a wrenn whose layout differs from ours.
     #[error(
         "data directory {path} has layout version {found:?} and this wrenn reads version {ours}; \
@@ -58,6 +71,7 @@ impl OpenDataDirError {
     pub fn remedy(&self) -> Remedy {
         match self {
             Self::InUse { .. }
+            | Self::LaterVersion { .. }
             | Self::OtherVersion { .. }
             | Self::NotOurs { .. }
             | Self::Disk { .. } => Remedy::CallOperator,

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <data>/version          layout version, written before anything else
+//!        member.json      which node of which cluster this is; wiring's, as recovered.json
 //!        lock             held by the daemon for its whole life
 //!        identity/        the node's key
 //!        raft/            log, vote, snapshots
@@ -30,6 +31,8 @@ use super::error::OpenDataDirError;
 use super::manifest::ImageDigest;
 
 const VERSION_FILE: &str = "version";
+/// The oldest layout that is read, and taken over in place.
+const OLDEST_READ: u32 = 1;
 const LOCK_FILE: &str = "lock";
 /// A new file system brings this directory along; one may be mounted for us.
 const LOST_AND_FOUND: &str = "lost+found";
@@ -51,7 +54,8 @@ impl DataDir {
     ///
     /// # Errors
     /// - [`OpenDataDirError::InUse`]: another process has it open.
-    /// - [`OpenDataDirError::OtherVersion`]: another wrenn wrote it.
+    /// - [`OpenDataDirError::LaterVersion`]: a later wrenn wrote it.
+    /// - [`OpenDataDirError::OtherVersion`]: what wrote it is not known.
     /// - [`OpenDataDirError::NotOurs`]: it holds something else.
     /// - [`OpenDataDirError::Disk`]: the disk failed.
     pub fn open(root: &Path) -> Result<Self, OpenDataDirError> {
@@ -295,23 +299,29 @@ fn take_lock(paths: &DataPaths) -> Result<Flock<File>, OpenDataDirError> {
     })
 }
 
-/// Refuses a directory that is not ours; marks a new one. Runs under the lock.
+/// Refuses a directory that is not ours; marks a new one, and one of a layout that this program
+/// goes on with. Runs under the lock, before anything else: from then on an older program must not
+/// open it any more.
 fn check_version(paths: &DataPaths) -> Result<(), OpenDataDirError> {
     let path = paths.version_file();
-    match fs::read(&path) {
-        Ok(bytes) => {
-            let found = String::from_utf8_lossy(&bytes);
-            if found.trim() == version::DATA_DIR.to_string() {
-                return Ok(());
-            }
-            Err(OpenDataDirError::OtherVersion {
-                path: paths.root.clone(),
-                found: found.trim().chars().take(SHOWN_VERSION_CHARS).collect(),
-                ours: version::DATA_DIR,
-            })
-        }
-        Err(err) if err.kind() == io::ErrorKind::NotFound => mark_new(paths),
-        Err(err) => Err(disk("read", &path)(err)),
+    let found = match fs::read(&path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).trim().to_owned(),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return mark_new(paths),
+        Err(err) => return Err(disk("read", &path)(err)),
+    };
+    match found.parse::<u32>() {
+        Ok(version::DATA_DIR) => Ok(()),
+        Ok(OLDEST_READ..version::DATA_DIR) => mark(paths),
+        Ok(later) if later > version::DATA_DIR => Err(OpenDataDirError::LaterVersion {
+            path: paths.root.clone(),
+            found: later,
+            ours: version::DATA_DIR,
+        }),
+        Ok(_) | Err(_) => Err(OpenDataDirError::OtherVersion {
+            path: paths.root.clone(),
+            found: found.chars().take(SHOWN_VERSION_CHARS).collect(),
+            ours: version::DATA_DIR,
+        }),
     }
 }
 
@@ -327,6 +337,11 @@ fn mark_new(paths: &DataPaths) -> Result<(), OpenDataDirError> {
             });
         }
     }
+    mark(paths)
+}
+
+/// Says durably that the directory is of this program's layout.
+fn mark(paths: &DataPaths) -> Result<(), OpenDataDirError> {
     let path = paths.version_file();
     durable::write(&path, format!("{}\n", version::DATA_DIR).as_bytes())
         .map_err(disk("write", &path))
@@ -378,15 +393,40 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_name_and_left_alone() {
+    fn an_unknown_version_is_refused_by_name_and_left_alone() {
         let (_dir, root) = fresh();
         drop(DataDir::open(&root).unwrap());
-        for other in ["2\n", "", "one", "\u{1}\u{fffd}"] {
+        for other in ["0\n", "", "one", "-1", "\u{1}\u{fffd}"] {
             fs::write(root.join("version"), other).unwrap();
             let refused = DataDir::open(&root).unwrap_err();
             assert!(matches!(refused, OpenDataDirError::OtherVersion { .. }));
             assert_eq!(fs::read_to_string(root.join("version")).unwrap(), other);
         }
+    }
+
+    #[test]
+    fn a_later_version_is_refused_as_such_and_left_alone() {
+        let (_dir, root) = fresh();
+        drop(DataDir::open(&root).unwrap());
+        let later = format!("{}\n", version::DATA_DIR + 1);
+        fs::write(root.join("version"), &later).unwrap();
+        let refused = DataDir::open(&root).unwrap_err();
+        let said = refused.to_string();
+        assert!(said.contains("was written by a later version"), "{said}");
+        assert_eq!(fs::read_to_string(root.join("version")).unwrap(), later);
+    }
+
+    #[test]
+    fn a_directory_of_version_1_is_taken_over_in_place() {
+        let (_dir, root) = fresh();
+        drop(DataDir::open(&root).unwrap());
+        fs::write(root.join("version"), "1\n").unwrap();
+        fs::write(root.join("raft/log"), b"what was there").unwrap();
+        drop(DataDir::open(&root).unwrap());
+        let version = fs::read_to_string(root.join("version")).unwrap();
+        assert_eq!(version, format!("{}\n", version::DATA_DIR));
+        assert_eq!(fs::read(root.join("raft/log")).unwrap(), b"what was there");
+        DataDir::open(&root).unwrap();
     }
 
     #[test]

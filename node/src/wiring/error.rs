@@ -72,6 +72,12 @@ pub enum RunError {
         /// How long was waited.
         waited: Duration,
     },
+    /// A recovery was ordered, and the log does not have it.
+    #[error(
+        "a recovery of this node was begun and not finished: run `wrenn node recover` again, or, to \
+         go on in the old cluster, remove {}", .0.display()
+    )]
+    HalfRecovered(PathBuf),
     /// The cluster took this node out.
     #[error(
         "this node was removed from its cluster; its capsules are ended. To use the host again, \

@@ -1,8 +1,9 @@
 //! What a node remembers of its own membership, in `<data>/member.json`.
 //!
 //! Written before the node takes part for the first time, and read before anything else at each
-//! start: with it the node knows its id and whom to ask while its state is still empty. A data
-//! directory with a log and without this file is that of a node that founded its own cluster.
+//! start: with it the node knows its id and whom to ask while its state is still empty. Written again
+//! when the cluster was recovered under another id. A data directory with a log and without this
+//! file is that of a node that founded its own cluster.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -45,6 +46,9 @@ struct Written {
     node: u64,
     index: u64,
     contacts: Vec<WrittenContact>,
+    /// What the cluster was called before recoveries.
+    #[serde(default)]
+    former: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -93,6 +97,7 @@ impl Member {
             node: self.node.0,
             index: self.roster.index,
             contacts: self.roster.nodes.values().map(contact).collect(),
+            former: self.roster.former.iter().map(ToString::to_string).collect(),
         };
         let bytes = serde_json::to_vec_pretty(&written).unwrap_or_default();
         durable::write(&path, &bytes).map_err(|err| MemberFileError::Disk(path, err))
@@ -110,12 +115,14 @@ fn read(written: Written) -> Option<Member> {
         Some((contact.id, contact))
     };
     let nodes = written.contacts.into_iter().map(contact);
+    let former = written.former.iter().map(|id| id.parse::<ClusterId>().ok());
     Some(Member {
         node: NodeId(written.node),
         roster: Roster {
             cluster: written.cluster.parse::<ClusterId>().ok()?,
             index: written.index,
             nodes: nodes.collect::<Option<_>>()?,
+            former: former.collect::<Option<_>>()?,
         },
     })
 }
@@ -151,6 +158,7 @@ mod tests {
                 cluster: ClusterId([5; 16]),
                 index: 6,
                 nodes: [(NodeId(4), contact)].into(),
+                former: vec![ClusterId([4; 16])],
             },
         };
         member.save(dir.path()).expect("written");

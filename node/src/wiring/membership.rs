@@ -40,7 +40,7 @@ pub(super) struct Belonging {
 impl Belonging {
     /// Whether this node founded its cluster.
     pub(super) fn is_founder(&self) -> bool {
-        self.told.nodes.is_empty()
+        self.node == FOUNDER
     }
 }
 
@@ -57,7 +57,9 @@ pub(super) async fn establish(
         .map_err(crate::cluster::join::JoinError::from)?;
     if let Some(member) = Member::load(paths.root())? {
         let ours = member.roster.cluster;
-        if let Some(ticket) = ticket.filter(|ticket| ticket.cluster != ours) {
+        // The token that a service unit still names may be from before a recovery.
+        let is_ours = |id| id == ours || member.roster.former.contains(&id);
+        if let Some(ticket) = ticket.filter(|ticket| !is_ours(ticket.cluster)) {
             return Err(RunError::OtherCluster {
                 ours,
                 theirs: ticket.cluster,

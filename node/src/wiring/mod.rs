@@ -22,6 +22,7 @@ mod lease;
 mod member;
 mod membership;
 mod peers;
+pub mod recover;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -156,17 +157,25 @@ impl Running {
         let identity = Identity::load_or_create(&paths.identity())?;
         let catalog = open_catalog(&config, paths).await?;
         let transport = start_transport(&config, &identity)?;
-        let belonging = membership::establish(&config, paths, &identity, &transport).await?;
+        let mut belonging = membership::establish(&config, paths, &identity, &transport).await?;
         let here = belonging.node;
 
         let mesh = Mesh::new(Arc::clone(&transport), here);
         let group = open_group(&config, paths, &identity, &belonging, &mesh).await?;
+        recover::finish(&group, paths, &mut belonging).await?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let cluster = Cluster::assemble(group.clone(), mesh, &belonging.told, Arc::clone(&clock));
         let cluster_tasks = Tasks::new();
         cluster.serve(paths.cache(), Arc::clone(&clock));
         cluster.follow(belonging.told.clone(), paths.cache(), &cluster_tasks);
         await_state(&belonging, &cluster).await?;
+        let remember = recover::keep_remembering(
+            cluster.proposer().view(),
+            paths.clone(),
+            (here, belonging.told.cluster),
+            cluster_tasks.token().clone(),
+        );
+        cluster_tasks.spawn(info_span!("membership"), remember);
 
         let chosen = host::choose_vmm(&config, &catalog, paths).await?;
         let (slot_tasks, tasks, api_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
@@ -345,7 +354,7 @@ async fn announce(
     let proposer = cluster.proposer().clone();
     let tell = async {
         if belonging.is_founder() {
-            found(belonging, &proposer, paths).await?;
+            found(belonging, &proposer).await?;
         }
         announcement.tell(&proposer).await?;
         if belonging.is_founder() {
@@ -370,28 +379,15 @@ async fn announce(
 }
 
 /// Gives the cluster its name, once.
-async fn found(
-    belonging: &Belonging,
-    proposer: &Proposer,
-    paths: &DataPaths,
-) -> Result<(), RunError> {
-    let id = match proposer.view().state().cluster() {
-        Some(known) if known.id == belonging.told.cluster => return Ok(()),
-        Some(known) => known.id,
-        None => {
-            let id = belonging.told.cluster;
-            let settings = Settings::default();
-            proposer
-                .propose(Command::FoundCluster { id, settings })
-                .await?;
-            return Ok(());
-        }
-    };
-    // A recovery gave it another one.
-    let mut told = belonging.told.clone();
-    told.cluster = id;
-    let node = belonging.node;
-    Ok(member::Member { node, roster: told }.save(paths.root())?)
+async fn found(belonging: &Belonging, proposer: &Proposer) -> Result<(), RunError> {
+    if proposer.view().state().cluster().is_some() {
+        return Ok(());
+    }
+    let id = belonging.told.cluster;
+    let settings = Settings::default();
+    let found = Command::FoundCluster { id, settings };
+    proposer.propose(found).await?;
+    Ok(())
 }
 
 async fn start_slots(

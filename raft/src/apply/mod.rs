@@ -53,6 +53,7 @@ impl State {
         let at = proposal.at;
         match proposal.command {
             Command::FoundCluster { id, settings } => self.found_cluster(at, id, settings),
+            Command::RecoverCluster { id, last, lost } => self.recover_cluster(at, id, last, &lost),
             Command::PutSettings(settings) => self.put_settings(settings),
             Command::PutToken(token) => self.add_token(at, token),
             Command::RevokeToken(id) => self.revoke_token(id),

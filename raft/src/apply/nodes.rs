@@ -9,13 +9,15 @@ use proto::units::Stamp;
 
 use super::Applied;
 use crate::command::{Receipt, Refusal, Verdict};
-use crate::state::{Cluster, Liveness, Node, Removed, RowKey, Settings, State, Token};
+use crate::state::{Cluster, Former, Liveness, Node, Removed, RowKey, Settings, State, Token};
 
 /// How long a token is remembered after its end, so that a late joiner is told what was wrong
 /// with it.
 const TOKEN_MEMORY: Duration = Duration::from_secs(24 * 3600);
 /// Removed nodes that are remembered by name. Older ones are refused as strangers are.
 const REMOVED_KEPT: usize = 1000;
+/// Former ids of the cluster that are remembered: nobody loses a quorum for good as often.
+const FORMER_KEPT: usize = 16;
 
 impl State {
     pub(super) fn found_cluster(
@@ -40,8 +42,66 @@ impl State {
             id,
             founded_at: at,
             settings,
+            former: Vec::new(),
         });
         Applied::touched(Receipt::Done(1), RowKey::Cluster)
+    }
+
+    pub(super) fn recover_cluster(
+        &mut self,
+        at: Stamp,
+        id: ClusterId,
+        last: u64,
+        lost: &[NodeId],
+    ) -> Applied {
+        let known = self.cluster().cloned();
+        let is_done = |known: &Cluster| {
+            let mut former = known.former.iter();
+            known.id == id || former.any(|former| former.id == id)
+        };
+        if known.as_ref().is_some_and(is_done) {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        }
+        let mut former = Vec::new();
+        if let Some(known) = &known {
+            former.clone_from(&known.former);
+            former.push(Former { id: known.id, last });
+            former.drain(..former.len().saturating_sub(FORMER_KEPT));
+        }
+        self.put_cluster(Cluster {
+            id,
+            founded_at: known.as_ref().map_or(at, |known| known.founded_at),
+            settings: known.map_or_else(Settings::default, |known| known.settings),
+            former,
+        });
+        let mut touched = vec![RowKey::Cluster];
+        for node in lost {
+            touched.extend(self.shut_out(at, *node));
+        }
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
+    }
+
+    /// Refuses a node's key from now on. What it had is settled when it is removed, which has to
+    /// wait for its lease.
+    fn shut_out(&mut self, at: Stamp, id: NodeId) -> Vec<RowKey> {
+        let Some(known) = self.node(id).cloned() else {
+            return Vec::new();
+        };
+        let mut touched = self.remember_removed(Removed {
+            key: known.key,
+            node: id,
+            name: known.name.clone(),
+            at,
+        });
+        self.put_node(Node {
+            cordoned: true,
+            ..known
+        });
+        touched.push(RowKey::Node(id));
+        touched
     }
 
     pub(super) fn put_settings(&mut self, settings: Settings) -> Applied {

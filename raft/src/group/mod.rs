@@ -167,6 +167,13 @@ impl<M: Machine> Group<M> {
             log,
             StateMachine(opened.store),
         );
+        let starting = async {
+            let raft = starting.await?;
+            // The core answers once it has published what is on disk: until then the metrics are
+            // those of a blank node.
+            raft.with_raft_state(|_| ()).await?;
+            Ok::<_, Fatal<Types>>(raft)
+        };
         let started = runtime.spawn(starting).await;
         let raft = match started {
             Ok(Ok(raft)) => raft,

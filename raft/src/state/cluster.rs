@@ -18,6 +18,17 @@ pub struct Cluster {
     pub founded_at: Stamp,
     /// What operators set.
     pub settings: Settings,
+    /// What it was before each recovery, the oldest first.
+    pub former: Vec<Former>,
+}
+
+/// A cluster that lost its quorum for good, and was recovered under another id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Former {
+    /// Its id. Whoever still goes by it is of the past.
+    pub id: ClusterId,
+    /// Its last entry that went on to be the recovered cluster's.
+    pub last: u64,
 }
 
 /// What operators set for all nodes at once.
@@ -82,6 +93,7 @@ impl From<&Cluster> for pb::ClusterRow {
             id: cluster.id.0.to_vec(),
             founded_at_ms: cluster.founded_at.0,
             settings: Some(cluster.settings.into()),
+            former: cluster.former.iter().map(Into::into).collect(),
         }
     }
 }
@@ -94,6 +106,31 @@ impl TryFrom<pb::ClusterRow> for Cluster {
             id: ClusterId(array("cluster id", &row.id)?),
             founded_at: Stamp(row.founded_at_ms),
             settings: some("settings", row.settings)?.into(),
+            former: row
+                .former
+                .into_iter()
+                .map(Former::try_from)
+                .collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl From<&Former> for pb::FormerCluster {
+    fn from(former: &Former) -> Self {
+        Self {
+            id: former.id.0.to_vec(),
+            last: former.last,
+        }
+    }
+}
+
+impl TryFrom<pb::FormerCluster> for Former {
+    type Error = BadRow;
+
+    fn try_from(row: pb::FormerCluster) -> Result<Self, BadRow> {
+        Ok(Self {
+            id: ClusterId(array("former cluster id", &row.id)?),
+            last: row.last,
         })
     }
 }
