@@ -4,7 +4,6 @@
 //! way; the stream on the bulk lane, as the product has it; the stream on the connection of the
 //! calls, which is what the bulk lane is there to avoid.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -200,16 +199,14 @@ impl Handler for Echo {
 struct Swallow;
 
 impl StreamHandler for Swallow {
-    fn open(&self, inbound: Inbound) -> impl Future<Output = ()> + Send {
-        async move {
-            let Ok(mut stream) = inbound.accept().await else {
-                return;
-            };
-            // What breaks the stream shows at its sender.
-            let read = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
-            if read.is_ok() {
-                drop(stream.shutdown().await);
-            }
+    async fn open(&self, inbound: Inbound) {
+        let Ok(mut stream) = inbound.accept().await else {
+            return;
+        };
+        // What breaks the stream shows at its sender.
+        let read = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+        if read.is_ok() {
+            drop(stream.shutdown().await);
         }
     }
 }

@@ -47,6 +47,10 @@ const LEAST_RUNS: usize = 10;
 /// Enough to see that a benchmark works.
 const QUICK_RUNS: usize = 2;
 
+/// Benchmarks that measure etcd as well. Debian's `etcd-server` has it and, where systemd runs,
+/// starts one of its own; so that is for a person to install.
+const ETCD_TOO: [&str; 2] = ["etcd", "failover"];
+
 /// What a benchmark comes to: its figures are printed, only trouble is returned.
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -193,10 +197,19 @@ fn run(arguments: &Arguments) -> Outcome {
         eprintln!("fewer than {LEAST_RUNS} runs: the medians below are not worth writing down");
     }
     for benchmark in chosen {
+        if arguments.names.is_empty() && ETCD_TOO.contains(&benchmark.name) && !etcd_is_here() {
+            eprintln!("{}: left out, there is no etcd", benchmark.name);
+            continue;
+        }
         eprintln!("{}: {}", benchmark.name, benchmark.about);
         (benchmark.run)(&run).map_err(|err| format!("{}: {err}", benchmark.name))?;
     }
     Ok(())
+}
+
+fn etcd_is_here() -> bool {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&paths).any(|path| path.join("etcd").exists())
 }
 
 fn choose(names: &[String]) -> Outcome<Vec<&'static Benchmark>> {

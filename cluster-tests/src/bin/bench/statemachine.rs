@@ -9,13 +9,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use proto::ids::{NodeId, NodeKey, SandboxId, TeamId};
+use proto::ids::{NodeId, NodeKey, SandboxId, TeamId, TokenId};
 use proto::units::{Mib, Stamp};
 use raft::command::{Command, Proposal, Receipt, Report};
 use raft::group::{Group, GroupConfig};
 use raft::link::NoPeers;
 use raft::machine::Machine;
-use raft::state::{GuestVersions, Node, Resources, Sandbox, SandboxSpec, State, Template};
+use raft::state::{GuestVersions, Node, Resources, Sandbox, SandboxSpec, State, Template, Token};
 use raft::wire::decode_answer;
 use tokio::runtime::Runtime;
 use tokio::time;
@@ -31,7 +31,7 @@ const PER_NODE: u64 = 100;
 /// Commands timed at the full size.
 const TIMED: u64 = 2000;
 /// Proposals under way while a group is filled, so that they share syncs.
-const FILLERS: u64 = 256;
+const FILLERS: u8 = 255;
 /// Longest anything here may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Pause between two looks at whether a snapshot is there.
@@ -41,6 +41,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 const REPORT_GROWTH_GOAL: f64 = 2.0;
 const CREATE_GROWTH_GOAL: f64 = 12.0;
 const TEMPLATE: &str = "minimal";
+const TOKEN: TokenId = TokenId([7; 16]);
 
 /// What one size came to.
 struct Sized {
@@ -200,7 +201,7 @@ async fn fill(group: &Group<State>, count: u64) -> Outcome {
     for filler in 0..FILLERS {
         let group = group.clone();
         filling.spawn(async move {
-            for number in (filler..count).step_by(FILLERS as usize) {
+            for number in (u64::from(filler)..count).step_by(usize::from(FILLERS)) {
                 let receipt = propose(&group, create_of(number)).await;
                 let receipt = receipt.map_err(|err| err.to_string())?;
                 let report = report_of(number, receipt).map_err(|err| err.to_string())?;
@@ -263,6 +264,12 @@ fn id(number: u64) -> SandboxId {
     SandboxId(id)
 }
 
+fn key_of(node: u64) -> NodeKey {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&node.to_be_bytes());
+    NodeKey(key)
+}
+
 /// The template, and the nodes that all capsules fit on.
 fn furniture(count: u64) -> Vec<Command> {
     let digest = [9; 32];
@@ -277,7 +284,7 @@ fn furniture(count: u64) -> Vec<Command> {
     let node = |id: u64| Node {
         id: NodeId(id),
         name: format!("node-{id}"),
-        key: NodeKey([3; 32]),
+        key: key_of(id),
         api_url: format!("http://10.0.0.{id}:8420"),
         cluster_address: format!("10.0.0.{id}:8421"),
         capacity: Resources {
@@ -290,11 +297,31 @@ fn furniture(count: u64) -> Vec<Command> {
         templates: [(TEMPLATE.to_owned(), digest)].into(),
         ..Node::default()
     };
-    let nodes = (1..=count / PER_NODE).map(|id| Command::AdmitNode(node(id)));
-    [Command::PutTemplate(template)]
-        .into_iter()
-        .chain(nodes)
-        .collect()
+    let uses = u32::try_from(count).unwrap_or(u32::MAX);
+    let joiners = (2..=count / PER_NODE).map(|id| Command::RedeemToken {
+        token: TOKEN,
+        node: node(id),
+    });
+    let first = [
+        Command::PutTemplate(template),
+        Command::AdmitNode(node(1)),
+        Command::PutToken(token(uses)),
+    ];
+    first.into_iter().chain(joiners).collect()
+}
+
+fn token(uses_left: u32) -> Token {
+    Token {
+        id: TOKEN,
+        public_key: [5; 32],
+        team: None,
+        expires_at: Stamp(u64::MAX),
+        uses_left,
+        created_at: Stamp(0),
+        created_by: String::new(),
+        revoked: false,
+        redeemed: Vec::new(),
+    }
 }
 
 fn create_of(number: u64) -> Command {
