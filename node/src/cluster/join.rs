@@ -195,7 +195,7 @@ pub struct JoinCalls {
 
 impl Handler for JoinCalls {
     async fn call(&self, call: Call) -> Result<Bytes, RpcError> {
-        let channel = call.channel.clone().ok_or_else(|| no("not a join"))?;
+        let channel = call.channel.ok_or_else(|| no("not a join"))?;
         if call.method != calls::JOIN {
             return Err(RpcError::NotServed {
                 method: call.method,
