@@ -184,11 +184,14 @@ async fn up(global: &Global, options: Up) -> Result<(), CliError> {
     up::bring_up(&mut cluster, &nodes).await?;
     if nodes.len() > 1 && cluster.partition().is_none() {
         up::wait_members(&cluster, &nodes).await?;
+        up::wait_voters(&cluster, &nodes).await;
     }
     let looked = status(global, &cluster).await?;
     if !global.json {
-        if nodes.len() > 2 && looked.voters() < 3 {
-            print::note("not all vote yet: in about 10 s this cluster outlives the loss of a node");
+        if looked.voters() < up::enough_voters(&nodes) {
+            print::note(
+                "not enough vote yet for the loss of a node; `wrenn dev status` shows when",
+            );
         }
         print::note("next: eval \"$(wrenn dev env)\"; wrenn capsule create");
     }
