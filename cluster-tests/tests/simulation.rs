@@ -10,7 +10,7 @@ use wrenn_cluster_tests::sim::{Bug, Setup, Violation, run};
 /// Seeds of the plain run where the environment does not say.
 const SEEDS: u64 = 30;
 /// Seeds within which a planted bug must show.
-const BUG_SEEDS: u64 = 60;
+const BUG_SEEDS: u64 = 200;
 
 fn setup(seed: u64) -> Setup {
     Setup {

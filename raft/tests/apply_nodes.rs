@@ -517,7 +517,7 @@ fn the_steps_between_alive_missing_and_lost() {
     assert_eq!(after(Verdict::Missing), missing, "since when stays");
     assert_eq!(after(Verdict::Lost), lost);
     assert_eq!(after(Verdict::Missing), lost, "no step");
-    assert_eq!(after(Verdict::Back), Liveness::Alive);
+    assert_eq!(after(Verdict::Back), lost, "not under this incarnation");
 }
 
 #[test]
@@ -596,6 +596,7 @@ fn what_was_wanted_stopped_is_stopped_and_what_waits_stays() {
     );
     assert_eq!(world.state.reserved(second).sandboxes, 1);
     // It comes back and goes on as if nothing had been.
+    world.announce(second, 2);
     world.judge(second, Verdict::Back).expect("judged");
     world
         .report(1, Report::Running(GuestVersions::default()))
@@ -615,6 +616,7 @@ fn a_waiting_sandbox_of_a_lost_node_that_is_stopped_ends_when_its_owner_says_so(
         Phase::Stopping,
         "the guest may still run"
     );
+    world.announce(second, 2);
     world.judge(second, Verdict::Back).expect("judged");
     world.report(1, ended()).expect("reported");
     assert_eq!(world.sandbox(1).phase, Phase::Stopped);
@@ -626,11 +628,7 @@ fn a_lost_node_that_starts_again_is_missing_until_it_renews() {
     world.create_on(second, 1, waiting(512));
     world.lose(second);
     let lost_since = world.state.node(second).expect("known").liveness.since();
-    let again = Node {
-        id: second,
-        ..node(2)
-    };
-    world.act(Command::AdmitNode(again)).expect("known already");
+    world.announce(second, 2);
     let since = lost_since.expect("it was missing");
     let known = world.state.node(second).expect("known").liveness;
     assert_eq!(known, Liveness::Missing { since });

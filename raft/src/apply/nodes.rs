@@ -320,8 +320,9 @@ impl State {
         let skips = match known.liveness {
             Liveness::Alive => verdict == Verdict::Lost,
             Liveness::Missing { .. } => false,
-            // What it had is given out: only its own return changes that.
-            Liveness::Lost { .. } => verdict == Verdict::Missing,
+            // What it had is given out. It comes back under another incarnation, or the node could
+            // take an old row of its own, from before, for its return.
+            Liveness::Lost { .. } => true,
         };
         // A verdict on an earlier start says nothing of this one; from alive to lost is no step,
         // nor is there one back from lost to missing.
