@@ -244,7 +244,8 @@ impl Daemon {
                 leader,
             } => {
                 if !self.replica.is_leader() {
-                    self.replica.absorb(after, entries);
+                    self.replica
+                        .absorb(context.now, context.rng, after, entries);
                     if !self.replica.members().1.all().contains(&self.id) {
                         self.replica.leader = leader;
                     }
