@@ -504,6 +504,28 @@ fn a_verdict_about_an_earlier_start_changes_nothing() {
 }
 
 #[test]
+fn the_longest_lease_times_that_were_changed_are_remembered() {
+    let mut world = World::of_three().0;
+    let outlived = |world: &World| world.state.cluster().expect("founded").outlived;
+    assert_eq!(outlived(&world), None);
+    let times = |ttl| Settings {
+        lease_ttl: Duration::from_secs(ttl),
+        lease_grace: Duration::from_secs(2 * ttl),
+        ..Settings::default()
+    };
+    for (ttl, longest) in [(30, (10, 60)), (5, (30, 60)), (5, (30, 60))] {
+        world.act(Command::PutSettings(times(ttl))).expect("put");
+        let outlived = outlived(&world).expect("changed");
+        let secs = (outlived.lease_ttl.as_secs(), outlived.lease_grace.as_secs());
+        assert_eq!(secs, longest, "after {ttl}");
+    }
+    world.now = Stamp(world.now.0 + 25 * 3600 * 1000);
+    world.act(Command::PutSettings(times(4))).expect("put");
+    let after = outlived(&world).expect("changed");
+    assert_eq!(after.lease_ttl, Duration::from_secs(5));
+}
+
+#[test]
 fn the_steps_between_alive_missing_and_lost() {
     let (mut world, second, _) = World::of_three();
     let since = Stamp(world.now.0 + 2000);

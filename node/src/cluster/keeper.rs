@@ -188,6 +188,7 @@ impl Keeper {
     async fn turn(&self, within: Duration) {
         self.hand.set_sole(self.is_sole_voter());
         let state = self.replica.state();
+        self.desk.note_times(&state);
         let here = self.mesh.here();
         let Some(own) = state.node(here) else {
             // The roster of the join knew this node; a state that is newer and does not is final.
