@@ -9,7 +9,8 @@
 //! leader: desk (renewals > verdicts), autopilot (who votes)     every node: keeper (its lease), load
 //! ```
 //!
-//! Pure, and tested as such: `autopilot`, `lease`, `lineage`, `liveness`, `recovery`, `roster`, `token`. The others carry
+//! Pure, and tested as such: `autopilot`, `lease`, `lineage`, `liveness`, `recovery`, `roster`,
+//! `speaker`, `token`. The others carry
 //! out what those decide. [`Cluster`] is the whole, as wiring builds it; [`join`] is how a node
 //! gets in.
 
@@ -34,6 +35,7 @@ mod replica;
 mod roster;
 mod running;
 mod serve;
+mod speaker;
 pub mod token;
 mod view;
 

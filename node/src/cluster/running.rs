@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use proto::ids::NodeId;
@@ -173,6 +174,7 @@ impl Cluster {
             RaftCalls {
                 group: self.group.clone(),
                 mesh: self.mesh.clone(),
+                complained: AtomicBool::new(false),
             },
         );
         transport.register(
