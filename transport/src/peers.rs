@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::ids::NodeKey;
-use quinn::Connection;
+use quinn::{Connection, ConnectionError};
 use tokio::time::Instant;
 use tracing::info;
 
@@ -203,14 +203,26 @@ impl Peers {
         Ok(())
     }
 
-    /// Takes a connection that has ended out of the table.
+    /// Takes a connection that has ended out of the table. With the last control connection to a
+    /// peer that fell silent go its bulk connections: they are given more time, and whoever waits
+    /// on one for a dead peer need not.
     pub(crate) fn forget(&self, key: NodeKey, lane: Lane, connection: &Connection) {
         let mut state = self.lock();
-        if let Some(slot) = state.live.get_mut(&(key, lane)) {
-            slot.retain(|live| live.connection.stable_id() != connection.stable_id());
-            if slot.is_empty() {
-                state.live.remove(&(key, lane));
-            }
+        let Some(slot) = state.live.get_mut(&(key, lane)) else {
+            return;
+        };
+        slot.retain(|live| live.connection.stable_id() != connection.stable_id());
+        if !slot.is_empty() {
+            return;
+        }
+        state.live.remove(&(key, lane));
+        let fell_silent = matches!(
+            connection.close_reason(),
+            Some(ConnectionError::TimedOut | ConnectionError::Reset)
+        );
+        if lane == Lane::Control && fell_silent {
+            let bulk = state.live.remove(&(key, Lane::Bulk));
+            close_all(&bulk.unwrap_or_default(), CloseCode::Silent);
         }
     }
 
