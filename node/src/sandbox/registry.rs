@@ -23,8 +23,10 @@ use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
+use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
+use crate::shim::lease::{self, LeaseReader, LeaseTimes};
 use crate::store::SandboxPaths;
 
 /// What this node sees of one of its sandboxes.
@@ -296,6 +298,19 @@ impl Registry {
     #[must_use]
     pub fn frozen(&self, id: SandboxId) -> bool {
         self.shared(id).is_some_and(|shared| shared.frozen())
+    }
+
+    /// Whether a guest that lives by this node's lease may run now.
+    #[must_use]
+    pub fn holds_lease(&self) -> bool {
+        let file = lease::file_in(self.host.data.root());
+        let reader = LeaseReader::new(&file).ok();
+        match reader.and_then(|reader| reader.read().ok()) {
+            Some(LeaseTimes::Unlimited) => true,
+            Some(LeaseTimes::Limited { freeze_at, .. }) => BootInstant::now() < freeze_at,
+            // What cannot be read allows nothing.
+            None => false,
+        }
     }
 
     /// Before a stop for idleness: withholds the guest, so that nobody begins to use what is about
