@@ -347,6 +347,16 @@ impl Registry {
         self.shared(id)?.told().timings
     }
 
+    /// How long 95 of 100 of the sandboxes here took to start at most, of those that this daemon
+    /// started.
+    #[must_use]
+    pub fn start_p95(&self) -> Option<Duration> {
+        let table = self.table();
+        let timings = table.entries.values();
+        let timings = timings.filter_map(|entry| entry.shared.told().timings);
+        p95(timings.map(|timings| timings.total()).collect())
+    }
+
     /// Bytes that a sandbox's disk occupies.
     #[must_use]
     pub fn disk_used_bytes(&self, id: SandboxId) -> Option<u64> {
@@ -415,6 +425,13 @@ impl Table {
     }
 }
 
+/// The smallest of `times` that 95 of 100 do not exceed.
+fn p95(mut times: Vec<Duration>) -> Option<Duration> {
+    let rank = (times.len() * 95).div_ceil(100).checked_sub(1)?;
+    let (_, time, _) = times.select_nth_unstable(rank);
+    Some(*time)
+}
+
 /// Bytes that a sandbox's overlay occupies.
 fn disk_used(paths: &SandboxPaths) -> Option<u64> {
     /// The unit of `st_blocks`, whatever the file system's own.
@@ -441,6 +458,15 @@ mod tests {
     use crate::guest::TcpDial;
 
     const IDLE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn the_slowest_five_of_a_hundred_starts_do_not_count() {
+        let seconds = |all: std::ops::RangeInclusive<u64>| all.map(Duration::from_secs).collect();
+        assert_eq!(p95(Vec::new()), None);
+        assert_eq!(p95(seconds(7..=7)), Some(Duration::from_secs(7)));
+        assert_eq!(p95(seconds(1..=100)), Some(Duration::from_secs(95)));
+        assert_eq!(p95(seconds(1..=10)), Some(Duration::from_secs(10)));
+    }
 
     fn starting(epoch: Epoch) -> Shared {
         let changed = Arc::new(watch::Sender::new(()));
