@@ -118,7 +118,10 @@ impl Reporter {
             let sends = voters.iter().filter(|id| **id != self.mesh.here());
             let sends = sends.map(|id| self.mesh.send_datagram(*id, bytes.clone()));
             futures::future::join_all(sends).await;
-            if !voters.contains(&self.mesh.here()) {
+            let is_host = state
+                .node(self.mesh.here())
+                .is_some_and(|own| own.team.is_some());
+            if !voters.contains(&self.mesh.here()) && !is_host {
                 self.fetch(&voters).await;
             }
         }
@@ -155,7 +158,7 @@ impl Reporter {
             return voters;
         }
         let roster = self.mesh.roster();
-        let known = roster.nodes.keys().copied();
+        let known = roster.peers(self.mesh.here()).into_iter();
         let old = voters
             .into_iter()
             .filter(|id| roster.nodes.contains_key(id));
