@@ -194,9 +194,7 @@ fn change_to_wire(
         node: node.0,
         cordoned,
         draining,
-        tags: tags.map(|tags| pb::Tags {
-            tags: tags.clone(),
-        }),
+        tags: tags.map(|tags| pb::Tags { tags: tags.clone() }),
     }
 }
 

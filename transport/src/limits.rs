@@ -105,7 +105,7 @@ pub const INCOMING_BUFFER_BYTES: u64 = 16 << 10;
 /// The same for all attempts together.
 pub const INCOMING_BUFFER_TOTAL_BYTES: u64 = 1 << 20;
 /// Live connections between two nodes on one lane. Both may dial at the same instant, and a peer
-/// that restarted leaves a corpse until [`CONTROL_IDLE`]; past this the oldest is closed.
+/// that restarted leaves a corpse until its next hello; past this the oldest is closed.
 pub const MAX_CONNECTIONS_PER_LANE: usize = 4;
 
 /// Longest deadline a caller may ask for. A peer that never answers holds a stream this long.

@@ -41,6 +41,8 @@ pub struct PeerInfo {
     pub product: String,
     /// The log index of the peer's member list at its hello.
     pub membership_index: u64,
+    /// A number of the peer's start; 0 where it gave none.
+    pub run: u64,
     /// The round trip as of now, smoothed.
     pub rtt: Duration,
 }
@@ -77,6 +79,23 @@ impl State {
             Standing::Vouchable
         } else {
             Standing::Stranger
+        }
+    }
+
+    /// Closes what a peer had before it started as `run`: it will never answer there, and whoever
+    /// waits for that would wait until silence has lasted long enough.
+    fn bury_earlier_runs(&mut self, key: NodeKey, run: u64) {
+        for lane in [Lane::Control, Lane::Bulk] {
+            let Some(slot) = self.live.get_mut(&(key, lane)) else {
+                continue;
+            };
+            let is_earlier = |live: &Live| run != 0 && live.info.run != 0 && live.info.run != run;
+            let (earlier, now): (Vec<_>, Vec<_>) = slot.drain(..).partition(is_earlier);
+            close_all(&earlier, CloseCode::Silent);
+            *slot = now;
+            if slot.is_empty() {
+                self.live.remove(&(key, lane));
+            }
         }
     }
 
@@ -188,12 +207,14 @@ impl Peers {
         gate::decide(self.own, arrival)
     }
 
-    /// Enters a connection whose hello succeeded, unless its node was removed in the meantime.
+    /// Enters a connection whose hello succeeded, unless its node was removed in the meantime. One to
+    /// a peer that has started anew replaces all that is left of its earlier start.
     pub(crate) fn admit(&self, info: PeerInfo, connection: Connection) -> Result<(), CloseCode> {
         let mut state = self.lock();
         if state.standing(info.key) != Standing::Member {
             return Err(CloseCode::Removed);
         }
+        state.bury_earlier_runs(info.key, info.run);
         let slot = state.live.entry((info.key, info.lane)).or_default();
         slot.push(Live { info, connection });
         if slot.len() > MAX_CONNECTIONS_PER_LANE {
