@@ -8,8 +8,13 @@
 //! Needs root and nftables; `deploy/test faults` sees to all of it.
 
 mod chance;
+mod clock;
+mod disks;
 mod door;
+mod idle;
+mod join;
 mod linearizable;
+mod mirrors;
 mod restart;
 
 use std::time::Duration;

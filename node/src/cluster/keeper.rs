@@ -196,6 +196,9 @@ impl Keeper {
             if caught_up && state.nodes().next().is_some() {
                 info!("this node was removed from the cluster");
                 self.removed.cancel();
+            } else {
+                // Where peers refuse it, it will never catch up.
+                self.note("this node's record has not arrived yet");
             }
             return;
         };
@@ -225,7 +228,7 @@ impl Keeper {
         }
         if let Err(err) = self.proposer.propose(Command::AdmitNode(own)).await {
             warn!(err = chain(&err), "could not announce this node anew");
-            return;
+            return self.note("nobody took the announcement");
         }
         let state = self.replica.state();
         if let Some(now) = state
