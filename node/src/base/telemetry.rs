@@ -10,8 +10,9 @@ pub const SANDBOXES: &str = "wrenn_sandboxes";
 pub const REQUESTS: &str = "wrenn_api_requests_total";
 
 /// What is shown unless `WRENN_LOG` says otherwise: openraft tells every step of its engine at
-/// `info`.
-const DEFAULT_FILTER: &str = "info,openraft=warn";
+/// `info`, and warns of each heartbeat that a dead member does not answer, ten times a second. That
+/// a node is missing is told by the leader, once.
+const DEFAULT_FILTER: &str = "info,openraft=warn,openraft::core::heartbeat=error";
 
 /// Sends log lines to standard error; `WRENN_LOG` chooses what is shown (default `info`).
 ///

@@ -18,6 +18,7 @@ use raft::group::Group;
 use raft::state::State;
 use tokio::fs::File;
 use tokio::io::{self, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -33,6 +34,8 @@ use super::view::Seen;
 const PULL_TIMEOUT: Duration = Duration::from_secs(8);
 /// Pause after a question that brought nothing, and between two looks whether raft feeds this node.
 const PAUSE: Duration = Duration::from_millis(500);
+/// How long an answer counts: another one comes at least every [`PULL_TIMEOUT`].
+const HEARD_RECENT: Duration = Duration::from_secs(10);
 /// Longest transfer of a snapshot.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Largest snapshot that is taken in.
@@ -41,11 +44,41 @@ const MAX_SNAPSHOT_BYTES: u64 = 8 << 30;
 /// Why a pull brought nothing. Only ever logged: the next one may go elsewhere.
 type Reason = Box<dyn std::error::Error + Send + Sync>;
 
+/// How the cluster stands, as a peer has said.
+#[derive(Clone, Debug)]
+pub(super) struct Heard {
+    at: Instant,
+    pub(super) leader: Option<NodeId>,
+    pub(super) term: u64,
+    pub(super) voters: Vec<NodeId>,
+    pub(super) learners: Vec<NodeId>,
+}
+
+impl Heard {
+    fn of(answer: &wire::PullAnswer) -> Self {
+        let all = |ids: &[u64]| ids.iter().copied().map(NodeId).collect();
+        Self {
+            at: Instant::now(),
+            leader: (answer.leader != 0).then_some(NodeId(answer.leader)),
+            term: answer.term,
+            voters: all(&answer.voters),
+            learners: all(&answer.learners),
+        }
+    }
+
+    /// Whether it was said lately: the next answer is due.
+    pub(super) fn is_recent(&self) -> bool {
+        self.at.elapsed() < HEARD_RECENT
+    }
+}
+
 /// Keeps this node's replica up to date while raft does not.
 pub(super) struct Mirror {
     pub(super) group: Group<State>,
     pub(super) mesh: Mesh,
     pub(super) replica: Replica,
+    /// What the last answer said of the cluster.
+    pub(super) heard: watch::Sender<Option<Heard>>,
     /// Where a snapshot lies while it is read. The file has no name.
     pub(super) spool: PathBuf,
 }
@@ -90,6 +123,7 @@ impl Mirror {
             .mesh
             .call(peer, calls::PULL, calls::body(&request), deadline);
         let answer: wire::PullAnswer = calls::answer(called.await?)?;
+        self.heard.send_replace(Some(Heard::of(&answer)));
         if answer.snapshot_needed {
             return self.fetch_snapshot(peer, &request).await;
         }

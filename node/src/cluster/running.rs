@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::ids::NodeId;
-use raft::group::{Group, Role};
+use raft::group::{Group, Metrics, Role};
 use raft::state::State;
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
@@ -23,7 +23,7 @@ use super::liveness::Hint;
 use super::load::{LoadSource, LoadTable, Reporter};
 use super::log::ClusterLog;
 use super::mesh::Mesh;
-use super::mirror::{Mirror, PullStreams};
+use super::mirror::{Heard, Mirror, PullStreams};
 use super::propose::Proposer;
 use super::replica::Replica;
 use super::roster::Roster;
@@ -51,6 +51,8 @@ pub struct Cluster {
     desk: Arc<Desk>,
     loads: Arc<LoadTable>,
     leads: watch::Sender<bool>,
+    /// What this node last heard as a mirror.
+    heard: watch::Sender<Option<Heard>>,
     removed: CancellationToken,
 }
 
@@ -106,6 +108,7 @@ impl Cluster {
             replica,
             loads: Arc::default(),
             leads: watch::Sender::new(false),
+            heard: watch::Sender::new(None),
             removed: CancellationToken::new(),
         };
         this.update_roster(told);
@@ -146,6 +149,16 @@ impl Cluster {
     #[must_use]
     pub fn standing(&self) -> Standing {
         let metrics = self.group.metrics();
+        if let Some(heard) = self.heard_as_mirror(&metrics) {
+            return Standing {
+                leader: heard.leader,
+                term: heard.term,
+                applied: self.replica.applied(),
+                voters: heard.voters,
+                learners: heard.learners,
+                has_quorum: heard.leader.is_some(),
+            };
+        }
         let of = |voter: bool| {
             let members = metrics.members.iter();
             let members = members.filter(|(_, member)| member.voter == voter);
@@ -163,6 +176,15 @@ impl Cluster {
                 _ => metrics.leader.is_some(),
             },
         }
+    }
+
+    /// What peers say of the cluster, where this node's own log does not: it never was a member, or
+    /// was dropped and is not told. A voter goes by what it knows itself.
+    fn heard_as_mirror(&self, metrics: &Metrics) -> Option<Heard> {
+        let own = metrics.members.get(&self.mesh.here());
+        let votes = own.is_some_and(|member| member.voter);
+        let heard = self.heard.borrow().clone();
+        heard.filter(|heard| !votes && metrics.leader.is_none() && heard.is_recent())
     }
 
     /// Answers other nodes from now on. `spool` is where snapshots lie while they arrive.
@@ -218,6 +240,7 @@ impl Cluster {
             group: self.group.clone(),
             mesh: self.mesh.clone(),
             replica: self.replica.clone(),
+            heard: self.heard.clone(),
             spool,
         };
         tasks.spawn(info_span!("mirror"), mirror.run(tasks.token().clone()));

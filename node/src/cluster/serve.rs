@@ -185,16 +185,7 @@ impl ClusterCalls {
         }
         let until = deadline.min(Instant::now() + PULL_PATIENCE);
         self.replica.wait_applied(request.from, until).await;
-        let mut answer = wire::PullAnswer {
-            applied: self.replica.applied(),
-            leader: self
-                .group
-                .watch_metrics()
-                .borrow()
-                .leader
-                .map_or(0, |it| it.0),
-            ..wire::PullAnswer::default()
-        };
+        let mut answer = self.standing();
         match self.group.entries(request.from, PULL_BYTES).await {
             Ok(entries) => {
                 answer.entries = entries
@@ -210,6 +201,26 @@ impl ClusterCalls {
             Err(err) => return Err(RpcError::failed(err.to_string())),
         }
         Ok(calls::body(&answer))
+    }
+}
+
+impl ClusterCalls {
+    /// An answer to a mirror that has no entries in it yet.
+    fn standing(&self) -> wire::PullAnswer {
+        let metrics = self.group.metrics();
+        let of = |voter: bool| {
+            let members = metrics.members.iter();
+            let members = members.filter(|(_, member)| member.voter == voter);
+            members.map(|(id, _)| id.0).collect()
+        };
+        wire::PullAnswer {
+            applied: self.replica.applied(),
+            leader: metrics.leader.map_or(0, |it| it.0),
+            term: metrics.term,
+            voters: of(true),
+            learners: of(false),
+            ..wire::PullAnswer::default()
+        }
     }
 }
 
