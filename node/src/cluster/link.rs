@@ -15,6 +15,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -198,6 +199,8 @@ pub(super) struct SnapshotStreams {
     pub(super) mesh: Mesh,
     /// Where the bytes lie until raft has taken them over.
     pub(super) spool: PathBuf,
+    /// Whether a snapshot that was not for this node has been mentioned.
+    pub(super) complained: AtomicBool,
 }
 
 impl StreamHandler for SnapshotStreams {
@@ -214,7 +217,17 @@ impl StreamHandler for SnapshotStreams {
 impl SnapshotStreams {
     async fn receive(&self, inbound: Inbound) -> io::Result<()> {
         let header = inbound.header.clone();
-        let request = lineage::read(&self.mesh.roster(), &header).map_err(io::Error::other)?;
+        let request = match lineage::read(&self.mesh.roster(), &header) {
+            Ok(request) => request,
+            Err(foreign) => {
+                // Told to the sender, who can send thousands of them; here once is enough.
+                if !self.complained.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%foreign, "a peer's snapshot is not for this node; further ones go unmentioned");
+                }
+                inbound.refuse(foreign.to_string()).await;
+                return Ok(());
+            }
+        };
         let mut stream = inbound.accept().await.map_err(io::Error::other)?;
         if let Some(refusal) = self.group.refuse_snapshot(request) {
             return answer(&mut stream, &refusal).await;

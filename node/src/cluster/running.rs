@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use proto::ids::NodeId;
@@ -214,6 +215,7 @@ impl Cluster {
             group: self.group.clone(),
             mesh: self.mesh.clone(),
             spool,
+            complained: AtomicBool::new(false),
         };
         transport.register_streams(Service::SNAPSHOT, Lane::Bulk, snapshots);
         let group = self.group.clone();
