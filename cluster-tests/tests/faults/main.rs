@@ -11,6 +11,7 @@ mod chance;
 mod clock;
 mod disks;
 mod door;
+mod hostile;
 mod idle;
 mod join;
 mod linearizable;
