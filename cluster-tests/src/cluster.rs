@@ -98,6 +98,20 @@ impl ClusterWorld {
         number
     }
 
+    /// A host that is no member yet and has not been started: what node `number`, which is above
+    /// [`Self::len`], would have for itself. It joins with `token` when it is started.
+    ///
+    /// # Panics
+    /// Where that is a member's number, or above [`MAX_NODES`].
+    #[must_use]
+    pub fn stranger(&self, number: u16, token: &str) -> World {
+        let free = self.len() + 1..=MAX_NODES;
+        assert!(free.contains(&number), "{free:?} are free");
+        let mut world = World::at(site(number));
+        world.join(&self.nodes[0], token);
+        world
+    }
+
     /// Ends a node's host for good: the daemon, its guests and its disk. Of the founder's disk the
     /// first API key stays, as with a person who has kept it.
     ///

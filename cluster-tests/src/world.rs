@@ -5,6 +5,7 @@
 //! KVM runs no guests finding out takes longer than most tests.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -30,6 +31,9 @@ const SLOTS: u16 = 16;
 const SLOT_POOL: u16 = 2;
 /// Worlds at once. Emulated guests want a core each, and some worlds mostly wait.
 const PLACES: usize = 3;
+
+/// The variable in which a daemon finds the token it joins with.
+const JOIN_TOKEN: &str = "WRENN_JOIN_TOKEN";
 
 /// Which places are taken.
 static TAKEN: Mutex<[bool; PLACES]> = Mutex::new([false; PLACES]);
@@ -110,6 +114,9 @@ pub struct World {
     pub arguments: Vec<String>,
     /// Extra environment of the daemon.
     pub environment: Vec<(String, String)>,
+    /// What starts the daemon in its own place, if anything: a program that becomes the one named by
+    /// its last arguments, under the same process id.
+    pub launcher: Vec<String>,
     /// The guest images.
     pub images: PathBuf,
     /// How many network slots the daemon may have.
@@ -158,6 +165,7 @@ impl World {
             has_own_disk: false,
             arguments: Vec::new(),
             environment: Vec::new(),
+            launcher: Vec::new(),
             images: images(),
             slots: SLOTS,
             site,
@@ -176,6 +184,30 @@ impl World {
         let flags = nix::mount::MsFlags::empty();
         let (kind, options) = (Some("tmpfs"), Some(options.as_str()));
         nix::mount::mount(kind, &self.data(), kind, flags, options).expect("a tmpfs");
+        self.has_own_disk = true;
+    }
+
+    /// Puts the data directory, which must not exist yet, on a file system of its own on a device of
+    /// its own.
+    ///
+    /// # Panics
+    /// Where there is no loop device to be had.
+    pub fn use_own_disk(&mut self, mib: u64) {
+        fs::create_dir(self.data()).expect("a new directory");
+        let image = self.dir.path().join("disk");
+        let file = fs::File::create_new(&image).expect("a new file");
+        file.set_len(mib << 20).expect("a sparse file");
+        let done = |command: &mut Command| {
+            let status = command.stdin(Stdio::null()).status();
+            assert!(status.expect("it is installed").success(), "{command:?}");
+        };
+        done(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image));
+        // The device goes with the mount.
+        done(
+            Command::new("mount")
+                .args(["-o", "loop"])
+                .args([&image, &self.data()]),
+        );
         self.has_own_disk = true;
     }
 
@@ -219,7 +251,8 @@ impl World {
     /// it is started for the first time.
     pub(crate) fn join(&mut self, founder: &Self, token: &str) {
         self.founder = Some(founder.data());
-        let variable = ("WRENN_JOIN_TOKEN".to_owned(), token.to_owned());
+        self.environment.retain(|(name, _)| name != JOIN_TOKEN);
+        let variable = (JOIN_TOKEN.to_owned(), token.to_owned());
         self.environment.push(variable);
     }
 
@@ -316,7 +349,15 @@ impl World {
     #[must_use]
     pub fn command(&self) -> Command {
         let address = |port| format!("127.0.0.1:{port}");
-        let mut command = Command::new(wrenn());
+        let mut words = self.launcher.iter().map(OsString::from);
+        let mut command = match words.next() {
+            None => Command::new(wrenn()),
+            Some(program) => {
+                let mut command = Command::new(program);
+                command.args(words).arg(wrenn());
+                command
+            }
+        };
         command
             .args(["node", "start", "--name", &self.site.name])
             .arg("--data-dir")

@@ -13,6 +13,8 @@ use proto::wire::mesh as wire;
 use raft::group::Metrics;
 use tokio::time::Instant;
 
+use super::feed::Feed;
+
 /// How long it is believed: a pull is answered within five seconds, and one or two may fail.
 const GOOD_FOR: Duration = Duration::from_secs(15);
 
@@ -37,8 +39,8 @@ pub(super) struct Told {
 
 impl Told {
     /// What `here` can say: nothing, if it is no member itself.
-    pub(super) fn by(here: NodeId, metrics: &Metrics) -> Self {
-        if !metrics.members.contains_key(&here) {
+    pub(super) fn by(here: NodeId, metrics: &Metrics, feed: &Feed) -> Self {
+        if !feed.belongs(here, &metrics.members) {
             return Self::default();
         }
         let of = |voter: bool| {

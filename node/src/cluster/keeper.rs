@@ -196,6 +196,9 @@ impl Keeper {
             if caught_up && state.nodes().next().is_some() {
                 info!("this node was removed from the cluster");
                 self.removed.cancel();
+            } else {
+                // Where peers refuse it, it will never catch up.
+                self.note("this node's record has not arrived yet");
             }
             return;
         };
@@ -227,7 +230,7 @@ impl Keeper {
         }
         if let Err(err) = self.proposer.propose(Command::AdmitNode(own)).await {
             warn!(err = chain(&err), "could not announce this node anew");
-            return;
+            return self.note("nobody took the announcement");
         }
         let state = self.replica.state();
         if let Some(now) = state
@@ -252,7 +255,10 @@ impl Keeper {
             let granted = self.desk.renew(here, renewal, deadline).await;
             return granted.map_err(|why| why.to_string());
         }
+        let members = self.group.metrics().members;
+        let belongs = self.replica.feed().belongs(here, &members);
         let leader = self.group.watch_metrics().borrow().leader;
+        let leader = leader.filter(|_| belongs);
         let mut why = "no leader is known".to_owned();
         for (node, last_hop) in self.ways(leader) {
             // The first way gets most of the time; a detour is the exception.
@@ -283,10 +289,9 @@ impl Keeper {
         let here = self.mesh.here();
         let direct = leader.filter(|leader| *leader != here);
         let roster = self.mesh.roster();
-        let others = roster.nodes.keys().copied();
-        let mut others: Vec<NodeId> = others
-            .filter(|id| *id != here && Some(*id) != direct)
-            .collect();
+        // Never a host: its word for a grant would be worth nothing.
+        let mut others = roster.peers(here);
+        others.retain(|id| Some(*id) != direct);
         let count = others.len();
         let turn = rand::random_range(0..count.max(1));
         others.rotate_left(turn.min(count));

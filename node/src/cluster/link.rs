@@ -37,6 +37,7 @@ use transport::streams::{Inbound, StreamHandler};
 use transport::{Call, Handler, Lane, RpcError, Service};
 
 use super::calls;
+use super::feed::Feed;
 use super::lineage;
 use super::mesh::{Mesh, MeshError};
 use super::roster::Contact;
@@ -203,6 +204,8 @@ pub(super) struct RaftCalls {
     pub(super) group: Group<State>,
     /// Which cluster it belongs to.
     pub(super) mesh: Mesh,
+    /// Told of every word of the leader.
+    pub(super) feed: Feed,
     /// Whether a refusal was said aloud: who lies, or lives before a recovery, does it each second.
     pub(super) complained: AtomicBool,
 }
@@ -222,7 +225,9 @@ impl Handler for RaftCalls {
             }
             RpcError::rejected(why.to_string())
         })?;
-        Ok(self.group.serve(request).await.into())
+        let answer = self.group.serve(request).await;
+        self.feed.heard(&self.group, raft::link::sender(request));
+        Ok(answer.into())
     }
 }
 
@@ -234,6 +239,8 @@ pub(super) struct SnapshotStreams {
     pub(super) mesh: Mesh,
     /// Where the bytes lie until raft has taken them over.
     pub(super) spool: PathBuf,
+    /// Whether a snapshot that was not for this node has been mentioned.
+    pub(super) complained: AtomicBool,
 }
 
 impl StreamHandler for SnapshotStreams {
@@ -253,8 +260,12 @@ impl SnapshotStreams {
         let request = match hear(&self.group, &self.mesh, inbound.peer, &header) {
             Ok(request) => request,
             Err(why) => {
+                // Told to the sender, who can send thousands of them; here once is enough.
+                if !self.complained.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%why, "a peer's snapshot is not for this node; further ones go unmentioned");
+                }
                 inbound.refuse(why.to_string()).await;
-                return Err(io::Error::other(why));
+                return Ok(());
             }
         };
         let mut stream = inbound.accept().await.map_err(io::Error::other)?;

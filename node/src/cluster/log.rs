@@ -3,14 +3,17 @@
 //!
 //! A proposal is never parked with a node that may be dead: an attempt lasts [`ATTEMPT`], or until
 //! the leader is known to be another, and is then made again with the same bytes. That is safe
-//! because every command is idempotent. By the time an answer is returned its change is visible
-//! here, so that a client reads what it wrote from the node it wrote through.
+//! because every command is idempotent. Those that overwrite are not made again once the first
+//! attempt may have been taken: the second would undo what others have written in between, and its
+//! client is told that nobody knows. By the time an answer is returned its change is visible here,
+//! so that a client reads what it wrote from the node it wrote through.
 
 use std::fmt;
 use std::time::Duration;
 
 use proto::ids::NodeId;
 use proto::wire::mesh as wire;
+use raft::command::{Command, Proposal};
 use raft::group::{Group, ProposeError, ReadError, Role};
 use raft::state::State;
 use tokio::sync::watch;
@@ -90,7 +93,8 @@ impl ClusterLog {
         proposal: Vec<u8>,
         timeout: Duration,
     ) -> Result<(u64, Vec<u8>), LogError> {
-        let deadline = Instant::now() + timeout;
+        let begun = Instant::now();
+        let deadline = begun + timeout;
         let mut unknown = false;
         while Instant::now() < deadline {
             let attempt = deadline.min(Instant::now() + ATTEMPT);
@@ -108,6 +112,10 @@ impl ClusterLog {
                     return Ok((index, answer));
                 }
                 Attempt::Stopped(why) => return Err(LogError::Stopped(why)),
+                Attempt::Unknown if overwrites(&proposal) => {
+                    let waited = begun.elapsed();
+                    return Err(LogError::Unknown { waited });
+                }
                 Attempt::Unknown => unknown = true,
                 Attempt::NotTaken => time::sleep(NO_LEADER_RETRY).await,
             }
@@ -146,9 +154,13 @@ impl ClusterLog {
         if self.group.role() == Role::Leader {
             return Some(self.mesh.here());
         }
-        // A node that led and does not know by whom it was followed must not ask itself.
+        // Who led when this node was dropped from raft's configuration may lead no more; and one that
+        // led and does not know by whom it was followed must not ask itself.
+        let here = self.mesh.here();
         let standing = *self.group.watch_metrics().borrow();
-        standing.leader.filter(|leader| *leader != self.mesh.here())
+        standing
+            .leader
+            .filter(|leader| *leader != here && self.belongs())
     }
 
     async fn propose_here(&self, proposal: Vec<u8>, deadline: Instant) -> Attempt<(u64, Vec<u8>)> {
@@ -209,14 +221,18 @@ impl ClusterLog {
         answer.map_or(Attempt::NotTaken, |answer| Attempt::Done(answer.index))
     }
 
+    fn belongs(&self) -> bool {
+        let members = self.group.metrics().members;
+        self.replica.feed().belongs(self.mesh.here(), &members)
+    }
+
     /// Whom to ask: the leader; or, from outside raft's configuration, anybody, who may send it on
     /// once.
     fn ask(&self, leader: Option<NodeId>) -> Option<(NodeId, bool)> {
         if let Some(leader) = leader {
             return Some((leader, true));
         }
-        let metrics = self.group.metrics();
-        if metrics.members.contains_key(&self.mesh.here()) {
+        if self.belongs() {
             // A member hears of a new leader by itself, within an election.
             return None;
         }
@@ -245,6 +261,17 @@ impl ClusterLog {
             () = deposed => None,
         }
     }
+}
+
+/// Whether a proposal that is applied twice could undo what somebody else wrote in between.
+fn overwrites(proposal: &[u8]) -> bool {
+    let proposal = Proposal::decode(proposal);
+    proposal.is_ok_and(|proposal| {
+        matches!(
+            proposal.command,
+            Command::PutSettings(_) | Command::ChangeNode { .. }
+        )
+    })
 }
 
 /// What a node that does not lead says to whoever took it for the leader.

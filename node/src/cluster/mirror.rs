@@ -87,13 +87,12 @@ impl Mirror {
         }
     }
 
-    /// Whether this node belongs to raft's configuration, as far as its own log says, and has
-    /// caught up with what it had before.
+    /// Whether this node belongs to raft's configuration and somebody leads it.
     fn is_fed_by_raft(&self) -> bool {
         let metrics = self.group.metrics();
-        let is_member = metrics.members.contains_key(&self.mesh.here());
-        // A member that was dropped never learns it from raft; its log just ends.
-        is_member && (metrics.leader.is_some() || self.mesh.roster().nodes.len() <= 1)
+        let feed = self.replica.feed();
+        feed.belongs(self.mesh.here(), &metrics.members)
+            && (metrics.leader.is_some() || self.mesh.roster().nodes.len() <= 1)
     }
 
     async fn pull(&self, pulled: &mut Pulled) -> Result<(), Reason> {

@@ -18,6 +18,7 @@ pub mod autopilot;
 mod calls;
 mod desk;
 mod fake;
+mod feed;
 mod hearsay;
 pub mod join;
 mod keeper;

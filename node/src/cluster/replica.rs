@@ -9,12 +9,14 @@ use raft::state::State;
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 
+use super::feed::Feed;
 use super::view::Seen;
 
 /// The newest applied state that this node has. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Replica {
     seen: Arc<watch::Sender<Seen>>,
+    feed: Feed,
 }
 
 impl Replica {
@@ -23,7 +25,13 @@ impl Replica {
     pub fn new(seen: Seen) -> Self {
         Self {
             seen: Arc::new(watch::Sender::new(seen)),
+            feed: Feed::default(),
         }
+    }
+
+    /// Whether raft keeps it up to date.
+    pub(super) const fn feed(&self) -> &Feed {
+        &self.feed
     }
 
     /// Publishes `seen` if it is newer than what is there.

@@ -152,7 +152,7 @@ impl Cluster {
     pub fn standing(&self) -> Standing {
         let metrics = self.group.metrics();
         let here = self.mesh.here();
-        let own = Told::by(here, &metrics);
+        let own = Told::by(here, &metrics, self.replica.feed());
         // Where raft is silent, a member may have said how it stands.
         let heard = self.hearsay.newest().filter(|_| own.leader.is_none());
         let told = heard.unwrap_or(own);
@@ -178,6 +178,7 @@ impl Cluster {
             RaftCalls {
                 group: self.group.clone(),
                 mesh: self.mesh.clone(),
+                feed: self.replica.feed().clone(),
                 complained: AtomicBool::new(false),
             },
         );
@@ -205,6 +206,7 @@ impl Cluster {
             group: self.group.clone(),
             mesh: self.mesh.clone(),
             spool,
+            complained: AtomicBool::new(false),
         };
         transport.register_streams(Service::SNAPSHOT, Lane::Bulk, snapshots);
         let pulls = PullStreams {

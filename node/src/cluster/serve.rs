@@ -75,7 +75,11 @@ impl ClusterCalls {
         patience: Duration,
     ) -> Result<Bytes, RpcError> {
         let request: wire::ProposeRequest = calls::request(body)?;
-        self.permit(from, &request.proposal)?;
+        // Whatever is in the log must be applied by everybody, so what nobody can read must not get
+        // there.
+        let proposal = Proposal::decode(&request.proposal)
+            .map_err(|err| RpcError::rejected(err.to_string()))?;
+        self.permit(from, proposal.command)?;
         let (index, answer) = if request.last_hop {
             let deadline = Instant::now() + patience;
             let proposed = self.group.propose(request.proposal, deadline.into_std());
@@ -91,15 +95,13 @@ impl ClusterCalls {
     }
 
     /// A host of one team may speak for itself and its own sandboxes only.
-    fn permit(&self, from: NodeId, proposal: &[u8]) -> Result<(), RpcError> {
+    fn permit(&self, from: NodeId, command: Command) -> Result<(), RpcError> {
         let state = self.replica.state();
         let Some(team) = state.node(from).and_then(|node| node.team) else {
             return Ok(());
         };
-        let proposal =
-            Proposal::decode(proposal).map_err(|err| RpcError::rejected(err.to_string()))?;
         let owns = |id| state.sandbox(id).is_some_and(|it| it.owner == from);
-        let fine = match proposal.command {
+        let fine = match command {
             Command::AdmitNode(node) => node.id == from,
             Command::ReportSandbox { id, node, .. } => node == from && owns(id),
             Command::StopSandbox { id, .. } => state.sandbox(id).is_some_and(|it| it.team == team),
@@ -193,7 +195,8 @@ impl ClusterCalls {
             applied: self.replica.applied(),
             ..wire::PullAnswer::default()
         };
-        let told = Told::by(self.mesh.here(), &self.group.metrics());
+        let feed = self.replica.feed();
+        let told = Told::by(self.mesh.here(), &self.group.metrics(), feed);
         told.write(&mut answer);
         if node.team.is_some() {
             self.pull_slice(from, &request, &told.voters, &mut answer)?;

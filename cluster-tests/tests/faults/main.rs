@@ -1,0 +1,64 @@
+//! A live cluster under faults: real daemons, real sockets, real disks, no guests.
+//!
+//! Where a test shows one of the invariants of the design, its name begins with the invariant's
+//! number. `WRENN_LONG=1` keeps the faults of `linearizable` up for ten minutes instead of half a
+//! one; `WRENN_SEED=n` repeats one order of faults (of faults only: threads and disks have their own
+//! mind).
+//!
+//! Needs root and nftables; `deploy/test faults` sees to all of it.
+
+mod chance;
+mod clock;
+mod disks;
+mod door;
+mod hostile;
+mod idle;
+mod join;
+mod linearizable;
+mod mirrors;
+mod restart;
+
+use std::time::Duration;
+
+use serde_json::Value;
+use wrenn_cluster_tests::client::wait_for;
+use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::world::World;
+
+/// Longest that roles may take to settle: two replacements of voters are half a minute apart.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// Three nodes that all vote.
+fn three() -> ClusterWorld {
+    let cluster = ClusterWorld::new(3);
+    wait_voters(cluster.client(1), 3);
+    cluster
+}
+
+/// Waits until a node sees so many voters; returns the cluster as it sees it.
+fn wait_voters(world: &World, count: usize) -> Value {
+    let seen = wait_for(SETTLE_TIMEOUT, || {
+        let cluster = world.try_call("GET", "/v1/cluster", None)?.json();
+        let voters = cluster["voters"].as_array().map_or(0, Vec::len);
+        (voters == count && cluster["quorum"] == true).then_some(cluster)
+    });
+    let now = || world.call("GET", "/v1/cluster", None).json();
+    seen.unwrap_or_else(|| panic!("not {count} voters: {}\n{}", now(), world.log()))
+}
+
+/// Ids in a list.
+fn ids(list: &Value) -> Vec<String> {
+    let items = list.as_array().into_iter().flatten();
+    items
+        .filter_map(|item| item["id"].as_str().map(str::to_owned))
+        .collect()
+}
+
+/// The tokens of `written` that a node does not have, once it has all that was acknowledged.
+fn missing(world: &World, written: &[String]) -> Vec<String> {
+    let listed = world.call("GET", "/v1/tokens?consistency=linearizable", None);
+    assert_eq!(listed.status, 200, "{}\n{}", listed.json(), world.log());
+    let known = ids(&listed.json());
+    let absent = written.iter().filter(|id| !known.contains(id));
+    absent.cloned().collect()
+}
