@@ -10,7 +10,7 @@ use wrenn_cluster_tests::sim::{Bug, Setup, Violation, run};
 /// Seeds of the plain run where the environment does not say.
 const SEEDS: u64 = 30;
 /// Seeds within which a planted bug must show.
-const BUG_SEEDS: u64 = 60;
+const BUG_SEEDS: u64 = 200;
 
 fn setup(seed: u64) -> Setup {
     Setup {
@@ -98,7 +98,8 @@ fn a_report_under_an_old_epoch_that_counts_is_found() {
 
 #[test]
 fn a_lease_that_counts_from_the_receipt_of_its_grant_is_found() {
-    finds(Bug::LeaseCountedFromReceipt);
+    // It takes a grant that is under way for longer than the margin, and no grace to hide it.
+    finds_in(Bug::LeaseCountedFromReceipt, drifting);
 }
 
 #[test]

@@ -149,6 +149,15 @@ async fn a_slow_start_is_answered_as_starting() {
 }
 
 #[tokio::test]
+async fn a_create_that_is_not_waited_for_is_answered_at_once() {
+    let patience = Duration::from_secs(600);
+    let world = World::with_waits(patience, patience).await;
+    *world.guests.start.lock().unwrap() = Some(Fate::Hang);
+    let made = world.post("/v1/capsules?wait=false", json!({})).await;
+    assert_eq!(made.is(202).json()["status"], "starting");
+}
+
+#[tokio::test]
 async fn a_failed_start_tells_why_and_leaves_a_record() {
     let world = World::new().await;
     *world.guests.start.lock().unwrap() = Some(Fate::Break("the kernel panicked"));

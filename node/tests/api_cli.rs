@@ -331,6 +331,25 @@ async fn a_local_key_goes_to_no_other_node() {
     let other = run(&["--url", "http://127.0.0.1:1", "capsule", "ls"]).await;
     assert_eq!(other.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&other.stderr).contains("no API key"));
+
+    // Port 1 is now a node of the same cluster: its key is good there as well.
+    let second = terminal.home.path().join(".wrenn-dev/node2");
+    std::fs::create_dir_all(&second).unwrap();
+    let ready = r#"{"id":"node-2","name":"m","url":"http://127.0.0.1:1","pid":1}"#;
+    std::fs::write(second.join("ready.json"), ready).unwrap();
+    let other = run(&["--url", "http://127.0.0.1:1", "capsule", "ls"]).await;
+    let complaint = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(complaint.contains("cannot reach"), "{complaint}");
+}
+
+#[tokio::test]
+async fn a_clean_up_of_no_node_is_refused_and_makes_nothing() {
+    let terminal = Terminal::new().await;
+    let nothing = terminal.home.path().join("nothing");
+    let args = ["node", "clean-up", "--data-dir", nothing.to_str().unwrap()];
+    let complaint = terminal.fails(1, &args).await;
+    assert!(complaint.contains("no data directory"), "{complaint}");
+    assert!(!nothing.exists());
 }
 
 #[tokio::test]
@@ -398,6 +417,7 @@ async fn nodes_are_cared_for_by_name() {
     assert!(complaint.contains("last node"), "{complaint}");
     let complaint = terminal.fails(1, &["node", "cordon", "nobody"]).await;
     assert!(complaint.contains("nobody"), "{complaint}");
+    assert!(complaint.contains("`wrenn node ls`"), "{complaint}");
     terminal.fails(2, &["node", "cordon", "../tokens"]).await;
 }
 
@@ -430,7 +450,9 @@ async fn settings_of_the_cluster_are_shown_and_set() {
         (&3.into(), &60.into())
     );
     terminal.fails(1, &["cluster", "set", "max_voters=4"]).await;
-    terminal
-        .fails(2, &["cluster", "set", "max_voters=many"])
-        .await;
+    for wrong in ["max_voters=many", "max_voters=3s", "lease_ttl_sec=1500ms"] {
+        terminal.fails(2, &["cluster", "set", wrong]).await;
+    }
+    let complaint = terminal.fails(2, &["cluster", "set", "voters=3"]).await;
+    assert!(complaint.contains("max_learners"), "{complaint}");
 }

@@ -11,11 +11,16 @@ const DIGITS: usize = 25;
 
 /// Why a text is not an id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not a valid id: expected `{prefix}-` and 25 characters of [0-9a-z]")]
+#[error("{text:?} is not a valid id: expected `{prefix}-` and {rest}")]
 pub struct ParseIdError {
     text: String,
     prefix: &'static str,
+    /// What should stand behind the dash.
+    rest: &'static str,
 }
+
+/// Behind the dash of a random id.
+const RANDOM: &str = "25 characters of [0-9a-z]";
 
 macro_rules! random_id {
     ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
@@ -46,6 +51,7 @@ macro_rules! random_id {
                         // Enough to recognise it; the text is a stranger's and may be huge.
                         text: text.chars().take(64).collect(),
                         prefix: Self::PREFIX,
+                        rest: RANDOM,
                     })
             }
         }
@@ -99,6 +105,7 @@ impl FromStr for NodeId {
             .ok_or_else(|| ParseIdError {
                 text: text.chars().take(64).collect(),
                 prefix: "node",
+                rest: "a number",
             })
     }
 }
@@ -172,6 +179,15 @@ mod tests {
         ] {
             assert!(bad.parse::<SandboxId>().is_err(), "{bad} was accepted");
         }
+    }
+
+    #[test]
+    fn a_wrong_id_of_a_node_is_told_what_one_looks_like() {
+        let err = "node1".parse::<NodeId>().expect_err("no id");
+        assert!(
+            err.to_string().ends_with("expected `node-` and a number"),
+            "{err}"
+        );
     }
 
     proptest! {

@@ -133,7 +133,7 @@ pub enum Command {
 /// What the leader found out about a node's lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is renewed again.
+    /// It is renewed again. Of a lost node nothing: that comes back by [`Command::AdmitNode`].
     Back,
     /// It has run out.
     Missing,

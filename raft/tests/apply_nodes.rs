@@ -504,6 +504,28 @@ fn a_verdict_about_an_earlier_start_changes_nothing() {
 }
 
 #[test]
+fn the_longest_lease_times_that_were_changed_are_remembered() {
+    let mut world = World::of_three().0;
+    let outlived = |world: &World| world.state.cluster().expect("founded").outlived;
+    assert_eq!(outlived(&world), None);
+    let times = |ttl| Settings {
+        lease_ttl: Duration::from_secs(ttl),
+        lease_grace: Duration::from_secs(2 * ttl),
+        ..Settings::default()
+    };
+    for (ttl, longest) in [(30, (10, 60)), (5, (30, 60)), (5, (30, 60))] {
+        world.act(Command::PutSettings(times(ttl))).expect("put");
+        let outlived = outlived(&world).expect("changed");
+        let secs = (outlived.lease_ttl.as_secs(), outlived.lease_grace.as_secs());
+        assert_eq!(secs, longest, "after {ttl}");
+    }
+    world.now = Stamp(world.now.0 + 25 * 3600 * 1000);
+    world.act(Command::PutSettings(times(4))).expect("put");
+    let after = outlived(&world).expect("changed");
+    assert_eq!(after.lease_ttl, Duration::from_secs(5));
+}
+
+#[test]
 fn the_steps_between_alive_missing_and_lost() {
     let (mut world, second, _) = World::of_three();
     let since = Stamp(world.now.0 + 2000);
@@ -517,7 +539,7 @@ fn the_steps_between_alive_missing_and_lost() {
     assert_eq!(after(Verdict::Missing), missing, "since when stays");
     assert_eq!(after(Verdict::Lost), lost);
     assert_eq!(after(Verdict::Missing), lost, "no step");
-    assert_eq!(after(Verdict::Back), Liveness::Alive);
+    assert_eq!(after(Verdict::Back), lost, "not under this incarnation");
 }
 
 #[test]
@@ -596,6 +618,7 @@ fn what_was_wanted_stopped_is_stopped_and_what_waits_stays() {
     );
     assert_eq!(world.state.reserved(second).sandboxes, 1);
     // It comes back and goes on as if nothing had been.
+    world.announce(second, 2);
     world.judge(second, Verdict::Back).expect("judged");
     world
         .report(1, Report::Running(GuestVersions::default()))
@@ -615,6 +638,7 @@ fn a_waiting_sandbox_of_a_lost_node_that_is_stopped_ends_when_its_owner_says_so(
         Phase::Stopping,
         "the guest may still run"
     );
+    world.announce(second, 2);
     world.judge(second, Verdict::Back).expect("judged");
     world.report(1, ended()).expect("reported");
     assert_eq!(world.sandbox(1).phase, Phase::Stopped);
@@ -626,11 +650,7 @@ fn a_lost_node_that_starts_again_is_missing_until_it_renews() {
     world.create_on(second, 1, waiting(512));
     world.lose(second);
     let lost_since = world.state.node(second).expect("known").liveness.since();
-    let again = Node {
-        id: second,
-        ..node(2)
-    };
-    world.act(Command::AdmitNode(again)).expect("known already");
+    world.announce(second, 2);
     let since = lost_since.expect("it was missing");
     let known = world.state.node(second).expect("known").liveness;
     assert_eq!(known, Liveness::Missing { since });

@@ -141,6 +141,31 @@ async fn a_leader_hands_over_when_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_proposed_in_a_term_is_taken_in_no_other() {
+    let cluster = Cluster::of(3).await;
+    let leader = cluster.leader().await;
+    let (id, term) = (leader.metrics().leader.unwrap(), leader.metrics().term);
+    let propose = |term| leader.propose_in(term, b"key=in a term".to_vec(), soon());
+    assert!(propose(term).await.is_ok());
+    for other in [term - 1, term + 1] {
+        let refused = propose(other).await.unwrap_err();
+        assert!(
+            matches!(refused, ProposeError::NotLeader { .. }),
+            "{refused:?}"
+        );
+    }
+    // It leads again, in a later term.
+    leader.transfer_leader(NodeId(id.0 % 3 + 1)).await.unwrap();
+    let next = cluster.leader().await;
+    next.transfer_leader(id).await.unwrap();
+    let again = cluster.leader().await;
+    assert_eq!(again.metrics().leader, Some(id));
+    assert!(again.metrics().term > term);
+    assert!(propose(term).await.is_err());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_was_away_too_long_is_brought_back_by_a_snapshot() {
     let cluster = Cluster::of(3).await;
     cluster.agreed().await;

@@ -125,6 +125,7 @@ fn the_only_node_of_the_first_version_founds_a_cluster_and_goes_on() {
     let second = world.join(2);
     world.lose(FOUNDER);
     assert_eq!(world.sandbox(1).owner, FOUNDER, "it waits");
+    world.announce(FOUNDER, 1);
     assert_eq!(world.judge(FOUNDER, Verdict::Back), Ok(Receipt::Done(1)));
     assert!(second > FOUNDER);
 }

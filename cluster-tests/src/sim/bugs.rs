@@ -15,7 +15,7 @@ pub enum Bug {
     GrantsWithoutQuorum,
     /// A leader grants renewals of nodes that count as missing or lost.
     GrantsToTheMissing,
-    /// A grant counts before the node has applied what the leader had when it granted.
+    /// A node renews under an incarnation that it has been given but has not applied yet.
     GrantCountsBeforeCaughtUp,
     /// Shims do not look at the lease.
     ShimIgnoresLease,

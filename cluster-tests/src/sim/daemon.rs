@@ -13,7 +13,7 @@ use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::{Answer, Command, Proposal};
-use raft::state::{HostLoss, Node, State};
+use raft::state::{HostLoss, State};
 
 use super::Ms;
 use super::bugs::Bug;
@@ -27,6 +27,8 @@ use super::rng::Rng;
 const LOOK_EVERY: Ms = 300;
 /// How long a step that did not help is not tried again.
 const STEP_AGAIN: Ms = 1000;
+/// How long an announcement may be under way before it is made again.
+const ANNOUNCE_AGAIN: Ms = 3000;
 const REPORT_EVERY: Ms = 1000;
 
 /// What daemons send each other.
@@ -118,6 +120,12 @@ pub(crate) struct Daemon {
     answered: BTreeMap<u64, (u64, Answer)>,
     seen_epochs: BTreeMap<SandboxId, Epoch>,
     step_at: BTreeMap<SandboxId, Ms>,
+    /// This node's incarnation when it began to announce itself; it has until the state shows a
+    /// newer one.
+    announced_over: Option<u64>,
+    /// Whether it announces itself to begin anew, all bound guests being dead.
+    begins_anew: bool,
+    announce_at: Ms,
     seq: u64,
     renew_at: Ms,
     report_at: Ms,
@@ -128,7 +136,7 @@ impl Daemon {
     pub(crate) fn start(id: NodeId, disk: Disk, context: &mut Context<'_>) -> Self {
         let only_new = context.has(Bug::DemotesBelowQuorum);
         let replica = Replica::new(id, disk, context.now, context.rng, only_new);
-        let mut holder = Holder::new(context.times, context.rng.next());
+        let mut holder = Holder::new(context.times, 0);
         // Guests of an earlier daemon run under what it wrote down.
         if let Some(limits) = context.body.lease.filter(|limits| *limits != Limits::NONE) {
             holder = holder.resume(limits.kill_at.less(context.times.grace()));
@@ -150,6 +158,9 @@ impl Daemon {
             answered: BTreeMap::new(),
             seen_epochs,
             step_at: BTreeMap::new(),
+            announced_over: None,
+            begins_anew: false,
+            announce_at: now,
             seq: 0,
             renew_at: now,
             report_at: now,
@@ -233,7 +244,8 @@ impl Daemon {
                 leader,
             } => {
                 if !self.replica.is_leader() {
-                    self.replica.absorb(after, entries);
+                    self.replica
+                        .absorb(context.now, context.rng, after, entries);
                     if !self.replica.members().1.all().contains(&self.id) {
                         self.replica.leader = leader;
                     }
@@ -285,11 +297,13 @@ impl Daemon {
         } else if !context.has(Bug::SoleVoterStaysUnlimited) {
             self.holder.set_sole_voter(false);
         }
-        if self.holder.has_lapsed(tick) {
-            if context.body.bound_are_dead() && self.holder.start_over(context.rng.next()) {
-                context.notes.push(format!("{} starts over", self.id));
-            }
-        } else {
+        let own = self.own_row(context);
+        let is_lost = own.is_some_and(|own| own.liveness == Liveness::Lost);
+        let own = own.map(|own| own.incarnation);
+        if is_lost || self.begins_anew || self.holder.has_lapsed(tick) {
+            self.begin_anew(own, context);
+        } else if let Some(own) = own {
+            self.holder.bring_up_to(context.times, own);
             self.write_lease(context);
         }
         if context.now >= self.renew_at {
@@ -302,6 +316,30 @@ impl Daemon {
         }
     }
 
+    /// What the table says of this node, as far as it has applied it.
+    fn own_row(&self, context: &Context<'_>) -> Option<Listed> {
+        let state = if context.has(Bug::GrantCountsBeforeCaughtUp) {
+            context.oracle.newest()
+        } else {
+            self.state(context)
+        };
+        state.node(self.id).map(Listed::from)
+    }
+
+    /// Announces this node once everything bound is dead, and takes over the incarnation it gets.
+    fn begin_anew(&mut self, own: Option<u64>, context: &mut Context<'_>) {
+        if !context.body.bound_are_dead() {
+            return;
+        }
+        if !self.begins_anew {
+            self.begins_anew = true;
+            self.announced_over = own;
+        } else if self.announced_over < own && self.holder.start_over(own.unwrap_or(0)) {
+            self.begins_anew = false;
+            context.notes.push(format!("{} starts over", self.id));
+        }
+    }
+
     pub(crate) fn write_lease(&self, context: &mut Context<'_>) {
         if let Some(limits) = self.holder.limits() {
             context.body.lease = Some(limits);
@@ -310,15 +348,7 @@ impl Daemon {
 
     fn granted(&mut self, renewal: Renewal, context: &mut Context<'_>) {
         let tick = context.body.tick(context.now);
-        let state = self.state(context);
-        let mut own = state.node(self.id).map(Listed::from);
-        if context.has(Bug::GrantCountsBeforeCaughtUp) {
-            let liveness = Liveness::Alive;
-            own = Some(Listed {
-                incarnation: renewal.incarnation,
-                liveness,
-            });
-        }
+        let own = self.own_row(context);
         let renewal = if context.has(Bug::LeaseCountedFromReceipt)
             && renewal.incarnation == self.holder.incarnation()
         {
@@ -348,18 +378,16 @@ impl Daemon {
         }
     }
 
-    /// Tells the cluster under which incarnation this node goes on.
-    fn announce(&self, context: &mut Context<'_>) {
-        let incarnation = self.holder.incarnation();
+    /// Tells the cluster about this node, at its start and to begin anew.
+    fn announce(&mut self, context: &mut Context<'_>) {
         let state = self.state(context);
-        if state
-            .node(self.id)
-            .is_some_and(|known| known.incarnation != incarnation)
-        {
-            let record = Node {
-                incarnation,
-                ..context.body.record.clone()
-            };
+        let Some(own) = state.node(self.id).map(|own| own.incarnation) else {
+            return;
+        };
+        let waits = context.now < self.announce_at;
+        if *self.announced_over.get_or_insert(own) == own && !waits {
+            self.announce_at = context.now + ANNOUNCE_AGAIN;
+            let record = context.body.record.clone();
             self.send_to_leader(0, Command::AdmitNode(record), context);
         }
     }

@@ -294,9 +294,13 @@ impl Replica {
         }
     }
 
-    /// Takes committed entries that another node vouches for, as a mirror does.
-    pub(crate) fn absorb(&mut self, after: u64, entries: Vec<Rc<Entry>>) {
+    /// Takes committed entries that another node vouches for, as a mirror does. The product keeps
+    /// those beside its log; here they go into it, so an older leader must be refused from then on.
+    pub(crate) fn absorb(&mut self, now: Ms, rng: &mut Rng, after: u64, entries: Vec<Rc<Entry>>) {
         if after <= self.last() {
+            if let Some(last) = entries.last() {
+                self.see(last.term, now, rng);
+            }
             let through = after + entries.len() as u64;
             self.splice(after, entries);
             self.disk.commit = self.disk.commit.max(through);

@@ -18,6 +18,7 @@ use raft::state::{Phase, Sandbox};
 use serde::Deserialize;
 use tokio::time::{self, Instant};
 use tracing::{info, warn};
+use utoipa::IntoParams;
 
 use super::auth::Caller;
 use super::create::CreateCapsule;
@@ -34,9 +35,25 @@ const DISOWN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most bytes of console log in one answer.
 const LOG_BYTES: usize = 1 << 20;
 
+/// How to answer a create.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(default)]
+pub(super) struct CreateQuery {
+    /// `false` answers as soon as the capsule has its host; its guest starts meanwhile.
+    wait: bool,
+}
+
+impl Default for CreateQuery {
+    fn default() -> Self {
+        Self { wait: true }
+    }
+}
+
 /// Creates a capsule and waits until it runs.
 #[utoipa::path(
     post, path = "/v1/capsules", tag = "capsules", request_body = CreateCapsule,
+    params(CreateQuery),
     responses(
         (status = 201, description = "It runs.", body = Capsule),
         (status = 202, description = "It is still starting.", body = Capsule),
@@ -45,9 +62,15 @@ const LOG_BYTES: usize = 1 << 20;
 pub(super) async fn create(
     State(api): State<ApiState>,
     caller: Caller,
+    QueryOf(query): QueryOf<CreateQuery>,
     JsonBody(request): JsonBody<CreateCapsule>,
 ) -> Result<(StatusCode, Json<Capsule>), ApiError> {
-    let deadline = Instant::now() + api.create_wait;
+    let patience = if query.wait {
+        api.create_wait
+    } else {
+        Duration::ZERO
+    };
+    let deadline = Instant::now() + patience;
     let spec = request.into_spec(&api.view.state())?;
     let id = SandboxId(rand::random());
     let team = caller.team;

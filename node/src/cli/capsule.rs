@@ -82,10 +82,10 @@ pub(super) struct Create {
     /// The template to start from.
     #[arg(long, default_value = "minimal")]
     template: String,
-    /// Virtual processors.
+    /// Virtual processors, 1 where absent.
     #[arg(long, value_name = "N")]
     vcpus: Option<u32>,
-    /// Memory.
+    /// Memory, 512 MiB where absent.
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
     /// Destroy it after this long without activity, e.g. 10m; never where absent.
@@ -94,7 +94,8 @@ pub(super) struct Create {
     /// A label; may be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
-    /// What becomes of it when its host is lost: wait for the host, or restart from the template.
+    /// What becomes of it when its host is lost: wait for the host, where absent, or restart from
+    /// the template on another one.
     #[arg(long, value_name = "wait|restart")]
     on_host_loss: Option<String>,
     /// A tag that its node must have; may be repeated.
@@ -187,7 +188,12 @@ async fn create(global: &Global, client: &Client, request: Create) -> Result<(),
         "node_tags": node_tags,
         "on_node": request.on_node,
     });
-    let asked = client.call(Method::POST, "/v1/capsules", Some(body));
+    let route = if request.no_wait {
+        "/v1/capsules?wait=false"
+    } else {
+        "/v1/capsules"
+    };
+    let asked = client.call(Method::POST, route, Some(body));
     let mut capsule = print::progress("creating the capsule", asked).await?;
     if !request.no_wait {
         let id = print::text(&capsule, "id");

@@ -158,7 +158,7 @@ impl Client {
         }
         let status = response.status();
         let body = self.whole(response).await.unwrap_or_default();
-        Err(refusal(status, &body))
+        Err(refusal(path, status, &body))
     }
 }
 
@@ -169,7 +169,7 @@ fn full(text: String) -> RequestBody {
 }
 
 /// The error envelope as an error with advice.
-fn refusal(status: http::StatusCode, body: &[u8]) -> CliError {
+fn refusal(path: &str, status: http::StatusCode, body: &[u8]) -> CliError {
     let envelope: Value = serde_json::from_slice(body).unwrap_or_default();
     let error = &envelope["error"];
     let code = error["code"].as_str().unwrap_or_default();
@@ -179,16 +179,20 @@ fn refusal(status: http::StatusCode, body: &[u8]) -> CliError {
     };
     let mut err = CliError::new(message);
     err.detail = error["detail"].as_str().map(str::to_owned);
-    match advice(code) {
+    match advice(path, code) {
         Some(hint) => err.hint(hint),
         None => err,
     }
 }
 
-fn advice(code: &str) -> Option<&'static str> {
+fn advice(path: &str, code: &str) -> Option<&'static str> {
+    let about_nodes = path.starts_with("/v1/nodes");
     match code {
         "unauthorized" => Some("give --api-key or WRENN_API_KEY; `wrenn dev env` prints them"),
-        "not_found" => Some("`wrenn capsule ls` and `wrenn template ls` show what there is"),
+        "not_found" if about_nodes => Some("`wrenn node ls` shows the nodes"),
+        "not_found" if path.starts_with("/v1/tokens") => Some("`wrenn token ls` shows the tokens"),
+        "not_found" => Some("`wrenn capsule ls`, `template ls` and `node ls` show what there is"),
+        "invalid_state" if about_nodes => Some("`wrenn node ls` shows how the nodes are"),
         "invalid_state" => Some("`wrenn capsule get ID` shows where it stands"),
         "no_hosts_available" => Some("`wrenn node ls` shows what is taken and who takes nothing"),
         "no_quorum" => Some("`wrenn cluster get` shows who votes; most of them must be up"),

@@ -43,10 +43,29 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
     Ok(ExitCode::SUCCESS)
 }
 
+/// Settings that are numbers.
+const NUMBERS: [&str; 2] = ["max_voters", "max_learners"];
+/// Settings that are times in seconds.
+const TIMES: [&str; 2] = ["lease_ttl_sec", "lease_grace_sec"];
+
 /// A number, or a time in seconds.
 fn setting((key, text): (String, String)) -> Result<(String, Value), CliError> {
-    let time = period(&text).map_err(|why| CliError::usage(format!("{key}={text}: {why}")))?;
-    Ok((key, time.as_secs().into()))
+    let bad = |why: &str| CliError::usage(format!("{key}={text}: {why}"));
+    let value = if NUMBERS.contains(&key.as_str()) {
+        let number = text.parse::<u32>();
+        number.map_err(|_| bad("expected a number"))?.into()
+    } else if TIMES.contains(&key.as_str()) {
+        let time = period(&text).map_err(|why| bad(&why))?;
+        if time.subsec_nanos() != 0 {
+            return Err(bad("expected whole seconds"));
+        }
+        time.as_secs().into()
+    } else {
+        let known = [NUMBERS, TIMES].concat().join(", ");
+        let err = CliError::usage(format!("there is no setting {key:?}"));
+        return Err(err.hint(format!("the settings are {known}")));
+    };
+    Ok((key, value))
 }
 
 fn show(cluster: &Value) -> Result<(), CliError> {

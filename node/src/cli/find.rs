@@ -35,9 +35,20 @@ pub(super) struct Endpoint {
     pub(super) key: String,
 }
 
+/// What runs on this machine.
+#[derive(Clone, Debug)]
+struct Local {
+    /// The node that is asked where none is named.
+    url: String,
+    /// The key of all of them, where one of them founded their cluster.
+    key: Option<String>,
+    /// All of them.
+    urls: Vec<String>,
+}
+
 /// The endpoint as given, completed by what this machine knows.
 ///
-/// A key found here is only ever sent to the node it belongs to.
+/// A key found here is only ever sent to nodes of this machine that it belongs to.
 pub(super) fn endpoint(url: Option<String>, key: Option<String>) -> Result<Endpoint, CliError> {
     let url = url.filter(|url| !url.is_empty());
     let key = key.filter(|key| !key.is_empty());
@@ -54,14 +65,23 @@ pub(super) fn endpoint(url: Option<String>, key: Option<String>) -> Result<Endpo
         let err = CliError::usage(format!("no {missing} was given and no node runs here"));
         return Err(err.hint("start one with `wrenn dev up`, or give --url and --api-key"));
     };
-    let same_node = url.as_deref().is_none_or(|url| same_base(url, &local.url));
-    if key.is_none() && !same_node {
+    if key.is_none() && local.key.is_none() {
+        let err = CliError::usage(format!(
+            "no API key was given, and the node here, {}, keeps none",
+            local.url
+        ));
+        return Err(
+            err.hint("give --api-key; the first one lies on the host that founded the cluster")
+        );
+    }
+    let is_ours = |url: &str| local.urls.iter().any(|ours| same_base(url, ours));
+    if key.is_none() && !url.as_deref().is_none_or(is_ours) {
         let err = CliError::usage("no API key was given for that address");
         return Err(err.hint(format!("give --api-key; the node here is {}", local.url)));
     }
     Ok(Endpoint {
         url: url.unwrap_or(local.url),
-        key: key.unwrap_or(local.key),
+        key: key.or(local.key).unwrap_or_default(),
     })
 }
 
@@ -99,19 +119,29 @@ fn dev_nodes(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// What runs on this machine: a node of the development cluster, else the system's.
-fn local() -> Option<Endpoint> {
+fn local() -> Option<Local> {
     let dev = dev_dir().map(|dir| dev_nodes(&dir)).unwrap_or_default();
     one_of(&dev).or_else(|| one_of(&[PathBuf::from(defaults::DATA_DIR)]))
 }
 
 /// One node of a cluster whose data directories these are, a running one if there is any: a node
 /// that was killed still says that it is ready. The key of one is the key of all.
-fn one_of(data_dirs: &[PathBuf]) -> Option<Endpoint> {
+fn one_of(data_dirs: &[PathBuf]) -> Option<Local> {
     let ready: Vec<Ready> = data_dirs.iter().filter_map(|dir| ready(dir)).collect();
-    let runs = |node: &&Ready| Path::new("/proc").join(node.pid.to_string()).exists();
-    let url = ready.iter().find(runs).or(ready.first())?.url.clone();
-    let key = data_dirs.iter().find_map(|dir| bootstrap_key(dir))?;
-    Some(Endpoint { url, key })
+    let first = ready.iter().find(|node| runs(node.pid)).or(ready.first())?;
+    let url = first.url.clone();
+    let key = data_dirs.iter().find_map(|dir| bootstrap_key(dir));
+    let urls = ready.into_iter().map(|node| node.url).collect();
+    Some(Local { url, key, urls })
+}
+
+/// Whether a process is there and not stopped: one that is paused would take a request and never
+/// answer.
+fn runs(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the program's name, which stands in brackets and may hold anything.
+    let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
+    !matches!(state.chars().next(), None | Some('T' | 'Z' | 'X'))
 }
 
 fn same_base(one: &str, other: &str) -> bool {
@@ -131,6 +161,29 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_is_paused_or_gone_is_not_asked() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("a process");
+        let pid = i32::try_from(child.id()).expect("an id");
+        assert!(runs(pid));
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid),
+            nix::sys::signal::Signal::SIGSTOP,
+        )
+        .expect("a signal");
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while runs(pid) && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert!(!runs(pid));
+        child.kill().expect("an end");
+        child.wait().expect("an end");
+        assert!(!runs(pid));
+    }
+
+    #[test]
     fn a_running_node_is_found_with_the_key_of_its_cluster() {
         let dir = tempfile::tempdir().expect("a directory");
         // No process has this id: it is past what the kernel gives out.
@@ -142,8 +195,8 @@ mod tests {
         assert!(nodes[1].ends_with("node2") && nodes[2].ends_with("node10"));
         let found = one_of(&nodes).expect("an endpoint");
         assert_eq!(
-            (found.url.as_str(), found.key.as_str()),
-            ("http://2", "key")
+            (found.url.as_str(), found.key.as_deref()),
+            ("http://2", Some("key"))
         );
         assert_eq!(one_of(&nodes[..1]).expect("an endpoint").url, "http://1");
     }

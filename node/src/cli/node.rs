@@ -1,6 +1,7 @@
 //! `wrenn node`.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use clap::{Args, Subcommand};
 
 use super::error::{CliError, chain};
 use super::{Global, Hooks, find, nodes, print, recover, wait_for};
+use crate::cluster::join::JoinError;
 use crate::config::{
     AcceleratorChoice, Cidr, Config, JoinToken, Period, Tag, VmmChoice, Written, WrittenCapacity,
 };
@@ -44,9 +46,22 @@ pub(super) enum Command {
 
 /// Ends everything a stopped node left running.
 fn clean_up(hooks: Hooks, data_dir: &Path) -> Result<ExitCode, CliError> {
-    (hooks.clean_up)(data_dir).map_err(|err| CliError::new(chain(&*err)))?;
+    // The store's own mark. Opening would make a directory where there is none, and a typing error
+    // would pass for a host that is clean.
+    if !data_dir.join("version").exists() {
+        let err = CliError::new(format!(
+            "{} is no data directory of a node",
+            data_dir.display()
+        ));
+        return Err(err.hint("name the one that the node was started with"));
+    }
+    (hooks.clean_up)(data_dir).map_err(|err| CliError::new(chain(&*err)).hint(STOP_FIRST))?;
     Ok(ExitCode::SUCCESS)
 }
+
+/// What to do before a node's data is worked on.
+pub(super) const STOP_FIRST: &str =
+    "stop the node first: `systemctl stop wrenn`, or `wrenn dev stop I`";
 
 /// The settings of a node. Each may also stand in a file or in the environment.
 #[derive(Debug, Default, Args)]
@@ -197,10 +212,23 @@ fn start(hooks: Hooks, options: Settings) -> Result<ExitCode, CliError> {
         let _leads_already = nix::unistd::setsid();
     }
     let config = options.into_config()?;
-    (hooks.run_node)(config).map_err(|err| {
-        CliError::new(chain(err.as_ref())).hint("`wrenn doctor` checks this machine")
-    })?;
+    (hooks.run_node)(config)
+        .map_err(|err| CliError::new(chain(err.as_ref())).hint(advice(err.as_ref())))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to do about a node that did not start.
+fn advice(err: &(dyn Error + 'static)) -> &'static str {
+    let cause = err.source().and_then(<dyn Error>::downcast_ref);
+    match cause {
+        Some(JoinError::Token(_) | JoinError::Refused(_)) => {
+            "nothing was changed here: the same command with another token is safe"
+        }
+        Some(JoinError::NobodyDecides(_)) => {
+            "are the members up, and do their UDP ports (7321 and 7322) pass? Trying again is safe"
+        }
+        None => "`wrenn doctor` checks this machine",
+    }
 }
 
 /// Shows the configuration.

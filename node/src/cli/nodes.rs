@@ -83,7 +83,16 @@ pub(super) async fn ls(global: &Global) -> Result<ExitCode, CliError> {
     ];
     let rows: Vec<_> = all.as_array().into_iter().flatten().map(row).collect();
     print::table(&headings, &rows)?;
+    warn_without_quorum(&client).await;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says so where the list may be old: a node that is cut off shows what it knew last.
+async fn warn_without_quorum(client: &Client) {
+    let cluster = client.call(Method::GET, "/v1/cluster", None).await;
+    if cluster.is_ok_and(|cluster| cluster["quorum"] == false) {
+        print::note("the node that was asked hears no quorum: this is what it knew last");
+    }
 }
 
 fn row(node: &Value) -> Vec<String> {
@@ -157,9 +166,11 @@ async fn drain_until(
     let path = format!("{}/drain", path(&options.node)?);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
+        // Rounded up: a wait that was asked for is not cut short.
+        let step = left.min(DRAIN_STEP) + Duration::from_millis(999);
         let body = json!({
             "stop_capsules": options.stop_capsules,
-            "timeout_sec": left.min(DRAIN_STEP).as_secs(),
+            "timeout_sec": step.as_secs(),
         });
         let drained = client.call(Method::POST, &path, Some(body)).await?;
         if drained["drained"] == true || left < DRAIN_STEP {

@@ -13,6 +13,7 @@ use proto::ids::NodeId;
 use serde_json::{Value, json};
 
 use super::error::{CliError, chain};
+use super::node::STOP_FIRST;
 use super::{Global, Hooks, print};
 use crate::cluster::recovery::{Plan, Survey, list, plan};
 
@@ -36,7 +37,10 @@ pub(super) struct Options {
 /// Does what the options say.
 pub(super) fn run(hooks: Hooks, global: &Global, options: &Options) -> Result<ExitCode, CliError> {
     let surveyed = (hooks.survey)(&options.data_dir);
-    let survey = surveyed.map_err(|err| CliError::new(chain(err.as_ref())))?;
+    let survey = surveyed.map_err(|err| {
+        let hint = format!("--data-dir is a stopped node's; {STOP_FIRST}");
+        CliError::new(chain(err.as_ref())).hint(hint)
+    })?;
     if options.inspect {
         show(global, &survey)?;
         return Ok(ExitCode::SUCCESS);

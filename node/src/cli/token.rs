@@ -1,6 +1,7 @@
 //! `wrenn token`: letting further hosts in.
 
 use std::io::{self, IsTerminal as _};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,8 +31,7 @@ pub(super) enum Command {
 
 /// What the token is good for.
 #[derive(Debug, Args)]
-pub(super) struct Create {
-    /// What the new node becomes: a full member, or a host of one team.
+pub(super) struct Create {    /// What the new node becomes: a full member, or a host of one team, which cannot run yet.
     #[arg(long, value_enum, default_value_t = Role::Member)]
     role: Role,
     /// The team whose host joins.
@@ -87,7 +87,28 @@ async fn create(global: &Global, client: &Client, wanted: Create) -> Result<(), 
              `wrenn token revoke {id}` withdraws it. Run on the new host:"
         ));
     }
+    if io::stderr().is_terminal() {
+        warn_of_loopback(client).await;
+    }
     print::line(&print::text(&made, "join_command"))
+}
+
+/// Says so where no other host can follow the token: every node is dialled on this machine only.
+async fn warn_of_loopback(client: &Client) {
+    let Ok(nodes) = client.call(Method::GET, "/v1/nodes", None).await else {
+        return;
+    };
+    let nodes: Vec<&Value> = nodes.as_array().into_iter().flatten().collect();
+    let is_local = |node: &&Value| {
+        let address = print::text(node, "address").parse::<SocketAddr>();
+        address.is_ok_and(|address| address.ip().is_loopback())
+    };
+    if !nodes.is_empty() && nodes.iter().all(is_local) {
+        print::note(
+            "only this machine can join: its nodes listen on loopback; \
+             `wrenn node start --cluster-listen 0.0.0.0:7321` opens one to other hosts",
+        );
+    }
 }
 
 async fn list(global: &Global, client: &Client) -> Result<(), CliError> {

@@ -12,10 +12,11 @@
 //! and closes it when it no longer leads.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use proto::ids::NodeId;
 use raft::group::{Group, Role};
-use raft::state::{Settings, State};
+use raft::state::{Outlived, Settings, State};
 use tokio::sync::watch;
 use tokio::time::{self, Instant};
 
@@ -43,6 +44,8 @@ pub(super) struct Desk {
     replica: Replica,
     open: Mutex<Option<OpenBook>>,
     confirmations: Confirmations,
+    /// The lease times that the present ones replaced, and when this node learned so.
+    outlived: Mutex<Option<(Outlived, Tick)>>,
 }
 
 #[derive(Debug)]
@@ -57,6 +60,17 @@ pub(super) fn times(settings: Settings) -> LeaseTimes {
     LeaseTimes::new(settings.lease_ttl, settings.lease_grace).unwrap_or_default()
 }
 
+/// From when a book by the `wanted` times counts: not before the leases that were granted by earlier,
+/// longer ones would be over too.
+fn counts_from(outlived: Option<(Outlived, Tick)>, wanted: LeaseTimes, now: Tick) -> Tick {
+    let Some((former, learned_at)) = outlived else {
+        return now;
+    };
+    let former = LeaseTimes::new(former.lease_ttl, former.lease_grace);
+    let longest = former.map_or(Duration::ZERO, |former| former.lost_after());
+    now.max(learned_at.plus(longest.saturating_sub(wanted.lost_after())))
+}
+
 /// This machine's time since boot, sleep included, as leases count it.
 pub(super) fn now() -> Tick {
     BootInstant::now().into()
@@ -69,6 +83,7 @@ impl Desk {
             group,
             replica,
             open: Mutex::new(None),
+            outlived: Mutex::new(None),
         }
     }
 
@@ -101,29 +116,30 @@ impl Desk {
         let state = self.replica.state();
         let wanted = times(state.settings());
         let now = now();
+        self.note_times(&state);
+        let outlived = *self.outlived.lock().unwrap_or_else(PoisonError::into_inner);
         let mut open = self.lock();
         let known = open.take().filter(|open| open.term == term);
-        let mut current = match known {
-            Some(open) if open.times == wanted => open,
-            // Under the old times consent may have been given for longer than under the new.
-            Some(old) => {
-                let longer = old.times.lost_after().saturating_sub(wanted.lost_after());
-                OpenBook {
-                    term,
-                    times: wanted,
-                    book: Book::new(wanted, now.plus(longer)),
-                }
-            }
-            None => OpenBook {
-                term,
-                times: wanted,
-                book: Book::new(wanted, now),
-            },
-        };
+        let current = known.filter(|open| open.times == wanted);
+        let mut current = current.unwrap_or_else(|| OpenBook {
+            term,
+            times: wanted,
+            book: Book::new(wanted, counts_from(outlived, wanted, now)),
+        });
         let table = state.nodes().map(|node| (node.id, Listed::from(node)));
         let verdicts = current.book.verdicts(now, table);
         *open = Some(current);
         verdicts
+    }
+
+    /// Remembers when this node learned of changed lease times: whatever was granted by the old
+    /// ones was granted before. On every node, since any may lead next.
+    pub(super) fn note_times(&self, state: &State) {
+        let told = state.cluster().and_then(|cluster| cluster.outlived);
+        let mut known = self.outlived.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.map(|(outlived, _)| outlived) != told {
+            *known = told.map(|outlived| (outlived, now()));
+        }
     }
 
     /// Closes the book: this node no longer leads.
@@ -173,5 +189,33 @@ impl Confirmations {
         let confirmed = group.read_index().await.is_ok();
         self.ended.send_replace((number, confirmed));
         confirmed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::units::Stamp;
+
+    use super::*;
+
+    #[test]
+    fn a_book_waits_for_leases_that_were_granted_by_longer_times() {
+        let secs = Duration::from_secs;
+        let times = |ttl, grace| LeaseTimes::new(secs(ttl), secs(grace)).expect("they are fine");
+        let (long, short) = (times(60, 60), times(5, 5));
+        let former = Outlived {
+            lease_ttl: secs(60),
+            lease_grace: secs(60),
+            changed_at: Stamp(1),
+        };
+        let learned_at = Tick(secs(1000));
+        let outlived = Some((former, learned_at));
+        let start = counts_from(outlived, short, Tick(secs(1010)));
+        let lost_at = start.plus(short.lost_after());
+        assert_eq!(lost_at, learned_at.plus(long.lost_after()));
+        // Once those are over there is nothing left to wait for.
+        let later = Tick(secs(2000));
+        assert_eq!(counts_from(outlived, short, later), later);
+        assert_eq!(counts_from(None, short, later), later);
     }
 }

@@ -15,7 +15,7 @@ use proto::ids::NodeId;
 use proto::wire::mesh as wire;
 use raft::command::Command;
 use raft::group::{Group, Role};
-use raft::state::State;
+use raft::state::{Liveness, State};
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -80,12 +80,13 @@ impl LeaseHand {
         }
     }
 
-    /// Gives up the sole voter's freedom from limits, before another voter is added.
-    pub(super) fn share_power(&self) {
+    /// Gives up the sole voter's freedom from limits, before another voter is added. Returns
+    /// whether the guests of this node go by a lease now; until then nobody may be added.
+    pub(super) fn share_power(&self) -> bool {
         let mut hand = self.lock();
         hand.growing = true;
         hand.holder.set_sole_voter(false);
-        self.write(&hand);
+        self.write(&hand)
     }
 
     fn set_sole(&self, sole: bool) {
@@ -104,14 +105,7 @@ impl LeaseHand {
     /// Takes over newer times or a newer incarnation; what is held stays held.
     fn bring_up_to(&self, times: LeaseTimes, incarnation: u64) {
         let mut hand = self.lock();
-        if hand.times == times && hand.holder.incarnation() == incarnation {
-            return;
-        }
-        let mut next = Holder::new(times, incarnation);
-        if let Some(until) = hand.holder.valid_until() {
-            next = next.resume(until);
-        }
-        hand.holder = next;
+        hand.holder.bring_up_to(times, incarnation);
         hand.times = times;
     }
 
@@ -127,7 +121,9 @@ impl LeaseHand {
             return;
         }
         match hand.holder.granted(desk::now(), renewal, own) {
-            Granted::Until(_) => self.write(&hand),
+            Granted::Until(_) => {
+                self.write(&hand);
+            }
             Granted::NotCaughtUp => debug!("a renewal was granted that is not applied here yet"),
             Granted::Stale => debug!("a renewal was granted too late"),
             Granted::Lapsed => warn!("the lease had lapsed before it was granted again"),
@@ -145,13 +141,16 @@ impl LeaseHand {
         }
     }
 
-    fn write(&self, hand: &Hand) {
+    /// Writes the limits where the shims read them; returns whether there they are.
+    fn write(&self, hand: &Hand) -> bool {
         let Some(limits) = hand.holder.limits() else {
-            return;
+            return false;
         };
-        if let Err(err) = self.sink.write(limits) {
+        let written = self.sink.write(limits);
+        if let Err(err) = &written {
             warn!(%err, "could not write the lease; guests go by the last one");
         }
+        written.is_ok()
     }
 
     fn lock(&self) -> MutexGuard<'_, Hand> {
@@ -189,6 +188,7 @@ impl Keeper {
     async fn turn(&self, within: Duration) {
         self.hand.set_sole(self.is_sole_voter());
         let state = self.replica.state();
+        self.desk.note_times(&state);
         let here = self.mesh.here();
         let Some(own) = state.node(here) else {
             // The roster of the join knew this node; a state that is newer and does not is final.
@@ -200,7 +200,9 @@ impl Keeper {
             return;
         };
         let times = desk::times(state.settings());
-        if self.hand.has_lapsed() {
+        // A lost incarnation is over, whether or not there ever was a lease under it.
+        let is_lost = matches!(own.liveness, Liveness::Lost { .. });
+        if is_lost || self.hand.has_lapsed() {
             return self.start_over(own.clone()).await;
         }
         self.hand.bring_up_to(times, own.incarnation);

@@ -3,8 +3,8 @@
 //! One task on every node, idle on all but the leader. It begins a term once the first entry of
 //! that term is committed, looks every [`TICK`], proposes what the desk's book says about leases,
 //! removes whom a recovery declared lost, and carries out one step of the autopilot at a time. It
-//! ends the term the moment it sees another leader; a verdict that is proposed late changes nothing,
-//! since it names the incarnation.
+//! ends the term the moment it sees another leader; a verdict is taken in the term it was found in, or
+//! not at all.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,6 +33,8 @@ use crate::base::chain::chain;
 const TICK: Duration = Duration::from_millis(500);
 /// Longest one step of the autopilot: a change of voters needs two commits.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a verdict may take to be committed; it is repeated where it was not.
+const VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a new leader asks whether its first entry is committed, before it looks again whether
 /// it leads at all.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(2);
@@ -107,8 +109,10 @@ impl Leader {
     async fn judge(&self, term: u64) {
         for verdict in self.desk.verdicts(term) {
             info!(?verdict, "judging a node's lease");
-            let judged = verdict.command();
-            if let Err(err) = self.proposer.propose(judged).await {
+            // Only in this term: a successor may have answered a renewal that this book lacks.
+            let judged = self.proposer.stamped(verdict.command());
+            let deadline = (Instant::now() + VERDICT_TIMEOUT).into_std();
+            if let Err(err) = self.group.propose_in(term, judged, deadline).await {
                 warn!(err = chain(&err), "could not tell the cluster about a node");
             }
         }
@@ -218,7 +222,11 @@ impl Leader {
             }
             Action::SetVoters(voters) => {
                 // The freedom from limits ends before there is anybody to share power with.
-                self.hand.share_power();
+                // Without a lease to fall back to, the next look tries again.
+                if !self.hand.share_power() {
+                    debug!("no lease yet to share power under");
+                    return Ok(());
+                }
                 self.group.change_voters(voters, stamp, deadline).await
             }
             Action::Remove(ids) => self.group.remove_members(ids, stamp, deadline).await,

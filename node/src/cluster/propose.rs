@@ -140,11 +140,13 @@ impl Proposer {
     /// - [`ProposeError::Refused`]: nothing changed.
     /// - [`ProposeError::Log`]: unknown or impossible; see [`LogError`].
     pub async fn propose(&self, command: Command) -> Result<Receipt, ProposeError> {
-        let proposal = Proposal {
-            at: self.clock.now(),
-            command,
-        };
-        let answer = self.log.propose(proposal.encode(), PROPOSE_TIMEOUT).await?;
-        Ok(wire::decode_answer(&answer)?)
+        let answer = self.log.propose(self.stamped(command), PROPOSE_TIMEOUT);
+        Ok(wire::decode_answer(&answer.await?)?)
+    }
+
+    /// `command` as it goes into the log, with the time it is now.
+    pub(super) fn stamped(&self, command: Command) -> Vec<u8> {
+        let at = self.clock.now();
+        Proposal { at, command }.encode()
     }
 }

@@ -9,8 +9,14 @@ pub const DATA_DIR: &str = "/var/lib/wrenn";
 pub const IMAGES_SUBDIR: &str = "images";
 /// Loopback: whoever opens the API to a network decides to.
 pub const LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 7320));
-/// Beside the API; bulk transfers take the port after it.
-pub const CLUSTER_LISTEN: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 7321));
+/// Beside the API; bulk transfers take the port after it. All addresses, since a second host joins
+/// with its token and nothing else: whoever has no key of the cluster gets no further than the
+/// handshake.
+pub const CLUSTER_LISTEN: SocketAddr =
+    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 7321));
+/// The same on a machine that no default route leads out of: there is nobody else to listen for.
+pub const CLUSTER_LISTEN_ALONE: SocketAddr =
+    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 7321));
 /// Debian's name for it, found through `PATH`.
 pub const QEMU: &str = "qemu-system-x86_64";
 /// Alone on its host, a node starts at the first slot.

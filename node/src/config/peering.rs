@@ -29,7 +29,7 @@ pub(super) struct Peering {
 
 /// The addresses that `written` means on `machine`.
 pub(super) fn check(written: &Written, machine: &Machine) -> Result<Peering, ConfigError> {
-    let listen = written.cluster_listen.unwrap_or(defaults::CLUSTER_LISTEN);
+    let listen = written.cluster_listen.unwrap_or_else(|| default(machine));
     let listen = fixed_port("cluster_listen", listen)?;
     let bulk_listen = match written.bulk_listen {
         Some(given) => fixed_port("bulk_listen", given)?,
@@ -53,6 +53,15 @@ pub(super) fn check(written: &Written, machine: &Machine) -> Result<Peering, Con
         advertise,
         advertise_bulk,
     })
+}
+
+/// Where to listen where nobody says.
+fn default(machine: &Machine) -> SocketAddr {
+    if dialled(machine).is_some() {
+        defaults::CLUSTER_LISTEN
+    } else {
+        defaults::CLUSTER_LISTEN_ALONE
+    }
 }
 
 fn next_port(setting: &'static str, address: SocketAddr) -> Result<SocketAddr, ConfigError> {
@@ -158,15 +167,28 @@ mod tests {
 
     #[test]
     fn an_address_of_one_interface_is_told_to_peers_as_it_is() {
-        let (control, bulk) = shown("", Some("10.0.0.7"));
-        assert_eq!(control, "127.0.0.1:7321");
-        assert_eq!(bulk, "127.0.0.1:7322");
         let toml = "cluster_listen = \"10.1.1.1:9\"\nbulk_listen = \"10.1.1.1:7\"";
         let (control, bulk) = shown(toml, Some("10.0.0.7"));
         assert_eq!(
             (control.as_str(), bulk.as_str()),
             ("10.1.1.1:9", "10.1.1.1:7")
         );
+    }
+
+    #[test]
+    fn other_hosts_reach_a_node_that_was_told_nothing() {
+        let (control, bulk) = shown("", Some("10.0.0.7"));
+        assert_eq!(control, "10.0.0.7:7321");
+        assert_eq!(bulk, "10.0.0.7:7322");
+    }
+
+    #[test]
+    fn without_a_way_out_a_node_that_was_told_nothing_listens_to_this_machine() {
+        for address in [None, Some("127.0.0.1")] {
+            let (control, bulk) = shown("", address);
+            assert_eq!(control, "127.0.0.1:7321");
+            assert_eq!(bulk, "127.0.0.1:7322");
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 use serde::{Deserialize, Serialize};
+use tracing::info;
 
 use crate::base::chain::chain;
 use crate::pager::memory::GuestMemory;
@@ -147,6 +148,12 @@ pub fn probe(request: &ProbeRequest) -> Result<ProbeOutcome, ProbeError> {
         let attempt = if accelerator == Accelerator::Kvm && !key.kvm_device {
             failed(accelerator, format!("there is no {KVM_DEVICE}"))
         } else {
+            let (accelerator_name, at_most) = (accelerator.name(), timeout);
+            info!(
+                accelerator = accelerator_name,
+                ?at_most,
+                "trying to run a guest"
+            );
             attempt(request, accelerator, timeout)
         };
         let ok = attempt.ok;

@@ -54,7 +54,7 @@ impl State {
         match proposal.command {
             Command::FoundCluster { id, settings } => self.found_cluster(at, id, settings),
             Command::RecoverCluster { id, last, lost } => self.recover_cluster(at, id, last, &lost),
-            Command::PutSettings(settings) => self.put_settings(settings),
+            Command::PutSettings(settings) => self.put_settings(at, settings),
             Command::PutToken(token) => self.add_token(at, token),
             Command::RevokeToken(id) => self.revoke_token(id),
             Command::RedeemToken { token, node } => {

@@ -9,7 +9,9 @@ use proto::units::Stamp;
 
 use super::Applied;
 use crate::command::{Receipt, Refusal, Verdict};
-use crate::state::{Cluster, Former, Liveness, Node, Removed, RowKey, Settings, State, Token};
+use crate::state::{
+    Cluster, Former, Liveness, Node, Outlived, Removed, RowKey, Settings, State, Token,
+};
 
 /// How long a token is remembered after its end, so that a late joiner is told what was wrong
 /// with it.
@@ -43,6 +45,7 @@ impl State {
             founded_at: at,
             settings,
             former: Vec::new(),
+            outlived: None,
         });
         Applied::touched(Receipt::Done(1), RowKey::Cluster)
     }
@@ -71,6 +74,7 @@ impl State {
         self.put_cluster(Cluster {
             id,
             founded_at: known.as_ref().map_or(at, |known| known.founded_at),
+            outlived: known.as_ref().and_then(|known| known.outlived),
             settings: known.map_or_else(Settings::default, |known| known.settings),
             former,
         });
@@ -104,7 +108,7 @@ impl State {
         touched
     }
 
-    pub(super) fn put_settings(&mut self, settings: Settings) -> Applied {
+    pub(super) fn put_settings(&mut self, at: Stamp, settings: Settings) -> Applied {
         if let Err(why) = settings.check() {
             return Applied::untouched(Err(Refusal::Unfit(why)));
         }
@@ -112,7 +116,17 @@ impl State {
             let why = "the cluster is not founded yet".into();
             return Applied::untouched(Err(Refusal::Unfit(why)));
         };
-        self.put_cluster(Cluster { settings, ..known });
+        let times = |of: Settings| (of.lease_ttl, of.lease_grace);
+        let outlived = if times(settings) == times(known.settings) {
+            known.outlived
+        } else {
+            Some(Outlived::by(known.outlived, known.settings, at))
+        };
+        self.put_cluster(Cluster {
+            settings,
+            outlived,
+            ..known
+        });
         Applied::touched(Receipt::Done(1), RowKey::Cluster)
     }
 
@@ -320,8 +334,9 @@ impl State {
         let skips = match known.liveness {
             Liveness::Alive => verdict == Verdict::Lost,
             Liveness::Missing { .. } => false,
-            // What it had is given out: only its own return changes that.
-            Liveness::Lost { .. } => verdict == Verdict::Missing,
+            // What it had is given out. It comes back under another incarnation, or the node could
+            // take an old row of its own, from before, for its return.
+            Liveness::Lost { .. } => true,
         };
         // A verdict on an earlier start says nothing of this one; from alive to lost is no step,
         // nor is there one back from lost to missing.

@@ -35,6 +35,8 @@ use openraft::errors::{
     ClientWriteError, Fatal, ForwardReason, ForwardToLeader, InitializeError,
     LinearizableReadError, RaftError,
 };
+use openraft::impls::ProgressResponder;
+use openraft::raft::ClientWriteResult;
 use openraft::{Raft, ReadPolicy};
 use proto::ids::NodeId;
 use tokio::runtime::{Handle, Runtime};
@@ -60,7 +62,7 @@ use crate::identity::Home;
 use crate::link::Link;
 use crate::machine::Machine;
 use crate::store::{Files, View};
-use crate::types::{Node, ProposalBytes, Types};
+use crate::types::{Leader, Node, ProposalBytes, Types};
 
 /// Threads of openraft's runtime: its core, and one more so that a long apply does not hold up
 /// heartbeats.
@@ -254,6 +256,33 @@ impl<M: Machine> Group<M> {
         proposal: Vec<u8>,
         deadline: Instant,
     ) -> Result<Proposed, ProposeError> {
+        self.submit(None, proposal, deadline).await
+    }
+
+    /// Like [`Self::propose`], but only as the leader of `term`: for what this node knows as that
+    /// leader and its successor may know better.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; of another term nothing was taken.
+    pub async fn propose_in(
+        &self,
+        term: u64,
+        proposal: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<Proposed, ProposeError> {
+        let leader = Leader {
+            term,
+            node_id: self.inner.node_id.0,
+        };
+        self.submit(Some(leader), proposal, deadline).await
+    }
+
+    async fn submit(
+        &self,
+        only_as: Option<Leader>,
+        proposal: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<Proposed, ProposeError> {
         let (bytes, limit) = (proposal.len(), self.inner.max_proposal_bytes);
         if bytes > limit {
             return Err(ProposeError::TooLarge { bytes, limit });
@@ -261,17 +290,17 @@ impl<M: Machine> Group<M> {
         let deadline = time::Instant::from_std(deadline);
         let proposal = ProposalBytes(proposal.into());
         loop {
-            let write = self.inner.raft.client_write(proposal.clone());
+            let write = self.write(only_as, proposal.clone());
             let refused = match time::timeout_at(deadline, write).await {
                 Err(_) => return Err(ProposeError::Timeout),
-                Ok(Ok(written)) => {
+                Ok(Ok(Ok(written))) => {
                     return Ok(Proposed {
                         index: written.log_id.index,
                         answer: written.data.0,
                     });
                 }
-                Ok(Err(RaftError::APIError(refused))) => refused,
-                Ok(Err(RaftError::Fatal(fatal))) => return Err(self.ended(&fatal).into()),
+                Ok(Ok(Err(refused))) => refused,
+                Ok(Err(fatal)) => return Err(self.ended(&fatal).into()),
             };
             let forward = match refused {
                 ClientWriteError::ForwardToLeader(forward) => forward,
@@ -290,6 +319,22 @@ impl<M: Machine> Group<M> {
             }
             time::sleep_until(soon).await;
         }
+    }
+
+    /// Hands a proposal to the core and waits for what became of it.
+    async fn write(
+        &self,
+        only_as: Option<Leader>,
+        proposal: ProposalBytes,
+    ) -> Result<ClientWriteResult<Types>, Fatal<Types>> {
+        let (responder, outcome) = ProgressResponder::complete_only();
+        let write = self.inner.raft.write(proposal).responder(responder);
+        match only_as {
+            Some(leader) => write.with_leader(leader).await?,
+            None => write.await?,
+        }
+        // The core drops the other end only when it ends.
+        outcome.await.map_err(|_| Fatal::Stopped)
     }
 
     /// Watches the state. It is as new as this member's log, which may lag; see

@@ -20,6 +20,64 @@ pub struct Cluster {
     pub settings: Settings,
     /// What it was before each recovery, the oldest first.
     pub former: Vec<Former>,
+    /// Which lease times were in force before they were changed.
+    pub outlived: Option<Outlived>,
+}
+
+/// The longest lease times that were in force shortly before the present ones. A leader that did not
+/// see the change must not call a node lost whose lease was granted by them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outlived {
+    /// As in [`Settings::lease_ttl`].
+    pub lease_ttl: Duration,
+    /// As in [`Settings::lease_grace`].
+    pub lease_grace: Duration,
+    /// When they were changed last.
+    pub changed_at: Stamp,
+}
+
+impl Outlived {
+    /// Within this time of one change the longest figures of all changes count. Far longer than any
+    /// lease and its grace, and than the clocks of proposers are apart.
+    const MERGED_WITHIN_MS: u64 = 24 * 3600 * 1000;
+
+    /// What is outlived once `old` is replaced at `at`, after `known` was outlived before.
+    pub(crate) fn by(known: Option<Self>, old: Settings, at: Stamp) -> Self {
+        let recent =
+            known.filter(|known| at.0.abs_diff(known.changed_at.0) < Self::MERGED_WITHIN_MS);
+        let (ttl, grace) =
+            recent.map_or_else(Default::default, |it| (it.lease_ttl, it.lease_grace));
+        Self {
+            lease_ttl: old.lease_ttl.max(ttl),
+            lease_grace: old.lease_grace.max(grace),
+            changed_at: at,
+        }
+    }
+}
+
+impl From<Outlived> for pb::Outlived {
+    fn from(outlived: Outlived) -> Self {
+        Self {
+            lease_ttl_ms: millis(outlived.lease_ttl),
+            lease_grace_ms: millis(outlived.lease_grace),
+            changed_at_ms: outlived.changed_at.0,
+        }
+    }
+}
+
+impl From<pb::Outlived> for Outlived {
+    fn from(wire: pb::Outlived) -> Self {
+        Self {
+            lease_ttl: Duration::from_millis(wire.lease_ttl_ms.into()),
+            lease_grace: Duration::from_millis(wire.lease_grace_ms.into()),
+            changed_at: Stamp(wire.changed_at_ms),
+        }
+    }
+}
+
+/// Settings are checked to be far below what this could cut off.
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
 
 /// A cluster that lost its quorum for good, and was recovered under another id.
@@ -94,6 +152,7 @@ impl From<&Cluster> for pb::ClusterRow {
             founded_at_ms: cluster.founded_at.0,
             settings: Some(cluster.settings.into()),
             former: cluster.former.iter().map(Into::into).collect(),
+            outlived: cluster.outlived.map(Into::into),
         }
     }
 }
@@ -111,6 +170,7 @@ impl TryFrom<pb::ClusterRow> for Cluster {
                 .into_iter()
                 .map(Former::try_from)
                 .collect::<Result<_, _>>()?,
+            outlived: row.outlived.map(Into::into),
         })
     }
 }
@@ -137,7 +197,6 @@ impl TryFrom<pb::FormerCluster> for Former {
 
 impl From<Settings> for pb::Settings {
     fn from(settings: Settings) -> Self {
-        let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
         Self {
             max_voters: settings.max_voters,
             max_learners: settings.max_learners,

@@ -19,7 +19,7 @@ use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId, TokenId};
 use proto::units::Stamp;
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
 
-pub use cluster::{Cluster, Former, Settings};
+pub use cluster::{Cluster, Former, Outlived, Settings};
 pub use keys::Key;
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};

@@ -377,7 +377,7 @@ impl World {
                     verdict: verdict.unwrap_or(match known.liveness {
                         Liveness::Alive => Verdict::Missing,
                         Liveness::Missing { .. } => Verdict::Lost,
-                        Liveness::Lost { .. } => Verdict::Back,
+                        Liveness::Lost { .. } => Verdict::Missing,
                     }),
                 }
             }

@@ -228,6 +228,13 @@ impl World {
         })
     }
 
+    /// The node, which joined as the `n`th, starts again.
+    pub fn announce(&mut self, id: NodeId, n: u8) {
+        let again = Node { id, ..node(n) };
+        let known = self.act(Command::AdmitNode(again));
+        assert_eq!(known, Ok(Receipt::Done(1)));
+    }
+
     /// The lease of a node runs out for good.
     pub fn lose(&mut self, node: NodeId) {
         for verdict in [Verdict::Missing, Verdict::Lost] {

@@ -121,7 +121,9 @@ pub(super) async fn run(
 ) -> Result<ExitCode, CliError> {
     match command {
         Command::Up(options) => up(global, options).await?,
-        Command::Status(place) => status(global, &place.cluster()?).await?,
+        Command::Status(place) => {
+            status(global, &place.cluster()?).await?;
+        }
         Command::Env(options) => env(global, &options)?,
         Command::Stop(one) => {
             let node = one.node()?;
@@ -182,22 +184,29 @@ async fn up(global: &Global, options: Up) -> Result<(), CliError> {
     up::bring_up(&mut cluster, &nodes).await?;
     if nodes.len() > 1 && cluster.partition().is_none() {
         up::wait_members(&cluster, &nodes).await?;
+        up::wait_voters(&cluster, &nodes).await;
     }
-    status(global, &cluster).await?;
+    let looked = status(global, &cluster).await?;
     if !global.json {
+        if looked.voters() < up::enough_voters(&nodes) {
+            print::note(
+                "not enough vote yet for the loss of a node; `wrenn dev status` shows when",
+            );
+        }
         print::note("next: eval \"$(wrenn dev env)\"; wrenn capsule create");
     }
     Ok(())
 }
 
-async fn status(global: &Global, cluster: &Cluster) -> Result<(), CliError> {
+async fn status(global: &Global, cluster: &Cluster) -> Result<Seen, CliError> {
     let looked = print::progress("asking the nodes", Seen::look(cluster)).await;
     let nodes = cluster.nodes();
     let described = nodes.iter().map(|node| describe(cluster, &looked, node));
     let all: Vec<Value> = described.collect();
     if global.json {
         let (quorum, partition) = (looked.has_quorum, cluster.partition());
-        return print::json(&json!({"nodes": all, "quorum": quorum, "partition": partition}));
+        print::json(&json!({"nodes": all, "quorum": quorum, "partition": partition}))?;
+        return Ok(looked);
     }
     let row = |(number, node): (usize, &Value)| {
         let is = |key: &str| if node[key] == true { "yes" } else { "no" }.to_owned();
@@ -221,7 +230,7 @@ async fn status(global: &Global, cluster: &Cluster) -> Result<(), CliError> {
     if let Some(sides) = cluster.partition() {
         print::note(&format!("partition: {sides} (`wrenn dev heal` ends it)"));
     }
-    Ok(())
+    Ok(looked)
 }
 
 /// One node as scripts see it. What a dead node was is remembered; its process is `null`.

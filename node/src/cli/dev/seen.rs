@@ -47,6 +47,12 @@ impl Seen {
         self.members.iter().find(|member| member["id"] == id)
     }
 
+    /// How many of them vote.
+    pub(super) fn voters(&self) -> usize {
+        let votes = |member: &&Value| member["role"] == "voter";
+        self.members.iter().filter(votes).count()
+    }
+
     /// Whether a node answers and the cluster counts it as a live member.
     pub(super) fn is_member(&self, cluster: &Cluster, node: &Node) -> bool {
         let known = now_known(cluster, node).unwrap_or_default();

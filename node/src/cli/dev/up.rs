@@ -21,6 +21,8 @@ use super::seen::{self, Seen};
 const TOKEN_TTL: Duration = Duration::from_secs(600);
 /// Longest a node that serves may take to be seen as a member by the others.
 const MEMBER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest the votes are waited for: on a busy machine a newcomer catches up in a few seconds.
+const VOTERS_TIMEOUT: Duration = Duration::from_secs(20);
 /// Pause between two looks at the members.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -66,6 +68,25 @@ pub(super) async fn wait_members(cluster: &Cluster, nodes: &[Node]) -> Result<()
     let absent = missing.get();
     let message = format!("{absent} nodes are no live members after {MEMBER_TIMEOUT:?}");
     Err(CliError::new(message).hint("`wrenn dev status` shows which; their logs say why"))
+}
+
+/// How many voters make a cluster of these nodes outlive the loss of one.
+pub(super) const fn enough_voters(nodes: &[Node]) -> usize {
+    if nodes.len() < 3 { 1 } else { 3 }
+}
+
+/// Waits a moment until so many vote that one may be killed: who has just joined gets its vote
+/// within a second or two.
+pub(super) async fn wait_voters(cluster: &Cluster, nodes: &[Node]) {
+    let enough = enough_voters(nodes);
+    let look = async {
+        while Seen::look(cluster).await.voters() < enough {
+            time::sleep(POLL_INTERVAL).await;
+        }
+    };
+    let label = format!("waiting for {enough} votes");
+    // The caller looks again, and says so where it took too long.
+    let _in_time = print::progress(&label, time::timeout(VOTERS_TIMEOUT, look)).await;
 }
 
 /// Starts nodes at once. The first failure counts, after the others have had their time.

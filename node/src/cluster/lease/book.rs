@@ -5,9 +5,13 @@
 //!
 //! ```text
 //! Alive --no renewal for ttl + margin--> Missing --for grace more--> Lost
-//!   ^--------- sign of life -------------'                            |
-//!   '---------- sign of life -----------------------------------------'
+//!   ^--------- sign of life -------------'  ^                         |
+//!                                           '-- announces itself anew -'
 //! ```
+//!
+//! An incarnation ends with its loss: the node that announces itself gets another one. A node whose
+//! own copy of the table lags could otherwise take what that says of the time before for its return,
+//! and start what others run by now.
 //!
 //! Renewals of a node that the table does not call alive are refused, since grants beside a verdict
 //! on its way through the log would count for nothing. They are remembered as signs of life. What
@@ -164,10 +168,7 @@ impl Book {
                 entry.sign_of_life = Some(received_at);
                 Err(Refused::Missing)
             }
-            Liveness::Lost => {
-                entry.sign_of_life = Some(received_at);
-                Err(Refused::Lost)
-            }
+            Liveness::Lost => Err(Refused::Lost),
         }
     }
 
@@ -241,7 +242,7 @@ impl Entry {
             Liveness::Missing => {
                 back.or((age >= times.lost_after()).then_some(Verdict::Lost(node, incarnation)))
             }
-            Liveness::Lost => back,
+            Liveness::Lost => None,
         }
     }
 }
@@ -342,13 +343,18 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_node_is_back_when_it_renews_and_is_granted_nothing_before() {
+    fn a_lost_node_comes_back_under_another_incarnation_only() {
         let mut book = book();
         let lost = listed(1, Liveness::Lost);
         assert_eq!(look(&mut book, 200, lost), []);
         let refused = book.renewed(NODE, 1, at(201), Some(lost));
         assert_eq!(refused, Err(Refused::Lost));
-        assert_eq!(look(&mut book, 201, lost), [Verdict::Back(NODE, 1)]);
+        assert_eq!(look(&mut book, 201, lost), []);
+        let announced = listed(2, Liveness::Missing);
+        assert_eq!(look(&mut book, 202, announced), []);
+        let refused = book.renewed(NODE, 2, at(203), Some(announced));
+        assert_eq!(refused, Err(Refused::Missing));
+        assert_eq!(look(&mut book, 203, announced), [Verdict::Back(NODE, 2)]);
     }
 
     #[test]

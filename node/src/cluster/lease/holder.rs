@@ -75,8 +75,8 @@ pub struct Holder {
 impl Holder {
     /// A holder without a lease: before the first grant no lease-bound guest may run.
     ///
-    /// `incarnation` must be one that this node has never used; it is drawn at random at each start
-    /// and announced in the node's replicated record.
+    /// `incarnation` is that of the node's replicated row: the log index of its last announcement,
+    /// so that no two are the same.
     #[must_use]
     pub const fn new(times: LeaseTimes, incarnation: u64) -> Self {
         Self {
@@ -197,6 +197,20 @@ impl Holder {
         *self = Self::new(self.times, incarnation);
         self.sole_voter = sole_voter;
         true
+    }
+
+    /// Takes over newer times, or a newer announcement of this node; what is held stays held, and
+    /// renewals that are under way grant nothing any more.
+    pub fn bring_up_to(&mut self, times: LeaseTimes, incarnation: u64) {
+        if self.times == times && self.incarnation == incarnation {
+            return;
+        }
+        *self = Self {
+            valid_until: self.valid_until,
+            lapsed: self.lapsed,
+            sole_voter: self.sole_voter,
+            ..Self::new(times, incarnation)
+        };
     }
 
     /// Says whether this node is the only voter, which needs nobody's consent and has no limits.
