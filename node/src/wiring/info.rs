@@ -67,7 +67,9 @@ impl Info {
         let roster = self.0.mesh().roster();
         let here = self.0.mesh().here();
         let voters: BTreeSet<NodeId> = self.0.standing().voters.into_iter().collect();
-        let mut nodes: Vec<_> = roster.nodes.values().collect();
+        let members = roster.nodes.values();
+        let members = members.filter(|contact| !roster.hosts.contains(&contact.id));
+        let mut nodes: Vec<_> = members.collect();
         nodes.sort_by_key(|contact| (contact.id != here, !voters.contains(&contact.id)));
         let contact = |contact: &crate::cluster::Contact| TokenContact {
             key: contact.key,
