@@ -68,10 +68,12 @@ fn watched(cluster: &ClusterWorld, act: impl FnOnce()) {
 fn look(cluster: &ClusterWorld, number: u16) {
     let world = cluster.client(number);
     let nodes = world.call("GET", "/v1/nodes", None).json();
+    assert_eq!(nodes.as_array().map(Vec::len), Some(NODES), "{nodes}");
     for node in nodes.as_array().into_iter().flatten() {
         for what in ["vcpus", "memory_mb", "disk_mb", "capsules"] {
-            let (taken, all) = (&node["reserved"][what], &node["capacity"][what]);
-            assert!(taken.as_u64() <= all.as_u64(), "too many {what}: {node}");
+            let taken = node["reserved"][what].as_u64().expect("an amount");
+            let all = node["capacity"][what].as_u64().expect("an amount");
+            assert!(taken <= all, "too many {what}: {node}");
         }
     }
     let running = vmms(&world.data(), "");
