@@ -22,7 +22,7 @@ use crate::door::{Change, Door, Told};
 use crate::three;
 
 /// How long faults go on.
-const FAULTS_FOR: Duration = Duration::from_secs(35);
+const FAULTS_FOR: Duration = Duration::from_secs(30);
 /// The same where it may take long.
 const LONG_FAULTS_FOR: Duration = Duration::from_secs(600);
 /// Clients of one node: fewer would leave it idle while one of them waits.

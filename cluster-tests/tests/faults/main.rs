@@ -2,10 +2,12 @@
 //!
 //! Where a test shows one of the invariants of the design, its name begins with the invariant's
 //! number. `WRENN_LONG=1` keeps the faults of `linearizable` up for ten minutes instead of half a
-//! one; `WRENN_SEED=n` repeats one order of faults (of faults only: threads and disks have their own
+//! minute; `WRENN_SEED=n` repeats one order of faults (of faults only: threads and disks have their own
 //! mind).
 //!
-//! Needs root and nftables; `deploy/test faults` sees to all of it.
+//! Needs root and nftables; `deploy/test faults` sees to all of it. Two things are shown only where
+//! they can be: syncs are counted where strace is installed, and a slow disk needs the kernel's block
+//! controller.
 
 mod chance;
 mod clock;

@@ -201,6 +201,13 @@ pub(super) async fn remove(
     // An id is enough, also one that was removed before: doing so again succeeds.
     let node = name.parse().or_else(|_| id_of(&api, &name))?;
     let declared_dead = query.force;
+    if !decides_without(&api, node) {
+        let why = format!(
+            "{name} votes, and the others cannot decide without it: drain it, and wait until its \
+             vote has gone over"
+        );
+        return Err(ApiError::new(Code::Conflict, why));
+    }
     api.proposer
         .propose(Command::RemoveNode {
             node,
@@ -209,6 +216,18 @@ pub(super) async fn remove(
         .await?;
     info!(%node, declared_dead, "removed");
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Whether the cluster can go on once `node` is out, which closes its connections at once: most of
+/// the present voters must be others that are there.
+fn decides_without(api: &ApiState, node: NodeId) -> bool {
+    let voters = api.cluster.standing().voters;
+    let state = api.view.state();
+    let there = |id: &&NodeId| {
+        let listed = state.node(**id);
+        **id != node && listed.is_some_and(|listed| listed.liveness.is_alive())
+    };
+    !voters.contains(&node) || voters.iter().filter(there).count() * 2 > voters.len()
 }
 
 /// The node of this id or name.

@@ -20,7 +20,8 @@
 //!   them, so the change through joint consensus can be committed;
 //! - the new set is odd, has nobody who is not in the table, and nobody new who is silent, behind,
 //!   draining or without the disk that is on record;
-//! - this node stays in it, unless it is the only voter, draining, and its one successor is ready.
+//! - this node stays in it. One that is the only voter and draining gets its one successor beside it,
+//!   as soon as that is ready, and hands over: the one even set, and it has one voter soon after.
 
 #[cfg(test)]
 mod tests;

@@ -14,7 +14,7 @@ use crate::{missing, wait_voters};
 /// The log's segment, the state, and room.
 const DISK_MIB: u64 = 200;
 /// How long a disk is slow.
-const SLOW_FOR: Duration = Duration::from_secs(10);
+const SLOW_FOR: Duration = Duration::from_secs(8);
 /// What a sync takes then, a hundred times what it takes otherwise.
 const SYNC_AT_LEAST: Duration = Duration::from_millis(500);
 /// Longest a client may wait while one disk is bad: an attempt, an election, an attempt.

@@ -12,14 +12,17 @@ impl Picture {
     /// A set of voters that is better than the present one and may be changed to now.
     pub(super) fn better_voters(&self) -> Option<BTreeSet<NodeId>> {
         let best = self.best_voters();
-        // A leader that is to go hands over first; nobody can take over from the only voter.
-        let led = best.contains(&self.here) || self.voters.len() == 1;
+        // A leader that is to go hands over first; from the only voter nobody can, so it gets its
+        // successor beside it.
+        let alone = self.voters.len() == 1;
+        let led = best.contains(&self.here) || alone;
         let worth_it = led
             && best != self.voters
             && self.has_quorum(&best)
             && self.is_better(&best)
             && (!self.replaces(&best) || self.may_replace());
-        worth_it.then_some(best)
+        let beside = (alone && self.nodes.contains_key(&self.here)).then_some(self.here);
+        worth_it.then(|| best.into_iter().chain(beside).collect())
     }
 
     /// Those who vote and may go on, then the fittest learners, then voters that are on their way

@@ -1,0 +1,83 @@
+//! Several nodes with real guests: any node serves every capsule, none runs twice, none is promised
+//! more than there is, and nodes come, go and break without harm to what they run.
+//!
+//! Needs root, QEMU and the guest images; `deploy/test cluster-vm` sees to all of it. One cluster
+//! for each file, since forming one and booting guests takes longest; every world checks at its end
+//! that it left nothing on the host. `WRENN_LONG=1` moves a whole gibibyte where 192 MiB do otherwise.
+
+mod any_node;
+mod concurrent;
+mod drain;
+mod fencing;
+mod flow;
+mod rolling;
+mod witness;
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use wrenn_cluster_tests::client::wait_for;
+use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::world::World;
+
+/// Longest that something soon to come may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// A guest that is small and boots.
+const MEMORY_MB: u32 = 256;
+
+/// What a request for a small capsule that stays on one node says.
+fn on_node(number: u16) -> Value {
+    json!({ "memory_mb": MEMORY_MB, "on_node": name(number) })
+}
+
+/// What a node is called.
+fn name(number: u16) -> String {
+    format!("node{number}")
+}
+
+/// All nodes but one.
+fn others(cluster: &ClusterWorld, number: u16) -> Vec<u16> {
+    (1..=cluster.len())
+        .filter(|other| *other != number)
+        .collect()
+}
+
+/// Waits until so many nodes vote, as each of them sees it.
+fn wait_voters(cluster: &ClusterWorld, numbers: &[u16], count: usize) {
+    for number in numbers {
+        let world = cluster.client(*number);
+        let seen = || world.call("GET", "/v1/cluster", None).json();
+        let settled = wait_for(2 * PATIENCE, || {
+            let voters = seen()["voters"].as_array().map_or(0, Vec::len);
+            (voters == count).then_some(())
+        });
+        assert!(
+            settled.is_some(),
+            "not {count} voters: {}\n{}",
+            seen(),
+            world.log()
+        );
+    }
+}
+
+/// Makes leases short, so that a lost host is given up in seconds.
+fn shorten_leases(world: &World, ttl: Duration, grace: Duration) {
+    let settings = json!({ "lease_ttl_sec": ttl.as_secs(), "lease_grace_sec": grace.as_secs() });
+    let changed = world.call("PATCH", "/v1/cluster", Some(&settings));
+    assert_eq!(changed.status, 200, "{}", changed.json());
+}
+
+/// What one node tells of another.
+fn told_of(world: &World, number: u16) -> Value {
+    let path = format!("/v1/nodes/{}", name(number));
+    world.call("GET", &path, None).json()
+}
+
+/// Waits until a node tells of another that it is in a state.
+fn wait_state(world: &World, number: u16, state: &str) -> Value {
+    let told = wait_for(PATIENCE, || {
+        let told = told_of(world, number);
+        (told["state"] == state).then_some(told)
+    });
+    told.unwrap_or_else(|| panic!("{} is not {state}\n{}", name(number), world.log()))
+}
