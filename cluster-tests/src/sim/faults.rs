@@ -23,6 +23,8 @@ pub(crate) enum Fault {
     Wipe(NodeId, Ms),
     /// The daemon is stopped for this long and then goes on as if nothing had happened.
     Pause(NodeId, Ms),
+    /// The same, and meanwhile its guests break by themselves.
+    Break(NodeId, Ms),
     /// Nothing passes from the first set to the second, for this long.
     Cut(BTreeSet<NodeId>, BTreeSet<NodeId>, bool, Ms),
     /// Messages to a node take up to this long, for this long.
@@ -41,7 +43,7 @@ impl Fault {
         let node = *rng.pick(nodes);
         let short = rng.within(100, 3000);
         let long = rng.within(2000, 25_000);
-        match rng.within(0, 13) {
+        match rng.within(0, 14) {
             0 | 1 => Self::Crash(node, if rng.chance(500) { short } else { long }),
             2 if bug == Some(Bug::WipedDiskVotes) => Self::Wipe(node, short),
             2 | 12 => Self::LoseHost(node, long),
@@ -51,6 +53,7 @@ impl Fault {
             9 => Self::Slow(node, rng.within(500, 4000), long),
             10 => Self::Starve(node, long + 5000),
             11 => Self::Fade(node, nodes.to_vec(), long),
+            13 => Self::Break(node, long),
             _ => Self::Loss(rng.within(50, 400), long),
         }
     }
@@ -115,7 +118,8 @@ impl Net {
             Fault::LoseHost(node, last) if last % 2 == 0 => {
                 self.starved.insert(*node, now + last + 6000);
             }
-            Fault::Crash(..) | Fault::LoseHost(..) | Fault::Wipe(..) | Fault::Pause(..) => {}
+            Fault::Crash(..) | Fault::LoseHost(..) | Fault::Wipe(..) => {}
+            Fault::Pause(..) | Fault::Break(..) => {}
         }
     }
 

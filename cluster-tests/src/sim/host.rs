@@ -87,6 +87,14 @@ impl Body {
         }
     }
 
+    /// Every guest that runs breaks by itself.
+    pub(crate) fn break_guests(&mut self) {
+        for guest in self.guests.values_mut().filter(|guest| guest.runs()) {
+            let reason = "it broke".into();
+            guest.state = GuestState::Gone(End::Failed { reason });
+        }
+    }
+
     /// Guests boot and release what they held.
     pub(crate) fn progress(&mut self, now: Ms) {
         for guest in self.guests.values_mut().filter(|guest| !guest.frozen) {

@@ -472,9 +472,12 @@ impl World {
                 }
                 self.restart(id, wait);
             }
-            Fault::Pause(id, wait) => {
+            Fault::Pause(id, wait) | Fault::Break(id, wait) => {
                 if let Some(machine) = self.machines.get_mut(&id) {
                     machine.paused_until = self.now + wait;
+                    if matches!(fault, Fault::Break(..)) {
+                        machine.body.break_guests();
+                    }
                 }
             }
             Fault::Cut(..)
