@@ -94,9 +94,13 @@ impl ClusterCalls {
         Ok(calls::body(&wire::ProposeAnswer { index, answer }))
     }
 
-    /// A host of one team may speak for itself and its own sandboxes only.
+    /// A host of one team may speak for itself and its own sandboxes only; nobody may tell a leader
+    /// what only a leader finds out, or what is decided before there are others.
     fn permit(&self, from: NodeId, command: Command) -> Result<(), RpcError> {
         let state = self.replica.state();
+        if is_local(&command) {
+            return Err(RpcError::rejected("this is for the leader itself to say"));
+        }
         let Some(team) = state.node(from).and_then(|node| node.team) else {
             return Ok(());
         };
@@ -275,4 +279,12 @@ fn refused(err: ProposeError) -> RpcError {
 /// The instant at which a load report came in.
 pub(super) fn received_at() -> super::lease::Tick {
     desk::now()
+}
+
+/// What a node proposes to itself, and takes from no other.
+const fn is_local(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::JudgeNode { .. } | Command::FoundCluster { .. } | Command::RecoverCluster { .. }
+    )
 }
