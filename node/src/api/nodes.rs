@@ -201,12 +201,12 @@ pub(super) async fn remove(
     // An id is enough, also one that was removed before: doing so again succeeds.
     let node = name.parse().or_else(|_| id_of(&api, &name))?;
     let declared_dead = query.force;
-    if !decides_without(&api, node) {
+    if is_needed(&api, node) {
         let why = format!(
             "{name} votes, and the others cannot decide without it: drain it, and wait until its \
              vote has gone over"
         );
-        return Err(ApiError::new(Code::Conflict, why));
+        return Err(ApiError::new(Code::InvalidState, why));
     }
     api.proposer
         .propose(Command::RemoveNode {
@@ -218,16 +218,18 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Whether the cluster can go on once `node` is out, which closes its connections at once: most of
-/// the present voters must be others that are there.
-fn decides_without(api: &ApiState, node: NodeId) -> bool {
+/// Whether the cluster could decide nothing once `node` is out, which closes its connections at once:
+/// it votes, and the other voters that are there are no majority. What is away or has capsules is
+/// judged when the command is applied.
+fn is_needed(api: &ApiState, node: NodeId) -> bool {
     let voters = api.cluster.standing().voters;
     let state = api.view.state();
-    let there = |id: &&NodeId| {
-        let listed = state.node(**id);
-        **id != node && listed.is_some_and(|listed| listed.liveness.is_alive())
-    };
-    !voters.contains(&node) || voters.iter().filter(there).count() * 2 > voters.len()
+    let is_there = |id: NodeId| state.node(id).is_some_and(|it| it.liveness.is_alive());
+    let others = voters.iter().filter(|id| **id != node && is_there(**id));
+    voters.contains(&node)
+        && is_there(node)
+        && state.reserved(node).sandboxes == 0
+        && others.count() * 2 <= voters.len()
 }
 
 /// The node of this id or name.
