@@ -19,6 +19,8 @@ use crate::client::wait_for;
 use crate::leaks;
 use crate::world::{Site, World, signal};
 
+/// Longest that roles may take to settle: two replacements of voters are half a minute apart.
+const ROLES_TIMEOUT: Duration = Duration::from_secs(120);
 /// Most nodes of a cluster: each has ports and slots in the range of this process.
 pub const MAX_NODES: u16 = 8;
 /// Ports of one node: the API, the cluster, bulk transfers.
@@ -389,4 +391,20 @@ fn nft(rules: &str) {
     drop(input);
     let status = child.wait().expect("nft ends");
     assert!(status.success(), "nft refuses:\n{rules}");
+}
+
+/// Waits until a node sees so many voters, and no change of them under way; returns the cluster as
+/// it sees it.
+///
+/// # Panics
+/// When that takes too long.
+pub fn wait_voters(world: &World, count: usize) -> Value {
+    let seen = wait_for(ROLES_TIMEOUT, || {
+        let cluster = world.try_call("GET", "/v1/cluster", None)?.json();
+        let voters = cluster["voters"].as_array().map_or(0, Vec::len);
+        let settled = cluster["changing"] == false && cluster["quorum"] == true;
+        (voters == count && settled).then_some(cluster)
+    });
+    let now = || world.call("GET", "/v1/cluster", None).json();
+    seen.unwrap_or_else(|| panic!("not {count} voters: {}\n{}", now(), world.log()))
 }

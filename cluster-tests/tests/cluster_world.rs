@@ -1,7 +1,7 @@
 //! The world of several daemons itself: what other tests take for granted.
 
 use serde_json::json;
-use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::cluster::{ClusterWorld, wait_voters};
 
 /// One test, since worlds of several daemons take turns anyway and forming one takes longest.
 #[test]
@@ -9,7 +9,7 @@ fn nodes_form_one_cluster_lose_each_other_and_find_each_other_again() {
     let mut cluster = ClusterWorld::new(3);
     let leader = cluster.wait_leader();
     let others: Vec<u16> = (1..=3).filter(|number| *number != leader).collect();
-    wait_voters(&cluster, others[0], 3);
+    wait_voters(cluster.client(others[0]), 3);
 
     cluster.isolate(leader);
     let next = cluster.wait_leader_among(&others);
@@ -49,18 +49,4 @@ fn nodes_form_one_cluster_lose_each_other_and_find_each_other_again() {
         .call("POST", "/v1/tokens", Some(&json!({})));
     assert_eq!(made.status, 201, "{}", made.json());
     cluster.stop(2);
-}
-
-fn wait_voters(cluster: &ClusterWorld, number: u16, count: usize) {
-    let voters = || {
-        let seen = cluster
-            .client(number)
-            .call("GET", "/v1/cluster", None)
-            .json();
-        let count_of = seen["voters"].as_array().map_or(0, Vec::len);
-        (count_of == count).then_some(())
-    };
-    let patience = std::time::Duration::from_secs(60);
-    let seen = wrenn_cluster_tests::client::wait_for(patience, voters);
-    assert!(seen.is_some(), "not {count} voters:\n{}", cluster.logs());
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
-use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::cluster::{self, ClusterWorld};
 use wrenn_cluster_tests::world::World;
 
 /// Longest that something soon to come may take on a busy machine.
@@ -45,18 +45,7 @@ fn others(cluster: &ClusterWorld, number: u16) -> Vec<u16> {
 /// Waits until so many nodes vote, as each of them sees it.
 fn wait_voters(cluster: &ClusterWorld, numbers: &[u16], count: usize) {
     for number in numbers {
-        let world = cluster.client(*number);
-        let seen = || world.call("GET", "/v1/cluster", None).json();
-        let settled = wait_for(2 * PATIENCE, || {
-            let voters = seen()["voters"].as_array().map_or(0, Vec::len);
-            (voters == count).then_some(())
-        });
-        assert!(
-            settled.is_some(),
-            "not {count} voters: {}\n{}",
-            seen(),
-            world.log()
-        );
+        cluster::wait_voters(cluster.client(*number), count);
     }
 }
 

@@ -23,8 +23,7 @@ mod restart;
 use std::time::Duration;
 
 use serde_json::Value;
-use wrenn_cluster_tests::client::wait_for;
-use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::cluster::{ClusterWorld, wait_voters};
 use wrenn_cluster_tests::world::World;
 
 /// Longest that roles may take to settle: two replacements of voters are half a minute apart.
@@ -35,17 +34,6 @@ fn three() -> ClusterWorld {
     let cluster = ClusterWorld::new(3);
     wait_voters(cluster.client(1), 3);
     cluster
-}
-
-/// Waits until a node sees so many voters; returns the cluster as it sees it.
-fn wait_voters(world: &World, count: usize) -> Value {
-    let seen = wait_for(SETTLE_TIMEOUT, || {
-        let cluster = world.try_call("GET", "/v1/cluster", None)?.json();
-        let voters = cluster["voters"].as_array().map_or(0, Vec::len);
-        (voters == count && cluster["quorum"] == true).then_some(cluster)
-    });
-    let now = || world.call("GET", "/v1/cluster", None).json();
-    seen.unwrap_or_else(|| panic!("not {count} voters: {}\n{}", now(), world.log()))
 }
 
 /// Ids in a list.

@@ -11,24 +11,13 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
-use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::cluster::{ClusterWorld, wait_voters};
 use wrenn_cluster_tests::world::World;
 
 /// Longest that roles may take to settle: two replacements of voters are half a minute apart.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Records that are written before a disaster.
 const RECORDS: usize = 12;
-
-/// Waits until a node sees so many voters; returns the cluster as it sees it.
-fn wait_voters(world: &World, count: usize) -> Value {
-    let seen = wait_for(SETTLE_TIMEOUT, || {
-        let cluster = world.try_call("GET", "/v1/cluster", None)?.json();
-        let voters = cluster["voters"].as_array().map_or(0, Vec::len);
-        (voters == count && cluster["quorum"] == true).then_some(cluster)
-    });
-    let now = || world.call("GET", "/v1/cluster", None).json();
-    seen.unwrap_or_else(|| panic!("not {count} voters: {}\n{}", now(), world.log()))
-}
 
 /// Writes records through all of these nodes in turn; returns the ids of those acknowledged.
 fn write_records(cluster: &ClusterWorld, through: &[u16]) -> Vec<String> {

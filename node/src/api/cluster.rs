@@ -36,6 +36,8 @@ pub(super) struct ClusterShape {
     voters: Vec<String>,
     /// Nodes that receive the log without a vote.
     learners: Vec<String>,
+    /// Whether a change of these is under way; then `voters` names those of before and after.
+    changing: bool,
     /// How many nodes there are, mirrors included.
     nodes: usize,
     /// Whether most voters are in touch, as far as this node can tell. Without, nothing changes.
@@ -129,6 +131,7 @@ impl ClusterShape {
             applied_index,
             voters: standing.voters.iter().map(name).collect(),
             learners: standing.learners.iter().map(name).collect(),
+            changing: standing.is_changing,
             nodes: state.nodes().count(),
             quorum: standing.has_quorum,
             settings: state.settings().into(),

@@ -48,6 +48,8 @@ pub struct Standing {
     pub voters: BTreeSet<NodeId>,
     /// Who receives the log without a vote.
     pub learners: BTreeSet<NodeId>,
+    /// Whether a change of the members is under way; then the voters of before and after are named.
+    pub is_changing: bool,
     /// Whether most voters were in touch a moment ago, as far as this node can tell.
     pub has_quorum: bool,
 }
@@ -98,6 +100,7 @@ impl ClusterInfo for Alone {
             term: 1,
             voters,
             learners: BTreeSet::new(),
+            is_changing: false,
             has_quorum: true,
         }
     }

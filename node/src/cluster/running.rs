@@ -92,6 +92,8 @@ pub struct Standing {
     pub voters: Vec<NodeId>,
     /// Who receives the log without a vote.
     pub learners: Vec<NodeId>,
+    /// Whether a change of the members is under way; then the voters of before and after are named.
+    pub is_changing: bool,
     /// Whether most voters were in touch a moment ago, as far as this node can tell.
     pub has_quorum: bool,
 }
@@ -162,6 +164,7 @@ impl Cluster {
             applied: self.replica.applied(),
             voters: told.voters.into_iter().collect(),
             learners: told.learners.into_iter().collect(),
+            is_changing: metrics.is_joint || !metrics.is_settled,
             // Whoever leads knows by itself; others know by hearing of a leader at all.
             has_quorum: match metrics.role {
                 Role::Leader => metrics.quorum_age.is_none_or(|age| age < QUORUM_RECENT),

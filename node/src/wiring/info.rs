@@ -23,6 +23,7 @@ impl ClusterInfo for Info {
             term: standing.term,
             voters: standing.voters.into_iter().collect(),
             learners: standing.learners.into_iter().collect(),
+            is_changing: standing.is_changing,
             has_quorum: standing.has_quorum,
         }
     }
