@@ -20,7 +20,10 @@ const ENVD: [&str; 2] = ["process.proto", "filesystem.proto"];
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=wire");
     let own = protox::compile(OWN, ["wire"])?;
-    prost_build::Config::new().compile_fds(own)?;
+    // The same message is always the same bytes: rows can be compared, and histories replayed.
+    prost_build::Config::new()
+        .btree_map(["."])
+        .compile_fds(own)?;
 
     if env::var_os("CARGO_FEATURE_ENVD").is_some() {
         let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);

@@ -57,6 +57,18 @@ pub(crate) enum Request {
     Snapshot(Vote, SnapshotMeta),
 }
 
+impl Request {
+    /// The vote of whoever makes it.
+    fn vote(&self) -> &Vote {
+        match self {
+            Self::Append(rpc) => &rpc.vote,
+            Self::Vote(rpc) | Self::PreVote(rpc) => &rpc.vote,
+            Self::Transfer(rpc) => rpc.from_leader(),
+            Self::Snapshot(vote, _) => vote,
+        }
+    }
+}
+
 fn answer(answer: Answer) -> Vec<u8> {
     pb::PeerAnswer {
         answer: Some(answer),
@@ -124,10 +136,20 @@ pub(crate) fn read_envelope(bytes: &[u8]) -> Result<Envelope, BadBytes> {
     })
 }
 
-/// Reads a request.
+/// Reads a request. Every kind carries the vote of whoever makes it, so one with another node's is
+/// made by a member that lies: as a leader or a candidate it would speak in that node's name.
 pub(crate) fn read_request(bytes: &[u8]) -> Result<Request, BadBytes> {
     let wire = codec::decode::<pb::PeerRequest>("not a request", bytes)?;
-    match wire.call.ok_or(BadBytes("a request of an unknown kind"))? {
+    let sender = wire.sender;
+    let request = read_call(wire.call.ok_or(BadBytes("a request of an unknown kind"))?)?;
+    if request.vote().leader_id.node_id != sender {
+        return Err(BadBytes("a vote of another member than the sender"));
+    }
+    Ok(request)
+}
+
+fn read_call(call: Call) -> Result<Request, BadBytes> {
+    match call {
         Call::Append(append) => {
             let entries = append.entries.into_iter().map(codec::entry_from_wire);
             Ok(Request::Append(AppendEntriesRequest {
@@ -281,5 +303,43 @@ pub(crate) fn snapshot_answer(bytes: &[u8]) -> Result<Vote, NoAnswer> {
     match read_answer(bytes)? {
         Answer::Snapshot(vote) => Ok(codec::vote_from_wire(&vote)),
         _ => Err(WRONG_ANSWER),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vote_of(node: u64) -> Vote {
+        codec::vote_from_wire(&pb::Vote {
+            term: 3,
+            node,
+            committed: false,
+        })
+    }
+
+    #[test]
+    fn a_member_that_carries_another_ones_vote_is_not_heard() {
+        let to = Envelope {
+            sender: 2,
+            target_disk: DiskId([1; 16]),
+        };
+        for pre in [false, true] {
+            let own = vote_request(to, &VoteRequest::new(vote_of(2), None), pre);
+            assert!(read_request(&own).is_ok());
+            let others = vote_request(to, &VoteRequest::new(vote_of(3), None), pre);
+            assert!(read_request(&others).is_err());
+        }
+        let lead = |node| AppendEntriesRequest {
+            vote: vote_of(node),
+            prev_log_id: None,
+            entries: vec![],
+            leader_commit: None,
+        };
+        assert!(read_request(&append_request(to, &lead(2))).is_ok());
+        assert!(read_request(&append_request(to, &lead(3))).is_err());
+        let hand_over = |from| TransferLeaderRequest::new(vote_of(from), 1, None);
+        assert!(read_request(&transfer_request(to, &hand_over(2))).is_ok());
+        assert!(read_request(&transfer_request(to, &hand_over(3))).is_err());
     }
 }

@@ -194,9 +194,7 @@ fn change_to_wire(
         node: node.0,
         cordoned,
         draining,
-        tags: tags.map(|tags| pb::Tags {
-            tags: tags.clone().into_iter().collect(),
-        }),
+        tags: tags.map(|tags| pb::Tags { tags: tags.clone() }),
     }
 }
 
@@ -241,7 +239,7 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             node: NodeId(it.node),
             cordoned: it.cordoned,
             draining: it.draining,
-            tags: it.tags.map(|tags| tags.tags.into_iter().collect()),
+            tags: it.tags.map(|tags| tags.tags),
         },
         Wire::JudgeNode(it) => Command::JudgeNode {
             node: NodeId(it.node),

@@ -92,6 +92,8 @@ close_codes! {
     Flood = 28, "datagrams come too fast";
     /// A byte stream was dropped before its end.
     Abandoned = 27, "stream was dropped before its end";
+    /// The peer was not heard of any more on its control connection.
+    Silent = 29, "peer fell silent";
     /// An answer was dropped because earlier ones are not being read.
     SlowReader = 26, "answers are read too slowly";
 }

@@ -45,7 +45,7 @@ pub const CONTROL_STREAM_WINDOW_BYTES: u32 = 1 << 20;
 pub const CONTROL_WINDOW_BYTES: u32 = 16 << 20;
 /// Unread bytes of one bulk stream: 1 GB/s over 1 ms, 10 MB/s over 100 ms; whoever needs more over
 /// a long path opens several. Small against [`BULK_WINDOW_BYTES`], because a relayed client that
-/// stops reading keeps this much of it for as long as it likes.
+/// stops reading keeps this much of it until it is given up ([`Limits::stream_stall`]).
 pub const BULK_STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Unread bytes of one bulk connection; quinn's default has no bound. Memory: this much per
 /// connection. So many stopped readers at once hold up the connection's other streams.
@@ -74,11 +74,12 @@ pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 pub const CONTROL_IDLE: Duration = Duration::from_secs(5);
 /// How often the dialling side of a quiet control connection says that it is alive.
 pub const CONTROL_KEEP_ALIVE: Duration = Duration::from_secs(1);
-/// Silence after which a bulk connection is dead: it carries nothing urgent.
-pub const BULK_IDLE: Duration = Duration::from_secs(30);
+/// Silence after which a bulk connection is dead. A request that is relayed to a dead peer hangs as
+/// long, unless a control connection to it was lost before: then all is closed at once.
+pub const BULK_IDLE: Duration = Duration::from_secs(10);
 /// How often the dialling side of a quiet bulk connection says that it is alive: a relayed terminal
 /// may be silent for hours. A packet each way, so an unused connection may as well stay.
-pub const BULK_KEEP_ALIVE: Duration = Duration::from_secs(10);
+pub const BULK_KEEP_ALIVE: Duration = Duration::from_secs(3);
 const _: () = assert!(BULK_KEEP_ALIVE.as_millis() * 3 <= BULK_IDLE.as_millis());
 const _: () = assert!(CONTROL_KEEP_ALIVE.as_millis() * 3 < CONTROL_IDLE.as_millis());
 
@@ -104,7 +105,7 @@ pub const INCOMING_BUFFER_BYTES: u64 = 16 << 10;
 /// The same for all attempts together.
 pub const INCOMING_BUFFER_TOTAL_BYTES: u64 = 1 << 20;
 /// Live connections between two nodes on one lane. Both may dial at the same instant, and a peer
-/// that restarted leaves a corpse until [`CONTROL_IDLE`]; past this the oldest is closed.
+/// that restarted leaves a corpse until its next hello; past this the oldest is closed.
 pub const MAX_CONNECTIONS_PER_LANE: usize = 4;
 
 /// Longest deadline a caller may ask for. A peer that never answers holds a stream this long.
@@ -124,6 +125,10 @@ pub struct Limits {
     pub request_read: Duration,
     /// From the answer's first byte to its last being taken over by the transport.
     pub reply_write: Duration,
+    /// How long the peer may take nothing of a byte stream that has bytes for it. A reader that is
+    /// merely slow is waited for: its next window opens within this time above 150 bytes a second.
+    /// One that never reads would otherwise hold the stream's buffers for ever.
+    pub stream_stall: Duration,
     /// All of a stranger's join call, handler included.
     pub join: Duration,
     /// After a failed dial, how long the same one is not tried again but fails at once: a caller in
@@ -142,6 +147,7 @@ impl Default for Limits {
             handshake: Duration::from_secs(5),
             request_read: Duration::from_secs(10),
             reply_write: Duration::from_secs(10),
+            stream_stall: Duration::from_secs(15 * 60),
             join: Duration::from_secs(5),
             redial: Duration::from_millis(200),
             vouched: Duration::from_secs(60),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use proto::ids::NodeKey;
-use quinn::Connection;
+use quinn::{Connection, ConnectionError};
 use tokio::time::Instant;
 use tracing::info;
 
@@ -41,6 +41,8 @@ pub struct PeerInfo {
     pub product: String,
     /// The log index of the peer's member list at its hello.
     pub membership_index: u64,
+    /// A number of the peer's start; 0 where it gave none.
+    pub run: u64,
     /// The round trip as of now, smoothed.
     pub rtt: Duration,
 }
@@ -77,6 +79,23 @@ impl State {
             Standing::Vouchable
         } else {
             Standing::Stranger
+        }
+    }
+
+    /// Closes what a peer had before it started as `run`: it will never answer there, and whoever
+    /// waits for that would wait until silence has lasted long enough.
+    fn bury_earlier_runs(&mut self, key: NodeKey, run: u64) {
+        for lane in [Lane::Control, Lane::Bulk] {
+            let Some(slot) = self.live.get_mut(&(key, lane)) else {
+                continue;
+            };
+            let is_earlier = |live: &Live| run != 0 && live.info.run != 0 && live.info.run != run;
+            let (earlier, now): (Vec<_>, Vec<_>) = slot.drain(..).partition(is_earlier);
+            close_all(&earlier, CloseCode::Silent);
+            *slot = now;
+            if slot.is_empty() {
+                self.live.remove(&(key, lane));
+            }
         }
     }
 
@@ -188,12 +207,14 @@ impl Peers {
         gate::decide(self.own, arrival)
     }
 
-    /// Enters a connection whose hello succeeded, unless its node was removed in the meantime.
+    /// Enters a connection whose hello succeeded, unless its node was removed in the meantime. One to
+    /// a peer that has started anew replaces all that is left of its earlier start.
     pub(crate) fn admit(&self, info: PeerInfo, connection: Connection) -> Result<(), CloseCode> {
         let mut state = self.lock();
         if state.standing(info.key) != Standing::Member {
             return Err(CloseCode::Removed);
         }
+        state.bury_earlier_runs(info.key, info.run);
         let slot = state.live.entry((info.key, info.lane)).or_default();
         slot.push(Live { info, connection });
         if slot.len() > MAX_CONNECTIONS_PER_LANE {
@@ -203,14 +224,26 @@ impl Peers {
         Ok(())
     }
 
-    /// Takes a connection that has ended out of the table.
+    /// Takes a connection that has ended out of the table. With the last control connection to a
+    /// peer that fell silent go its bulk connections: they are given more time, and whoever waits
+    /// on one for a dead peer need not.
     pub(crate) fn forget(&self, key: NodeKey, lane: Lane, connection: &Connection) {
         let mut state = self.lock();
-        if let Some(slot) = state.live.get_mut(&(key, lane)) {
-            slot.retain(|live| live.connection.stable_id() != connection.stable_id());
-            if slot.is_empty() {
-                state.live.remove(&(key, lane));
-            }
+        let Some(slot) = state.live.get_mut(&(key, lane)) else {
+            return;
+        };
+        slot.retain(|live| live.connection.stable_id() != connection.stable_id());
+        if !slot.is_empty() {
+            return;
+        }
+        state.live.remove(&(key, lane));
+        let fell_silent = matches!(
+            connection.close_reason(),
+            Some(ConnectionError::TimedOut | ConnectionError::Reset)
+        );
+        if lane == Lane::Control && fell_silent {
+            let bulk = state.live.remove(&(key, Lane::Bulk));
+            close_all(&bulk.unwrap_or_default(), CloseCode::Silent);
         }
     }
 

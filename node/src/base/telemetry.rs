@@ -9,9 +9,9 @@ pub const SANDBOXES: &str = "wrenn_sandboxes";
 /// API requests by status class.
 pub const REQUESTS: &str = "wrenn_api_requests_total";
 
-/// What is shown unless `WRENN_LOG` says otherwise: openraft tells every step of its engine at
-/// `info`, and at `warn` every heartbeat that did not arrive, ten a second for each member that is
-/// away. Which member that is the node says itself, once.
+/// What is shown unless `WRENN_LOG` says otherwise. openraft tells every step of its engine at
+/// `info`, and at `warn` every heartbeat that a dead peer does not answer, several a second; that a
+/// peer cannot be reached is said once, by the mesh.
 const DEFAULT_FILTER: &str = "info,openraft=error";
 
 /// Sends log lines to standard error; `WRENN_LOG` chooses what is shown (default `info`).

@@ -11,6 +11,7 @@
 //! member that is asked checks it; the log decides whether the token still has a use, and burns it
 //! in the same entry. A joiner that lost the answer asks again and finds its id.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -191,6 +192,8 @@ pub struct JoinCalls {
     pub proposer: Proposer,
     /// To tell a joiner whose clock is off.
     pub clock: std::sync::Arc<dyn Clock>,
+    /// Whom a host of one team may dial.
+    pub voters: Box<dyn Fn() -> BTreeSet<NodeId> + Send + Sync>,
 }
 
 impl Handler for JoinCalls {
@@ -289,7 +292,12 @@ impl JoinCalls {
 
     fn welcome(&self, node: NodeId) -> Bytes {
         let view = self.proposer.view();
-        let roster = Roster::of(&view.state(), view.applied());
+        let applied = view.applied();
+        let state = view.state();
+        let mut roster = Roster::of(&state, applied);
+        if state.node(node).is_none_or(|node| node.team.is_some()) {
+            roster = roster.for_host(&(self.voters)());
+        }
         calls::body(&wire::JoinAnswer {
             node: node.0,
             roster: Some(roster.to_wire()),

@@ -10,11 +10,15 @@
 //! Each request begins with the sender's [`lineage`], so that nodes of a cluster that was recovered
 //! and such that still live before that never mix.
 //!
+//! Whoever is heard speaks under its own name: the sender that raft's request names is the node whose
+//! key was proven ([`speaker`]).
+//!
 //! Raft runs on a runtime of its own that has no sockets; everything here is carried out on the
 //! daemon's, so that a connection dialled for raft outlives raft's runtime.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,6 +40,7 @@ use super::calls;
 use super::lineage;
 use super::mesh::{Mesh, MeshError};
 use super::roster::Contact;
+use super::speaker;
 
 /// Longest a receiver may take from the first byte of a snapshot to its answer.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
@@ -169,12 +174,37 @@ fn link_error(to: NodeId, err: &MeshError) -> LinkError {
     }
 }
 
+/// The request in `bytes`, if it is of this cluster and `peer` made it in its own name.
+fn hear<'a>(
+    group: &Group<State>,
+    mesh: &Mesh,
+    peer: NodeKey,
+    bytes: &'a [u8],
+) -> Result<&'a [u8], Unheard> {
+    let roster = mesh.roster();
+    let request = lineage::read(&roster, bytes)?;
+    let state = group.state();
+    speaker::check(&roster, mesh.here(), &state.borrow().state, &peer, request)?;
+    Ok(request)
+}
+
+/// Why a request does not get to raft.
+#[derive(Debug, thiserror::Error)]
+enum Unheard {
+    #[error(transparent)]
+    Foreign(#[from] lineage::Foreign),
+    #[error(transparent)]
+    FalseSpeaker(#[from] speaker::FalseSpeaker),
+}
+
 /// Raft's network, receiving end: calls.
 pub(super) struct RaftCalls {
     /// Who answers.
     pub(super) group: Group<State>,
     /// Which cluster it belongs to.
     pub(super) mesh: Mesh,
+    /// Whether a refusal was said aloud: who lies, or lives before a recovery, does it each second.
+    pub(super) complained: AtomicBool,
 }
 
 impl Handler for RaftCalls {
@@ -184,8 +214,14 @@ impl Handler for RaftCalls {
                 method: call.method,
             });
         }
-        let request = lineage::read(&self.mesh.roster(), &call.body)
-            .map_err(|foreign| RpcError::rejected(foreign.to_string()))?;
+        let heard = hear(&self.group, &self.mesh, call.peer, &call.body);
+        let request = heard.map_err(|why| {
+            if !self.complained.swap(true, Ordering::Relaxed) {
+                let peer = call.peer;
+                tracing::warn!(%peer, %why, "refused a request of raft; further ones go unmentioned");
+            }
+            RpcError::rejected(why.to_string())
+        })?;
         Ok(self.group.serve(request).await.into())
     }
 }
@@ -214,7 +250,13 @@ impl StreamHandler for SnapshotStreams {
 impl SnapshotStreams {
     async fn receive(&self, inbound: Inbound) -> io::Result<()> {
         let header = inbound.header.clone();
-        let request = lineage::read(&self.mesh.roster(), &header).map_err(io::Error::other)?;
+        let request = match hear(&self.group, &self.mesh, inbound.peer, &header) {
+            Ok(request) => request,
+            Err(why) => {
+                inbound.refuse(why.to_string()).await;
+                return Err(io::Error::other(why));
+            }
+        };
         let mut stream = inbound.accept().await.map_err(io::Error::other)?;
         if let Some(refusal) = self.group.refuse_snapshot(request) {
             return answer(&mut stream, &refusal).await;

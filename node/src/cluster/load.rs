@@ -41,6 +41,8 @@ pub struct LoadSample {
     pub free_memory_mib: u32,
     /// Guests that run.
     pub running: u32,
+    /// How long 95 of 100 of them took to start at most; zero where none was started lately.
+    pub create_p95: Duration,
 }
 
 /// The load table of this node.
@@ -116,7 +118,10 @@ impl Reporter {
             let sends = voters.iter().filter(|id| **id != self.mesh.here());
             let sends = sends.map(|id| self.mesh.send_datagram(*id, bytes.clone()));
             futures::future::join_all(sends).await;
-            if !voters.contains(&self.mesh.here()) {
+            let is_host = state
+                .node(self.mesh.here())
+                .is_some_and(|own| own.team.is_some());
+            if !voters.contains(&self.mesh.here()) && !is_host {
                 self.fetch(&voters).await;
             }
         }
@@ -140,7 +145,7 @@ impl Reporter {
             running: sample.running,
             applied: seen.applied.unwrap_or(0),
             membership: self.mesh.roster().index,
-            create_p95: Duration::ZERO,
+            create_p95: sample.create_p95,
         }
     }
 
@@ -153,7 +158,7 @@ impl Reporter {
             return voters;
         }
         let roster = self.mesh.roster();
-        let known = roster.nodes.keys().copied();
+        let known = roster.peers(self.mesh.here()).into_iter();
         let old = voters
             .into_iter()
             .filter(|id| roster.nodes.contains_key(id));

@@ -220,14 +220,7 @@ impl ClusterLog {
             // A member hears of a new leader by itself, within an election.
             return None;
         }
-        let roster = self.mesh.roster();
-        let here = self.mesh.here();
-        let others: Vec<NodeId> = roster
-            .nodes
-            .keys()
-            .copied()
-            .filter(|id| *id != here)
-            .collect();
+        let others = self.mesh.roster().peers(self.mesh.here());
         let at = rand::random_range(0..others.len().max(1));
         others.get(at).map(|node| (*node, false))
     }

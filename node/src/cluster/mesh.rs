@@ -4,20 +4,26 @@
 //! A connection counts as that node only under that key, so an address that changed hands reaches
 //! nobody. Connections are kept by the transport and dialled again by whoever needs them next.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 use proto::ids::{NodeId, NodeKey};
 use tokio::time::Instant;
+use tracing::{info, warn};
 use transport::streams::BiStream;
 use transport::{CloseCode, DialError, Lane, Membership, Method, RpcError, Service, Transport};
 
 use super::roster::{Contact, Roster};
+use crate::base::chain::chain;
 
 /// Longest one dial may take where the caller's own deadline is later: on a LAN it takes
 /// milliseconds, and a caller has other nodes to turn to.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a node must not have been reached before that is said: a daemon that restarts, and a
+/// caller without patience, are no news.
+const GONE_AFTER: Duration = Duration::from_secs(2);
 
 /// Why another node did not do what it was asked.
 #[non_exhaustive]
@@ -63,6 +69,46 @@ pub struct Mesh {
     roster: Arc<RwLock<Arc<Roster>>>,
     /// Since when peers have done nothing but refuse this node's key.
     refused_since: Arc<Mutex<Option<Instant>>>,
+    unreached: Arc<Mutex<Unreached>>,
+}
+
+/// Who could not be reached lately, and whether that was said. Everybody who needs a dead node
+/// fails to dial it, many times a second; the log gets one line when it goes and one when it is
+/// back.
+#[derive(Debug, Default)]
+struct Unreached {
+    since: BTreeMap<NodeId, Silence>,
+}
+
+#[derive(Debug)]
+struct Silence {
+    begun: Instant,
+    is_told: bool,
+}
+
+/// What there is to say about a node.
+#[derive(Debug, PartialEq, Eq)]
+enum News {
+    /// It cannot be reached any more.
+    Gone,
+    /// It is reached again, after so long.
+    Back(Duration),
+}
+
+impl Unreached {
+    fn note(&mut self, node: NodeId, is_reached: bool, now: Instant) -> Option<News> {
+        if is_reached {
+            let over = self.since.remove(&node).filter(|silence| silence.is_told)?;
+            return Some(News::Back(now - over.begun));
+        }
+        let silence = self.since.entry(node).or_insert(Silence {
+            begun: now,
+            is_told: false,
+        });
+        let is_news = !silence.is_told && now - silence.begun >= GONE_AFTER;
+        silence.is_told |= is_news;
+        is_news.then_some(News::Gone)
+    }
 }
 
 impl std::fmt::Debug for Mesh {
@@ -82,6 +128,7 @@ impl Mesh {
             here,
             roster: Arc::default(),
             refused_since: Arc::default(),
+            unreached: Arc::default(),
         }
     }
 
@@ -113,6 +160,8 @@ impl Mesh {
             members: keys.chain([own]).collect(),
             join_open,
         });
+        let is_member = |node: &NodeId, _: &mut Silence| roster.nodes.contains_key(node);
+        self.lock_unreached().since.retain(is_member);
         *self.roster.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(roster);
     }
 
@@ -231,6 +280,9 @@ impl Mesh {
         let dialled = self.transport.connect(lane, address, contact.key, deadline);
         let dialled = dialled.await;
         self.note(&dialled);
+        if lane == Lane::Control {
+            self.tell(contact, &dialled);
+        }
         dialled.map_err(|source| MeshError::Dial {
             node: contact.id,
             source,
@@ -262,9 +314,58 @@ impl Mesh {
         }
     }
 
+    fn tell(&self, contact: Contact, dialled: &Result<(), DialError>) {
+        let (node, address) = (contact.id, contact.control);
+        let news = self
+            .lock_unreached()
+            .note(node, dialled.is_ok(), Instant::now());
+        match (news, dialled) {
+            (Some(News::Gone), Err(err)) => {
+                warn!(%node, %address, err = chain(err), "cannot reach a node any more");
+            }
+            (Some(News::Back(gone_for)), _) => info!(%node, ?gone_for, "reached a node again"),
+            (Some(News::Gone) | None, _) => {}
+        }
+    }
+
+    fn lock_unreached(&self) -> MutexGuard<'_, Unreached> {
+        self.unreached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock_refused(&self) -> MutexGuard<'_, Option<Instant>> {
         self.refused_since
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_node_is_said_once_when_it_goes_and_once_when_it_is_back() {
+        let (mut unreached, node, begun) = (Unreached::default(), NodeId(2), Instant::now());
+        let at = |secs| begun + Duration::from_secs(secs);
+        assert_eq!(unreached.note(node, true, begun), None);
+        assert_eq!(unreached.note(node, false, begun), None);
+        assert_eq!(unreached.note(node, false, at(2)), Some(News::Gone));
+        for secs in 3..100 {
+            assert_eq!(unreached.note(node, false, at(secs)), None);
+        }
+        let back = News::Back(Duration::from_secs(100));
+        assert_eq!(unreached.note(node, true, at(100)), Some(back));
+        assert_eq!(unreached.note(node, true, at(101)), None);
+    }
+
+    #[test]
+    fn a_node_that_is_back_before_it_was_said_is_no_news() {
+        let (mut unreached, node, begun) = (Unreached::default(), NodeId(2), Instant::now());
+        assert_eq!(unreached.note(node, false, begun), None);
+        assert_eq!(unreached.note(node, true, begun + GONE_AFTER), None);
+        let again = begun + 2 * GONE_AFTER;
+        assert_eq!(unreached.note(node, false, again), None, "counts anew");
     }
 }

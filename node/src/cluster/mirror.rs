@@ -5,6 +5,9 @@
 //! first. It has no vote and acknowledges nothing, so nothing of this needs to be durable: after a
 //! restart it begins with whatever its raft folder still has, and pulls the rest.
 //!
+//! A host of one team asks in the same way and is answered with a slice of the state instead
+//! ([`super::slices`]); it stays with one member, which knows what it has.
+//!
 //! The question is held open at the other end while there is nothing new, so a change arrives as
 //! soon as it is applied there.
 
@@ -25,8 +28,10 @@ use transport::streams::{Inbound, StreamHandler};
 use transport::{Lane, Service};
 
 use super::calls;
+use super::hearsay::Hearsay;
 use super::mesh::Mesh;
 use super::replica::Replica;
+use super::slices::ReceivedSlice;
 use super::view::Seen;
 
 /// Longest one question: it is held open for five seconds at the other end.
@@ -48,17 +53,30 @@ pub(super) struct Mirror {
     pub(super) replica: Replica,
     /// Where a snapshot lies while it is read. The file has no name.
     pub(super) spool: PathBuf,
+    /// What the members that are asked say of raft.
+    pub(super) hearsay: Hearsay,
+}
+
+/// What is kept between two pulls.
+#[derive(Debug, Default)]
+struct Pulled {
+    /// Who was asked last and answered.
+    from: Option<NodeId>,
+    /// On a host of one team: what it has.
+    slice: ReceivedSlice,
 }
 
 impl Mirror {
     pub(super) async fn run(self, stop: CancellationToken) {
+        let mut pulled = Pulled::default();
         loop {
             let turn = async {
                 if self.is_fed_by_raft() {
                     time::sleep(PAUSE).await;
                     return;
                 }
-                if let Err(why) = self.pull().await {
+                if let Err(why) = self.pull(&mut pulled).await {
+                    pulled.from = None;
                     debug!(%why, "could not pull the cluster's log");
                     time::sleep(PAUSE).await;
                 }
@@ -78,18 +96,31 @@ impl Mirror {
         is_member && (metrics.leader.is_some() || self.mesh.roster().nodes.len() <= 1)
     }
 
-    async fn pull(&self) -> Result<(), Reason> {
-        let peer = self.anybody().ok_or("nobody else is known")?;
-        let from = self.replica.applied() + 1;
+    async fn pull(&self, pulled: &mut Pulled) -> Result<(), Reason> {
+        let stays_with = pulled.from.filter(|_| pulled.slice.mark > 0);
+        let peer = stays_with.or_else(|| self.anybody());
+        let peer = peer.ok_or("nobody else is known")?;
+        let next = self.replica.applied() + 1;
         let request = wire::PullRequest {
-            from,
+            // What is half there is not waited for.
+            from: if pulled.slice.is_partial { 0 } else { next },
             cluster: self.mesh.roster().cluster.0.to_vec(),
+            slice_mark: pulled.slice.mark,
         };
         let deadline = Instant::now() + PULL_TIMEOUT;
         let called = self
             .mesh
             .call(peer, calls::PULL, calls::body(&request), deadline);
         let answer: wire::PullAnswer = calls::answer(called.await?)?;
+        pulled.from = Some(peer);
+        self.hearsay.heard(&answer);
+        if let Some(part) = answer.slice {
+            if let Some(state) = pulled.slice.take(part)? {
+                let applied = Some(answer.applied);
+                self.replica.publish(&Seen { state, applied });
+            }
+            return Ok(());
+        }
         if answer.snapshot_needed {
             return self.fetch_snapshot(peer, &request).await;
         }
@@ -100,15 +131,15 @@ impl Mirror {
         Ok(())
     }
 
+    /// Whom to ask: mostly members of raft's configuration, which know most; now and then anybody,
+    /// since all that is known of those may be out of date.
     fn anybody(&self) -> Option<NodeId> {
-        let roster = self.mesh.roster();
-        let here = self.mesh.here();
-        let others: Vec<NodeId> = roster
-            .nodes
-            .keys()
-            .copied()
-            .filter(|id| *id != here)
-            .collect();
+        let mut others = self.mesh.roster().peers(self.mesh.here());
+        let told = self.hearsay.newest();
+        if let Some(told) = told.filter(|_| rand::random_ratio(3, 4)) {
+            let is_member = |id: &NodeId| told.voters.contains(id) || told.learners.contains(id);
+            others.retain(is_member);
+        }
         let at = rand::random_range(0..others.len().max(1));
         others.get(at).copied()
     }
@@ -181,10 +212,18 @@ fn apply(seen: Seen, entries: Vec<wire::PulledEntry>) -> Result<Option<Seen>, Re
 /// Gives snapshots to mirrors.
 pub(super) struct PullStreams {
     pub(super) group: Group<State>,
+    pub(super) mesh: Mesh,
+    pub(super) replica: Replica,
 }
 
 impl StreamHandler for PullStreams {
     async fn open(&self, inbound: Inbound) {
+        let state = self.replica.state();
+        let asker = self.mesh.node_of(&inbound.peer);
+        let asker = asker.and_then(|id| state.node(id));
+        if asker.is_none_or(|node| node.team.is_some()) {
+            return inbound.refuse("snapshots are for full members").await;
+        }
         let sent = time::timeout(SNAPSHOT_TIMEOUT, self.send(inbound)).await;
         match sent {
             Ok(Ok(())) => {}

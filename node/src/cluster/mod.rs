@@ -9,7 +9,8 @@
 //! leader: desk (renewals > verdicts), autopilot (who votes)     every node: keeper (its lease), load
 //! ```
 //!
-//! Pure, and tested as such: `autopilot`, `lease`, `lineage`, `liveness`, `recovery`, `roster`, `token`. The others carry
+//! Pure, and tested as such: `autopilot`, `lease`, `lineage`, `liveness`, `recovery`, `roster`,
+//! `speaker`, `token`. The others carry
 //! out what those decide. [`Cluster`] is the whole, as wiring builds it; [`join`] is how a node
 //! gets in.
 
@@ -17,6 +18,7 @@ pub mod autopilot;
 mod calls;
 mod desk;
 mod fake;
+mod hearsay;
 pub mod join;
 mod keeper;
 mod leader;
@@ -34,6 +36,8 @@ mod replica;
 mod roster;
 mod running;
 mod serve;
+mod slices;
+mod speaker;
 pub mod token;
 mod view;
 

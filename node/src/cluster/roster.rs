@@ -4,7 +4,7 @@
 //! answer to its join, until its state has caught up with that: a log that is replayed from its
 //! beginning goes through times in which today's leader was no member.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use proto::ids::{ClusterId, NodeId, NodeKey};
@@ -46,6 +46,9 @@ pub struct Roster {
     pub nodes: BTreeMap<NodeId, Contact>,
     /// What the cluster was called before it was recovered from a lost quorum, the oldest first.
     pub former: Vec<ClusterId>,
+    /// Those of `nodes` that serve one team. They run on somebody else's machine: they are reached,
+    /// and heard about themselves, and never asked about anything else.
+    pub hosts: BTreeSet<NodeId>,
 }
 
 /// A roster that a peer sent is none.
@@ -58,10 +61,13 @@ impl Roster {
     #[must_use]
     pub fn of(state: &State, index: u64) -> Self {
         // Whoever a recovery declared lost is no member, though its row waits to be settled.
-        let members = state
-            .nodes()
-            .filter(|node| state.removed_node(&node.key).is_none());
-        let contacts = members.filter_map(Contact::of);
+        let members = || {
+            let nodes = state.nodes();
+            nodes.filter(|node| state.removed_node(&node.key).is_none())
+        };
+        let hosts = members().filter(|node| node.team.is_some());
+        let hosts = hosts.map(|node| node.id).collect();
+        let contacts = members().filter_map(Contact::of);
         let cluster = state.cluster();
         let former = cluster.into_iter().flat_map(|cluster| &cluster.former);
         Self {
@@ -69,7 +75,26 @@ impl Roster {
             index,
             nodes: contacts.map(|contact| (contact.id, contact)).collect(),
             former: former.map(|former| former.id).collect(),
+            hosts,
         }
+    }
+
+    /// As much of it as a host of one team is told: whom to dial.
+    #[must_use]
+    pub(super) fn for_host(mut self, voters: &BTreeSet<NodeId>) -> Self {
+        let hosts = &self.hosts;
+        self.nodes
+            .retain(|id, _| voters.contains(id) && !hosts.contains(id));
+        self.hosts.clear();
+        self
+    }
+
+    /// Whom node `here` may ask about the cluster: the other full members.
+    #[must_use]
+    pub fn peers(&self, here: NodeId) -> Vec<NodeId> {
+        let others = self.nodes.keys().copied();
+        let others = others.filter(|id| *id != here && !self.hosts.contains(id));
+        others.collect()
     }
 
     /// This roster, or `told` as long as that is newer: a log that is replayed goes through times
@@ -98,6 +123,7 @@ impl Roster {
             key: contact.key.0.to_vec(),
             control: contact.control.to_string(),
             bulk: contact.bulk.to_string(),
+            host: self.hosts.contains(&contact.id),
         };
         wire::Roster {
             cluster: self.cluster.0.to_vec(),
@@ -107,6 +133,8 @@ impl Roster {
     }
 
     pub(super) fn from_wire(wire: wire::Roster) -> Result<Self, BadRoster> {
+        let hosts = wire.nodes.iter().filter(|node| node.host);
+        let hosts = hosts.map(|node| NodeId(node.node)).collect();
         let contact = |wire: wire::Contact| {
             let contact = Contact {
                 id: NodeId(wire.node),
@@ -123,6 +151,7 @@ impl Roster {
             nodes: nodes.collect::<Result<_, BadRoster>>()?,
             // A joiner has no past in this cluster.
             former: Vec::new(),
+            hosts,
         })
     }
 }
@@ -145,8 +174,20 @@ mod tests {
             cluster: ClusterId([1; 16]),
             index,
             nodes: ids.iter().map(|id| (NodeId(*id), contact(*id))).collect(),
-            former: Vec::new(),
+            ..Roster::default()
         }
+    }
+
+    #[test]
+    fn hosts_of_one_team_are_asked_for_nothing_and_told_about_voters_only() {
+        let mut roster = roster(4, &[1, 2, 3, 4]);
+        roster.hosts.insert(NodeId(3));
+        assert_eq!(roster.peers(NodeId(1)), [NodeId(2), NodeId(4)]);
+        let again = Roster::from_wire(roster.to_wire()).expect("whole");
+        assert_eq!(again.hosts, roster.hosts);
+        let voters = [NodeId(1), NodeId(2), NodeId(3)].into();
+        let told = roster.for_host(&voters);
+        assert!(told.nodes.keys().eq([NodeId(1), NodeId(2)].iter()));
     }
 
     #[test]

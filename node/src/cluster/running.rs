@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use proto::ids::NodeId;
@@ -15,6 +16,7 @@ use transport::{Lane, Service};
 
 use super::calls;
 use super::desk::{self, Desk};
+use super::hearsay::{Hearsay, Told};
 use super::join::JoinCalls;
 use super::keeper::{Keeper, LeaseHand, LeaseSink};
 use super::leader::Leader;
@@ -28,6 +30,7 @@ use super::propose::Proposer;
 use super::replica::Replica;
 use super::roster::Roster;
 use super::serve::ClusterCalls;
+use super::slices::SentSlices;
 use crate::base::chain::chain;
 use crate::base::clock::Clock;
 use crate::base::stop::Tasks;
@@ -51,6 +54,7 @@ pub struct Cluster {
     desk: Arc<Desk>,
     loads: Arc<LoadTable>,
     leads: watch::Sender<bool>,
+    hearsay: Hearsay,
     removed: CancellationToken,
 }
 
@@ -106,6 +110,7 @@ impl Cluster {
             replica,
             loads: Arc::default(),
             leads: watch::Sender::new(false),
+            hearsay: Hearsay::default(),
             removed: CancellationToken::new(),
         };
         this.update_roster(told);
@@ -146,21 +151,21 @@ impl Cluster {
     #[must_use]
     pub fn standing(&self) -> Standing {
         let metrics = self.group.metrics();
-        let of = |voter: bool| {
-            let members = metrics.members.iter();
-            let members = members.filter(|(_, member)| member.voter == voter);
-            members.map(|(id, _)| *id).collect()
-        };
+        let here = self.mesh.here();
+        let own = Told::by(here, &metrics);
+        // Where raft is silent, a member may have said how it stands.
+        let heard = self.hearsay.newest().filter(|_| own.leader.is_none());
+        let told = heard.unwrap_or(own);
         Standing {
-            leader: metrics.leader,
-            term: metrics.term,
+            leader: told.leader,
+            term: told.term,
             applied: self.replica.applied(),
-            voters: of(true),
-            learners: of(false),
+            voters: told.voters.into_iter().collect(),
+            learners: told.learners.into_iter().collect(),
             // Whoever leads knows by itself; others know by hearing of a leader at all.
             has_quorum: match metrics.role {
                 Role::Leader => metrics.quorum_age.is_none_or(|age| age < QUORUM_RECENT),
-                _ => metrics.leader.is_some(),
+                _ => told.leader.is_some(),
             },
         }
     }
@@ -173,6 +178,7 @@ impl Cluster {
             RaftCalls {
                 group: self.group.clone(),
                 mesh: self.mesh.clone(),
+                complained: AtomicBool::new(false),
             },
         );
         transport.register(
@@ -184,18 +190,29 @@ impl Cluster {
                 replica: self.replica.clone(),
                 desk: Arc::clone(&self.desk),
                 loads: Arc::clone(&self.loads),
+                slices: SentSlices::default(),
             },
         );
         let proposer = self.proposer.clone();
-        transport.register(Service::JOIN, JoinCalls { proposer, clock });
+        let this = self.clone();
+        let join = JoinCalls {
+            proposer,
+            clock,
+            voters: Box::new(move || this.standing().voters.into_iter().collect()),
+        };
+        transport.register(Service::JOIN, join);
         let snapshots = SnapshotStreams {
             group: self.group.clone(),
             mesh: self.mesh.clone(),
             spool,
         };
         transport.register_streams(Service::SNAPSHOT, Lane::Bulk, snapshots);
-        let group = self.group.clone();
-        transport.register_streams(Service::PULL, Lane::Bulk, PullStreams { group });
+        let pulls = PullStreams {
+            group: self.group.clone(),
+            mesh: self.mesh.clone(),
+            replica: self.replica.clone(),
+        };
+        transport.register_streams(Service::PULL, Lane::Bulk, pulls);
         let (mesh, loads) = (self.mesh.clone(), Arc::clone(&self.loads));
         transport.on_datagram(move |key, bytes| loads.receive(&mesh, key, &bytes));
         let mesh = self.mesh.clone();
@@ -219,6 +236,7 @@ impl Cluster {
             mesh: self.mesh.clone(),
             replica: self.replica.clone(),
             spool,
+            hearsay: self.hearsay.clone(),
         };
         tasks.spawn(info_span!("mirror"), mirror.run(tasks.token().clone()));
     }
@@ -318,10 +336,9 @@ async fn vouched(mesh: Mesh, key: proto::ids::NodeKey) -> bool {
     let request = calls::body(&proto::wire::mesh::VouchRequest {
         key: key.0.to_vec(),
     });
-    let others = roster.nodes.keys().filter(|id| **id != here);
-    for node in others.take(VOUCHERS) {
+    for node in roster.peers(here).into_iter().take(VOUCHERS) {
         let deadline = Instant::now() + VOUCH_TIMEOUT;
-        let called = mesh.call(*node, calls::VOUCH, request.clone(), deadline);
+        let called = mesh.call(node, calls::VOUCH, request.clone(), deadline);
         let answer = called.await.ok().map(calls::answer);
         if let Some(Ok(proto::wire::mesh::VouchAnswer { member: true })) = answer {
             return true;

@@ -1,9 +1,10 @@
 //! What a member answers to others: proposals and reads for the leader, renewals, the load table,
-//! entries for mirrors.
+//! entries for mirrors, slices for hosts of one team.
 //!
 //! Every caller has proven its key and is on the member list; a host of one team is on it too, and
 //! may do only what concerns itself.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,11 +19,13 @@ use transport::{Call, Handler, RpcError};
 
 use super::calls;
 use super::desk::{self, Desk, NotGranted};
+use super::hearsay::Told;
 use super::lease::Renewal;
 use super::load::LoadTable;
 use super::log::{ClusterLog, not_leader};
 use super::mesh::Mesh;
 use super::replica::Replica;
+use super::slices::SentSlices;
 use crate::base::chain::chain;
 
 /// What is kept of a caller's patience for the way back.
@@ -41,6 +44,7 @@ pub(super) struct ClusterCalls {
     pub(super) replica: Replica,
     pub(super) desk: Arc<Desk>,
     pub(super) loads: Arc<LoadTable>,
+    pub(super) slices: SentSlices,
 }
 
 impl Handler for ClusterCalls {
@@ -56,7 +60,7 @@ impl Handler for ClusterCalls {
             calls::READ_INDEX => self.read_index(call.body, deadline).await,
             calls::RENEW => self.renew(from, call.body, deadline).await,
             calls::VOUCH => self.vouch(call.body),
-            calls::LOAD_TABLE => Ok(self.loads.encode().into()),
+            calls::LOAD_TABLE => self.load_table(from),
             calls::PULL => self.pull(from, call.body, deadline).await,
             method => Err(RpcError::NotServed { method }),
         }
@@ -180,21 +184,21 @@ impl ClusterCalls {
                  remove the data directory and join anew",
             ));
         }
-        if state.node(from).is_none_or(|node| node.team.is_some()) {
-            return Err(RpcError::rejected("entries are for full members"));
-        }
+        let Some(node) = state.node(from) else {
+            return Err(RpcError::rejected("the asker is no member"));
+        };
         let until = deadline.min(Instant::now() + PULL_PATIENCE);
         self.replica.wait_applied(request.from, until).await;
         let mut answer = wire::PullAnswer {
             applied: self.replica.applied(),
-            leader: self
-                .group
-                .watch_metrics()
-                .borrow()
-                .leader
-                .map_or(0, |it| it.0),
             ..wire::PullAnswer::default()
         };
+        let told = Told::by(self.mesh.here(), &self.group.metrics());
+        told.write(&mut answer);
+        if node.team.is_some() {
+            self.pull_slice(from, &request, &told.voters, &mut answer)?;
+            return Ok(calls::body(&answer));
+        }
         match self.group.entries(request.from, PULL_BYTES).await {
             Ok(entries) => {
                 answer.entries = entries
@@ -210,6 +214,38 @@ impl ClusterCalls {
             Err(err) => return Err(RpcError::failed(err.to_string())),
         }
         Ok(calls::body(&answer))
+    }
+}
+
+impl ClusterCalls {
+    /// Other nodes' load is none of a host's business.
+    fn load_table(&self, from: NodeId) -> Result<Bytes, RpcError> {
+        let state = self.replica.state();
+        if state.node(from).is_none_or(|node| node.team.is_some()) {
+            return Err(RpcError::rejected("the load of nodes is for full members"));
+        }
+        Ok(self.loads.encode().into())
+    }
+
+    /// Fills in what a host of one team lacks of its slice.
+    fn pull_slice(
+        &self,
+        host: NodeId,
+        request: &wire::PullRequest,
+        voters: &BTreeSet<NodeId>,
+        answer: &mut wire::PullAnswer,
+    ) -> Result<(), RpcError> {
+        if voters.is_empty() {
+            return Err(RpcError::rejected("this node does not know who votes"));
+        }
+        let seen = self.replica.now();
+        let slice = seen.state.sliced(host, voters);
+        let slice = slice.ok_or_else(|| RpcError::rejected("the asker is no host any more"))?;
+        self.slices
+            .keep_only(|host| seen.state.node(host).is_some());
+        answer.applied = seen.applied.unwrap_or(0);
+        answer.slice = Some(self.slices.next(host, request.slice_mark, &slice));
+        Ok(())
     }
 }
 

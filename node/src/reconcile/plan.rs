@@ -4,13 +4,18 @@
 //! |---|---|---|
 //! | wanted running, `starting` | nothing | start |
 //! | wanted running, `starting` | ready | report running |
-//! | wanted running, `running` | nothing | report failed: its VMM is gone |
+//! | wanted running, `running` | nothing | report failed: its VMM is gone; one that is bound to the lease: start |
 //! | wanted running, `running` | ready, idle too long | stop for idleness |
 //! | wanted stopped | starting or ready | stop |
 //! | wanted stopped | nothing | report stopped |
-//! | not ended | gone | report how it ended |
+//! | not ended | gone | report how it ended; one that is wanted and lost its lease: forget |
 //! | ended, another epoch or owner, or no record | gone | forget |
 //! | ended, another epoch or owner, or no record | anything else | stop |
+//!
+//! A guest bound to the lease (`on_host_loss: restart`) is killed when the lease has lapsed. If its
+//! node is back before the cluster gave the sandbox out, the node is still the owner under the same
+//! epoch and starts it again. Whoever carries that out holds a lease first, and a node that was
+//! judged lost holds none before it has applied what became of its sandboxes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,7 +24,7 @@ use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::Report;
-use raft::state::{Desired, Phase, Sandbox, State};
+use raft::state::{Desired, HostLoss, Phase, Sandbox, State};
 
 use crate::sandbox::{End, Observed, ObservedState};
 
@@ -92,7 +97,7 @@ pub struct Circumstances {
 #[must_use]
 pub fn plan(at: Circumstances, state: &State, observed: &BTreeMap<SandboxId, Observed>) -> Plan {
     let mut plan = Plan::default();
-    for sandbox in state.sandboxes().filter(|sandbox| sandbox.owner == at.here) {
+    for sandbox in state.sandboxes_on(at.here) {
         let seen = observed.get(&sandbox.id);
         // What is here under another epoch goes first, below: one id has one driver.
         if seen.is_none_or(|seen| seen.epoch == sandbox.epoch) {
@@ -100,8 +105,9 @@ pub fn plan(at: Circumstances, state: &State, observed: &BTreeMap<SandboxId, Obs
                 .extend(for_record(sandbox, seen, &mut plan.look_again_in));
         }
     }
+    let is_ours = |known: &&Sandbox| known.owner == at.here && known.phase.holds_resources();
     for (id, seen) in observed {
-        let record = state.sandbox(*id).filter(|known| known.owner == at.here);
+        let record = state.sandbox(*id).filter(is_ours);
         if record.is_none_or(|known| known.epoch != seen.epoch) {
             plan.steps.extend(without_record(*id, seen));
         }
@@ -112,7 +118,7 @@ pub fn plan(at: Circumstances, state: &State, observed: &BTreeMap<SandboxId, Obs
     plan
 }
 
-/// The step for a sandbox that the cluster says is ours.
+/// The step for a sandbox that the cluster says is ours and has not ended.
 fn for_record(
     record: &Sandbox,
     seen: Option<&Observed>,
@@ -126,24 +132,26 @@ fn for_record(
             report,
         })
     };
+    let wanted = record.desired == Desired::Running;
+    let is_bound = record.spec.on_host_loss == HostLoss::Restart;
     let Some(seen) = seen else {
-        return match (record.desired, record.phase) {
-            (_, Phase::Stopped | Phase::Error) => None,
-            (Desired::Stopped, _) => report(Report::Stopped {
+        return match record.phase {
+            _ if !wanted => report(Report::Stopped {
                 reason: String::new(),
             }),
-            (Desired::Running, Phase::Starting) => Some(Step::Start(id)),
-            (Desired::Running, Phase::Running | Phase::Stopping) => report(Report::Failed {
+            Phase::Starting => Some(Step::Start(id)),
+            _ if is_bound => Some(Step::Start(id)),
+            _ => report(Report::Failed {
                 reason: "its VMM was gone when the host's daemon looked".into(),
             }),
         };
     };
-    let ended = !record.phase.holds_resources();
     match &seen.state {
-        ObservedState::Gone(_) if ended => Some(Step::Forget(id)),
+        // It ended for want of a lease, and is still ours: it begins again with the next one.
+        ObservedState::Gone(End::LeaseLost { .. }) if wanted && is_bound => Some(Step::Forget(id)),
         ObservedState::Gone(end) => report(ended_report(end)),
         ObservedState::Releasing => None,
-        _ if ended || record.desired == Desired::Stopped => Some(Step::Stop(id)),
+        _ if !wanted => Some(Step::Stop(id)),
         ObservedState::Starting => None,
         ObservedState::Ready(versions) if record.phase == Phase::Starting => {
             report(Report::Running(versions.clone()))
@@ -175,10 +183,7 @@ fn without_record(id: SandboxId, seen: &Observed) -> Option<Step> {
 
 /// One prune for all records that are old enough, or the wait until the oldest is.
 fn prune(at: Circumstances, state: &State, look_again_in: &mut Option<Duration>) -> Option<Step> {
-    let ended = state
-        .sandboxes()
-        .filter(|sandbox| !sandbox.phase.holds_resources());
-    let oldest = ended.map(|sandbox| sandbox.updated_at).min()?;
+    let (oldest, _) = state.ended_sandboxes().next()?;
     let retention_ms = u64::try_from(at.ended_retention.as_millis()).unwrap_or(u64::MAX);
     let ended_before = Stamp(at.now.0.saturating_sub(retention_ms));
     if oldest < ended_before {
@@ -233,6 +238,15 @@ mod tests {
 
     /// A state in which `commands` were applied after a node, a template and a create of `ID`.
     fn state_after(commands: impl IntoIterator<Item = Command>) -> State {
+        state_of(HostLoss::Wait, commands)
+    }
+
+    /// The same, with an `ID` that is bound to its node's lease.
+    fn bound_after(commands: impl IntoIterator<Item = Command>) -> State {
+        state_of(HostLoss::Restart, commands)
+    }
+
+    fn state_of(on_host_loss: HostLoss, commands: impl IntoIterator<Item = Command>) -> State {
         let room = Resources {
             vcpus: 8,
             memory: Mib(4096),
@@ -260,6 +274,7 @@ mod tests {
             memory: Mib(256),
             disk: Mib(1),
             idle_timeout: Some(IDLE),
+            on_host_loss,
             ..SandboxSpec::default()
         };
         let team = TeamId::default();
@@ -374,6 +389,62 @@ mod tests {
         else {
             panic!("{planned:?}");
         };
+    }
+
+    fn lease_lost() -> ObservedState {
+        ObservedState::Gone(End::LeaseLost {
+            reason: "no lease".into(),
+        })
+    }
+
+    #[test]
+    fn a_bound_guest_that_lost_its_lease_starts_again_with_the_next_one() {
+        let bound = bound_after([running()]);
+        assert_eq!(steps(&bound, &seen(lease_lost())), [Step::Forget(ID)]);
+        assert_eq!(steps(&bound, &BTreeMap::new()), [Step::Start(ID)]);
+        assert_eq!(steps(&bound, &seen(ready())), []);
+    }
+
+    #[test]
+    fn a_bound_guest_that_broke_by_itself_is_reported_and_not_started_again() {
+        let planned = steps(&bound_after([running()]), &seen(gone()));
+        let [
+            Step::Report {
+                report: Report::Failed { .. },
+                ..
+            },
+        ] = planned[..]
+        else {
+            panic!("{planned:?}");
+        };
+    }
+
+    #[test]
+    fn a_bound_guest_that_is_not_wanted_any_more_is_not_started_again() {
+        let stopping = bound_after([running(), stop()]);
+        for seen in [BTreeMap::new(), seen(lease_lost())] {
+            let planned = steps(&stopping, &seen);
+            assert!(matches!(planned[..], [Step::Report { .. }]), "{planned:?}");
+        }
+    }
+
+    /// The state is read through its indexes: what others hold costs this node nothing.
+    #[test]
+    fn sandboxes_of_other_nodes_and_ended_ones_are_not_planned_for() {
+        let elsewhere = Circumstances {
+            here: NodeId(2),
+            ..at()
+        };
+        let state = state_after([running()]);
+        assert_eq!(plan(elsewhere, &state, &BTreeMap::new()).steps, []);
+        let stray = plan(elsewhere, &state, &seen(ready())).steps;
+        assert_eq!(stray, [Step::Stop(ID)]);
+        let reason = "broke".into();
+        let ended = state_after([report(Report::Failed { reason })]);
+        assert_eq!(steps(&ended, &BTreeMap::new()), []);
+        assert_eq!(steps(&ended, &seen(ready())), [Step::Stop(ID)]);
+        assert_eq!(steps(&ended, &seen(gone())), [Step::Forget(ID)]);
+        assert_eq!(steps(&ended, &seen(ObservedState::Releasing)), []);
     }
 
     #[test]

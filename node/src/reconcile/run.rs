@@ -137,12 +137,17 @@ impl Reconciler {
         subject
     }
 
-    /// Starts a sandbox, or reports at once that this node cannot.
+    /// Starts a sandbox, or reports at once that this node cannot. One that is bound to the lease
+    /// waits for it: its guest would be killed at once, and end for that.
     async fn start(&self, id: SandboxId) {
         let state = self.view.state();
         let Some(record) = state.sandbox(id) else {
             return;
         };
+        let lease_bound = record.spec.on_host_loss == HostLoss::Restart;
+        if lease_bound && !self.registry.holds_lease() {
+            return debug!(%id, "not started: this node holds no lease");
+        }
         let wanted = &record.spec.template;
         let held = wanted.parse().ok().and_then(|name| self.catalog.get(&name));
         let Some(template) = held else {
@@ -166,7 +171,7 @@ impl Reconciler {
             vcpus: u8::try_from(record.spec.vcpus).unwrap_or(u8::MAX),
             memory: record.spec.memory,
             disk: record.spec.disk,
-            lease_bound: record.spec.on_host_loss == HostLoss::Restart,
+            lease_bound,
         });
     }
 

@@ -23,8 +23,10 @@ use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
+use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
+use crate::shim::lease::{self, LeaseReader, LeaseTimes};
 use crate::store::SandboxPaths;
 
 /// What this node sees of one of its sandboxes.
@@ -298,6 +300,19 @@ impl Registry {
         self.shared(id).is_some_and(|shared| shared.frozen())
     }
 
+    /// Whether a guest that lives by this node's lease may run now.
+    #[must_use]
+    pub fn holds_lease(&self) -> bool {
+        let file = lease::file_in(self.host.data.root());
+        let reader = LeaseReader::new(&file).ok();
+        match reader.and_then(|reader| reader.read().ok()) {
+            Some(LeaseTimes::Unlimited) => true,
+            Some(LeaseTimes::Limited { freeze_at, .. }) => BootInstant::now() < freeze_at,
+            // What cannot be read allows nothing.
+            None => false,
+        }
+    }
+
     /// Before a stop for idleness: withholds the guest, so that nobody begins to use what is about
     /// to end. `false` where somebody has used it within `timeout`.
     #[must_use]
@@ -330,6 +345,16 @@ impl Registry {
     #[must_use]
     pub fn timings(&self, id: SandboxId) -> Option<StartTimings> {
         self.shared(id)?.told().timings
+    }
+
+    /// How long 95 of 100 of the sandboxes here took to start at most, of those that this daemon
+    /// started.
+    #[must_use]
+    pub fn start_p95(&self) -> Option<Duration> {
+        let table = self.table();
+        let timings = table.entries.values();
+        let timings = timings.filter_map(|entry| entry.shared.told().timings);
+        p95(timings.map(|timings| timings.total()).collect())
     }
 
     /// Bytes that a sandbox's disk occupies.
@@ -400,6 +425,13 @@ impl Table {
     }
 }
 
+/// The smallest of `times` that 95 of 100 do not exceed.
+fn p95(mut times: Vec<Duration>) -> Option<Duration> {
+    let rank = (times.len() * 95).div_ceil(100).checked_sub(1)?;
+    let (_, time, _) = times.select_nth_unstable(rank);
+    Some(*time)
+}
+
 /// Bytes that a sandbox's overlay occupies.
 fn disk_used(paths: &SandboxPaths) -> Option<u64> {
     /// The unit of `st_blocks`, whatever the file system's own.
@@ -426,6 +458,15 @@ mod tests {
     use crate::guest::TcpDial;
 
     const IDLE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn the_slowest_five_of_a_hundred_starts_do_not_count() {
+        let seconds = |all: std::ops::RangeInclusive<u64>| all.map(Duration::from_secs).collect();
+        assert_eq!(p95(Vec::new()), None);
+        assert_eq!(p95(seconds(7..=7)), Some(Duration::from_secs(7)));
+        assert_eq!(p95(seconds(1..=100)), Some(Duration::from_secs(95)));
+        assert_eq!(p95(seconds(1..=10)), Some(Duration::from_secs(10)));
+    }
 
     fn starting(epoch: Epoch) -> Shared {
         let changed = Arc::new(watch::Sender::new(()));

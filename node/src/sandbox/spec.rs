@@ -74,3 +74,20 @@ pub struct StartTimings {
     /// Agent told who it is, and that it is ready recorded.
     pub setup: Duration,
 }
+
+impl StartTimings {
+    /// From the ask to the guest's readiness.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        let Self {
+            record,
+            slot,
+            disk,
+            shim,
+            vmm,
+            guest,
+            setup,
+        } = *self;
+        record + slot + disk + shim + vmm + guest + setup
+    }
+}

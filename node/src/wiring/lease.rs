@@ -118,6 +118,7 @@ impl LoadSource for MachineLoad {
             free_vcpus: self.idle_vcpus().unwrap_or(0),
             free_memory_mib: available_mib().unwrap_or(u32::MAX),
             running,
+            create_p95: self.registry.start_p95().unwrap_or_default(),
         }
     }
 }

@@ -123,6 +123,8 @@ fn read(written: Written) -> Option<Member> {
             index: written.index,
             nodes: nodes.collect::<Option<_>>()?,
             former: former.collect::<Option<_>>()?,
+            // The state names them, as soon as there is one.
+            ..Roster::default()
         },
     })
 }
@@ -159,6 +161,7 @@ mod tests {
                 index: 6,
                 nodes: [(NodeId(4), contact)].into(),
                 former: vec![ClusterId([4; 16])],
+                ..Roster::default()
             },
         };
         member.save(dir.path()).expect("written");

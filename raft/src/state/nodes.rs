@@ -167,7 +167,7 @@ impl From<&Node> for pb::NodeRow {
             cluster_address: node.cluster_address.clone(),
             bulk_address: node.bulk_address.clone(),
             disk: node.disk.to_vec(),
-            tags: node.tags.clone().into_iter().collect(),
+            tags: node.tags.clone(),
             cordoned: node.cordoned,
             draining: node.draining,
             incarnation: node.incarnation,
@@ -210,7 +210,7 @@ impl TryFrom<pb::NodeRow> for Node {
             bulk_address: row.bulk_address,
             // Rows of the first version have none; the node's next start fills it in.
             disk: optional("disk id", &row.disk)?.unwrap_or_default(),
-            tags: row.tags.into_iter().collect(),
+            tags: row.tags,
             cordoned: row.cordoned,
             draining: row.draining,
             incarnation: row.incarnation,

@@ -221,9 +221,9 @@ impl From<&SandboxSpec> for pb::SandboxSpec {
             memory_mib: spec.memory.0,
             disk_mib: spec.disk.0,
             idle_timeout_s: u32::try_from(idle_s).unwrap_or(u32::MAX),
-            metadata: spec.metadata.clone().into_iter().collect(),
+            metadata: spec.metadata.clone(),
             restart_on_host_loss: spec.on_host_loss == HostLoss::Restart,
-            node_tags: spec.node_tags.clone().into_iter().collect(),
+            node_tags: spec.node_tags.clone(),
             on_node: spec.on_node.unwrap_or_default().0,
         }
     }
@@ -238,13 +238,13 @@ impl From<pb::SandboxSpec> for SandboxSpec {
             memory: Mib(row.memory_mib),
             disk: Mib(row.disk_mib),
             idle_timeout: (!idle.is_zero()).then_some(idle),
-            metadata: row.metadata.into_iter().collect(),
+            metadata: row.metadata,
             on_host_loss: if row.restart_on_host_loss {
                 HostLoss::Restart
             } else {
                 HostLoss::Wait
             },
-            node_tags: row.node_tags.into_iter().collect(),
+            node_tags: row.node_tags,
             on_node: (row.on_node != 0).then_some(NodeId(row.on_node)),
         }
     }

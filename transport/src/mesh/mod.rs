@@ -235,7 +235,8 @@ impl Transport {
         let connection = self.shared.peers.newest(peer, lane);
         let connection = connection.ok_or(RpcError::NotConnected { peer })?;
         let pacer = self.shared.server.paces.of(lane, peer);
-        rpc::open(&connection, service, header, deadline, pacer).await
+        let stall = self.shared.server.limits.stream_stall;
+        rpc::open(&connection, service, header, deadline, pacer, stall).await
     }
 
     /// Sends `bytes` to the connected node `peer` on the control lane, without any promise that

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::future::pending;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -40,6 +41,8 @@ pub(super) struct Shared {
     pub(super) datagrams: Datagrams,
     pub(super) dials: Dials,
     path: Path,
+    /// Tells this start from earlier ones.
+    run: u64,
     control: Endpoint,
     bulk: Endpoint,
     handshakes: Arc<Semaphore>,
@@ -63,6 +66,8 @@ impl Shared {
             datagrams: Datagrams::default(),
             dials: Dials::default(),
             path,
+            // Seeded by the system; never 0, which stands for none.
+            run: RandomState::new().build_hasher().finish() | 1,
             control,
             bulk,
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
@@ -325,6 +330,7 @@ impl Shared {
             protocol: settled.protocol,
             product: settled.product,
             membership_index: settled.membership_index,
+            run: settled.run,
             rtt: connection.rtt(),
         };
         self.peers.admit(info, connection.clone())
@@ -334,6 +340,7 @@ impl Shared {
         Own {
             product: proto::version::PRODUCT.to_owned(),
             membership_index: self.peers.membership().index,
+            run: self.run,
         }
     }
 

@@ -43,6 +43,7 @@ pub(crate) async fn open(
     header: Bytes,
     deadline: Instant,
     pacer: Option<Arc<Pacer>>,
+    stall: Duration,
 ) -> Result<BiStream, RpcError> {
     if header.len() > STREAM_HEADER_BYTES {
         return Err(RpcError::TooLarge);
@@ -59,7 +60,7 @@ pub(crate) async fn open(
             .await
             .map_err(read_failed)?;
         answer(reply, method)?;
-        Ok(BiStream::new(stream, pacer))
+        Ok(BiStream::new(stream, pacer, stall))
     };
     timeout_at(Instant::now() + patience, opening)
         .await

@@ -23,6 +23,8 @@ pub struct Own {
     pub product: String,
     /// The log index of its member list.
     pub membership_index: u64,
+    /// A number of this start alone; never 0.
+    pub run: u64,
 }
 
 /// What came of a hello.
@@ -34,6 +36,8 @@ pub struct Settled {
     pub product: String,
     /// The log index of the other end's member list.
     pub membership_index: u64,
+    /// The other end's number of its start; 0 where it has none.
+    pub run: u64,
 }
 
 /// Says hello as the dialling side.
@@ -48,6 +52,7 @@ pub(crate) async fn say(
         newest: NEWEST,
         product: own.product,
         membership_index: own.membership_index,
+        run: own.run,
     };
     let body = hello.encode_to_vec().into();
     let frame_bytes = limits.frame_bytes;
@@ -63,6 +68,7 @@ pub(crate) async fn say(
         protocol: reply.protocol,
         product: reply.product.chars().take(PRODUCT_CHARS).collect(),
         membership_index: reply.membership_index,
+        run: reply.run,
     })
 }
 
@@ -95,6 +101,7 @@ pub(crate) async fn hear(connection: &Connection) -> Result<Heard, CloseCode> {
             protocol,
             product: hello.product.chars().take(PRODUCT_CHARS).collect(),
             membership_index: hello.membership_index,
+            run: hello.run,
         },
     })
 }
@@ -106,6 +113,7 @@ impl Heard {
             protocol: self.settled.protocol,
             product: own.product,
             membership_index: own.membership_index,
+            run: own.run,
         };
         let reply = Reply {
             status: status::OK,

@@ -188,6 +188,7 @@ impl Line {
             held,
             answered: Arc::clone(&answered),
             write: self.server.limits.reply_write,
+            stall: self.server.limits.stream_stall,
             pacer: self.server.paces.of(self.lane, self.peer),
         };
         let service = call.method.service;

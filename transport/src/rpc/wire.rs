@@ -93,6 +93,9 @@ pub(crate) struct Hello {
     pub(crate) product: String,
     #[prost(uint64, tag = "4")]
     pub(crate) membership_index: u64,
+    /// Of this start of the sender; absent from releases that say nothing of it.
+    #[prost(uint64, tag = "5")]
+    pub(crate) run: u64,
 }
 
 /// What the accepting side settles.
@@ -104,4 +107,7 @@ pub(crate) struct HelloReply {
     pub(crate) product: String,
     #[prost(uint64, tag = "3")]
     pub(crate) membership_index: u64,
+    /// See [`Hello::run`].
+    #[prost(uint64, tag = "4")]
+    pub(crate) run: u64,
 }

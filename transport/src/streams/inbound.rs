@@ -51,6 +51,8 @@ pub(crate) struct Opening {
     pub(crate) answered: Arc<AtomicBool>,
     /// Longest wait for room to write the answer.
     pub(crate) write: Duration,
+    /// Longest wait for the opener to read, once it is accepted.
+    pub(crate) stall: Duration,
     /// What the accepted stream has to keep to.
     pub(crate) pacer: Option<Arc<Pacer>>,
 }
@@ -68,9 +70,9 @@ impl Inbound {
     /// [`RpcError::Closed`], [`RpcError::Lost`] or [`RpcError::Deadline`]: the opener has gone, or
     /// reads nothing.
     pub async fn accept(self) -> Result<BiStream, RpcError> {
-        let pacer = self.opening.pacer.clone();
+        let (pacer, stall) = (self.opening.pacer.clone(), self.opening.stall);
         let stream = self.opening.answer(Ok(Bytes::new())).await?;
-        Ok(BiStream::new(stream, pacer))
+        Ok(BiStream::new(stream, pacer, stall))
     }
 
     /// Says no, in words for the opener ([`RpcError::Rejected`] there).
@@ -100,6 +102,7 @@ impl Opening {
             held,
             answered,
             write,
+            stall: _,
             pacer: _,
         } = self;
         answered.store(true, Ordering::Release);

@@ -9,14 +9,14 @@
 //! that broke. From then on both directions carry plain bytes. FIN is said by shutting down; a
 //! [`BiStream`] dropped before that resets both directions with a [`crate::CloseCode`], so giving up is
 //! felt at the other end whichever side gives up. Nothing is buffered here: a writer waits for
-//! QUIC's windows, and so for its reader.
+//! QUIC's windows, and so for its reader; one that reads nothing at all is given up in the end.
 
 mod inbound;
 mod pipe;
 
 pub(crate) use inbound::Opening;
 pub use inbound::{Inbound, StreamHandler};
-pub use pipe::{BiStream, StreamReset, close_code_of};
+pub use pipe::{BiStream, StreamReset, StreamStalled, close_code_of};
 
 /// [`StreamHandler`] in a form that fits into a table.
 pub(crate) trait AnyStreamHandler: Send + Sync {

@@ -4,9 +4,11 @@ use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use quinn::{ConnectionError, ReadError, WriteError};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
 use crate::bulk::pace::{Paced, Pacer};
 use crate::close::CloseCode;
@@ -18,6 +20,10 @@ use crate::rpc::stream::Stream;
 /// Dropping it before, or before the peer's FIN was read, resets what is still open with
 /// [`CloseCode::Abandoned`]. When the peer does the same, reading and writing fail with
 /// [`io::ErrorKind::ConnectionReset`] and a [`StreamReset`] that names its code.
+///
+/// Writing waits for the peer to read, but not for ever: when it has taken nothing for
+/// [`crate::Limits::stream_stall`], writing fails with [`StreamStalled`], and the peer hears
+/// [`CloseCode::Stalled`].
 #[derive(Debug)]
 pub struct BiStream {
     stream: Stream,
@@ -27,22 +33,46 @@ pub struct BiStream {
     read: bool,
     on_drop: CloseCode,
     pace: Option<Paced>,
+    stall: Duration,
+    /// Runs while bytes wait and the peer takes none.
+    stalling: Option<Pin<Box<Sleep>>>,
 }
 
 impl BiStream {
-    pub(crate) fn new(stream: Stream, pacer: Option<Arc<Pacer>>) -> Self {
+    pub(crate) fn new(stream: Stream, pacer: Option<Arc<Pacer>>, stall: Duration) -> Self {
         Self {
             stream,
             sent: false,
             read: false,
             on_drop: CloseCode::Abandoned,
             pace: pacer.map(Paced::new),
+            stall,
+            stalling: None,
         }
     }
 
     /// Gives the stream up and tells the peer why.
     pub fn abort(mut self, code: CloseCode) {
         self.on_drop = code;
+    }
+
+    /// The outcome of a write, or the stream's end where the peer has taken nothing for too long.
+    fn bound_wait(
+        &mut self,
+        cx: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.stalling = None;
+            return written;
+        }
+        let stall = self.stall;
+        let stalling = self.stalling.get_or_insert_with(|| Box::pin(sleep(stall)));
+        ready!(stalling.as_mut().poll(cx));
+        self.on_drop = CloseCode::Stalled;
+        Poll::Ready(Err(io::Error::other(StreamStalled {
+            for_at_least: stall,
+        })))
     }
 }
 
@@ -87,10 +117,11 @@ impl AsyncWrite for BiStream {
             };
             pace.put_back(allowed - sent);
         }
-        written.map_err(|err| {
+        let written = written.map_err(|err| {
             this.sent = true;
             write_failed(err)
-        })
+        });
+        this.bound_wait(cx, written)
     }
 
     /// Does nothing: what is written is on its way.
@@ -128,6 +159,14 @@ impl Drop for BiStream {
 pub struct StreamReset {
     /// Its reason.
     pub code: CloseCode,
+}
+
+/// The peer takes no bytes of a stream that has some for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the peer has read nothing for {for_at_least:?}")]
+pub struct StreamStalled {
+    /// For how long.
+    pub for_at_least: Duration,
 }
 
 /// The peer's reason in an error of a [`BiStream`], if the peer had one.

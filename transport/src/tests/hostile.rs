@@ -11,7 +11,7 @@ use crate::limits::{
 };
 use crate::rpc::frame;
 use crate::rpc::wire::Request;
-use crate::{Inbound, StreamHandler};
+use crate::{BiStream, Inbound, StreamHandler};
 
 fn request(method: Method, body: Bytes) -> Bytes {
     let request = Request {
@@ -344,7 +344,7 @@ async fn a_stranger_opens_no_stream_even_with_a_token_outstanding() {
     drop(ended);
     for service in [SERVICE, Service::JOIN] {
         let peer = Rough::handshake(&identity(), &node, Lane::Control, Alpn::Join).await;
-        let opened = crate::rpc::open(&peer.connection, service, Bytes::new(), deadline(), None);
+        let opened = open_by_hand(&peer, service);
         let err = opened.await.expect_err("not for strangers");
         assert!(matches!(err, RpcError::NotServed { .. }), "{err}");
     }
@@ -422,7 +422,7 @@ async fn a_peer_that_reads_none_of_its_streams_holds_their_handlers_until_it_goe
     peer.hello().await.expect("is a member");
     let mut unread = Vec::new();
     for _ in 0..16 {
-        let opened = crate::rpc::open(&peer.connection, SERVICE, Bytes::new(), deadline(), None);
+        let opened = open_by_hand(&peer, SERVICE);
         unread.push(opened.await.expect("accepted"));
     }
     other
@@ -482,4 +482,10 @@ async fn futures_of<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -
     })
     .await;
     done
+}
+
+async fn open_by_hand(peer: &Rough, service: Service) -> Result<BiStream, RpcError> {
+    let (header, connection) = (Bytes::new(), &peer.connection);
+    let stall = Limits::default().stream_stall;
+    crate::rpc::open(connection, service, header, deadline(), None, stall).await
 }

@@ -132,6 +132,33 @@ async fn a_node_that_dials_itself_is_refused() {
     stop([node, twin]).await;
 }
 
+/// The earlier start says no goodbye and keeps its socket: only the new one's hello tells.
+#[tokio::test]
+async fn a_peer_that_has_started_anew_ends_what_its_earlier_start_had() {
+    let (mine, theirs) = (identity(), identity());
+    let a = start(&mine, Limits::default());
+    let (before, after) = (
+        start(&theirs, Limits::default()),
+        start(&theirs, Limits::default()),
+    );
+    for node in [&a, &before, &after] {
+        node.set_membership(members(1, &[mine.key(), theirs.key()]));
+    }
+    for lane in [Lane::Control, Lane::Bulk] {
+        let connected = a.connect(lane, address(&before, lane), theirs.key(), deadline());
+        connected.await.expect("members connect");
+    }
+    assert_eq!(a.peers().len(), 2);
+    connect(&after, &a).await;
+    let left = a.peers();
+    assert_eq!(left.len(), 1, "{left:?}");
+    assert!(!left[0].dialled, "the new one is what is left");
+    a.ping(Lane::Control, theirs.key(), deadline())
+        .await
+        .expect("and answers");
+    stop([a, before, after]).await;
+}
+
 #[tokio::test]
 async fn removing_a_member_closes_its_live_connections_and_refuses_new_ones() {
     let (a, b) = two(Limits::default());

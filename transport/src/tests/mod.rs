@@ -177,6 +177,7 @@ impl Rough {
         let own = Own {
             product: "rough".into(),
             membership_index: 0,
+            run: 7,
         };
         hello::say(&self.connection, own, deadline(), &Limits::default()).await
     }

@@ -110,6 +110,37 @@ async fn a_blocked_peer_is_unreachable_until_it_is_healed() {
     stop([a, b]).await;
 }
 
+/// Accepts, and says nothing more.
+struct Silent;
+
+impl StreamHandler for Silent {
+    async fn open(&self, inbound: Inbound) {
+        let _held = inbound.accept().await.expect("the opener waits");
+        std::future::pending().await
+    }
+}
+
+/// On the bulk lane the peer is still heard here: only the loss of the other lane ends it.
+#[tokio::test]
+async fn streams_to_a_peer_whose_control_connection_died_end_with_it() {
+    let faults = Faults::seeded(1);
+    let (a, b) = two_with(|plain| Config {
+        faults: Some(faults.clone()),
+        ..plain
+    });
+    b.register_streams(SERVICE, Lane::Bulk, Silent);
+    connect(&a, &b).await;
+    let lane = Lane::Bulk;
+    a.connect(lane, address(&b, lane), b.key(), deadline())
+        .await
+        .expect("members connect");
+    let opened = a.open_stream(lane, b.key(), SERVICE, Bytes::new(), deadline());
+    let mut stream = opened.await.expect("accepted");
+    faults.block([address(&a, Lane::Control), address(&b, Lane::Control)]);
+    soon(stream.read_u8()).await.expect_err("cut off");
+    stop([a, b]).await;
+}
+
 #[tokio::test]
 async fn a_paced_node_sends_no_faster_than_its_rate() {
     const RATE: u64 = 2 << 20;

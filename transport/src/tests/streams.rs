@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::*;
 use crate::limits::{BULK_STREAM_WINDOW_BYTES, STREAM_HEADER_BYTES};
-use crate::streams::close_code_of;
+use crate::streams::{StreamStalled, close_code_of};
 use crate::{BiStream, Inbound, StreamHandler};
 
 /// Gives every accepted stream to the test.
@@ -287,6 +287,60 @@ async fn a_reader_that_stops_holds_its_writer_and_nobody_else() {
     soon(other.read_exact(&mut back)).await.expect("answered");
     assert_eq!(&back, b"through");
     drop((near, far, other));
+    stop([a, b]).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_never_reads_loses_its_stream_by_name() {
+    let (a, b) = two(Limits {
+        stream_stall: Duration::from_millis(300),
+        ..Limits::default()
+    });
+    let lane = Lane::Bulk;
+    let connected = a.connect(lane, address(&b, lane), b.key(), deadline());
+    connected.await.expect("members connect");
+    let (mut near, mut far) = both_ends(&a, &b).await;
+    let err = soon(until_write_fails(&mut near)).await;
+    let stalled = err.get_ref().and_then(|err| err.downcast_ref());
+    let expected = StreamStalled {
+        for_at_least: Duration::from_millis(300),
+    };
+    assert_eq!(stalled, Some(&expected), "{err}");
+    drop(near);
+    let mut read = Vec::new();
+    let err = soon(far.read_to_end(&mut read)).await;
+    assert_reset(&err.expect_err("given up"), CloseCode::Stalled);
+    stop([a, b]).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_is_slower_than_the_bound_but_reads_keeps_its_stream() {
+    let (a, b) = two(Limits {
+        stream_stall: Duration::from_millis(500),
+        ..Limits::default()
+    });
+    let lane = Lane::Bulk;
+    let connected = a.connect(lane, address(&b, lane), b.key(), deadline());
+    connected.await.expect("members connect");
+    let (mut near, mut far) = both_ends(&a, &b).await;
+    let all = 3 * BULK_STREAM_WINDOW_BYTES as usize;
+    let write = async {
+        near.write_all(&vec![7; all]).await.expect("waited for");
+        near.shutdown().await.expect("ended");
+    };
+    let read = async {
+        let (mut total, mut piece) = (0, vec![0; 256 << 10]);
+        let mut pauses = tokio::time::interval(Duration::from_millis(100));
+        while total < all {
+            pauses.tick().await;
+            total += far.read(&mut piece).await.expect("goes on");
+        }
+        total
+    };
+    let begun = Instant::now();
+    let ((), total) = soon(async { tokio::join!(write, read) }).await;
+    assert_eq!(total, all);
+    assert!(begun.elapsed() > Duration::from_secs(1), "it was slow");
     stop([a, b]).await;
 }
 
