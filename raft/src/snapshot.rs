@@ -82,6 +82,9 @@ pub(crate) struct Snapshots {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     newest: Mutex<Option<(SnapshotMeta, SnapshotFile)>>,
+    /// Held while one is written: each clears away what looks unfinished, and the leader's may come
+    /// while one of our own is being written.
+    writing: Mutex<()>,
 }
 
 impl Snapshots {
@@ -91,6 +94,7 @@ impl Snapshots {
             dir: dir.to_owned(),
             disk,
             newest: Mutex::new(None),
+            writing: Mutex::new(()),
         };
         let loaded = snapshots.load_newest()?;
         Ok((snapshots, loaded))
@@ -108,6 +112,7 @@ impl Snapshots {
         meta: &SnapshotMeta,
         rows: impl Iterator<Item = Row>,
     ) -> Result<SnapshotFile, Fault> {
+        let _alone = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let index = meta.last_log_id.map_or(0, |id| id.index);
         let path = self.dir.join(format!("{index}.snap"));
         let tmp = self.dir.join(format!("{index}.tmp"));
@@ -364,6 +369,21 @@ mod tests {
             snapshots.write(&at(index), rows(1)).unwrap();
         }
         assert_eq!(snapshots.list().unwrap(), [9, 70]);
+    }
+
+    /// A member that lags may be sent one while it writes its own.
+    #[test]
+    fn two_writers_do_not_clear_each_other_s_files_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = open(dir.path()).0;
+        std::thread::scope(|scope| {
+            for first in [1, 2] {
+                let indices = (first..40).step_by(2);
+                let write = |index| snapshots.write(&at(index), rows(5000)).map(drop);
+                scope.spawn(move || indices.for_each(|index| write(index).unwrap()));
+            }
+        });
+        assert_eq!(snapshots.list().unwrap().len(), KEEP);
     }
 
     #[test]

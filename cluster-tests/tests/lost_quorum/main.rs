@@ -10,7 +10,6 @@ mod without;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use wrenn_cluster_tests::client::wait_for;
 use wrenn_cluster_tests::cluster::{ClusterWorld, wait_voters};
 use wrenn_cluster_tests::world::World;
 

@@ -81,7 +81,7 @@ pub(super) struct Settings {
     /// Where the API listens.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
-    /// Where the node listens for peers (UDP).
+    /// Where the node listens for peers (UDP); all addresses, port 7321, where absent.
     #[arg(long, value_name = "ADDR:PORT")]
     cluster_listen: Option<SocketAddr>,
     /// Where bulk transfers arrive (UDP); the port after --cluster-listen where absent.

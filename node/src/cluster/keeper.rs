@@ -28,8 +28,8 @@ use super::propose::Proposer;
 use super::replica::Replica;
 use crate::base::chain::chain;
 
-/// How long every peer must have refused this node's key before it takes itself for removed. A
-/// list of members that lags is asked about within this time.
+/// How long most peers must have refused this node's key before it takes itself for removed, and
+/// ends its guests for good. A list of members that lags is asked about within this time.
 const REFUSED_LONG_ENOUGH: Duration = Duration::from_secs(10);
 /// Members asked to send a renewal on, beside the leader.
 const DETOURS: usize = 2;
@@ -306,7 +306,7 @@ impl Keeper {
     fn note(&self, why: &str) {
         debug!(why, "the lease was not renewed");
         if self.mesh.refused_for() >= REFUSED_LONG_ENOUGH {
-            info!("every peer refuses this node: it was removed from the cluster");
+            info!("most peers refuse this node: it was removed from the cluster");
             self.removed.cancel();
         }
     }

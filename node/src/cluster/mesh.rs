@@ -67,8 +67,7 @@ pub struct Mesh {
     transport: Arc<Transport>,
     here: NodeId,
     roster: Arc<RwLock<Arc<Roster>>>,
-    /// Since when peers have done nothing but refuse this node's key.
-    refused_since: Arc<Mutex<Option<Instant>>>,
+    refusals: Arc<Mutex<Refusals>>,
     unreached: Arc<Mutex<Unreached>>,
 }
 
@@ -111,6 +110,23 @@ impl Unreached {
     }
 }
 
+/// Who refuses this node's key, and since when, as long as nobody takes it.
+#[derive(Debug, Default)]
+struct Refusals {
+    since: BTreeMap<NodeId, Instant>,
+}
+
+impl Refusals {
+    /// Since when more than half of `peers` refuse. One alone may have slept through this node's
+    /// joining, while those who could tell it are down.
+    fn by_most_of(&self, peers: &[NodeId]) -> Option<Instant> {
+        let refusing = peers.iter().filter_map(|node| self.since.get(node));
+        let mut since: Vec<Instant> = refusing.copied().collect();
+        since.sort_unstable();
+        since.get(peers.len() / 2).copied()
+    }
+}
+
 impl std::fmt::Debug for Mesh {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Mesh")
@@ -127,7 +143,7 @@ impl Mesh {
             transport,
             here,
             roster: Arc::default(),
-            refused_since: Arc::default(),
+            refusals: Arc::default(),
             unreached: Arc::default(),
         }
     }
@@ -279,7 +295,7 @@ impl Mesh {
         let deadline = deadline.min(Instant::now() + DIAL_TIMEOUT);
         let dialled = self.transport.connect(lane, address, contact.key, deadline);
         let dialled = dialled.await;
-        self.note(&dialled);
+        self.note(contact.id, &dialled);
         if lane == Lane::Control {
             self.tell(contact, &dialled);
         }
@@ -289,17 +305,18 @@ impl Mesh {
         })
     }
 
-    /// For how long every peer that was reached has refused this node's key.
+    /// For how long most of the other full members have refused this node's key, and nobody has
+    /// taken it.
     #[must_use]
     pub fn refused_for(&self) -> Duration {
-        let since = *self.lock_refused();
+        let peers = self.roster().peers(self.here);
+        let since = self.lock_refusals().by_most_of(&peers);
         since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    fn note(&self, dialled: &Result<(), DialError>) {
-        let mut since = self.lock_refused();
+    fn note(&self, node: NodeId, dialled: &Result<(), DialError>) {
         match dialled {
-            Ok(()) => *since = None,
+            Ok(()) => self.lock_refusals().since.clear(),
             Err(
                 DialError::KeyRefused { .. }
                 | DialError::Refused {
@@ -307,7 +324,8 @@ impl Mesh {
                     ..
                 },
             ) => {
-                since.get_or_insert_with(Instant::now);
+                let mut refusals = self.lock_refusals();
+                refusals.since.entry(node).or_insert_with(Instant::now);
             }
             // Nobody was reached: that says nothing.
             Err(_) => {}
@@ -334,10 +352,8 @@ impl Mesh {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_refused(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.refused_since
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn lock_refusals(&self) -> MutexGuard<'_, Refusals> {
+        self.refusals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -358,6 +374,24 @@ mod tests {
         let back = News::Back(Duration::from_secs(100));
         assert_eq!(unreached.note(node, true, at(100)), Some(back));
         assert_eq!(unreached.note(node, true, at(101)), None);
+    }
+
+    #[test]
+    fn one_peer_that_refuses_is_not_most_of_them() {
+        let begun = Instant::now();
+        let at = |secs| begun + Duration::from_secs(secs);
+        let refusals = Refusals {
+            since: [(NodeId(2), begun), (NodeId(3), at(4))].into(),
+        };
+        let most = |ids: &[u64]| {
+            let peers: Vec<_> = ids.iter().copied().map(NodeId).collect();
+            refusals.by_most_of(&peers)
+        };
+        assert_eq!(most(&[2]), Some(begun));
+        assert_eq!(most(&[2, 4]), None, "the other one is down");
+        assert_eq!(most(&[2, 3, 4]), Some(at(4)));
+        assert_eq!(most(&[2, 3, 4, 5]), None);
+        assert_eq!(most(&[]), None);
     }
 
     #[test]

@@ -220,8 +220,8 @@ impl Cluster {
         transport.register_streams(Service::PULL, Lane::Bulk, pulls);
         let (mesh, loads) = (self.mesh.clone(), Arc::clone(&self.loads));
         transport.on_datagram(move |key, bytes| loads.receive(&mesh, key, &bytes));
-        let mesh = self.mesh.clone();
-        transport.set_voucher(move |key| Box::pin(vouched(mesh.clone(), key)));
+        let (mesh, replica) = (self.mesh.clone(), self.replica.clone());
+        transport.set_voucher(move |key| Box::pin(vouched(mesh.clone(), replica.clone(), key)));
     }
 
     /// Starts following the log: from raft, or from a peer where raft does not feed this node; and
@@ -335,7 +335,11 @@ impl Cluster {
 }
 
 /// Whether another member knows `key` as a member: this node may have slept through its joining.
-async fn vouched(mesh: Mesh, key: proto::ids::NodeKey) -> bool {
+/// One that it knows to be removed is nobody's, whatever a member says that lags behind.
+async fn vouched(mesh: Mesh, replica: Replica, key: proto::ids::NodeKey) -> bool {
+    if replica.state().removed_node(&key).is_some() {
+        return false;
+    }
     let roster = mesh.roster();
     let here = mesh.here();
     let request = calls::body(&proto::wire::mesh::VouchRequest {

@@ -56,7 +56,10 @@ impl Handler for ClusterCalls {
             .node_of(&call.peer)
             .ok_or_else(|| RpcError::rejected("the caller is no member"))?;
         match call.method {
-            calls::PROPOSE => self.propose(from, call.body, patience).await,
+            calls::PROPOSE => {
+                check_listed(&self.replica.state(), from)?;
+                self.propose(from, call.body, patience).await
+            }
             calls::READ_INDEX => self.read_index(call.body, deadline).await,
             calls::RENEW => self.renew(from, call.body, deadline).await,
             calls::VOUCH => self.vouch(call.body),
@@ -175,9 +178,7 @@ impl ClusterCalls {
         let request: wire::VouchRequest = calls::request(body)?;
         let key = <[u8; 32]>::try_from(request.key.as_slice()).map(NodeKey);
         let state = self.replica.state();
-        let is_member =
-            |key: &NodeKey| state.node_by_key(key).is_some() && state.removed_node(key).is_none();
-        let member = key.is_ok_and(|key| is_member(&key));
+        let member = key.is_ok_and(|key| may_vouch_for(&state, &key));
         Ok(calls::body(&wire::VouchAnswer { member }))
     }
 
@@ -256,6 +257,22 @@ impl ClusterCalls {
     }
 }
 
+/// What a proposer may change depends on what it is, which this node may not have applied yet: it
+/// was told at its own join whom to let in, and not what they are.
+fn check_listed(state: &State, from: NodeId) -> Result<(), RpcError> {
+    match state.node(from) {
+        Some(_) => Ok(()),
+        None => Err(RpcError::rejected("the proposer is not known here yet")),
+    }
+}
+
+/// Whether others may let `key` in on this node's word. A host of one team has to wait until they
+/// list it themselves: they could not tell it from a full member, which takes part in raft.
+fn may_vouch_for(state: &State, key: &NodeKey) -> bool {
+    let node = state.node_by_key(key);
+    node.is_some_and(|node| node.team.is_none()) && state.removed_node(key).is_none()
+}
+
 /// Whether entries follow on what the asker has: it is of this cluster, or of what this cluster was
 /// and has seen nothing that was lost with its quorum.
 fn may_pull(state: &State, request: &wire::PullRequest) -> bool {
@@ -287,4 +304,68 @@ const fn is_local(command: &Command) -> bool {
         command,
         Command::JudgeNode { .. } | Command::FoundCluster { .. } | Command::RecoverCluster { .. }
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::ids::{TeamId, TokenId};
+    use proto::units::Stamp;
+    use raft::state::{Node, Token};
+
+    use super::*;
+
+    const FULL: NodeKey = NodeKey([1; 32]);
+    const HOST: NodeKey = NodeKey([2; 32]);
+
+    /// A full member, node 1, and a host of one team, node 3.
+    fn state() -> State {
+        let node = |id: u64, key| Node {
+            id: NodeId(id),
+            key,
+            ..Node::default()
+        };
+        let token = Token {
+            id: TokenId([5; 16]),
+            public_key: [5; 32],
+            team: Some(TeamId([7; 16])),
+            expires_at: Stamp(9),
+            uses_left: 1,
+            created_at: Stamp(0),
+            created_by: "a person".into(),
+            revoked: false,
+            redeemed: vec![],
+        };
+        let redeem = Command::RedeemToken {
+            token: token.id,
+            node: node(0, HOST),
+        };
+        let commands = [
+            Command::AdmitNode(node(1, FULL)),
+            Command::PutToken(token),
+            redeem,
+        ];
+        let mut state = State::default();
+        for (index, command) in (1..).zip(commands) {
+            let at = Stamp(index);
+            let applied = state.apply(index, Proposal { at, command });
+            applied.answer.expect("the command fits");
+        }
+        state
+    }
+
+    /// Else a host could change anything by way of a node that has just joined.
+    #[test]
+    fn who_is_not_listed_yet_proposes_nothing() {
+        assert!(check_listed(&State::default(), NodeId(3)).is_err());
+        assert!(check_listed(&state(), NodeId(3)).is_ok());
+        assert!(check_listed(&state(), NodeId(1)).is_ok());
+    }
+
+    #[test]
+    fn full_members_are_vouched_for_and_hosts_are_not() {
+        let state = state();
+        assert!(may_vouch_for(&state, &FULL));
+        assert!(!may_vouch_for(&state, &HOST));
+        assert!(!may_vouch_for(&state, &NodeKey([9; 32])));
+    }
 }

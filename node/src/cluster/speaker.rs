@@ -44,8 +44,9 @@ pub(super) fn check(
     if !is_own {
         return Err(FalseSpeaker::OtherName { claimed });
     }
-    let is_host = |state: &State| state.node(claimed).is_some_and(|node| node.team.is_some());
-    if is_host(state) {
+    // A node that has just joined was told who is a host before its state says so.
+    let is_host = state.node(claimed).is_some_and(|node| node.team.is_some());
+    if is_host || roster.hosts.contains(&claimed) {
         return Err(FalseSpeaker::Host(claimed));
     }
     Ok(claimed)
@@ -155,6 +156,15 @@ mod tests {
             applied.answer.expect("the command fits");
         }
         let refused = check(&roster(&[1, 2]), HERE, &state, &key(2), &request(2));
+        assert_eq!(refused, Err(FalseSpeaker::Host(NodeId(2))));
+    }
+
+    /// A node that has just joined has no state yet, and raft would take a log from anybody.
+    #[test]
+    fn a_host_has_no_part_in_raft_before_the_state_names_it() {
+        let mut told = roster(&[1, 2]);
+        told.hosts.insert(NodeId(2));
+        let refused = check(&told, HERE, &State::default(), &key(2), &request(2));
         assert_eq!(refused, Err(FalseSpeaker::Host(NodeId(2))));
     }
 }

@@ -78,6 +78,13 @@ pub enum RunError {
          go on in the old cluster, remove {}", .0.display()
     )]
     HalfRecovered(PathBuf),
+    /// This node has founded its cluster, and has no log any more.
+    #[error(
+        "this node founded its cluster and its log in {} is gone: restore it; or, if other nodes \
+         are left, remove this one there, remove the data directory and join with a new token",
+        .0.display()
+    )]
+    LogLost(PathBuf),
     /// The cluster took this node out.
     #[error(
         "this node was removed from its cluster; its capsules are ended. To use the host again, \

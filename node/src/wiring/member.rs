@@ -91,12 +91,15 @@ impl Member {
             control: contact.control.to_string(),
             bulk: contact.bulk.to_string(),
         };
+        // Hosts of one team are nobody to ask, and the file could not tell them from the others.
+        let members = self.roster.nodes.values();
+        let members = members.filter(|it| !self.roster.hosts.contains(&it.id));
         let written = Written {
             format: FORMAT,
             cluster: self.roster.cluster.to_string(),
             node: self.node.0,
             index: self.roster.index,
-            contacts: self.roster.nodes.values().map(contact).collect(),
+            contacts: members.map(contact).collect(),
             former: self.roster.former.iter().map(ToString::to_string).collect(),
         };
         let bytes = serde_json::to_vec_pretty(&written).unwrap_or_default();
@@ -170,5 +173,29 @@ mod tests {
         std::fs::write(dir.path().join(MEMBER_FILE), b"{\"format\":2}").expect("written");
         let read = Member::load(dir.path());
         assert!(matches!(read, Err(MemberFileError::Damaged(_))), "{read:?}");
+    }
+
+    /// Read back as full members they would be asked for the log until the state says better.
+    #[test]
+    fn hosts_of_one_team_are_not_remembered() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let contact = |id: u8| Contact {
+            id: NodeId(id.into()),
+            key: NodeKey([id; 32]),
+            control: "10.0.0.4:7321".parse().expect("an address"),
+            bulk: "10.0.0.4:7322".parse().expect("an address"),
+        };
+        let nodes = [contact(1), contact(2)];
+        let member = Member {
+            node: NodeId(7),
+            roster: Roster {
+                nodes: nodes.map(|contact| (contact.id, contact)).into(),
+                hosts: [NodeId(2)].into(),
+                ..Roster::default()
+            },
+        };
+        member.save(dir.path()).expect("written");
+        let read = Member::load(dir.path()).expect("read").expect("there");
+        assert!(read.roster.nodes.keys().eq([&NodeId(1)]));
     }
 }

@@ -13,7 +13,7 @@
 use proto::ids::{ClusterId, NodeId};
 use proto::units::Stamp;
 use proto::version;
-use raft::group::{inspect, prepare};
+use raft::group::{RecoverError, inspect, prepare};
 use raft::state::Node;
 use tokio::task;
 use tracing::info;
@@ -89,8 +89,12 @@ async fn has_log(paths: &DataPaths) -> Result<bool, RunError> {
         return Ok(false);
     }
     let inspected = task::spawn_blocking(move || inspect(&raft, &state)).await;
-    let inspected = inspected.map_err(|err| RunError::Broke(err.to_string()))??;
-    Ok(!inspected.members.is_empty())
+    match inspected.map_err(|err| RunError::Broke(err.to_string()))? {
+        Ok(inspected) => Ok(!inspected.members.is_empty()),
+        // A crash while the folder was made left it without an identity; making it goes on.
+        Err(RecoverError::Nothing(_)) => Ok(false),
+        Err(err) => Err(err.into()),
+    }
 }
 
 fn found(paths: &DataPaths, is_new: bool) -> Result<Belonging, RunError> {
@@ -153,4 +157,20 @@ async fn join_by(
         told: member.roster,
         is_new: true,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Making the first segment takes seconds on a slow disk.
+    #[tokio::test]
+    async fn a_crash_while_the_log_was_made_leaves_no_log() {
+        let root = tempfile::tempdir().expect("a directory");
+        let paths = DataPaths::new(root.path());
+        std::fs::create_dir_all(paths.raft().join("log")).expect("made");
+        assert!(!has_log(&paths).await.expect("looked at"));
+        prepare(&paths.raft()).expect("made whole");
+        assert!(!has_log(&paths).await.expect("looked at"));
+    }
 }

@@ -322,9 +322,19 @@ async fn open_group(
     let group = Group::open(layout, MeshLink::new(mesh.clone())).await?;
     // Only ever once: a founder whose log has an entry waits for nobody.
     if belonging.is_founder() && group.metrics().last_log.is_none() {
+        check_never_founded(paths)?;
         group.bootstrap().await?;
     }
     Ok(group)
+}
+
+/// An empty log of a node that has made its first key is not new, it is lost: founding anew would
+/// make a second cluster of the same name, which acknowledges what the other one never hears of.
+fn check_never_founded(paths: &DataPaths) -> Result<(), RunError> {
+    if paths.root().join(BOOTSTRAP_KEY_FILE).exists() {
+        return Err(RunError::LogLost(paths.raft()));
+    }
+    Ok(())
 }
 
 /// Waits until a node that has just joined knows what the cluster knew then.
@@ -512,4 +522,19 @@ struct Chosen {
 /// Adds what was tried to an I/O error.
 fn disk(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
     move |source| RunError::Disk { what, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_founder_that_lost_its_log_does_not_found_again() {
+        let root = tempfile::tempdir().expect("a directory");
+        let paths = DataPaths::new(root.path());
+        check_never_founded(&paths).expect("new");
+        std::fs::write(root.path().join(BOOTSTRAP_KEY_FILE), "wrn_").expect("written");
+        let refused = check_never_founded(&paths);
+        assert!(matches!(refused, Err(RunError::LogLost(_))), "{refused:?}");
+    }
 }
