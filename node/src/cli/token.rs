@@ -32,7 +32,7 @@ pub(super) enum Command {
 /// What the token is good for.
 #[derive(Debug, Args)]
 pub(super) struct Create {
-    /// What the new node becomes: a full member, or a host of one team, which cannot run yet.
+    /// What the new node becomes: a full member, or a host of one team.
     #[arg(long, value_enum, default_value_t = Role::Member)]
     role: Role,
     /// The team whose host joins.
