@@ -24,6 +24,7 @@ mod failover;
 mod figures;
 mod heartbeat;
 mod http;
+mod join;
 mod log;
 mod memory;
 mod process;
@@ -62,7 +63,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 10] = [
+const BENCHMARKS: [Benchmark; 11] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -92,6 +93,11 @@ const BENCHMARKS: [Benchmark; 10] = [
         name: "slots",
         about: "network slots: taken from the pool, made, unmade",
         run: slots::run,
+    },
+    Benchmark {
+        name: "join",
+        about: "a host joins: to its place in the list, to its own first answer",
+        run: join::run,
     },
     Benchmark {
         name: "relay",
