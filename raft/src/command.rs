@@ -199,12 +199,15 @@ pub enum Receipt {
     Admitted(NodeId),
 }
 
-/// A command that does not fit the state it met. Nothing was changed.
+/// A command that does not fit the state it met. Nothing was changed, but see [`Self::Unreadable`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// The log holds bytes that no version of this program wrote.
-    #[error("the command could not be read: {0}")]
+    /// The answer is of another version. Alone of all refusals it leaves open what was changed.
+    #[error(
+        "the answer could not be read ({0}), so the change may have been made; look before trying \
+         again, and bring all nodes to one version"
+    )]
     Unreadable(String),
     /// No sandbox of that id.
     #[error("no capsule {0}")]

@@ -341,7 +341,7 @@ pub fn encode_answer(answer: &Answer) -> Vec<u8> {
 /// The refusal that the state machine gave.
 pub fn decode_answer(bytes: &[u8]) -> Answer {
     use pb::answer::Answer as Wire;
-    let unreadable = || Refusal::Unreadable("the answer is of another version".into());
+    let unreadable = || Refusal::Unreadable("it is of another version".into());
     let wire = pb::Answer::decode(bytes).map_err(|_| unreadable())?;
     match wire.answer.ok_or_else(unreadable)? {
         Wire::Done(done) => Ok(Receipt::Done(done.count)),
@@ -394,5 +394,19 @@ fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
         Kind::Fenced => Refusal::Fenced {
             newest: Epoch(wire.epoch),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever was asked for may have happened: whoever reads this must not take it for a plain no.
+    #[test]
+    fn an_answer_that_cannot_be_read_does_not_say_that_nothing_happened() {
+        for bytes in [&b""[..], b"\xff\xff"] {
+            let refused = decode_answer(bytes).expect_err("no answer");
+            assert!(refused.to_string().contains("may have been made"));
+        }
     }
 }

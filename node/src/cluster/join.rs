@@ -12,6 +12,7 @@
 //! in the same entry. A joiner that lost the answer asks again and finds its id.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -42,6 +43,8 @@ const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause before all contacts are asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// Longest name of a node that is let in; as long as a host's may be.
+const NAME_BYTES: usize = 64;
 /// What the member that is asked may spend on the log, within the transport's limit for strangers.
 const REDEEM_TIMEOUT: Duration = Duration::from_secs(4);
 
@@ -252,6 +255,7 @@ impl JoinCalls {
         }
         let mut node =
             decode_node(&request.node).map_err(|err| format!("the node's record: {err}"))?;
+        check_record(&node)?;
         // Whatever the record says: the key is the one that was proven.
         node.key = channel.peer;
         Ok((token, node))
@@ -305,6 +309,26 @@ impl JoinCalls {
     }
 }
 
+/// What a stranger says of itself is shown to people, and dialled: a record that is no record must
+/// not burn a token.
+fn check_record(node: &Node) -> Result<(), String> {
+    let plain = |it: char| it.is_ascii_graphic();
+    if node.name.is_empty() || node.name.len() > NAME_BYTES || !node.name.chars().all(plain) {
+        return Err(format!(
+            "the node's name is not 1 to {NAME_BYTES} visible ASCII characters; set another one"
+        ));
+    }
+    for address in [&node.cluster_address, &node.bulk_address] {
+        if address.parse::<SocketAddr>().is_err() {
+            let shown = printable(address);
+            return Err(format!(
+                "the node's address {shown:?} is no IP address with a port; set another one"
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn no(reason: impl ToString) -> RpcError {
     RpcError::rejected(reason.to_string())
 }
@@ -315,4 +339,41 @@ fn printable(text: &str) -> String {
         .filter(|it| it.is_ascii_graphic())
         .take(32)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_that_nobody_could_read_or_dial_lets_nobody_in() {
+        let fine = Node {
+            name: "box-1".into(),
+            cluster_address: "10.0.0.1:7321".into(),
+            bulk_address: "[::1]:7322".into(),
+            ..Node::default()
+        };
+        assert_eq!(check_record(&fine), Ok(()));
+        for name in ["", "two words", "\x1b[2Jbox", &"x".repeat(65)] {
+            let name = name.to_owned();
+            let node = Node {
+                name,
+                ..fine.clone()
+            };
+            assert!(check_record(&node).is_err(), "{:?}", node.name);
+        }
+        for address in ["", "box", "10.0.0.1", "10.0.0.1:99999"] {
+            let (cluster_address, bulk_address) = (address.to_owned(), address.to_owned());
+            let control = Node {
+                cluster_address,
+                ..fine.clone()
+            };
+            let bulk = Node {
+                bulk_address,
+                ..fine.clone()
+            };
+            assert!(check_record(&control).is_err(), "{address}");
+            assert!(check_record(&bulk).is_err(), "{address}");
+        }
+    }
 }
