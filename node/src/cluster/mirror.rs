@@ -51,7 +51,7 @@ pub(super) struct Mirror {
     pub(super) group: Group<State>,
     pub(super) mesh: Mesh,
     pub(super) replica: Replica,
-    /// Where a snapshot lies while it is read. The file has no name.
+    /// Where a snapshot lies while it is read; its file is removed then.
     pub(super) spool: PathBuf,
     /// What the members that are asked say of raft.
     pub(super) hearsay: Hearsay,
