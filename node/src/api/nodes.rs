@@ -219,14 +219,16 @@ pub(super) async fn remove(
 }
 
 /// Whether the cluster could decide nothing once `node` is out, which closes its connections at once:
-/// it votes, and the other voters that are there are no majority. What is away or has capsules is
-/// judged when the command is applied.
+/// it votes, and the other voters that are there are no majority. What is away, has capsules or is the
+/// last of all is judged when the command is applied.
 fn is_needed(api: &ApiState, node: NodeId) -> bool {
     let voters = api.cluster.standing().voters;
     let state = api.view.state();
     let is_there = |id: NodeId| state.node(id).is_some_and(|it| it.liveness.is_alive());
     let others = voters.iter().filter(|id| **id != node && is_there(**id));
+    let mut full_members = state.nodes().filter(|it| it.team.is_none());
     voters.contains(&node)
+        && full_members.any(|it| it.id != node)
         && is_there(node)
         && state.reserved(node).sandboxes == 0
         && others.count() * 2 <= voters.len()
