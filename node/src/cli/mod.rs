@@ -1,7 +1,7 @@
 //! The command line: one file per noun.
 //!
-//! Everything but `node start` and its like, `dev` and `doctor` is a client of the public interface. What those
-//! three need of the node itself comes in as [`Hooks`], joined in `main.rs`. Standard output
+//! Everything but `node start` and its like, `store`, `dev` and `doctor` is a client of the public
+//! interface. What those need of the node itself comes in as [`Hooks`], joined in `main.rs`. Standard output
 //! carries answers only; progress and errors go to standard error. Exit codes: 0 done, 1 failed,
 //! 2 wrong usage; `capsule exec` passes the command's own, and 124 when its time ran out.
 
@@ -19,6 +19,7 @@ mod nodes;
 mod print;
 mod recover;
 mod shell;
+mod store;
 mod template;
 mod token;
 
@@ -103,6 +104,9 @@ enum Command {
     /// Show the cluster, and change its settings.
     #[command(subcommand)]
     Cluster(cluster::Command),
+    /// Look at the snapshots and chunks that a stopped node has on its disk.
+    #[command(subcommand)]
+    Store(store::Command),
     /// Check whether this machine can run a node, and fix what can be fixed safely.
     Doctor(Box<doctor::Options>),
     /// Run a cluster on this machine for development.
@@ -131,6 +135,7 @@ fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
         Command::Completions(options) => completions::run(&options, Cli::command()),
         Command::Doctor(options) => doctor::run(hooks, &global, *options),
         Command::Node(command) => node::run(hooks, &global, command),
+        Command::Store(command) => store::run(&global, &command),
         Command::Token(command) => wait_for(token::run(&global, command)),
         Command::Cluster(command) => wait_for(cluster::run(&global, command)),
         Command::Capsule(command) => wait_for(capsule::run(&global, command)),

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -70,21 +71,47 @@ pub fn scan(
 }
 
 /// Start of the first chunk window at or after `from_bytes` with data in it, if there is one.
-fn next_data(file: &File, from_bytes: u64, image_bytes: u64) -> io::Result<Option<u64>> {
+pub(super) fn next_data(file: &File, from_bytes: u64, image_bytes: u64) -> io::Result<Option<u64>> {
     if from_bytes >= image_bytes {
         return Ok(None);
     }
-    let from = i64::try_from(from_bytes).map_err(io::Error::other)?;
-    let found = match lseek(file, from, Whence::SeekData) {
-        Ok(found) => u64::try_from(found).map_err(io::Error::other)?,
+    let Some(found) = seek(file, from_bytes, Whence::SeekData)? else {
         // From here to the end there is only hole.
-        Err(Errno::ENXIO) => return Ok(None),
-        // A file system that does not know: all of it may be data.
-        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => from_bytes,
-        Err(errno) => return Err(errno.into()),
+        return Ok(None);
     };
     // Back to the border of its window, which never lies before `from_bytes`: that is one too.
     Ok(Some(found - found % CHUNK_BYTES_U64).filter(|start| *start < image_bytes))
+}
+
+/// The parts of `range` where the file has nothing, as far as its file system knows.
+pub(super) fn holes(file: &File, range: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    let mut found = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let data = seek(file, at, Whence::SeekData)?.unwrap_or(range.end);
+        if data > at {
+            found.push(at..data.min(range.end));
+        }
+        if data >= range.end {
+            break;
+        }
+        at = seek(file, data, Whence::SeekHole)?.unwrap_or(range.end);
+    }
+    Ok(found)
+}
+
+/// Where data or a hole begins at or after `from_bytes`; a file system that does not know takes
+/// everything for data. `None`: nothing of the kind comes any more.
+fn seek(file: &File, from_bytes: u64, what: Whence) -> io::Result<Option<u64>> {
+    let from = i64::try_from(from_bytes).map_err(io::Error::other)?;
+    match lseek(file, from, what) {
+        Ok(found) => u64::try_from(found).map(Some).map_err(io::Error::other),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+            Ok(matches!(what, Whence::SeekData).then_some(from_bytes))
+        }
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 fn window(buffer: &mut [u8], len_bytes: u64) -> &mut [u8] {

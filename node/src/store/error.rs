@@ -7,6 +7,13 @@ use proto::units::Mib;
 
 use crate::base::remedy::Remedy;
 
+mod content;
+
+pub use content::{
+    AssembleError, CheckError, CollectError, DecodeSnapshotError, OpenStoreError, ReadChunkError,
+    ReadManifestError, SealError,
+};
+
 /// Why a data directory could not be opened.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,7 @@
 //!        raft/            log, vote, snapshots
 //!        state/           applied state and node-local indexes
 //!        net/             what the network pool must remember
+//!        store/           chunks and manifests of snapshots; see `engine`
 //!        templates/       root file systems in use, each under its digest
 //!        cache/           what can be computed again; may be deleted while no daemon runs
 //!        sandboxes/<id>/  shim.json shim.sock root.qcow2 console.log exit.json token
@@ -136,6 +137,12 @@ impl DataPaths {
         self.root.join("net")
     }
 
+    /// Chunks and manifests.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.root.join("store")
+    }
+
     /// Root file systems in use, each under its digest.
     #[must_use]
     pub fn templates(&self) -> PathBuf {
@@ -186,12 +193,13 @@ impl DataPaths {
     }
 
     /// Every directory that exists in an open data directory.
-    fn directories(&self) -> [PathBuf; 7] {
+    fn directories(&self) -> [PathBuf; 8] {
         [
             self.identity(),
             self.raft(),
             self.state(),
             self.net(),
+            self.store(),
             self.templates(),
             self.cache(),
             self.sandboxes(),
