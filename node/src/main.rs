@@ -9,7 +9,7 @@ use tokio::runtime::{Builder, Runtime};
 use wrenn_node::base::telemetry;
 use wrenn_node::cli::{self, Hooks};
 use wrenn_node::config::Config;
-use wrenn_node::{shim, wiring};
+use wrenn_node::{pager, shim, wiring};
 
 /// Threads of the daemon's runtime. Its work is short and mostly waiting; two keep it answering
 /// while one of them is busy, and every further one costs memory that capsules could have.
@@ -17,12 +17,15 @@ const WORKERS: usize = 2;
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    // A shim is small and single-threaded: it starts before arguments are parsed or a runtime is
-    // built.
-    if let Some((first, rest)) = arguments.split_first()
-        && first == shim::main::COMMAND
-    {
-        return shim::main::main(rest);
+    // A shim and its pager are small and start single-threaded: before arguments are parsed or a
+    // runtime is built.
+    if let Some((first, rest)) = arguments.split_first() {
+        if first == shim::main::COMMAND {
+            return shim::main::main(rest);
+        }
+        if first == pager::main::COMMAND {
+            return pager::main::main(rest);
+        }
     }
     cli::run(Hooks {
         run_node,

@@ -41,8 +41,8 @@ impl GuestMemory {
     /// The kernel has no descriptor to give, or refuses the size.
     pub fn create(size: Mib) -> Result<Self, CreateMemoryError> {
         let region = Region::new(size);
-        let fd =
-            sealed_memfd(region.bytes()).map_err(|source| CreateMemoryError { size, source })?;
+        let fd = sealed_memfd(NAME, region.bytes())
+            .map_err(|source| CreateMemoryError { size, source })?;
         Ok(Self { fd, region })
     }
 
@@ -59,9 +59,10 @@ impl AsFd for GuestMemory {
     }
 }
 
-fn sealed_memfd(bytes: u64) -> io::Result<OwnedFd> {
+/// A memfd of `bytes` that nobody can make longer or shorter.
+pub(super) fn sealed_memfd(name: &str, bytes: u64) -> io::Result<OwnedFd> {
     let length = i64::try_from(bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-    let fd = memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     ftruncate(&fd, length)?;
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&fd, FcntlArg::F_ADD_SEALS(seals))?;

@@ -1,8 +1,39 @@
-//! Guest memory: owned here, handed to the VMM.
+//! Guest memory: owned here, handed to the VMM, and paged in from a snapshot.
 //!
 //! The memory of a guest is a memfd ([`memory`]) that its shim makes and the VMM maps; it lives as
-//! long as either holds it, and nothing is left of it afterwards. [`region`] is the arithmetic on
-//! it. Serving page faults, and finding the pages that were written, will join them here.
+//! long as either holds it. A guest that was resumed starts with none of its pages: a process of
+//! its own, `wrenn pager` ([`main`]), brings each when it is touched. The shim keeps a [`handle`]
+//! on it.
+//!
+//! ```text
+//! shim    handle ──────── control ────────> main           pager process
+//!           │                                │
+//!           │ dirty (written pages)          │ target, inject, uffd   (the VMM's page faults)
+//!           v                                v
+//!         states  <── claim, settle ──── serve, prefetch ──> source ──> pack files
+//!         (memfd)                            │                 └──ask──> daemon ──> peers
+//!                                            └─> working_set, stats
+//! ```
+//!
+//! Pure: [`region`], [`layout`], [`pages`], [`page_map`], [`working_set`], [`stats`].
+//! `docs/internals/pager.md` tells the whole story.
 
+pub mod ask;
+mod control;
+pub mod dirty;
+pub mod handle;
+pub mod inject;
+pub mod layout;
+pub mod main;
 pub mod memory;
+pub mod page_map;
+pub mod pages;
+pub mod prefetch;
 pub mod region;
+pub mod serve;
+pub mod source;
+pub mod states;
+pub mod stats;
+pub mod target;
+pub mod uffd;
+pub mod working_set;

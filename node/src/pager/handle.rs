@@ -1,0 +1,559 @@
+//! The shim's side of a pager: starts it, starts it again when it dies, and asks it.
+//!
+//! ```text
+//! start ─> serving ─> died ─> serving ─> … ─> the VMM ended, or the guest cannot go on
+//! ```
+//!
+//! A pager that dies under a running guest freezes it at its next missing page and loses nothing:
+//! the thread that watches starts another within milliseconds. Only two ends are final, and the
+//! shim hears of either once: the VMM has ended, or the guest cannot go on, with the reason. A pager
+//! that dies again and again is the second kind.
+//!
+//! The page states live here, so that they outlive every pager, and so that written pages can be
+//! listed without one.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::base::chain::chain;
+use crate::pager::control::{Channel, FromPager, Setup, ToPager};
+use crate::pager::dirty::{DirtyError, Evidence, Tracker, probe};
+use crate::pager::layout::Layout;
+use crate::pager::main::{COMMAND, DIR_OPTION, FAILURE, GONE};
+use crate::pager::memory::{GuestMemory, sealed_memfd};
+use crate::pager::page_map::{PageMap, PageMapError};
+use crate::pager::prefetch::Fill;
+use crate::pager::region::{ImageOffset, Region};
+use crate::pager::source::{Daemon, ImageSource};
+use crate::pager::states::StateTable;
+use crate::pager::stats::Stats;
+use crate::pager::target::{AttachError, Target};
+use crate::pager::uffd::Tracking;
+use crate::pager::uffd::sys::pidfd_open;
+
+/// So many deaths within [`DEATHS_WITHIN`] are one too many: whatever kills pagers kills the next.
+const MAX_DEATHS: usize = 5;
+/// See [`MAX_DEATHS`].
+const DEATHS_WITHIN: Duration = Duration::from_secs(10);
+/// Longest time a pager that takes over may need: it takes milliseconds, and reads a page map.
+const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after one that did not come to serve: the host may be short of something.
+const REPLACE_PAUSE: Duration = Duration::from_millis(100);
+/// Stack of the thread that watches: it parses one message at a time.
+const STACK_BYTES: usize = 128 * 1024;
+/// The most of a reason that is repeated.
+const MAX_REASON_BYTES: usize = 4096;
+
+/// What a pager is to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PagerSpec {
+    /// The `wrenn` binary; a shim says `/proc/self/exe`.
+    pub program: PathBuf,
+    /// The sandbox's directory: in the pager's arguments, and where it leaves a reason.
+    pub dir: PathBuf,
+    /// The VMM, a child that has not been reaped.
+    pub vmm_pid: u32,
+    /// The page map ([`PageMap`]).
+    pub pages: PathBuf,
+    /// Where the daemon answers for chunks that are not on this node.
+    pub daemon: PathBuf,
+    /// The sandbox, as the daemon knows it.
+    pub sandbox: String,
+    /// A working set to push ahead; a file that is not there is none.
+    pub working_set: Option<PathBuf>,
+    /// Where the working set of this resume is saved.
+    pub record_to: Option<PathBuf>,
+    /// What is put into the guest unasked.
+    pub fill: Fill,
+    /// How writes are to be known at best; [`crate::pager::dirty::probe`] tells what this host can.
+    pub tracking: Tracking,
+}
+
+/// The page map in a sandbox's directory.
+pub const PAGES: &str = "pages";
+/// The working set in a sandbox's directory.
+pub const WORKING_SET: &str = "working-set";
+
+impl PagerSpec {
+    /// A pager for the VMM `vmm_pid` of the sandbox in `dir`, with the files where they always are:
+    /// its working set is pushed, and saved anew with what it missed.
+    #[must_use]
+    pub fn new(dir: &Path, vmm_pid: u32, daemon: PathBuf, sandbox: String) -> Self {
+        let working_set = dir.join(WORKING_SET);
+        Self {
+            program: PathBuf::from("/proc/self/exe"),
+            dir: dir.to_owned(),
+            vmm_pid,
+            pages: dir.join(PAGES),
+            daemon,
+            sandbox,
+            working_set: Some(working_set.clone()),
+            record_to: Some(working_set),
+            fill: Fill::Nothing,
+            tracking: probe(),
+        }
+    }
+}
+
+/// Why no pager serves. The guest has not run: kill the VMM, which may be torn, and begin again.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartPagerError {
+    /// A system call that such a start is made of failed.
+    #[error("{doing}")]
+    System {
+        /// Which step.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It gave up before it served.
+    #[error("the pager gave up: {reason}")]
+    GaveUp {
+        /// What it said.
+        reason: String,
+    },
+    /// It did not come to serve in time.
+    #[error("the pager did not serve in time")]
+    TooSlow,
+    /// The VMM has no such memory, or has ended.
+    #[error("find the guest's memory")]
+    Target(#[from] AttachError),
+}
+
+fn system(doing: &'static str) -> impl Fn(io::Error) -> StartPagerError {
+    move |source| StartPagerError::System { doing, source }
+}
+
+/// Why a pager did not answer. The guest may go on all the same.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AskPagerError {
+    /// It has no words for us now: it is being replaced, or has ended.
+    #[error("reach the pager")]
+    Away(#[from] io::Error),
+    /// It did not answer in time.
+    #[error("the pager did not answer in time")]
+    TooSlow,
+}
+
+/// Why written pages cannot be listed. The next snapshot has to be a full one.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ListWrittenError {
+    /// The VMM cannot be looked into.
+    #[error("look into the VMM")]
+    Target(#[from] AttachError),
+    /// Its page map cannot be opened.
+    #[error("open the page map of the VMM")]
+    Pagemap {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The image cannot be read to compare with it.
+    #[error("read the page map")]
+    Map(#[from] PageMapError),
+    /// The pages cannot be listed.
+    #[error("list the written pages")]
+    Dirty(#[from] DirtyError),
+}
+
+/// How a pager ended for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PagerEnd {
+    /// The VMM has ended.
+    VmmEnded,
+    /// The guest cannot go on: it must be stopped, with this reason.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The pager of one guest, whichever process that is at the moment. Dropping it ends the process.
+pub struct Pager {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    spec: PagerSpec,
+    target: Target,
+    region: Region,
+    memory: OwnedFd,
+    states: OwnedFd,
+    table: Arc<StateTable>,
+    layout: Layout,
+    tracking: Tracking,
+    state: Mutex<State>,
+    told: Condvar,
+    /// One question at a time.
+    asking: Mutex<()>,
+}
+
+struct State {
+    pid: u32,
+    channel: Arc<Channel>,
+    stats: Option<Stats>,
+    stopping: bool,
+    ready: bool,
+    takeovers: u64,
+}
+
+/// A pager process that serves.
+struct Serving {
+    child: Child,
+    channel: Arc<Channel>,
+    tracking: Tracking,
+}
+
+impl Pager {
+    /// Starts a pager for the guest whose memory is `memory`, and returns once it serves. To be
+    /// called before the guest runs. `on_end` is called once, from another thread.
+    ///
+    /// # Errors
+    /// See [`StartPagerError`].
+    pub fn start(
+        spec: PagerSpec,
+        memory: &GuestMemory,
+        deadline: Instant,
+        on_end: impl FnOnce(PagerEnd) + Send + 'static,
+    ) -> Result<Self, StartPagerError> {
+        let pidfd = pidfd_open(spec.vmm_pid).map_err(system("find the VMM"))?;
+        let target = Target::new(spec.vmm_pid, pidfd);
+        let region = memory.region();
+        let layout = target.layout(memory.as_fd(), region)?;
+        let states = sealed_memfd("wrenn-page-states", region.pages())
+            .map_err(system("make the page states"))?;
+        let table = StateTable::map(&states, region).map_err(system("map the page states"))?;
+        let memory = memory.as_fd().try_clone_to_owned();
+        let memory = memory.map_err(system("keep the guest's memory"))?;
+        let fds = [memory.as_fd(), states.as_fd(), target.pidfd()];
+        let serving = spawn(&spec, region, 0, fds, deadline)?;
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                pid: serving.child.id(),
+                channel: Arc::clone(&serving.channel),
+                stats: None,
+                stopping: false,
+                ready: false,
+                takeovers: 0,
+            }),
+            tracking: serving.tracking,
+            told: Condvar::new(),
+            asking: Mutex::new(()),
+            table: Arc::new(table),
+            spec,
+            target,
+            region,
+            memory,
+            states,
+            layout,
+        });
+        let watching = Arc::clone(&shared);
+        thread::Builder::new()
+            .name("pager".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                if let Some(end) = watching.watch(serving) {
+                    on_end(end);
+                }
+            })
+            .map_err(system("start a thread"))?;
+        Ok(Self { shared })
+    }
+
+    /// The process that serves now.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.shared.state().pid
+    }
+
+    /// How writes are known.
+    #[must_use]
+    pub fn tracking(&self) -> Tracking {
+        self.shared.tracking
+    }
+
+    /// Says that the guest is ready: its working set is complete, and saved.
+    pub fn mark_ready(&self) {
+        let channel = {
+            let mut state = self.shared.state();
+            state.ready = true;
+            Arc::clone(&state.channel)
+        };
+        // One that is just being replaced is told when it is there.
+        let _away = channel.send(&ToPager::Ready, &[]);
+    }
+
+    /// The counters of the pager that serves now.
+    ///
+    /// # Errors
+    /// See [`AskPagerError`].
+    pub fn stats(&self, deadline: Instant) -> Result<Stats, AskPagerError> {
+        let _one_at_a_time = lock(&self.shared.asking);
+        let channel = {
+            let mut state = self.shared.state();
+            state.stats = None;
+            Arc::clone(&state.channel)
+        };
+        channel.send(&ToPager::Tell, &[])?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let none = |state: &mut State| state.stats.is_none();
+        let (mut state, _) = self
+            .shared
+            .told
+            .wait_timeout_while(self.shared.state(), left, none)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.stats.take().ok_or(AskPagerError::TooSlow)
+    }
+
+    /// The bytes of the image that may have changed since the guest was resumed, or since
+    /// [`Pager::rearm`]. The guest must stand still; a pager need not be there.
+    ///
+    /// # Errors
+    /// See [`ListWrittenError`].
+    pub fn written_since_parent(&self) -> Result<Vec<Range<ImageOffset>>, ListWrittenError> {
+        Ok(self.shared.tracker()?.written_since_parent()?)
+    }
+
+    /// Has only later writes count, after a snapshot whose guest goes on. The guest must stand
+    /// still since its written pages were listed. Refused where writes are found by comparing: the
+    /// next snapshot of such a guest is a full one.
+    ///
+    /// # Errors
+    /// See [`ListWrittenError`].
+    pub fn rearm(&self) -> Result<(), ListWrittenError> {
+        Ok(self.shared.tracker()?.rearm()?)
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        state.stopping = true;
+        state.channel.close();
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn tracker(&self) -> Result<Tracker<'_>, ListWrittenError> {
+        let evidence = match self.tracking {
+            Tracking::WriteProtect => {
+                let path = format!("/proc/{}/pagemap", self.target.pid());
+                let pagemap = File::open(path);
+                Evidence::Notes(pagemap.map_err(|source| ListWrittenError::Pagemap { source })?)
+            }
+            Tracking::Compare => {
+                let map = PageMap::read(&self.spec.pages)?;
+                let daemon = Daemon::new(self.spec.daemon.clone(), self.spec.sandbox.clone());
+                Evidence::Parent(Box::new(ImageSource::new(map, Box::new(daemon))))
+            }
+        };
+        if self.target.has_ended() {
+            return Err(AttachError::Ended.into());
+        }
+        Ok(Tracker {
+            memory: self.memory.as_fd(),
+            layout: &self.layout,
+            table: &self.table,
+            evidence,
+        })
+    }
+
+    /// Follows one pager after the other. `None` if the shim wanted no more.
+    fn watch(&self, mut serving: Serving) -> Option<PagerEnd> {
+        let mut deaths = VecDeque::new();
+        loop {
+            self.listen(&serving.channel);
+            let status = serving.child.wait();
+            if self.state().stopping {
+                return None;
+            }
+            let fate = status.map_or_else(
+                |err| Fate::Died(format!("wait for it: {err}")),
+                |status| self.fate(status),
+            );
+            let mut reason = match fate {
+                Fate::End(end) => return Some(end),
+                Fate::Died(reason) => reason,
+            };
+            serving = loop {
+                let now = Instant::now();
+                deaths.push_back(now);
+                deaths.retain(|death| now.duration_since(*death) < DEATHS_WITHIN);
+                if deaths.len() > MAX_DEATHS {
+                    let reason = format!("the pager died too often, last: {reason}");
+                    return Some(PagerEnd::Failed { reason });
+                }
+                match self.replace() {
+                    Ok(serving) => break serving,
+                    Err(_) if self.target.has_ended() => return Some(PagerEnd::VmmEnded),
+                    Err(err) => reason = chain(&err),
+                }
+                thread::sleep(REPLACE_PAUSE);
+            };
+        }
+    }
+
+    /// Takes what the pager says, until it says no more.
+    fn listen(&self, channel: &Channel) {
+        while let Ok(Some((message, _))) = channel.receive() {
+            if let FromPager::Told(stats) = message {
+                self.state().stats = Some(stats);
+                self.told.notify_all();
+            }
+        }
+    }
+
+    fn fate(&self, status: ExitStatus) -> Fate {
+        match status.code() {
+            Some(0) if self.target.has_ended() => Fate::End(PagerEnd::VmmEnded),
+            Some(0) => Fate::Died("it ended before its VMM".to_owned()),
+            Some(code) if code == i32::from(GONE) => Fate::End(PagerEnd::Failed {
+                reason: reason_in(&self.spec),
+            }),
+            Some(_) => Fate::Died(reason_in(&self.spec)),
+            None => Fate::Died(format!("signal {}", status.signal().unwrap_or_default())),
+        }
+    }
+
+    /// Starts the next one.
+    fn replace(&self) -> Result<Serving, StartPagerError> {
+        let takeovers = self.state().takeovers + 1;
+        let fds = [
+            self.memory.as_fd(),
+            self.states.as_fd(),
+            self.target.pidfd(),
+        ];
+        let deadline = Instant::now() + TAKEOVER_TIMEOUT;
+        let serving = spawn(&self.spec, self.region, takeovers, fds, deadline)?;
+        let mut state = self.state();
+        state.takeovers = takeovers;
+        state.pid = serving.child.id();
+        state.channel = Arc::clone(&serving.channel);
+        if state.stopping {
+            state.channel.close();
+        }
+        if state.ready {
+            // What its predecessor recorded is saved or lost; there is nothing more to record.
+            let _away = state.channel.send(&ToPager::Ready, &[]);
+        }
+        Ok(serving)
+    }
+}
+
+enum Fate {
+    End(PagerEnd),
+    Died(String),
+}
+
+/// What the last pager left.
+fn reason_in(spec: &PagerSpec) -> String {
+    let mut reason = fs::read_to_string(spec.dir.join(FAILURE)).unwrap_or_default();
+    if reason.is_empty() {
+        "it left no reason".clone_into(&mut reason);
+    }
+    let cut = (0..=MAX_REASON_BYTES.min(reason.len()))
+        .rev()
+        .find(|&at| reason.is_char_boundary(at));
+    reason.truncate(cut.unwrap_or(0));
+    reason
+}
+
+/// Starts one pager and waits until it serves, or ends.
+fn spawn(
+    spec: &PagerSpec,
+    region: Region,
+    takeovers: u64,
+    fds: [BorrowedFd<'_>; 3],
+    deadline: Instant,
+) -> Result<Serving, StartPagerError> {
+    let _none = fs::remove_file(spec.dir.join(FAILURE));
+    let (channel, theirs) = Channel::pair().map_err(system("make a socket pair"))?;
+    let mut child = Command::new(&spec.program)
+        .arg(COMMAND)
+        .arg(DIR_OPTION)
+        .arg(&spec.dir)
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(system("start the pager"))?;
+    let setup = Setup {
+        vmm_pid: spec.vmm_pid,
+        memory_bytes: region.bytes(),
+        pages: spec.pages.clone(),
+        daemon: spec.daemon.clone(),
+        sandbox: spec.sandbox.clone(),
+        working_set: spec.working_set.clone(),
+        record_to: spec.record_to.clone(),
+        fill: spec.fill,
+        tracking: spec.tracking,
+        takeovers,
+    };
+    let serving = channel
+        .send(&ToPager::Setup(setup), &fds)
+        .map_err(system("tell the pager what to serve"))
+        .and_then(|()| await_serving(&channel, deadline));
+    match serving {
+        Ok(Some(tracking)) => Ok(Serving {
+            child,
+            channel: Arc::new(channel),
+            tracking,
+        }),
+        other => {
+            // It may be tracing the VMM: its end lets go.
+            let _killed = child.kill();
+            let _reaped = child.wait();
+            Err(other.err().unwrap_or_else(|| StartPagerError::GaveUp {
+                reason: reason_in(spec),
+            }))
+        }
+    }
+}
+
+/// How the pager knows of writes, once it serves; `None` if it has ended.
+fn await_serving(
+    channel: &Channel,
+    deadline: Instant,
+) -> Result<Option<Tracking>, StartPagerError> {
+    loop {
+        wait_readable(channel, deadline)?;
+        let message = channel.receive().map_err(system("hear from the pager"))?;
+        match message {
+            Some((FromPager::Serving { tracking }, _)) => return Ok(Some(tracking)),
+            Some(_) => {}
+            None => return Ok(None),
+        }
+    }
+}
+
+fn wait_readable(channel: &Channel, deadline: Instant) -> Result<(), StartPagerError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let millis = i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX);
+    let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
+    let mut readable = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut readable, timeout) {
+        Ok(0) => Err(StartPagerError::TooSlow),
+        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+        Err(errno) => Err(system("wait for the pager")(errno.into())),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
