@@ -80,7 +80,7 @@ async fn a_saved_guest_stands_still_until_it_is_let_go_on_and_a_later_daemon_can
     shim.thaw().await.expect("goes on");
     shim.thaw().await.expect("no harm");
     assert_eq!(stand(&shim).await, GuestStand::Running);
-    assert!(counts_on(&sandbox));
+    assert!(counts_on(&sandbox), "{}", sandbox.file("console.log"));
 
     ask_and_die(&sandbox);
     drop(shim);
@@ -95,7 +95,7 @@ async fn a_saved_guest_stands_still_until_it_is_let_go_on_and_a_later_daemon_can
     assert!(saved.memory.dirty_bytes > 0);
     ask_and_die(&sandbox);
     adopted.thaw().await.expect("or thawed");
-    assert!(counts_on(&sandbox));
+    assert!(counts_on(&sandbox), "{}", sandbox.file("console.log"));
     adopted.stop(Duration::ZERO).await.expect("stopped");
 }
 
@@ -147,7 +147,7 @@ async fn a_guest_whose_lease_ends_while_it_is_saved_is_frozen_and_killed() {
     assert_eq!(stand(&shim).await, GuestStand::Saved);
     assert!(stands_still(&sandbox));
     shim.thaw().await.expect("goes on");
-    assert!(counts_on(&sandbox));
+    assert!(counts_on(&sandbox), "{}", sandbox.file("console.log"));
     // A frozen guest is not saved: nobody would answer.
     lease_for(Duration::ZERO, LONG);
     let told = shim.wait_freeze(false, Instant::now() + SOON).await;

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use proto::units::Mib;
 use shim_support::{BOOT, SOON, Sandbox, copy_memory, counted, eventually, signal};
 use wrenn_node::pager::memory::GuestMemory;
 use wrenn_node::shim::dirty::{AllPresent, DirtyPages};
@@ -37,7 +38,7 @@ impl Driven {
         Self::listen(memory, started)
     }
 
-    /// A guest with one processor and no devices to speak of, that counts.
+    /// A guest that counts.
     fn boot_counting() -> Self {
         let guest = Self::boot(&counting());
         guest.await_count(3);
@@ -105,7 +106,8 @@ impl Driven {
 }
 
 fn counting() -> VmmSpec {
-    Sandbox::new().spec("test.count").vmm
+    let spec = Sandbox::new().spec("test.count").vmm;
+    VmmSpec { vcpus: 2, ..spec }
 }
 
 fn soon() -> Instant {
@@ -184,7 +186,7 @@ fn a_state_cut_short_or_damaged_ends_in_an_error_in_bounded_time() {
     let hardware = guest.vmm.hardware().clone();
     let state = guest.save().expect("saved");
     let length = usize::try_from(state.metadata().expect("there").len()).expect("small");
-    for cut in [0, 1, 13, length / 3, length / 2, length - 1] {
+    for cut in [0, 1, 13, length / 3, length / 2, length * 3 / 4] {
         let (damaged, next) = (
             changed(&state, |bytes| bytes.truncate(cut)),
             Driven::incoming(&counting(), &hardware),
@@ -235,14 +237,17 @@ fn the_state_of_another_machine_or_of_another_guest_is_refused() {
     assert!(matches!(refused, VmmError::Load(_)), "{refused}");
     let exit = next.vmm.wait(soon()).expect("asked").expect("it ends");
     assert_ne!(exit.code, Some(0));
-    // A guest with more processors than the one that was saved.
-    let larger = VmmSpec {
-        vcpus: 2,
-        ..counting()
-    };
-    let next = Driven::incoming(&larger, &hardware);
-    let loaded = next.load(&state);
-    println!("one processor's state with two: {loaded:?}");
+    // A guest with fewer processors than the one that was saved, or with less memory.
+    let [mut fewer, mut less] = [counting(), counting()];
+    fewer.vcpus = 1;
+    less.memory = Mib(128);
+    for smaller in [fewer, less] {
+        let next = Driven::incoming(&smaller, &hardware);
+        let refused = next.load(&state).expect_err("smaller");
+        println!("{smaller:?}: {refused:?}");
+        let exit = next.vmm.wait(soon()).expect("asked").expect("it ends");
+        assert_ne!(exit.code, Some(0));
+    }
 }
 
 #[test]

@@ -333,7 +333,12 @@ mod tests {
 
     #[test]
     fn a_saved_guest_is_not_saved_again_and_gives_the_same_answer() {
-        let Guest { saver, vmm, .. } = running();
+        let Guest {
+            saver,
+            vmm,
+            home: _home,
+            ..
+        } = running();
         let first = saver.save(LONG).expect("saved");
         assert_eq!(saver.save(LONG).expect("known"), first);
         assert_eq!(vmm.told(), ["save"]);
@@ -356,7 +361,12 @@ mod tests {
 
     #[test]
     fn a_guest_that_cannot_go_on_after_a_failed_save_is_known_to_stand_still() {
-        let Guest { saver, vmm, .. } = running();
+        let Guest {
+            saver,
+            vmm,
+            home: _home,
+            ..
+        } = running();
         vmm.refuse(&["save", "resume"]);
         assert!(saver.save(LONG).is_err());
         assert_eq!(saver.stand(), Stand::Still);
@@ -394,7 +404,10 @@ mod tests {
     #[test]
     fn a_frozen_guest_is_neither_saved_nor_let_go_on() {
         let Guest {
-            saver, vmm, frozen, ..
+            saver,
+            vmm,
+            frozen,
+            home: _home,
         } = running();
         frozen.set(true);
         assert!(matches!(saver.save(LONG), Err(SaveError::Frozen)));
@@ -409,7 +422,12 @@ mod tests {
 
     #[test]
     fn a_restored_guest_stands_still_until_it_is_let_go_on() {
-        let Guest { saver, vmm, .. } = guest(Stand::Still, Box::new(AllPresent));
+        let Guest {
+            saver,
+            vmm,
+            home: _home,
+            ..
+        } = guest(Stand::Still, Box::new(AllPresent));
         assert!(matches!(saver.save(LONG), Err(SaveError::Still)));
         saver.thaw().expect("goes on");
         saver.save(LONG).expect("and can be saved");
