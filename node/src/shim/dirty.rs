@@ -310,6 +310,10 @@ mod tests {
         DirtyList::new(Basis::Parent, REGION, pages(ranges)).expect("in order")
     }
 
+    fn first_page() -> DirtyList {
+        list(std::slice::from_ref(&(0..1)))
+    }
+
     #[test]
     fn a_list_survives_its_file_and_leaves_no_other() {
         let dir = tempfile::tempdir().expect("tempdir");
@@ -351,16 +355,17 @@ mod tests {
 
     #[test]
     fn ranges_out_of_place_are_refused() {
-        let backwards = Range { start: 2, end: 1 };
+        let page = |at: u64| at * PAGE_BYTES;
+        let alone = |start, end| vec![Range { start, end }];
         for bad in [
             pages(&[1..3, 2..4]),
             pages(&[1..2, 2..4]),
             pages(&[5..6, 1..2]),
-            pages(&[3..3]),
-            pages(&[backwards]),
-            pages(&[255..257]),
-            vec![1..PAGE_BYTES],
-            vec![0..PAGE_BYTES + 1],
+            alone(page(3), page(3)),
+            alone(page(2), page(1)),
+            alone(page(255), page(257)),
+            alone(1, page(1)),
+            alone(0, page(1) + 1),
         ] {
             let refused = DirtyList::new(Basis::Zeros, REGION, bad.clone());
             assert!(
@@ -372,14 +377,14 @@ mod tests {
 
     #[test]
     fn the_list_of_another_release_or_guest_is_refused_by_name() {
-        let mut newer = list(&[0..1]).encode();
+        let mut newer = first_page().encode();
         newer[8] = 2;
         let refused = DirtyList::decode(&newer, REGION);
         assert!(
             matches!(refused, Err(DirtyListError::UnknownVersion { found: 2 })),
             "{refused:?}"
         );
-        let refused = DirtyList::decode(&list(&[0..1]).encode(), Region::new(Mib(2)));
+        let refused = DirtyList::decode(&first_page().encode(), Region::new(Mib(2)));
         assert!(
             matches!(refused, Err(DirtyListError::OtherMemory { .. })),
             "{refused:?}"
