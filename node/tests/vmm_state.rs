@@ -344,4 +344,12 @@ fn a_save_that_fails_or_runs_out_of_time_is_called_off_and_the_guest_goes_on() {
     let after = guest.await_count(before + 20);
     println!("{before}, and after a second {after}");
     guest.save().expect("and it can be saved");
+    // Let go on at once, it must not be caught by the end of its own save.
+    for _ in 0..30 {
+        guest.vmm.resume(soon()).expect("resumed");
+        guest.save().expect("saved");
+    }
+    let before = counted(&guest.console()).expect("it counts");
+    guest.vmm.resume(soon()).expect("resumed");
+    guest.await_count(before + 3);
 }

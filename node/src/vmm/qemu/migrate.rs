@@ -140,9 +140,18 @@ fn rest(pause: &mut Duration, deadline: Instant) -> bool {
     true
 }
 
+/// A migration says that it is over a moment before it has put the guest into the state in which it
+/// leaves it; until then QEMU refuses `cont`.
 fn standing(qmp: &Qmp, deadline: Instant) -> Result<Standing, QmpError> {
     let told = qmp.execute("query-migrate", json!({}), deadline)?;
-    Ok(standing_in(&told))
+    let standing = standing_in(&told);
+    if matches!(standing, Standing::Completed | Standing::Failed(_)) {
+        let told = qmp.execute("query-status", json!({}), deadline)?;
+        if told["status"] == "finish-migrate" {
+            return Ok(Standing::UnderWay);
+        }
+    }
+    Ok(standing)
 }
 
 fn standing_in(told: &Value) -> Standing {
