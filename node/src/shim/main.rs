@@ -48,6 +48,7 @@ use crate::shim::freeze::Frozen;
 use crate::shim::restore::{Restore, RestoreError, Restored};
 use crate::shim::save::{Saveable, Saver, Stand, micros};
 use crate::shim::serve::Server;
+use crate::shim::source::MemoryLoss;
 use crate::shim::spec::ShimSpec;
 use crate::shim::watchdog::{Lease, Watchdog};
 use crate::vmm::jail::{Side, fork};
@@ -152,6 +153,8 @@ struct Running {
     vmm: Arc<dyn Vmm>,
     /// Of a guest that is bound to the node's lease.
     watchdog: Option<Arc<Watchdog>>,
+    /// Of a guest whose memory comes as it is touched.
+    loss: MemoryLoss,
     complaints: Receiver<String>,
     console_ended: Receiver<()>,
     /// The right to be this directory's shim.
@@ -195,6 +198,7 @@ struct Watched {
     vmm: Arc<dyn Vmm>,
     frozen: Arc<Frozen>,
     watchdog: Option<Arc<Watchdog>>,
+    loss: MemoryLoss,
     complaints: Receiver<String>,
     console_ended: Receiver<()>,
     unwanted: Unwanted,
@@ -236,6 +240,7 @@ impl Watched {
         })
         .map_err(no_thread)?;
         Ok(Self {
+            loss: MemoryLoss::new(Arc::clone(&vmm)),
             vmm,
             frozen,
             watchdog,
@@ -247,7 +252,8 @@ impl Watched {
 
     /// Brings back the guest. When that fails the VMM has ended, and says why.
     fn fill(&self, restore: &Restore, memory: &GuestMemory) -> Result<Restored, RunShimError> {
-        restore.fill(&*self.vmm, memory).map_err(|source| {
+        let filled = restore.fill(&*self.vmm, memory, &self.loss);
+        filled.map_err(|source| {
             // One that could not read the state is ending by itself, and may just be saying why.
             if matches!(source, RestoreError::Vmm(_)) {
                 let _ended = self.vmm.wait(Instant::now() + STREAMS_TIMEOUT);
@@ -299,6 +305,7 @@ impl Watched {
             server,
             vmm: self.vmm,
             watchdog: self.watchdog,
+            loss: self.loss,
             complaints: self.complaints,
             console_ended: self.console_ended,
             _lock: lock,
@@ -330,6 +337,8 @@ impl Running {
         let mut record = ExitRecord::new(exit, asked, complaint, SystemClock.now());
         if let Some(lost_for) = self.lease_lost_for(&record) {
             record = record.lease_lost(lost_for);
+        } else if let Some(why) = self.loss.reason() {
+            record = record.memory_lost(why);
         }
         let written = record.write(dir);
         if let Err(err) = &written {

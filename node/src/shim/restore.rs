@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::pager::memory::GuestMemory;
 use crate::shim::dirty::DirtyPages;
-use crate::shim::source::{Eager, MemorySource, MemorySourceError};
+use crate::shim::source::{Eager, MemoryLoss, MemorySource, MemorySourceError};
 use crate::shim::spec::{MemoryImage, RestoreSpec};
 use crate::shim::state::StateFileError;
 use crate::vmm::{Hardware, Vmm, VmmError};
@@ -76,14 +76,20 @@ impl Restore {
         &self.hardware
     }
 
-    /// Fills `vmm`, which waits, and whose memory is the empty `memory`.
+    /// Fills `vmm`, which waits, and whose memory is the empty `memory`. `loss` is what ends the
+    /// guest should a part of that not come later.
     ///
     /// # Errors
     /// See [`RestoreError`]. The VMM is of no further use.
-    pub fn fill(&self, vmm: &dyn Vmm, memory: &GuestMemory) -> Result<Restored, RestoreError> {
+    pub fn fill(
+        &self,
+        vmm: &dyn Vmm,
+        memory: &GuestMemory,
+        loss: &MemoryLoss,
+    ) -> Result<Restored, RestoreError> {
         let began = Instant::now();
         let deadline = began + RESTORE_TIMEOUT;
-        let dirty = self.source.prepare(vmm.pid(), memory, deadline)?;
+        let dirty = self.source.prepare(vmm.pid(), memory, loss, deadline)?;
         let prepared = Instant::now();
         vmm.load_state(self.state.as_fd(), deadline)?;
         Ok(Restored {

@@ -3,15 +3,19 @@
 //! A source is asked once, when the VMM is there and waits for the guest's state: nobody has touched
 //! the memory yet, and from the moment the state is loaded it will be touched. Either everything is
 //! in place by then ([`Eager`]), or whoever brings it watches over the VMM's page faults by then.
+//! One that finds later that a part is nowhere to be had ends the guest ([`MemoryLoss`]): it would
+//! wait for that page for ever.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::pager::memory::GuestMemory;
 use crate::shim::dirty::{AllPresent, DirtyPages, present};
+use crate::vmm::Vmm;
 
 /// Why a guest's memory could not be had.
 #[non_exhaustive]
@@ -40,10 +44,42 @@ pub enum MemorySourceError {
     TimedOut,
 }
 
+/// Ends a guest of whose memory a part is nowhere to be had.
+#[derive(Clone)]
+pub struct MemoryLoss {
+    vmm: Arc<dyn Vmm>,
+    reason: Arc<OnceLock<String>>,
+}
+
+impl MemoryLoss {
+    /// The end of the guest of `vmm`, which has not come.
+    #[must_use]
+    pub fn new(vmm: Arc<dyn Vmm>) -> Self {
+        Self {
+            vmm,
+            reason: Arc::default(),
+        }
+    }
+
+    /// Kills the VMM. The first reason given is the one that people are told.
+    pub fn end_guest(&self, reason: &str) {
+        self.reason.get_or_init(|| reason.to_owned());
+        // One that cannot be killed waits for its page, and does no harm.
+        let _tried = self.vmm.kill();
+    }
+
+    /// Why the guest was ended, if it was.
+    #[must_use]
+    pub fn reason(&self) -> Option<&str> {
+        self.reason.get().map(String::as_str)
+    }
+}
+
 /// Brings the memory of a guest that is restored.
 pub trait MemorySource: Send + Sync {
     /// Sees to it that whatever the VMM `vmm_pid` reads of `memory` is the guest's. Returns who
     /// knows from now on which pages the guest writes, and whatever else must live as long as it.
+    /// `loss` is for a part that later turns out not to be had.
     ///
     /// # Errors
     /// See [`MemorySourceError`]. The VMM is killed, and nothing of the source may be left.
@@ -51,6 +87,7 @@ pub trait MemorySource: Send + Sync {
         &self,
         vmm_pid: u32,
         memory: &GuestMemory,
+        loss: &MemoryLoss,
         deadline: Instant,
     ) -> Result<Box<dyn DirtyPages>, MemorySourceError>;
 }
@@ -84,6 +121,7 @@ impl MemorySource for Eager {
         &self,
         _vmm_pid: u32,
         memory: &GuestMemory,
+        _loss: &MemoryLoss,
         deadline: Instant,
     ) -> Result<Box<dyn DirtyPages>, MemorySourceError> {
         let failed = |source| self.failed(source);
@@ -138,6 +176,11 @@ mod tests {
     use proto::units::Mib;
 
     use super::*;
+    use crate::vmm::fake::FakeVmm;
+
+    fn no_loss() -> MemoryLoss {
+        MemoryLoss::new(Arc::new(FakeVmm::stubborn()))
+    }
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(10)
@@ -158,7 +201,7 @@ mod tests {
         let last = size.bytes() - 1;
         let image = image(size, &[(5, b"first"), (33 << 20, b"middle"), (last, b"!")]);
         let memory = GuestMemory::create(size).expect("memfd");
-        let dirty = Eager::new(image.path()).prepare(0, &memory, soon());
+        let dirty = Eager::new(image.path()).prepare(0, &memory, &no_loss(), soon());
         let dirty = dirty
             .expect("copied")
             .list(&memory, soon())
@@ -176,12 +219,12 @@ mod tests {
     fn an_image_of_another_guest_or_none_is_refused_by_name() {
         let memory = GuestMemory::create(Mib(2)).expect("memfd");
         let other = image(Mib(1), &[]);
-        let refused = Eager::new(other.path()).prepare(0, &memory, soon());
+        let refused = Eager::new(other.path()).prepare(0, &memory, &no_loss(), soon());
         assert!(matches!(
             refused.err(),
             Some(MemorySourceError::OtherSize { .. })
         ));
-        let refused = Eager::new(Path::new("/nonexistent")).prepare(0, &memory, soon());
+        let refused = Eager::new(Path::new("/nonexistent")).prepare(0, &memory, &no_loss(), soon());
         assert!(matches!(
             refused.err(),
             Some(MemorySourceError::Image { .. })
@@ -189,10 +232,21 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_whose_memory_is_lost_is_killed_for_the_first_reason_given() {
+        let vmm = Arc::new(FakeVmm::stubborn());
+        let loss = MemoryLoss::new(vmm.clone());
+        assert_eq!(loss.reason(), None);
+        loss.clone().end_guest("no holder");
+        loss.end_guest("and another");
+        assert_eq!(loss.reason(), Some("no holder"));
+        assert_eq!(vmm.told(), ["kill", "kill"]);
+    }
+
+    #[test]
     fn a_copy_ends_at_its_deadline() {
         let image = image(Mib(1), &[(0, b"x")]);
         let memory = GuestMemory::create(Mib(1)).expect("memfd");
-        let late = Eager::new(image.path()).prepare(0, &memory, Instant::now());
+        let late = Eager::new(image.path()).prepare(0, &memory, &no_loss(), Instant::now());
         assert!(matches!(late.err(), Some(MemorySourceError::TimedOut)));
     }
 }
