@@ -149,7 +149,7 @@ async fn run(guest: &Guest, line: &str) -> String {
 }
 
 /// Boots Debian, and gives it things to lose: in memory, on its disk, on the way there, and a
-/// process that counts.
+/// process that counts, and another that keeps the disk busy.
 async fn boot(sandbox: &Sandbox, netns: &Netns) -> (ShimClient, Guest) {
     let overlay = Overlay {
         base: &images().join("templates/minimal/rootfs.raw"),
@@ -179,7 +179,9 @@ async fn boot(sandbox: &Sandbox, netns: &Netns) -> (ShimClient, Guest) {
          head -c 4000000 /dev/urandom > /root/unsynced
          (i=0; while true; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.1; done) \
          > /dev/null 2>&1 &
-         echo $! > /dev/shm/pid",
+         echo $! > /dev/shm/pid
+         (while true; do head -c 1000000 /dev/urandom > /root/busy; sync /root/busy; \
+         echo >> /dev/shm/rounds; done) > /dev/null 2>&1 &",
     )
     .await;
     (shim, guest)
@@ -286,8 +288,20 @@ async fn debian_is_saved_thawed_and_brought_back_elsewhere_with_all_it_had() {
     // What it counted between our last look and the save is unknown, and not minutes' worth.
     assert!((before..before + 600).contains(&after), "{before}, {after}");
     assert_eq!(run(&guest, SUMS).await, sums);
-    // Its disk takes writes, and it can be saved from here.
+    // Its disk takes writes, those under way at the save as well as new ones.
     run(&guest, "echo new > /root/new && sync && cat /root/new").await;
+    let rounds = "wc -l < /dev/shm/rounds";
+    let before = run(&guest, rounds).await;
+    run(
+        &guest,
+        &format!("until [ $({rounds}) -gt $(({before} + 1)) ]; do sleep 0.1; done"),
+    )
+    .await;
+    assert_eq!(
+        run(&guest, "dmesg | grep -c 'I/O error' || true").await,
+        "0"
+    );
+    // And it can be saved from here.
     print_times(&shim.save(SOON).await.expect("saved"));
     shim.thaw().await.expect("goes on");
     assert_eq!(run(&guest, SUMS).await, sums);

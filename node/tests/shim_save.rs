@@ -171,6 +171,27 @@ async fn a_guest_whose_lease_ends_while_it_is_saved_is_frozen_and_killed() {
 }
 
 #[tokio::test]
+#[ignore = "boots a real guest"]
+async fn a_guest_whose_vmm_hangs_in_a_save_is_known_to_stand_still_and_goes_on_when_told() {
+    let sandbox = Sandbox::new();
+    let shim = start(&sandbox, &sandbox.spec("test.count")).await;
+    let vmm = shim.known_status().vmm_pid;
+    signal(vmm, Signal::SIGSTOP);
+    let failed = shim.save(Duration::from_millis(300)).await;
+    let failed = failed.expect_err("it hears nothing");
+    println!("{failed}");
+    assert!(matches!(failed, CallShimError::Failed { .. }), "{failed}");
+    assert_eq!(stand(&shim).await, GuestStand::Still);
+    assert!(!sandbox.dir.join("state").exists());
+    signal(vmm, Signal::SIGCONT);
+    shim.thaw().await.expect("goes on");
+    assert_eq!(stand(&shim).await, GuestStand::Running);
+    // And is not caught by what it was told while it hung.
+    assert!(counts_on(&sandbox) && counts_on(&sandbox));
+    shim.save(SOON).await.expect("saved");
+}
+
+#[tokio::test]
 #[ignore = "starts real VMMs"]
 async fn a_vmm_killed_while_its_guest_is_saved_leaves_an_exit_and_no_shim() {
     for millis in [0, 5, 15, 30, 200] {
