@@ -2,7 +2,8 @@
 //!
 //! Rows of applied entries are gathered in memory and written by one thread, a whole number of
 //! apply batches at a time, as one `sled::Batch` together with how far it got. Nothing waits for
-//! it: what piles up while it writes is merged by key, so the pile is never larger than the state.
+//! it: what piles up for [`GATHER`] and while it writes is merged by key, so the pile is never
+//! larger than the state.
 //!
 //! sled's own flush does not reach the medium on Linux, and its background thread would sync twice
 //! a second on an idle node; so that thread is off, and [`FLUSH_EVERY`] after a change (or on
@@ -38,6 +39,10 @@ use crate::types::{LogId, StoredMembership};
 const LOCK_LAG: Duration = Duration::from_secs(5);
 /// How often the lock is tried meanwhile.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
+/// How long changes are gathered before they are written. sled wakes half a dozen threads for a
+/// batch, which on a small machine costs a lone client more than its own write does; and what a
+/// restart after a crash replays from the log for it is applied in less.
+const GATHER: Duration = Duration::from_millis(250);
 /// How long a change may stay unsynced: what a restart after a power cut replays from the log.
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
 /// sled's page cache. Rows are read once, at start; the rest is for the old values of rows being
@@ -129,8 +134,9 @@ struct Pending {
 }
 
 impl Pending {
-    const fn is_idle(&self) -> bool {
-        self.position.is_none() && self.flushed.is_empty() && !self.stop
+    /// Whether somebody waits for what is here to be written.
+    const fn is_urgent(&self) -> bool {
+        self.stop || !self.flushed.is_empty()
     }
 }
 
@@ -336,8 +342,10 @@ impl Derived {
             return;
         }
         pending.changes.extend(changes);
-        pending.position = Some(position);
-        self.shared.1.notify_one();
+        let gathering = pending.position.replace(position).is_some();
+        if !gathering {
+            self.shared.1.notify_one();
+        }
     }
 
     /// Replaces everything.
@@ -442,18 +450,22 @@ fn write_until_stopped(mut writer: Writer, shared: &Shared) {
     }
 }
 
-/// Waits for something to do, or until `due`.
+/// Waits until something has been gathered or is asked for, or until `due`.
 fn wait(shared: &Shared, due: Option<Instant>) -> Pending {
     let mut pending = lock(shared);
-    while pending.is_idle() {
-        let Some(due) = due else {
+    let mut gathered = None;
+    while !pending.is_urgent() {
+        if gathered.is_none() && pending.position.is_some() {
+            gathered = Some(Instant::now() + GATHER);
+        }
+        let Some(until) = due.into_iter().chain(gathered).min() else {
             pending = shared
                 .1
                 .wait(pending)
                 .unwrap_or_else(PoisonError::into_inner);
             continue;
         };
-        let left = due.saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
             break;
         }

@@ -162,10 +162,12 @@ impl Log {
         saved.await.unwrap_or_else(|_| Err(self.stopped()))
     }
 
-    /// Notes how far the log is committed; durable with whatever is synced next.
-    pub(crate) async fn save_committed(&self, committed: Option<LogId>) -> io::Result<()> {
+    /// Notes how far the log is committed; written with whatever is synced next.
+    ///
+    /// After a crash an older mark only means that more is applied again, so the writer is not
+    /// woken for it: that would cost a lone client a write and a thread's turn on every member.
+    pub(crate) fn save_committed(&self, committed: Option<LogId>) {
         self.lock().hard.committed = committed;
-        self.send(Op::Committed(committed)).await
     }
 
     /// Removes entries behind `last`.

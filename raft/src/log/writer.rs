@@ -45,8 +45,6 @@ pub(super) enum Op {
     /// Entries, with their encoded bodies.
     Append(Vec<(LogId, Vec<u8>)>, Done),
     Vote(Vote, Done),
-    /// Not synced: after a crash an older mark only means that more is applied again.
-    Committed(Option<LogId>),
     /// Not synced: until the next append is durable, so is what it replaces.
     Truncate(u64),
     /// Not synced by itself, but nothing is deleted before it is.
@@ -118,14 +116,17 @@ impl Writer {
 
     fn write(&mut self, batch: &[Op], stop: bool) -> Result<(), Fault> {
         let mut purges = false;
-        let mut must_sync = stop && self.durable < self.offset;
+        let mut must_sync = stop;
         for op in batch {
             self.encode(op)?;
             purges |= matches!(op, Op::Purge(_));
             must_sync |= matches!(op, Op::Append(..) | Op::Vote(..) | Op::Purge(_));
         }
-        self.write_buffer()?;
         if must_sync {
+            self.mark_committed()?;
+        }
+        self.write_buffer()?;
+        if must_sync && self.durable < self.offset {
             self.sync()?;
         }
         if purges {
@@ -149,12 +150,6 @@ impl Writer {
                 self.hard.vote = Some(*vote);
                 self.put(Kind::Vote, None, &codec::vote_to_wire(vote).encode_to_vec())?;
             }
-            Op::Committed(committed) => {
-                self.hard.committed = *committed;
-                if let Some(id) = committed {
-                    self.put(Kind::Committed, Some(id), &log_id_bytes(id))?;
-                }
-            }
             Op::Truncate(index) => {
                 let from = LogId::new(
                     codec::log_id_from_wire(&pb::LogId::default()).leader_id,
@@ -167,6 +162,24 @@ impl Writer {
                 self.put(Kind::Purge, Some(upto), &log_id_bytes(upto))?;
             }
             Op::Stop => {}
+        }
+        Ok(())
+    }
+
+    /// Adds how far the log is committed, where that is news and the entry is in the file by then:
+    /// it may have been committed by the others while it still waits in the queue here.
+    fn mark_committed(&mut self) -> Result<(), Fault> {
+        let index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let committed = index.hard.committed;
+        drop(index);
+        let highest = self.kept.iter().rev().find_map(|kept| kept.highest);
+        let known = highest.max(self.hard.purged.map(|id| id.index));
+        if let Some(id) = committed
+            && self.hard.committed != committed
+            && Some(id.index) <= known
+        {
+            self.hard.committed = committed;
+            self.put(Kind::Committed, Some(&id), &log_id_bytes(&id))?;
         }
         Ok(())
     }
