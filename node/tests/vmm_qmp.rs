@@ -1,10 +1,13 @@
 //! The QMP client against a peer that plays every part, the dying one included.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSliceMut, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 use wrenn_node::vmm::qemu::qmp::{MAX_EVENTS, MAX_LINE_BYTES, Qmp, QmpError};
 
@@ -207,6 +210,33 @@ fn a_flood_of_events_keeps_the_newest() {
     let events = qmp.events();
     assert_eq!(events.len(), MAX_EVENTS);
     assert_eq!(events[MAX_EVENTS - 1].data, json!(MAX_EVENTS + 9));
+    playing.join().expect("played");
+}
+
+#[test]
+fn a_descriptor_goes_with_its_command() {
+    let (qmp, playing) = play(|peer| {
+        let mut bytes = [0; 4096];
+        let mut room = cmsg_space!([RawFd; 1]);
+        let (count, fds) = {
+            let mut into = [IoSliceMut::new(&mut bytes)];
+            let (socket, flags) = (peer.says.as_raw_fd(), MsgFlags::empty());
+            let heard = recvmsg::<()>(socket, &mut into, Some(&mut room), flags).expect("heard");
+            let messages: Vec<_> = heard.cmsgs().expect("whole").collect();
+            (heard.bytes, messages)
+        };
+        let [ControlMessageOwned::ScmRights(fds)] = fds.as_slice() else {
+            panic!("{fds:?}");
+        };
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", fds[0])).expect("open");
+        let command: Value = serde_json::from_slice(&bytes[..count]).expect("JSON");
+        let mut peer = peer;
+        peer.answer(&command, json!({ "got": name.to_string_lossy() }));
+    });
+    let null = std::fs::File::open("/dev/null").expect("there");
+    let deadline = Instant::now() + SOON;
+    let returned = qmp.execute_with_fd("getfd", json!({}), null.as_fd(), deadline);
+    assert_eq!(returned.expect("answered"), json!({ "got": "/dev/null" }));
     playing.join().expect("played");
 }
 

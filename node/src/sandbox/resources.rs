@@ -142,6 +142,7 @@ impl Held {
             epoch: spec.epoch,
             lease: spec.lease_bound.then(|| lease::file_in(host.data.root())),
             vmm,
+            restore: None,
         };
         let client = client::spawn(self.paths.dir(), &shim, &host.wrenn).await?;
         let vmm_start = client.known_status().vmm_start;

@@ -26,14 +26,23 @@ use crate::shim::exit::ExitRecord;
 use crate::shim::files::SocketPath;
 use crate::shim::main::{COMMAND, DIR_OPTION};
 use crate::shim::protocol::{self, FrameError};
+use crate::shim::restore::RESTORE_TIMEOUT;
+use crate::shim::saved::{GuestStand, RestoreTimings, Saved};
 use crate::shim::spec::ShimSpec;
+use crate::vmm::Hardware;
 
-/// Longest time from starting a shim to its verdict. The shim itself gives up after 15 s.
+/// Longest time from starting a shim to its verdict, unless it restores a guest. The shim itself
+/// gives up after 15 s.
 const SPAWN_TIMEOUT: Duration = Duration::from_secs(20);
 /// Longest time a living shim takes to say who it is.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// What ending a VMM may take beyond the grace: telling it, asking it to quit, killing it.
 const STOP_MARGIN: Duration = Duration::from_secs(20);
+/// What a save may take beyond the time its guest may stand still: calling it off, and letting the
+/// guest go on.
+const SAVE_MARGIN: Duration = Duration::from_secs(20);
+/// Longest time for a guest to go on; the shim itself gives up after 10 s.
+const THAW_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long after a broken call the exit record is looked for: the shim writes it before it
 /// tells anybody, so only a busy disk lies between.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(2);
@@ -61,6 +70,13 @@ pub struct ShimStatus {
     pub lease_bound: bool,
     /// Whether the guest is frozen, because the lease has ended.
     pub frozen: bool,
+    /// What its virtual CPUs do by order of the daemon.
+    pub stand: GuestStand,
+    /// The hardware that a snapshot of the guest needs; both names are empty from a shim of a
+    /// release that could not save.
+    pub hardware: Hardware,
+    /// Of a guest that was restored: how long its memory and its devices took.
+    pub restored: Option<RestoreTimings>,
 }
 
 /// A shim that has answered.
@@ -99,7 +115,7 @@ pub async fn spawn(
         .spawn()
         .map_err(start_failed)?;
     let started = Instant::now();
-    let verdict = timeout(SPAWN_TIMEOUT, starter.wait_with_output())
+    let verdict = timeout(spawn_timeout(spec), starter.wait_with_output())
         .await
         .map_err(|_| SpawnShimError::TimedOut {
             waited: started.elapsed(),
@@ -111,6 +127,13 @@ pub async fn spawn(
         });
     }
     connect(&dir).await.map_err(SpawnShimError::Greet)
+}
+
+fn spawn_timeout(spec: &ShimSpec) -> Duration {
+    match spec.restore {
+        None => SPAWN_TIMEOUT,
+        Some(_) => SPAWN_TIMEOUT + RESTORE_TIMEOUT,
+    }
 }
 
 /// Finds the shim that runs in `dir`, however it came there.
@@ -184,11 +207,52 @@ impl ShimClient {
         let call = Call::WaitFreeze(wire::WaitFreeze { frozen: known });
         match call_shim(&self.dir, call, deadline).await {
             Ok(Answer::Status(status)) => Ok(Some(status.frozen)),
-            Ok(Answer::Exit(_) | Answer::Failure(_)) => Err(CallShimError::WrongAnswer {
-                dir: self.dir.to_path_buf(),
-            }),
+            Ok(Answer::Exit(_) | Answer::Saved(_) | Answer::Failure(_)) => {
+                Err(CallShimError::WrongAnswer {
+                    dir: self.dir.to_path_buf(),
+                })
+            }
             Err(CallShimError::TimedOut { .. }) => Ok(None),
             Err(err) => Err(err),
+        }
+    }
+
+    /// Stops the guest and writes down all of it but its memory and its disk. It stands still from
+    /// then on, until [`Self::thaw`] or its end: the daemon reads its memory and its disk. Saving a
+    /// saved guest tells the same again, so a later daemon can go on where this one died.
+    ///
+    /// `timeout` is how long the guest may stand still before it is saved; when it was not it goes
+    /// on, unless [`ShimStatus::stand`] says otherwise, and then [`Self::thaw`] is to be asked
+    /// until it does. Dropping the future does not stop the saving.
+    ///
+    /// # Errors
+    /// See [`CallShimError`]; [`CallShimError::Failed`] when the guest could not be saved.
+    pub async fn save(&self, timeout: Duration) -> Result<Saved, CallShimError> {
+        let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+        let deadline = Instant::now() + timeout + SAVE_MARGIN;
+        let call = Call::Save(wire::Save { timeout_ms });
+        let wrong = || CallShimError::WrongAnswer {
+            dir: self.dir.to_path_buf(),
+        };
+        match call_shim(&self.dir, call, deadline).await? {
+            Answer::Saved(saved) => Saved::from_wire(&self.dir, saved).ok_or_else(wrong),
+            _ => Err(wrong()),
+        }
+    }
+
+    /// Lets a guest that stands still go on: one that was saved, or restored. No harm to one that
+    /// runs.
+    ///
+    /// # Errors
+    /// See [`CallShimError`]; [`CallShimError::Failed`] when it does not go on. Asking again is
+    /// no harm.
+    pub async fn thaw(&self) -> Result<(), CallShimError> {
+        let deadline = Instant::now() + THAW_TIMEOUT;
+        match call_shim(&self.dir, Call::Thaw(wire::Thaw {}), deadline).await? {
+            Answer::Status(_) => Ok(()),
+            _ => Err(CallShimError::WrongAnswer {
+                dir: self.dir.to_path_buf(),
+            }),
         }
     }
 
@@ -196,7 +260,7 @@ impl ShimClient {
     async fn exit_from(&self, call: Call, deadline: Instant) -> Result<ExitRecord, CallShimError> {
         let broken = match call_shim(&self.dir, call, deadline).await {
             Ok(Answer::Exit(exit)) => return Ok(exit.into()),
-            Ok(Answer::Status(_) | Answer::Failure(_)) => {
+            Ok(Answer::Status(_) | Answer::Saved(_) | Answer::Failure(_)) => {
                 return Err(CallShimError::WrongAnswer {
                     dir: self.dir.to_path_buf(),
                 });
@@ -278,6 +342,11 @@ async fn hello(dir: &Path) -> Result<ShimStatus, CallShimError> {
             known: version::SHIM,
         });
     }
+    let stand = said.stand().into();
+    let restored = (said.load_us != 0).then(|| RestoreTimings {
+        memory: Duration::from_micros(said.memory_us),
+        load: Duration::from_micros(said.load_us),
+    });
     Ok(ShimStatus {
         sandbox: SandboxId(said.sandbox.try_into().map_err(|_| wrong())?),
         epoch: Epoch(said.epoch),
@@ -288,6 +357,12 @@ async fn hello(dir: &Path) -> Result<ShimStatus, CallShimError> {
         vmm_start: Duration::from_micros(said.vmm_start_us),
         lease_bound: said.lease_bound,
         frozen: said.frozen,
+        stand,
+        hardware: Hardware {
+            machine: said.machine,
+            cpu: said.cpu,
+        },
+        restored,
     })
 }
 

@@ -10,6 +10,8 @@ use crate::base::remedy::Remedy;
 use crate::pager::memory::CreateMemoryError;
 use crate::shim::lease::ReadLeaseError;
 use crate::shim::protocol::FrameError;
+use crate::shim::restore::RestoreError;
+use crate::shim::state::StateFileError;
 use crate::vmm::{SpawnVmmError, VmmError};
 
 /// Why a file of a sandbox's directory cannot be used.
@@ -92,6 +94,17 @@ pub enum RunShimError {
     /// As `Lease`: there was one, and it has ended.
     #[error("the node's lease has ended: no guest may start under it")]
     LeaseEnded,
+    /// What the guest shall go on from is not fit for it.
+    #[error("look at the saved guest")]
+    State(#[from] StateFileError),
+    /// It was, and could not be brought back all the same.
+    #[error("restore the guest (the VMM said: {complaint})")]
+    Restore {
+        /// The end of what the VMM wrote to its standard error.
+        complaint: String,
+        /// Which step failed, and why.
+        source: RestoreError,
+    },
     /// The process could not be set up.
     #[error("{doing}")]
     System {

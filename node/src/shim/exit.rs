@@ -16,6 +16,9 @@ use crate::vmm::VmmExit;
 const VERSION: u32 = 1;
 /// The reason of a VMM that its shim killed because the node's lease had ended.
 pub const LEASE_LOST: &str = "lease-lost";
+/// The reason of a VMM that its shim killed because a part of its guest's memory was nowhere to be
+/// had.
+pub const MEMORY_LOST: &str = "memory-lost";
 /// What the wire carries for "no exit code".
 const NO_CODE: i32 = -1;
 
@@ -28,7 +31,8 @@ pub struct ExitRecord {
     pub signal: Option<i32>,
     /// Whether the daemon had asked for the end.
     pub asked: bool,
-    /// The VMM's own word for why, such as `guest-shutdown`, or [`LEASE_LOST`]; may be empty.
+    /// The VMM's own word for why, such as `guest-shutdown`, or [`LEASE_LOST`], or [`MEMORY_LOST`];
+    /// may be empty.
     pub reason: String,
     /// Why, in a sentence for people, where the shim itself ended the VMM; otherwise empty.
     pub explanation: String,
@@ -83,6 +87,16 @@ impl ExitRecord {
                 "this host lost contact with the cluster for {seconds} s; \
                  the guest was stopped so that it cannot run twice"
             ),
+            ..self
+        }
+    }
+
+    /// The same end, which came about because a part of the guest's memory could not be had.
+    #[must_use]
+    pub fn memory_lost(self, why: &str) -> Self {
+        Self {
+            reason: MEMORY_LOST.into(),
+            explanation: format!("the guest was stopped, because memory of it is lost: {why}"),
             ..self
         }
     }
@@ -198,7 +212,8 @@ mod tests {
     #[test]
     fn a_record_survives_the_file_and_the_wire() {
         let dir = tempfile::tempdir().expect("tempdir");
-        for record in [record(), record().lease_lost(Duration::from_secs(70))] {
+        let lost = record().memory_lost("no holder is left");
+        for record in [record(), lost, record().lease_lost(Duration::from_secs(70))] {
             record.write(dir.path()).expect("written");
             let read = ExitRecord::read(dir.path()).expect("read");
             assert_eq!(read.as_ref(), Some(&record));

@@ -23,26 +23,98 @@ pub const LOG: &str = "shim.log";
 pub const EXIT: &str = "exit.json";
 /// The guest's serial console.
 pub const CONSOLE: &str = "console.log";
+/// The device state of a saved guest, in the VMM's own format.
+pub const STATE: &str = "state";
+/// Which pages of a saved guest's memory were written ([`super::dirty`]).
+pub const DIRTY: &str = "dirty";
 
 /// The largest file we write here ourselves is a few KiB; a larger one is not ours.
 const MAX_FILE_BYTES: u64 = 256 * 1024;
+
+/// A file under way to its place: until it is kept nobody finds it there, and dropped it is gone.
+#[derive(Debug)]
+pub struct Draft {
+    file: File,
+    temporary: PathBuf,
+    place: PathBuf,
+    kept: bool,
+}
+
+impl Draft {
+    /// An empty file that shall become `name` in `dir`.
+    ///
+    /// # Errors
+    /// The disk refused.
+    pub fn create(dir: &Path, name: &str) -> io::Result<Self> {
+        let temporary = format!(".{name}.new");
+        // Whoever still holds the file of an earlier attempt must not write into this one.
+        remove(dir, &temporary)?;
+        let temporary = dir.join(temporary);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        Ok(Self {
+            file,
+            temporary,
+            place: dir.join(name),
+            kept: false,
+        })
+    }
+
+    /// The file, to be written.
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Brings what was written to the disk. It has its name only after [`Self::keep`].
+    ///
+    /// # Errors
+    /// The disk refused.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    /// Gives a synced file its name; that is durable after [`sync_dir`].
+    ///
+    /// # Errors
+    /// The disk refused; what was in its place stands.
+    pub fn keep(mut self) -> io::Result<()> {
+        fs::rename(&self.temporary, &self.place)?;
+        self.kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.kept {
+            // Best effort: the next draft of the name removes it as well.
+            let _gone = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// Makes the names in `dir` durable.
+///
+/// # Errors
+/// The disk refused.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
 
 /// Writes `name` in `dir` so that after a crash there is the old content or the new, never a mix.
 ///
 /// # Errors
 /// The disk refused; the old content stands.
 pub fn write_durably(dir: &Path, name: &str, content: &[u8]) -> io::Result<()> {
-    let temporary = dir.join(format!(".{name}.new"));
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&temporary, dir.join(name))?;
-    File::open(dir)?.sync_all()
+    let mut draft = Draft::create(dir, name)?;
+    draft.file().write_all(content)?;
+    draft.sync()?;
+    draft.keep()?;
+    sync_dir(dir)
 }
 
 /// Reads `name` in `dir`; `None` if it is not there.
@@ -131,6 +203,20 @@ mod tests {
             read(dir.path(), SPEC).expect("readable"),
             Some(b"new".to_vec())
         );
+        assert_eq!(fs::read_dir(dir.path()).expect("listable").count(), 1);
+    }
+
+    #[test]
+    fn a_draft_that_is_not_kept_leaves_the_old_content_and_nothing_else() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        write_durably(dir.path(), STATE, b"old").expect("first");
+        let mut stale = Draft::create(dir.path(), STATE).expect("created");
+        let mut draft = Draft::create(dir.path(), STATE).expect("created again");
+        stale.file().write_all(b"late").expect("written");
+        draft.file().write_all(b"new").expect("written");
+        drop((stale, draft));
+        let content = read(dir.path(), STATE).expect("readable");
+        assert_eq!(content, Some(b"old".to_vec()));
         assert_eq!(fs::read_dir(dir.path()).expect("listable").count(), 1);
     }
 

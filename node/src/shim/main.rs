@@ -2,7 +2,9 @@
 //!
 //! `wrenn shim --dir D` starts twice: the *starter* forks, waits until the shim proper reports
 //! through a pipe, and ends with its verdict; the *shim* is in a session of its own, a child of
-//! nobody who could take it down, and reports once its VMM answers and its socket listens.
+//! nobody who could take it down, and reports once its VMM answers and its socket listens. A guest
+//! that boots runs by then; one that is restored has its memory and its devices back
+//! ([`super::restore`]) and stands still.
 //!
 //! The main thread starts the VMM and then waits for its end: the VMM dies with the thread that
 //! started it, so this one must live as long as the shim. Three more threads serve the console,
@@ -38,15 +40,19 @@ use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
 use crate::pager::memory::GuestMemory;
 use crate::shim::console::{BoundedLog, pump, pump_keeping_tail};
+use crate::shim::dirty::{AllPresent, DirtyPages};
 use crate::shim::error::RunShimError;
 use crate::shim::exit::ExitRecord;
 use crate::shim::files::{self, SocketPath};
 use crate::shim::freeze::Frozen;
+use crate::shim::restore::{Restore, RestoreError, Restored};
+use crate::shim::save::{Saveable, Saver, Stand, micros};
 use crate::shim::serve::Server;
+use crate::shim::source::MemoryLoss;
 use crate::shim::spec::ShimSpec;
 use crate::shim::watchdog::{Lease, Watchdog};
 use crate::vmm::jail::{Side, fork};
-use crate::vmm::{self, Started, Vmm, VmmExit};
+use crate::vmm::{self, SpawnVmmError, Started, Vmm, VmmExit};
 
 /// The argument that makes `wrenn` a shim. Compared by whoever looks for shims in `/proc`.
 pub const COMMAND: &str = "shim";
@@ -147,62 +153,164 @@ struct Running {
     vmm: Arc<dyn Vmm>,
     /// Of a guest that is bound to the node's lease.
     watchdog: Option<Arc<Watchdog>>,
+    /// Of a guest whose memory comes as it is touched.
+    loss: MemoryLoss,
     complaints: Receiver<String>,
     console_ended: Receiver<()>,
-    /// The guest's memory, kept for as long as the shim lives.
-    _memory: GuestMemory,
     /// The right to be this directory's shim.
     _lock: Flock<File>,
 }
 
 fn start(dir: &Path) -> Result<Running, RunShimError> {
     let lock = settle(dir)?;
-    let name = dir.to_string_lossy();
     let spec = ShimSpec::read(dir)?;
     let lease = spec.lease.as_deref().map(Lease::read).transpose()?;
-    let memory = GuestMemory::create(spec.vmm.memory)?;
-    let Started {
-        vmm,
-        console,
-        stderr,
-        took,
-    } = vmm::spawn(
-        &spec.vmm,
-        &name,
-        memory.as_fd(),
-        Instant::now() + VMM_UP_TIMEOUT,
-    )?;
-    let vmm: Arc<dyn Vmm> = Arc::from(vmm);
-    let system = |doing| move |source| RunShimError::System { doing, source };
-    let frozen = Arc::new(Frozen::default());
-    // Before anything else: the guest runs.
-    let watchdog = lease
-        .map(|lease| Watchdog::start(Arc::clone(&vmm), Arc::clone(&frozen), lease, dir))
-        .transpose()
-        .map_err(system("start a thread"))?;
-    let console_log = BoundedLog::new(dir, files::CONSOLE);
-    let console_ended = thread_result("console", move || pump(console, console_log))
-        .map_err(system("start a thread"))?;
-    let log = BoundedLog::new(dir, files::LOG);
-    let complaints = thread_result("stderr", move || {
-        pump_keeping_tail(stderr, log, COMPLAINT_BYTES)
-    })
-    .map_err(system("start a thread"))?;
-    let server = Server::new(status(&spec, &*vmm, took), Arc::clone(&vmm), frozen)
-        .map_err(system("make a pipe"))?;
-    let listener = listen(dir).map_err(system("listen on shim.sock"))?;
-    let accepting = Arc::clone(&server);
-    thread_result("accept", move || accepting.accept_all(&listener))
-        .map_err(system("start a thread"))?;
-    Ok(Running {
-        server,
-        vmm,
-        watchdog,
-        complaints,
-        console_ended,
-        _memory: memory,
-        _lock: lock,
-    })
+    let restore = spec.restore.as_ref().map(Restore::open).transpose()?;
+    let memory = Arc::new(GuestMemory::create(spec.vmm.memory)?);
+    let started = start_vmm(&spec, restore.as_ref(), &memory, dir)?;
+    let took = started.took;
+    let guest = Watched::new(started, lease, dir)?;
+    let restored = match &restore {
+        Some(restore) => Some(guest.fill(restore, &memory)?),
+        None => None,
+    };
+    let status = status(&spec, &*guest.vmm, took, restored.as_ref());
+    guest.serve(status, restored, memory, lock, dir)
+}
+
+fn start_vmm(
+    spec: &ShimSpec,
+    restore: Option<&Restore>,
+    memory: &GuestMemory,
+    dir: &Path,
+) -> Result<Started, SpawnVmmError> {
+    let name = dir.to_string_lossy();
+    let (ram, deadline) = (memory.as_fd(), Instant::now() + VMM_UP_TIMEOUT);
+    match restore {
+        None => vmm::spawn(&spec.vmm, &name, ram, deadline),
+        Some(restore) => vmm::spawn_incoming(&spec.vmm, restore.hardware(), &name, ram, deadline),
+    }
+}
+
+/// A VMM whose streams are read and whose lease is watched. Until it is part of a [`Running`] shim
+/// it goes when this does, and is reaped.
+struct Watched {
+    vmm: Arc<dyn Vmm>,
+    frozen: Arc<Frozen>,
+    watchdog: Option<Arc<Watchdog>>,
+    loss: MemoryLoss,
+    complaints: Receiver<String>,
+    console_ended: Receiver<()>,
+    unwanted: Unwanted,
+}
+
+/// Ends a VMM, unless it was taken out.
+struct Unwanted(Option<Arc<dyn Vmm>>);
+
+impl Drop for Unwanted {
+    fn drop(&mut self) {
+        if let Some(vmm) = self.0.take() {
+            // The kernel kills it with this process, should this fail.
+            let _killed = vmm.kill();
+            let _reaped = vmm.wait(Instant::now() + STREAMS_TIMEOUT);
+        }
+    }
+}
+
+impl Watched {
+    fn new(started: Started, lease: Option<Lease>, dir: &Path) -> Result<Self, RunShimError> {
+        let no_thread = |source| RunShimError::System {
+            doing: "start a thread",
+            source,
+        };
+        let vmm: Arc<dyn Vmm> = Arc::from(started.vmm);
+        let unwanted = Unwanted(Some(Arc::clone(&vmm)));
+        let frozen = Arc::new(Frozen::default());
+        // Before anything else: the guest runs.
+        let watchdog = lease
+            .map(|lease| Watchdog::start(Arc::clone(&vmm), Arc::clone(&frozen), lease, dir))
+            .transpose()
+            .map_err(no_thread)?;
+        let (console, console_log) = (started.console, BoundedLog::new(dir, files::CONSOLE));
+        let console_ended =
+            thread_result("console", move || pump(console, console_log)).map_err(no_thread)?;
+        let (stderr, log) = (started.stderr, BoundedLog::new(dir, files::LOG));
+        let complaints = thread_result("stderr", move || {
+            pump_keeping_tail(stderr, log, COMPLAINT_BYTES)
+        })
+        .map_err(no_thread)?;
+        Ok(Self {
+            loss: MemoryLoss::new(Arc::clone(&vmm)),
+            vmm,
+            frozen,
+            watchdog,
+            complaints,
+            console_ended,
+            unwanted,
+        })
+    }
+
+    /// Brings back the guest. When that fails the VMM has ended, and says why.
+    fn fill(&self, restore: &Restore, memory: &GuestMemory) -> Result<Restored, RunShimError> {
+        let filled = restore.fill(&*self.vmm, memory, &self.loss);
+        filled.map_err(|source| {
+            // One that could not read the state is ending by itself, and may just be saying why.
+            if matches!(source, RestoreError::Vmm(_)) {
+                let _ended = self.vmm.wait(Instant::now() + STREAMS_TIMEOUT);
+            }
+            let _killed = self.vmm.kill();
+            if self.lease_has_ended() {
+                return RunShimError::LeaseEnded;
+            }
+            let complaint = self.complaints.recv_timeout(STREAMS_TIMEOUT);
+            let complaint = complaint.unwrap_or_default();
+            RunShimError::Restore { complaint, source }
+        })
+    }
+
+    fn lease_has_ended(&self) -> bool {
+        let lost = self.watchdog.as_ref().and_then(|it| it.lost_for());
+        lost.is_some()
+    }
+
+    /// Answers for the guest from now on.
+    fn serve(
+        mut self,
+        status: Status,
+        restored: Option<Restored>,
+        memory: Arc<GuestMemory>,
+        lock: Flock<File>,
+        dir: &Path,
+    ) -> Result<Running, RunShimError> {
+        let system = |doing| move |source| RunShimError::System { doing, source };
+        let (stand, dirty): (_, Box<dyn DirtyPages>) = match restored {
+            None => (Stand::Running, Box::new(AllPresent)),
+            Some(restored) => (Stand::Still, restored.dirty),
+        };
+        let guest = Saveable {
+            vmm: Arc::clone(&self.vmm),
+            frozen: Arc::clone(&self.frozen),
+            memory,
+            dirty,
+            dir: dir.to_owned(),
+        };
+        let server =
+            Server::new(status, Saver::new(guest, stand)).map_err(system("make a pipe"))?;
+        let listener = listen(dir).map_err(system("listen on shim.sock"))?;
+        let accepting = Arc::clone(&server);
+        thread_result("accept", move || accepting.accept_all(&listener))
+            .map_err(system("start a thread"))?;
+        self.unwanted.0 = None;
+        Ok(Running {
+            server,
+            vmm: self.vmm,
+            watchdog: self.watchdog,
+            loss: self.loss,
+            complaints: self.complaints,
+            console_ended: self.console_ended,
+            _lock: lock,
+        })
+    }
 }
 
 impl Running {
@@ -229,6 +337,8 @@ impl Running {
         let mut record = ExitRecord::new(exit, asked, complaint, SystemClock.now());
         if let Some(lost_for) = self.lease_lost_for(&record) {
             record = record.lease_lost(lost_for);
+        } else if let Some(why) = self.loss.reason() {
+            record = record.memory_lost(why);
         }
         let written = record.write(dir);
         if let Err(err) = &written {
@@ -299,7 +409,8 @@ fn listen(dir: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path.as_path())
 }
 
-fn status(spec: &ShimSpec, vmm: &dyn Vmm, took: Duration) -> Status {
+fn status(spec: &ShimSpec, vmm: &dyn Vmm, took: Duration, restored: Option<&Restored>) -> Status {
+    let hardware = vmm.hardware().clone();
     Status {
         protocol_version: version::SHIM,
         shim_pid: std::process::id(),
@@ -308,10 +419,14 @@ fn status(spec: &ShimSpec, vmm: &dyn Vmm, took: Duration) -> Status {
         epoch: spec.epoch.0,
         vmm_version: vmm.version().to_owned(),
         accelerator: spec.vmm.accelerator.name().to_owned(),
-        vmm_start_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+        vmm_start_us: micros(took),
         lease_bound: spec.lease.is_some(),
-        // The server knows.
-        frozen: false,
+        machine: hardware.machine,
+        cpu: hardware.cpu,
+        memory_us: restored.map_or(0, |it| micros(it.memory)),
+        load_us: restored.map_or(0, |it| micros(it.load)),
+        // The rest the server knows.
+        ..Status::default()
     }
 }
 

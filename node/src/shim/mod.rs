@@ -12,11 +12,16 @@
 //! them lie the files of a sandbox's directory ([`files`], [`spec`], [`exit`]) and the frames on
 //! its socket ([`protocol`]).
 //!
+//! A guest can be saved ([`save`]) and brought back elsewhere ([`restore`]): its device state is a
+//! file ([`state`]), the pages to be read of its memory are listed in another ([`dirty`]), and its
+//! memory comes back from a [`source`].
+//!
 //! What a crash leaves: a killed daemon leaves shims running, to be found again by
 //! [`discover`]. A killed shim takes its VMM with it and leaves a directory without `exit.json`.
 
 pub mod client;
 pub mod console;
+pub mod dirty;
 pub mod discover;
 pub mod error;
 pub mod exit;
@@ -25,7 +30,12 @@ pub mod freeze;
 pub mod lease;
 pub mod main;
 pub mod protocol;
+pub mod restore;
+pub mod save;
+pub mod saved;
 pub mod serve;
+pub mod source;
 pub mod spec;
+pub mod state;
 pub mod sweep;
 pub mod watchdog;

@@ -22,9 +22,8 @@ use proto::wire::shim::{self as wire, Request, Response};
 use crate::base::chain::chain;
 use crate::shim::error::StopError;
 use crate::shim::exit::ExitRecord;
-use crate::shim::freeze::Frozen;
 use crate::shim::protocol;
-use crate::vmm::Vmm;
+use crate::shim::save::{Saver, Stand};
 use crate::vmm::process::poll_timeout;
 
 /// Clients served at once. The daemon needs three (one waits for the exit, and one for a freeze of
@@ -136,8 +135,7 @@ impl Ending {
 /// A shim's answering half.
 pub struct Server {
     status: wire::Status,
-    vmm: Arc<dyn Vmm>,
-    frozen: Arc<Frozen>,
+    saver: Saver,
     ending: Ending,
     clients: Mutex<Clients>,
     quiet: Condvar,
@@ -151,19 +149,14 @@ struct Clients {
 }
 
 impl Server {
-    /// A server that answers for `vmm`, which may be `frozen`.
+    /// A server that answers for the guest of `saver`.
     ///
     /// # Errors
     /// The kernel has no descriptors to give.
-    pub fn new(
-        status: wire::Status,
-        vmm: Arc<dyn Vmm>,
-        frozen: Arc<Frozen>,
-    ) -> io::Result<Arc<Self>> {
+    pub fn new(status: wire::Status, saver: Saver) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             status,
-            vmm,
-            frozen,
+            saver,
             ending: Ending::new()?,
             clients: Mutex::default(),
             quiet: Condvar::new(),
@@ -258,20 +251,39 @@ impl Server {
                     Err(err) => failure(&chain(&err)),
                 }
             }
+            Some(Call::Save(wire::Save { timeout_ms })) => self.save(timeout_ms),
+            Some(Call::Thaw(wire::Thaw {})) => self.thaw(),
             None => failure("this shim does not know the request"),
         })
     }
 
     fn status(&self) -> wire::Status {
+        let stand = wire::Stand::from(&self.saver.stand());
         wire::Status {
-            frozen: self.frozen.get(),
+            frozen: self.saver.frozen().get(),
+            stand: stand.into(),
             ..self.status.clone()
+        }
+    }
+
+    fn save(&self, timeout_ms: u32) -> Answer {
+        let timeout = Duration::from_millis(u64::from(timeout_ms));
+        match self.saver.save(timeout) {
+            Ok(saved) => Answer::Saved(saved),
+            Err(err) => failure(&chain(&err)),
+        }
+    }
+
+    fn thaw(&self) -> Answer {
+        match self.saver.thaw() {
+            Ok(()) => Answer::Status(self.status()),
+            Err(err) => failure(&chain(&err)),
         }
     }
 
     /// Waits until `frozen` is not `known` any more, as long as `client` stays.
     fn wait_freeze(&self, known: bool, client: BorrowedFd<'_>) -> io::Result<Answer> {
-        if let Some(change) = self.frozen.change_from(known)? {
+        if let Some(change) = self.saver.frozen().change_from(known)? {
             let hung_up = self.ending.until(change.as_fd(), client)?;
             if hung_up {
                 return Err(io::ErrorKind::ConnectionAborted.into());
@@ -285,20 +297,21 @@ impl Server {
 
     /// Presses the power button, and after `grace` ends the VMM: by its own hand if it still
     /// listens (it then closes its disk properly), by ours if not; a frozen one hears nothing and
-    /// is killed. A caller that hangs up does not stop the stopping.
+    /// is killed. A guest that stands still hears no button: it is not given the grace. A caller
+    /// that hangs up does not stop the stopping.
     fn stop(&self, grace: Duration) -> Result<&ExitRecord, StopError> {
         self.ending.asked.store(true, Ordering::Release);
-        if self.frozen.get() {
+        if self.saver.frozen().get() {
             return self.kill();
         }
-        if !grace.is_zero() {
+        if !grace.is_zero() && self.saver.stand() == Stand::Running {
             // A VMM that cannot be told will be killed below.
-            let _told = self.vmm.shutdown(Instant::now() + TELL_TIMEOUT);
+            let _told = self.saver.vmm().shutdown(Instant::now() + TELL_TIMEOUT);
             if let Some(record) = self.ended_within(grace) {
                 return Ok(record);
             }
         }
-        if self.vmm.quit(Instant::now() + TELL_TIMEOUT).is_ok()
+        if self.saver.vmm().quit(Instant::now() + TELL_TIMEOUT).is_ok()
             && let Some(record) = self.ended_within(TELL_TIMEOUT)
         {
             return Ok(record);
@@ -307,7 +320,7 @@ impl Server {
     }
 
     fn kill(&self) -> Result<&ExitRecord, StopError> {
-        self.vmm.kill()?;
+        self.saver.vmm().kill()?;
         self.ended_within(KILL_TIMEOUT).ok_or(StopError::Lingers {
             waited: KILL_TIMEOUT,
         })
@@ -362,19 +375,30 @@ impl Drop for Asking<'_> {
 
 #[cfg(test)]
 mod tests {
-    use proto::units::Stamp;
+    use proto::units::{Mib, Stamp};
 
     use super::*;
-    use crate::vmm::VmmExit;
+    use crate::pager::memory::GuestMemory;
+    use crate::shim::dirty::AllPresent;
+    use crate::shim::save::Saveable;
     use crate::vmm::fake::FakeVmm;
+    use crate::vmm::{Vmm, VmmExit};
 
     const SOON: Duration = Duration::from_secs(10);
 
     /// A server for `vmm`, with somebody to announce its end, as the main thread would.
     fn serve(vmm: FakeVmm) -> (Arc<Server>, Arc<FakeVmm>) {
         let vmm = Arc::new(vmm);
-        let frozen = Arc::new(Frozen::default());
-        let server = Server::new(wire::Status::default(), vmm.clone(), frozen).expect("pipes");
+        let guest = Saveable {
+            vmm: vmm.clone(),
+            frozen: Arc::default(),
+            memory: Arc::new(GuestMemory::create(Mib(1)).expect("memfd")),
+            dirty: Box::new(AllPresent),
+            // Nothing can be written there.
+            dir: "/nonexistent".into(),
+        };
+        let saver = Saver::new(guest, Stand::Running);
+        let server = Server::new(wire::Status::default(), saver).expect("pipes");
         let (main, theirs) = (server.clone(), vmm.clone());
         thread::spawn(move || {
             if let Ok(Some(exit)) = theirs.wait(Instant::now() + SOON) {
@@ -403,6 +427,10 @@ mod tests {
         Call::Stop(wire::Stop { grace_ms })
     }
 
+    fn save() -> Call {
+        Call::Save(wire::Save { timeout_ms: 1000 })
+    }
+
     #[test]
     fn a_guest_that_obeys_is_only_told_once() {
         let (server, vmm) = serve(FakeVmm::obedient());
@@ -429,10 +457,40 @@ mod tests {
     #[test]
     fn a_frozen_vmm_is_killed_without_being_told() {
         let (server, vmm) = serve(FakeVmm::stubborn());
-        server.frozen.set(true);
+        server.saver.frozen().set(true);
         let answer = ask(&mut dial(&server), stop(60_000));
         assert!(matches!(answer, Some(Answer::Exit(exit)) if exit.asked));
         assert_eq!(vmm.told(), ["kill"]);
+    }
+
+    #[test]
+    fn a_guest_that_stands_still_is_ended_without_the_grace() {
+        let (server, vmm) = serve(FakeVmm::obedient());
+        vmm.refuse(&["resume"]);
+        let answer = ask(&mut dial(&server), save());
+        assert!(matches!(answer, Some(Answer::Failure(_))), "{answer:?}");
+        ask(&mut dial(&server), stop(60_000));
+        assert_eq!(vmm.told(), ["resume", "quit"]);
+    }
+
+    #[test]
+    fn a_save_that_fails_is_told_in_words_and_the_status_says_where_the_guest_stands() {
+        let (server, vmm) = serve(FakeVmm::stubborn());
+        let stand = |answer| match answer {
+            Some(Answer::Status(status)) => status.stand(),
+            other => panic!("{other:?}"),
+        };
+        vmm.refuse(&["resume"]);
+        let mut stream = dial(&server);
+        let Some(Answer::Failure(why)) = ask(&mut stream, save()) else {
+            panic!("there is no such directory");
+        };
+        assert!(why.message.contains("write the file"), "{}", why.message);
+        let hello = || Call::Hello(wire::Hello {});
+        assert_eq!(stand(ask(&mut stream, hello())), wire::Stand::Still);
+        vmm.refuse(&[]);
+        let thawed = ask(&mut stream, Call::Thaw(wire::Thaw {}));
+        assert_eq!(stand(thawed), wire::Stand::Running);
     }
 
     #[test]
@@ -440,11 +498,11 @@ mod tests {
         let (server, _vmm) = serve(FakeVmm::stubborn());
         let wait = |frozen| Call::WaitFreeze(wire::WaitFreeze { frozen });
         let mut stream = dial(&server);
-        server.frozen.set(true);
+        server.saver.frozen().set(true);
         let answer = ask(&mut stream, wait(false));
         assert!(matches!(answer, Some(Answer::Status(it)) if it.frozen));
         let thawing = Arc::clone(&server);
-        let thaw = thread::spawn(move || thawing.frozen.set(false));
+        let thaw = thread::spawn(move || thawing.saver.frozen().set(false));
         let answer = ask(&mut stream, wait(true));
         assert!(matches!(answer, Some(Answer::Status(it)) if !it.frozen));
         thaw.join().expect("no panic");

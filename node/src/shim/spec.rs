@@ -1,7 +1,8 @@
 //! What a shim shall run, as `shim.json`: written by the daemon, read once by the shim.
 //!
 //! The file and the type in memory are apart, so that the type may change while shims of an older
-//! release still start from what a newer daemon wrote, or say by name that they cannot.
+//! release still start from what a newer daemon wrote, or say by name that they cannot. So the file
+//! has the oldest version that says all of it: 1 for a guest that boots, 2 for one that is restored.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,10 +15,13 @@ use serde::{Deserialize, Serialize};
 use crate::shim::error::ReadFileError;
 use crate::shim::exit::check_version;
 use crate::shim::files;
-use crate::vmm::{Accelerator, NetworkSpec, VmmSpec};
+use crate::shim::state::StateFile;
+use crate::vmm::{Accelerator, Hardware, NetworkSpec, VmmSpec};
 
-/// The layout of `shim.json`.
+/// The layout of `shim.json` for a guest that boots.
 const VERSION: u32 = 1;
+/// The layout for a guest that is restored: a release that knows only the first would boot it.
+const RESTORE_VERSION: u32 = 2;
 
 /// One sandbox as its shim is told to run it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +35,28 @@ pub struct ShimSpec {
     pub lease: Option<PathBuf>,
     /// The guest.
     pub vmm: VmmSpec,
+    /// What it goes on from; `None` for a guest that boots its kernel.
+    pub restore: Option<RestoreSpec>,
+}
+
+/// A saved guest. Of its [`VmmSpec`] the kernel, the initramfs and the command line mean nothing
+/// any more; the rest must describe the guest that was saved, on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RestoreSpec {
+    /// Its device state.
+    pub state: StateFile,
+    /// What it ran on.
+    pub hardware: Hardware,
+    /// Where its memory comes from.
+    pub memory: MemoryImage,
+}
+
+/// Where the memory of a saved guest comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemoryImage {
+    /// A file as long as the memory, with holes for zeros; all of it is copied before the guest
+    /// runs.
+    Flat(PathBuf),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -52,6 +78,26 @@ struct Written {
     /// refuses one that it could not obey.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lease: Option<PathBuf>,
+    /// In version 2, and only there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    restore: Option<WrittenRestore>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenRestore {
+    state: PathBuf,
+    state_bytes: u64,
+    state_digest: String,
+    machine: String,
+    cpu: String,
+    memory: WrittenMemory,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum WrittenMemory {
+    Flat(PathBuf),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -81,7 +127,8 @@ impl ShimSpec {
         let content = files::read(dir, name)
             .map_err(|source| ReadFileError::Disk { name, source })?
             .ok_or(ReadFileError::Missing { name })?;
-        check_version(name, &content, VERSION)?;
+        check_version(name, &content, VERSION)
+            .or_else(|_| check_version(name, &content, RESTORE_VERSION))?;
         let written: Written = serde_json::from_slice(&content)
             .map_err(|source| ReadFileError::Malformed { name, source })?;
         Self::from_written(written)
@@ -90,7 +137,7 @@ impl ShimSpec {
     fn as_written(&self) -> Written {
         let vmm = self.vmm.clone();
         Written {
-            version: VERSION,
+            version: self.version(),
             sandbox: self.sandbox.to_string(),
             epoch: self.epoch.0,
             program: vmm.program,
@@ -107,16 +154,21 @@ impl ShimSpec {
                 mac: network.mac,
             }),
             lease: self.lease.clone(),
+            restore: self.restore.as_ref().map(RestoreSpec::as_written),
+        }
+    }
+
+    fn version(&self) -> u32 {
+        match self.restore {
+            None => VERSION,
+            Some(_) => RESTORE_VERSION,
         }
     }
 
     fn from_written(written: Written) -> Result<Self, ReadFileError> {
-        let bad = |field, value: &str| ReadFileError::BadValue {
-            name: files::SPEC,
-            field,
-            value: value.chars().take(64).collect(),
-        };
-        Ok(Self {
+        let restore = written.restore.map(RestoreSpec::from_written);
+        let restore = restore.transpose()?;
+        let spec = Self {
             sandbox: written
                 .sandbox
                 .parse()
@@ -139,7 +191,53 @@ impl ShimSpec {
                     mac: network.mac,
                 }),
             },
+            restore,
+        };
+        if written.version == spec.version() {
+            return Ok(spec);
+        }
+        Err(bad("version", &written.version.to_string()))
+    }
+}
+
+impl RestoreSpec {
+    fn as_written(&self) -> WrittenRestore {
+        WrittenRestore {
+            state: self.state.path.clone(),
+            state_bytes: self.state.bytes,
+            state_digest: self.state.digest.to_hex().to_string(),
+            machine: self.hardware.machine.clone(),
+            cpu: self.hardware.cpu.clone(),
+            memory: match &self.memory {
+                MemoryImage::Flat(path) => WrittenMemory::Flat(path.clone()),
+            },
+        }
+    }
+
+    fn from_written(written: WrittenRestore) -> Result<Self, ReadFileError> {
+        let digest = blake3::Hash::from_hex(&written.state_digest);
+        Ok(Self {
+            state: StateFile {
+                path: written.state,
+                bytes: written.state_bytes,
+                digest: digest.map_err(|_| bad("state_digest", &written.state_digest))?,
+            },
+            hardware: Hardware {
+                machine: written.machine,
+                cpu: written.cpu,
+            },
+            memory: match written.memory {
+                WrittenMemory::Flat(path) => MemoryImage::Flat(path),
+            },
         })
+    }
+}
+
+fn bad(field: &'static str, value: &str) -> ReadFileError {
+    ReadFileError::BadValue {
+        name: files::SPEC,
+        field,
+        value: value.chars().take(64).collect(),
     }
 }
 
@@ -167,12 +265,36 @@ mod tests {
                     mac: [1, 2, 3, 4, 5, 6],
                 }),
             },
+            restore: None,
+        }
+    }
+
+    fn restoring() -> ShimSpec {
+        let restore = RestoreSpec {
+            state: StateFile {
+                path: "/d/state".into(),
+                bytes: 17,
+                digest: blake3::hash(b"state"),
+            },
+            hardware: Hardware {
+                machine: "pc-q35-7.2/1".into(),
+                cpu: "tcg-1".into(),
+            },
+            memory: MemoryImage::Flat("/d/memory".into()),
+        };
+        ShimSpec {
+            restore: Some(restore),
+            ..spec()
         }
     }
 
     fn read_changed(from: &str, to: &str) -> Result<ShimSpec, ReadFileError> {
+        read_changed_of(&spec(), from, to)
+    }
+
+    fn read_changed_of(spec: &ShimSpec, from: &str, to: &str) -> Result<ShimSpec, ReadFileError> {
         let dir = tempfile::tempdir().expect("tempdir");
-        spec().write(dir.path()).expect("written");
+        spec.write(dir.path()).expect("written");
         let content = files::read(dir.path(), files::SPEC)
             .expect("read")
             .expect("there");
@@ -190,11 +312,42 @@ mod tests {
 
     #[test]
     fn another_version_is_refused_by_name_even_with_unknown_fields() {
-        let err = read_changed("\"version\": 1", "\"version\": 2, \"new\": 0").expect_err("no");
+        let err = read_changed("\"version\": 1", "\"version\": 3, \"new\": 0").expect_err("no");
         assert!(
-            matches!(err, ReadFileError::UnknownVersion { found: 2, .. }),
+            matches!(err, ReadFileError::UnknownVersion { found: 3, .. }),
             "{err}"
         );
+    }
+
+    /// So that a release that only boots guests refuses to, instead of booting a saved one.
+    #[test]
+    fn only_a_guest_that_is_restored_has_the_second_version() {
+        let read = read_changed_of(&restoring(), "\"version\": 2", "\"version\": 2");
+        assert_eq!(read.expect("read"), restoring());
+        read_changed("\"version\": 1", "\"version\": 1").expect("a guest that boots has the first");
+        let posing = read_changed_of(&restoring(), "\"version\": 2", "\"version\": 1");
+        assert!(
+            matches!(
+                posing,
+                Err(ReadFileError::BadValue {
+                    field: "version",
+                    ..
+                })
+            ),
+            "{posing:?}"
+        );
+        assert!(read_changed("\"version\": 1", "\"version\": 2").is_err());
+    }
+
+    #[test]
+    fn a_restore_that_is_not_understood_is_refused() {
+        for (from, to) in [
+            ("\"flat\"", "\"knitted\""),
+            ("\"state_digest\": \"", "\"state_digest\": \"x"),
+            ("\"state_bytes\"", "\"state_byte\""),
+        ] {
+            assert!(read_changed_of(&restoring(), from, to).is_err(), "{to}");
+        }
     }
 
     #[test]

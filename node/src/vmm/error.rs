@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -46,6 +47,22 @@ pub enum SpecError {
         found: usize,
         /// The kernel's limit.
         most: usize,
+    },
+    /// The guest was saved on virtual hardware that this release cannot build.
+    #[error("this release has no {what} {name:?}")]
+    UnknownHardware {
+        /// Which part of it.
+        what: &'static str,
+        /// Its name in the snapshot.
+        name: String,
+    },
+    /// The guest was saved with the host's own processor, which is another one here.
+    #[error("the guest needs the processor {wanted:?}, and this host has {found:?}")]
+    OtherProcessor {
+        /// Where it ran.
+        wanted: String,
+        /// What is here.
+        found: String,
     },
 }
 
@@ -96,6 +113,51 @@ impl SpawnVmmError {
     }
 }
 
+/// Why a device state was not written, or not taken in.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum MoveStateError {
+    /// The conversation about it failed; a VMM that cannot read a state ends, and so it looks.
+    #[error("lead the VMM through it")]
+    Talk(#[from] QmpError),
+    /// The VMM tried, and says why it could not.
+    #[error("the VMM gave up: {reason}")]
+    GaveUp {
+        /// In its words.
+        reason: String,
+    },
+    /// The VMM was not done in time.
+    #[error("it was not done within {waited:?}")]
+    TimedOut {
+        /// How long we waited.
+        waited: Duration,
+    },
+}
+
+/// Why a file is not a device state for the hardware at hand, told from its first bytes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ForeignStateError {
+    /// It does not begin like one.
+    #[error("it is no device state, or its beginning is damaged")]
+    NotAState,
+    /// A VMM with another format wrote it.
+    #[error("it has version {found} of the format, and this release knows {known}")]
+    UnknownVersion {
+        /// Its version.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
+    /// It is of another machine.
+    #[error("it is of a machine {found:?}, and the guest is said to have been a {wanted:?}")]
+    OtherMachine {
+        /// What it says.
+        found: String,
+        /// What it was taken for.
+        wanted: String,
+    },
+}
+
 /// Why a running VMM did not do as told.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +170,12 @@ pub enum VmmError {
         /// How it failed.
         source: QmpError,
     },
+    /// The device state could not be written.
+    #[error("have the VMM write its device state")]
+    Save(#[source] MoveStateError),
+    /// The device state could not be taken in.
+    #[error("have the VMM take in a device state")]
+    Load(#[source] MoveStateError),
     /// The process could not be signalled.
     #[error("kill VMM process {pid}")]
     Kill {
@@ -141,7 +209,8 @@ impl VmmError {
     #[must_use]
     pub fn remedy(&self) -> Remedy {
         match self {
-            Self::Told { .. } => Remedy::BlameGuest,
+            Self::Told { .. } | Self::Load(_) => Remedy::BlameGuest,
+            Self::Save(_) => Remedy::RetryLater,
             Self::Kill { .. } | Self::Signal { .. } | Self::Wait { .. } => Remedy::CallOperator,
         }
     }

@@ -7,12 +7,18 @@
 //! Everything is synchronous: the shim that calls it has no async runtime. A VMM dies with the
 //! *thread* that started it (`PR_SET_PDEATHSIG`), so that thread must outlive the guest.
 //!
+//! A guest can be kept: [`Vmm::save_state`] stops it and writes its *device state*, which is all of
+//! it but its memory (a memfd that is not the VMM's) and its disk (flushed, and left alone from
+//! then on). [`spawn_incoming`] builds the same [`Hardware`] around a memory and a disk and waits
+//! for that state; other namespaces, taps and paths do not matter to it.
+//!
 //! What a crash leaves: nothing. A caller that is killed takes its VMM with it; files named in
 //! the [`VmmSpec`] belong to whoever made them.
 
 pub mod cmdline;
 pub mod error;
 pub mod fake;
+pub mod hardware;
 pub mod jail;
 pub mod probe;
 pub mod process;
@@ -26,7 +32,8 @@ use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 
-pub use error::{SpawnVmmError, VmmError};
+pub use error::{ForeignStateError, SpawnVmmError, VmmError};
+pub use hardware::Hardware;
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,17 +121,40 @@ pub trait Vmm: Send + Sync {
     /// The hypervisor's version, such as `7.2.22`.
     fn version(&self) -> &str;
 
+    /// The virtual hardware around the guest: what a snapshot of it has to name.
+    fn hardware(&self) -> &Hardware;
+
     /// Stops the virtual CPUs.
     ///
     /// # Errors
     /// The VMM refused, died, or did not answer before `deadline`.
     fn pause(&self, deadline: Instant) -> Result<(), VmmError>;
 
-    /// Lets the virtual CPUs run on.
+    /// Lets the virtual CPUs run on, also after a save, whatever became of it.
     ///
     /// # Errors
     /// As [`Vmm::pause`].
     fn resume(&self, deadline: Instant) -> Result<(), VmmError>;
+
+    /// Stops the virtual CPUs, flushes the disk, and writes the device state to `file` from its
+    /// present position on. The guest's memory is not in it: it is its owner's to read.
+    ///
+    /// Afterwards, and after an error too, the guest stands still until [`Vmm::resume`], and only
+    /// then may it be saved again. Until then nothing writes to its disk, which the VMM has let
+    /// go of.
+    ///
+    /// # Errors
+    /// [`VmmError::Save`]: the VMM refused, could not, died, or was not done before `deadline`.
+    /// What it was doing is called off.
+    fn save_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError>;
+
+    /// Takes in a device state from `file`, in a VMM made by [`spawn_incoming`] whose memory is
+    /// in place, or will be when it is touched. Then the guest stands still until
+    /// [`Vmm::resume`].
+    ///
+    /// # Errors
+    /// [`VmmError::Load`]. The VMM is of no further use; it may have ended already.
+    fn load_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError>;
 
     /// Presses the guest's power button and does not wait for what the guest makes of it.
     ///
@@ -189,5 +219,29 @@ pub fn spawn(
     ram: BorrowedFd<'_>,
     deadline: Instant,
 ) -> Result<Started, SpawnVmmError> {
-    qemu::spawn::spawn(spec, name, ram, deadline)
+    qemu::spawn::spawn(spec, None, name, ram, deadline)
+}
+
+/// As [`spawn`], but the guest is one that was saved on `hardware`: it waits, without a kernel and
+/// without touching its memory or its disk, for [`Vmm::load_state`].
+///
+/// # Errors
+/// See [`SpawnVmmError`]. Nothing is left running.
+pub fn spawn_incoming(
+    spec: &VmmSpec,
+    hardware: &Hardware,
+    name: &str,
+    ram: BorrowedFd<'_>,
+    deadline: Instant,
+) -> Result<Started, SpawnVmmError> {
+    qemu::spawn::spawn(spec, Some(hardware), name, ram, deadline)
+}
+
+/// Whether a file that begins with `head` can be the device state of a guest on `hardware`. Finds
+/// the wrong file before a VMM is started for it; damage further on is what digests are for.
+///
+/// # Errors
+/// See [`ForeignStateError`].
+pub fn check_state(head: &[u8], hardware: &Hardware) -> Result<(), ForeignStateError> {
+    qemu::state::check(head, hardware)
 }

@@ -1,8 +1,8 @@
 //! The first process of a test guest, compiled by the tests with `rustc` alone.
 //!
 //! It loads the modules in `/modules/order`, says what it found on the console, and then does
-//! what the kernel command line tells: `wrenn.probe=1`, `test.reboot`, `test.panic`, `test.flood`;
-//! otherwise it powers off when its power button is pressed, unless `test.deaf` is given.
+//! what the kernel command line tells: `wrenn.probe=1`, `test.reboot`, `test.panic`, `test.flood`,
+//! `test.count`; otherwise it powers off when its power button is pressed, unless `test.deaf` is given.
 
 use std::ffi::{CString, c_char, c_int, c_long, c_ulong, c_void};
 use std::fs::{self, File};
@@ -61,6 +61,13 @@ fn main() {
     }
     while told("test.flood") {
         say(&"x".repeat(4000));
+    }
+    for count in 0_u64.. {
+        if !told("test.count") {
+            break;
+        }
+        say(&format!("guest: count {count}."));
+        sleep(Duration::from_millis(50));
     }
     while told("test.deaf") {
         sleep(Duration::from_secs(60));

@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -225,6 +225,7 @@ impl Sandbox {
                 root_disk: None,
                 network: None,
             },
+            restore: None,
         }
     }
 
@@ -266,6 +267,42 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         // Also when the test has failed; a second panic would hide the first.
         let _swept = kill_leftovers(&self.dir);
+    }
+}
+
+/// The last number on the console of a guest told `test.count`.
+pub fn counted(console: &str) -> Option<u64> {
+    let said = console.rsplit("guest: count ");
+    said.filter_map(|rest| rest.split_once('.'))
+        .find_map(|(count, _)| count.parse().ok())
+}
+
+/// The process of the VMM in `dir`, whoever started it.
+pub fn vmm_in(dir: &Path) -> Option<u32> {
+    let named = format!("\0-name\0{}\0", dir.display());
+    let pids = fs::read_dir("/proc").expect("listable").flatten();
+    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.find(|pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&named)
+    })
+}
+
+/// Copies what is listed in `ranges` of a guest's memory to a flat image.
+pub fn copy_memory(memory: &fs::File, ranges: &[std::ops::Range<u64>], bytes: u64, image: &Path) {
+    let image = fs::File::create(image).expect("created");
+    image.set_len(bytes).expect("sparse");
+    let mut buffer = vec![0; 1 << 20];
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            let length = usize::try_from((range.end - at).min(1 << 20)).expect("a MiB");
+            memory
+                .read_exact_at(&mut buffer[..length], at)
+                .expect("read");
+            image.write_all_at(&buffer[..length], at).expect("written");
+            at += length as u64;
+        }
     }
 }
 

@@ -5,18 +5,32 @@
 //! ISA bridge, and one virtio function each for disk, network and entropy. `microvm` would have
 //! fewer still, and under TCG its kernels hang at the TSC calibration in one boot of seven
 //! (docs/internals/vmm.md has the figures).
+//!
+//! A guest that was saved is built the same way, but for its kernel, which is in its memory. Each
+//! device has its place on the bus written down: an optional one must not move the others. What
+//! a saved guest knows of is the *layout* of the machine; see [`machine`] before changing it. Not
+//! part of it are paths, descriptors, the tap and the translation cache.
 
 use std::path::Path;
 
 use serde_json::json;
 
 use crate::vmm::error::SpecError;
-use crate::vmm::{Accelerator, MAX_VCPUS, MIN_MEMORY, NetworkSpec, VmmSpec, cmdline};
+use crate::vmm::qemu::machine;
+use crate::vmm::{Accelerator, Hardware, MAX_VCPUS, MIN_MEMORY, NetworkSpec, VmmSpec, cmdline};
 
-/// The machine type, versioned: `q35` alone means another machine after an upgrade of QEMU, and
-/// an old snapshot could not be resumed on it.
-const MACHINE: &str = "pc-q35-7.2,usb=off,sata=off,smbus=off,i8042=off,hpet=off,vmport=off,\
-                       dump-guest-core=off,mem-merge=off,memory-backend=ram";
+/// The options of [`machine::MACHINE_TYPE`].
+const MACHINE_OPTIONS: &str = "usb=off,sata=off,smbus=off,i8042=off,hpet=off,vmport=off,\
+                               dump-guest-core=off,mem-merge=off,memory-backend=ram";
+/// The devices' places on the bus, as they were when QEMU still chose them.
+const RNG_SLOT: u32 = 1;
+/// See [`RNG_SLOT`].
+const DISK_SLOT: u32 = 2;
+/// See [`RNG_SLOT`].
+const CARD_SLOT: u32 = 3;
+/// The balloon only takes back pages that the guest reports as free, so that they need not be
+/// kept when it is saved; a guest without its driver does not notice it.
+const BALLOON_SLOT: u32 = 4;
 /// The translation cache of one guest in MiB. QEMU's own default is a gigabyte; the hot code of
 /// a kernel and a shell fits into a tenth of this.
 const TRANSLATION_MIB: u32 = 64;
@@ -47,11 +61,25 @@ pub struct Inherited {
     pub console: i32,
 }
 
+/// Where the guest comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin<'a> {
+    /// It boots its kernel.
+    Boot,
+    /// It was saved on this hardware, and its state is yet to come.
+    Saved(&'a Hardware),
+}
+
 /// The arguments after the program's name.
 ///
 /// # Errors
 /// The spec asks for what cannot be built.
-pub fn arguments(spec: &VmmSpec, name: &str, fds: Inherited) -> Result<Vec<String>, SpecError> {
+pub fn arguments(
+    spec: &VmmSpec,
+    origin: Origin<'_>,
+    name: &str,
+    fds: Inherited,
+) -> Result<Vec<String>, SpecError> {
     check_range("vcpus", 1, u64::from(MAX_VCPUS), u64::from(spec.vcpus))?;
     let (least, most) = (u64::from(MIN_MEMORY.0), u64::from(MAX_MEMORY_MIB));
     check_range("memory in MiB", least, most, u64::from(spec.memory.0))?;
@@ -62,12 +90,16 @@ pub fn arguments(spec: &VmmSpec, name: &str, fds: Inherited) -> Result<Vec<Strin
     args.option("-display", "none");
     args.option("-name", &escape(name));
     args.option("-sandbox", SANDBOX);
-    args.option("-machine", MACHINE);
-    processor(&mut args, spec);
+    let machine_type = machine::MACHINE_TYPE;
+    args.option("-machine", &format!("{machine_type},{MACHINE_OPTIONS}"));
+    processor(&mut args, spec, origin)?;
     memory(&mut args, spec, fds.ram);
     channels(&mut args, fds);
-    kernel(&mut args, spec)?;
-    args.option("-device", "virtio-rng-pci");
+    match origin {
+        Origin::Boot => kernel(&mut args, spec)?,
+        Origin::Saved(_) => incoming(&mut args),
+    }
+    always_there(&mut args);
     if let Some(disk) = &spec.root_disk {
         root_disk(&mut args, disk)?;
     }
@@ -93,20 +125,23 @@ impl Args {
     }
 }
 
-fn processor(args: &mut Args, spec: &VmmSpec) {
-    match spec.accelerator {
-        Accelerator::Kvm => {
-            args.option("-accel", "kvm");
-            args.option("-cpu", "host");
-        }
+fn processor(args: &mut Args, spec: &VmmSpec, origin: Origin<'_>) -> Result<(), SpecError> {
+    let accelerator = spec.accelerator;
+    match accelerator {
+        Accelerator::Kvm => args.option("-accel", "kvm"),
         Accelerator::Tcg => {
             // One thread for each virtual CPU, as KVM has.
             let tcg = format!("tcg,thread=multi,tb-size={TRANSLATION_MIB}");
             args.option("-accel", &tcg);
-            args.option("-cpu", "max");
         }
     }
+    let model = match origin {
+        Origin::Boot => machine::processor(&machine::of_new_guests(accelerator), accelerator)?,
+        Origin::Saved(hardware) => machine::processor(hardware, accelerator)?,
+    };
+    args.option("-cpu", model);
     args.option("-smp", &spec.vcpus.to_string());
+    Ok(())
 }
 
 fn memory(args: &mut Args, spec: &VmmSpec, ram: i32) {
@@ -135,6 +170,21 @@ fn kernel(args: &mut Args, spec: &VmmSpec) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// The state comes by the management socket. `-S`: whatever it says of the virtual CPUs, they
+/// stand still until told to run.
+fn incoming(args: &mut Args) {
+    args.option("-incoming", "defer");
+    args.flag("-S");
+}
+
+fn always_there(args: &mut Args) {
+    let rng = format!("virtio-rng-pci,id=rng,addr={RNG_SLOT}");
+    args.option("-device", &rng);
+    let balloon =
+        format!("virtio-balloon-pci,id=balloon,addr={BALLOON_SLOT},free-page-reporting=on");
+    args.option("-device", &balloon);
+}
+
 fn root_disk(args: &mut Args, disk: &Path) -> Result<(), SpecError> {
     // JSON, because a comma in a path would end an option of the other form.
     let node = json!({
@@ -144,10 +194,9 @@ fn root_disk(args: &mut Args, disk: &Path) -> Result<(), SpecError> {
         "file": { "driver": "file", "filename": utf8("root disk", disk)?, "discard": "unmap" },
     });
     args.option("-blockdev", &node.to_string());
-    args.option(
-        "-device",
-        "virtio-blk-pci,drive=root,werror=report,rerror=report",
-    );
+    let device =
+        format!("virtio-blk-pci,id=disk,addr={DISK_SLOT},drive=root,werror=report,rerror=report");
+    args.option("-device", &device);
     Ok(())
 }
 
@@ -165,7 +214,7 @@ fn network_card(args: &mut Args, network: &NetworkSpec) -> Result<(), SpecError>
     let backend = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
     args.option("-netdev", &backend);
     // No boot ROM: the guest never boots from the network.
-    let card = format!("virtio-net-pci,netdev=net,mac={mac},romfile=");
+    let card = format!("virtio-net-pci,id=card,addr={CARD_SLOT},netdev=net,mac={mac},romfile=");
     args.option("-device", &card);
     Ok(())
 }
@@ -227,6 +276,10 @@ mod tests {
         }
     }
 
+    fn boot(spec: &VmmSpec) -> Result<Vec<String>, SpecError> {
+        arguments(spec, Origin::Boot, NAME, FDS)
+    }
+
     fn value<'a>(args: &'a [String], option: &str, containing: &str) -> &'a str {
         args.windows(2)
             .find(|pair| pair[0] == option && pair[1].contains(containing))
@@ -237,9 +290,9 @@ mod tests {
     }
 
     #[test]
-    fn tcg_emulates_the_largest_cpu_with_a_bounded_cache() {
-        let args = arguments(&spec(), NAME, FDS).expect("valid spec");
-        assert_eq!(value(&args, "-cpu", ""), "max");
+    fn tcg_emulates_a_cpu_that_is_spelled_out_with_a_bounded_cache() {
+        let args = boot(&spec()).expect("valid spec");
+        assert!(value(&args, "-cpu", "").starts_with("qemu64-v1,"));
         assert_eq!(value(&args, "-accel", ""), "tcg,thread=multi,tb-size=64");
     }
 
@@ -249,14 +302,14 @@ mod tests {
             accelerator: Accelerator::Kvm,
             ..spec()
         };
-        let args = arguments(&kvm, NAME, FDS).expect("valid spec");
+        let args = boot(&kvm).expect("valid spec");
         assert_eq!(value(&args, "-cpu", ""), "host");
         assert_eq!(value(&args, "-accel", ""), "kvm");
     }
 
     #[test]
     fn memory_is_the_inherited_descriptor_shared() {
-        let args = arguments(&spec(), NAME, FDS).expect("valid spec");
+        let args = boot(&spec()).expect("valid spec");
         let backend = value(&args, "-object", "memory-backend");
         assert!(
             backend.contains("mem-path=/proc/self/fd/9,share=on"),
@@ -268,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_path_with_a_comma_stays_one_path() {
-        let args = arguments(&spec(), NAME, FDS).expect("valid spec");
+        let args = boot(&spec()).expect("valid spec");
         let node: serde_json::Value =
             serde_json::from_str(value(&args, "-blockdev", "")).expect("JSON");
         assert_eq!(
@@ -279,7 +332,7 @@ mod tests {
 
     #[test]
     fn the_name_survives_its_commas() {
-        let args = arguments(&spec(), NAME, FDS).expect("valid spec");
+        let args = boot(&spec()).expect("valid spec");
         assert_eq!(value(&args, "-name", ""), "/data/sandboxes/cl-1,,a");
     }
 
@@ -290,7 +343,7 @@ mod tests {
             network: None,
             ..spec()
         };
-        let args = arguments(&bare, NAME, FDS).expect("valid spec").join(" ");
+        let args = boot(&bare).expect("valid spec").join(" ");
         assert!(
             !args.contains("virtio-blk") && !args.contains("virtio-net"),
             "{args}"
@@ -299,13 +352,59 @@ mod tests {
 
     #[test]
     fn the_kernel_line_keeps_every_protection() {
-        let args = arguments(&spec(), NAME, FDS).expect("valid spec");
+        let args = boot(&spec()).expect("valid spec");
         let line = value(&args, "-append", "");
         assert!(line.starts_with("console=ttyS0 panic=-1 "), "{line}");
         assert!(line.ends_with(" wrenn.probe=1"), "{line}");
         assert!(
             !line.contains("mitigations") && !line.contains("kaslr"),
             "{line}"
+        );
+    }
+
+    #[test]
+    fn a_saved_guest_is_built_like_a_new_one_but_for_its_kernel() {
+        let hardware = machine::of_new_guests(Accelerator::Tcg);
+        let args = arguments(&spec(), Origin::Saved(&hardware), NAME, FDS).expect("valid spec");
+        assert_eq!(value(&args, "-incoming", ""), "defer");
+        let text = args.join(" ");
+        for booted in ["-kernel", "-initrd", "-append"] {
+            assert!(!text.contains(booted), "{text}");
+        }
+        let booting = boot(&spec()).expect("valid spec");
+        for option in ["-machine", "-cpu", "-smp", "-m", "-object", "-device"] {
+            let values = |args: &[String]| -> Vec<String> {
+                let pairs = args.windows(2).filter(|pair| pair[0] == option);
+                pairs.map(|pair| pair[1].clone()).collect()
+            };
+            assert_eq!(values(&args), values(&booting), "{option}");
+        }
+    }
+
+    #[test]
+    fn every_device_has_its_own_place_that_no_other_can_take() {
+        let args = boot(&spec()).expect("valid spec");
+        for (device, place) in [
+            ("virtio-rng-pci", "id=rng,addr=1"),
+            ("virtio-blk-pci", "id=disk,addr=2"),
+            ("virtio-net-pci", "id=card,addr=3"),
+            ("virtio-balloon-pci", "id=balloon,addr=4"),
+        ] {
+            let value = value(&args, "-device", device);
+            assert!(value.contains(place), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_guest_saved_on_other_hardware_is_refused() {
+        let other = Hardware {
+            machine: "pc-q35-8.0/1".into(),
+            ..machine::of_new_guests(Accelerator::Tcg)
+        };
+        let refused = arguments(&spec(), Origin::Saved(&other), NAME, FDS);
+        assert!(
+            matches!(refused, Err(SpecError::UnknownHardware { .. })),
+            "{refused:?}"
         );
     }
 
@@ -317,7 +416,7 @@ mod tests {
                 memory: Mib(memory),
                 ..spec()
             };
-            let refused = arguments(&bad, NAME, FDS);
+            let refused = boot(&bad);
             assert!(
                 matches!(refused, Err(SpecError::OutOfRange { .. })),
                 "{refused:?}"
@@ -330,15 +429,12 @@ mod tests {
         for tap in ["", "tap0,script=/bin/sh", "a-name-past-sixteen", "tap 0"] {
             let mut bad = spec();
             bad.network.as_mut().expect("has one").tap = tap.into();
-            assert!(arguments(&bad, NAME, FDS).is_err(), "{tap:?} was accepted");
+            assert!(boot(&bad).is_err(), "{tap:?} was accepted");
         }
         let relative = VmmSpec {
             kernel: "vmlinuz".into(),
             ..spec()
         };
-        assert!(matches!(
-            arguments(&relative, NAME, FDS),
-            Err(SpecError::Path { .. })
-        ));
+        assert!(matches!(boot(&relative), Err(SpecError::Path { .. })));
     }
 }

@@ -1,17 +1,22 @@
-//! The QEMU driver: its arguments ([`args`]), its management protocol ([`qmp`]), its start
-//! ([`spawn`]), and the running process as a [`Vmm`].
+//! The QEMU driver: its arguments ([`args`]), the hardware they build ([`machine`]), its
+//! management protocol ([`qmp`]), its start ([`spawn`]), its device state ([`state`]), and the
+//! running process as a [`Vmm`].
 
 pub mod args;
+pub mod machine;
+mod migrate;
 pub mod qmp;
 pub mod spawn;
+pub mod state;
 
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::vmm::process::VmmProcess;
 use crate::vmm::qemu::qmp::{Qmp, QmpError};
-use crate::vmm::{Vmm, VmmError, VmmExit};
+use crate::vmm::{Hardware, Vmm, VmmError, VmmExit};
 
 /// How long a dead QEMU's last events are looked for; they are in the socket already.
 const LAST_EVENTS: Duration = Duration::from_millis(100);
@@ -23,6 +28,7 @@ const GLANCE: Duration = Duration::from_millis(2);
 pub struct Qemu {
     process: VmmProcess,
     qmp: Qmp,
+    hardware: Hardware,
 }
 
 impl Qemu {
@@ -48,12 +54,26 @@ impl Vmm for Qemu {
         self.qmp.version()
     }
 
+    fn hardware(&self) -> &Hardware {
+        &self.hardware
+    }
+
     fn pause(&self, deadline: Instant) -> Result<(), VmmError> {
         self.tell("pause", "stop", deadline)
     }
 
     fn resume(&self, deadline: Instant) -> Result<(), VmmError> {
-        self.tell("resume", "cont", deadline)
+        let verb = "resume";
+        migrate::settle(&self.qmp, deadline).map_err(|source| VmmError::Told { verb, source })?;
+        self.tell(verb, "cont", deadline)
+    }
+
+    fn save_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError> {
+        migrate::save(&self.qmp, file, deadline).map_err(VmmError::Save)
+    }
+
+    fn load_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError> {
+        migrate::load(&self.qmp, file, deadline).map_err(VmmError::Load)
     }
 
     fn shutdown(&self, deadline: Instant) -> Result<(), VmmError> {

@@ -9,11 +9,14 @@
 //! whose time it came, and the end of the stream is [`QmpError::Closed`] for every later call.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
 /// The longest line believed. Answers to the commands we send have a few hundred bytes.
@@ -107,7 +110,7 @@ impl Qmp {
                 break version_in(greeting);
             }
         };
-        qmp.converse(&mut line, COMMAND, json!({}), deadline)?;
+        qmp.converse(&mut line, COMMAND, json!({}), None, deadline)?;
         qmp.line = Mutex::new(Some(line));
         Ok(qmp)
     }
@@ -129,6 +132,30 @@ impl Qmp {
         arguments: Value,
         deadline: Instant,
     ) -> Result<Value, QmpError> {
+        self.run(command, arguments, None, deadline)
+    }
+
+    /// As [`Self::execute`], and hands `fd` over with the command.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub fn execute_with_fd(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+        deadline: Instant,
+    ) -> Result<Value, QmpError> {
+        self.run(command, arguments, Some(fd), deadline)
+    }
+
+    fn run(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> Result<Value, QmpError> {
         let started = Instant::now();
         let Some(mut line) = self.take(deadline) else {
             return Err(QmpError::TimedOut {
@@ -136,7 +163,7 @@ impl Qmp {
                 waited: started.elapsed(),
             });
         };
-        let outcome = self.converse(&mut line, command, arguments, deadline);
+        let outcome = self.converse(&mut line, command, arguments, fd, deadline);
         self.put_back(line);
         outcome
     }
@@ -168,13 +195,14 @@ impl Qmp {
         line: &mut Line,
         command: &'static str,
         arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
         deadline: Instant,
     ) -> Result<Value, QmpError> {
         let started = Instant::now();
         let id = line.next_id;
         line.next_id += 1;
         let request = json!({ "execute": command, "arguments": arguments, "id": id });
-        line.write(&request, deadline)
+        line.write(&request, fd, deadline)
             .map_err(|broken| broken.during(command, started))?;
         loop {
             let mut said = line
@@ -329,11 +357,38 @@ impl Line {
         }
     }
 
-    fn write(&mut self, request: &Value, deadline: Instant) -> Result<(), Broken> {
+    fn write(
+        &mut self,
+        request: &Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Instant,
+    ) -> Result<(), Broken> {
         let mut line = request.to_string();
         line.push('\n');
         self.stream.set_write_timeout(Some(time_left(deadline)?))?;
-        Ok(self.stream.write_all(line.as_bytes())?)
+        let sent = match fd {
+            Some(fd) => send_with_fd(&self.stream, line.as_bytes(), fd)?,
+            None => 0,
+        };
+        Ok(self.stream.write_all(&line.as_bytes()[sent..])?)
+    }
+}
+
+/// Sends the beginning of `bytes`, and `fd` with it. Returns how many bytes have gone.
+fn send_with_fd(stream: &UnixStream, bytes: &[u8], fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let fds = [fd.as_raw_fd()];
+    loop {
+        let sent = sendmsg::<()>(
+            stream.as_raw_fd(),
+            &[IoSlice::new(bytes)],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        match sent {
+            Err(Errno::EINTR) => {}
+            sent => return Ok(sent?),
+        }
     }
 }
 

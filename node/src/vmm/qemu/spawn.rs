@@ -12,19 +12,23 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use crate::vmm::jail::Jail;
 use crate::vmm::process::VmmProcess;
 use crate::vmm::qemu::Qemu;
-use crate::vmm::qemu::args::{Inherited, arguments};
+use crate::vmm::qemu::args::{Inherited, Origin, arguments};
+use crate::vmm::qemu::machine;
 use crate::vmm::qemu::qmp::{Qmp, QmpError};
-use crate::vmm::{SpawnVmmError, Started, VmmSpec};
+use crate::vmm::{Hardware, SpawnVmmError, Started, VmmSpec};
 
 /// How much of a failed QEMU's complaint is repeated in the error.
 const COMPLAINT_BYTES: usize = 2048;
 
-/// Starts QEMU for `spec` and shakes hands. See [`crate::vmm::spawn`].
+/// Starts QEMU for `spec` and shakes hands: to boot its kernel, or to wait for the state of a
+/// guest that was saved on `saved_on`. See [`crate::vmm::spawn`] and
+/// [`crate::vmm::spawn_incoming`].
 ///
 /// # Errors
 /// See [`SpawnVmmError`]. Nothing is left running.
 pub fn spawn(
     spec: &VmmSpec,
+    saved_on: Option<&Hardware>,
     name: &str,
     ram: BorrowedFd<'_>,
     deadline: Instant,
@@ -40,7 +44,10 @@ pub fn spawn(
         qmp: qmp_theirs.as_raw_fd(),
         console: console_theirs.as_raw_fd(),
     };
-    let args = arguments(spec, name, fds).map_err(SpawnVmmError::Spec)?;
+    let origin = saved_on.map_or(Origin::Boot, Origin::Saved);
+    let args = arguments(spec, origin, name, fds).map_err(SpawnVmmError::Spec)?;
+    let hardware = saved_on.cloned();
+    let hardware = hardware.unwrap_or_else(|| machine::of_new_guests(spec.accelerator));
     let jail = Jail::new(
         open_netns(spec)?,
         &[ram, qmp_theirs.as_fd(), console_theirs.as_fd()],
@@ -61,7 +68,11 @@ pub fn spawn(
     let process = VmmProcess::new(child).map_err(start_failed)?;
     match Qmp::connect(qmp, deadline) {
         Ok(qmp) => Ok(Started {
-            vmm: Box::new(Qemu { process, qmp }),
+            vmm: Box::new(Qemu {
+                process,
+                qmp,
+                hardware,
+            }),
             console,
             stderr,
             took: spawned.elapsed(),

@@ -1,0 +1,101 @@
+//! Bringing back a saved guest, up to the point where it only has to be let go on.
+//!
+//! ```text
+//! state file whole, of this hardware? > memory made > VMM up, waiting > memory in place > state loaded
+//! ```
+//!
+//! Then the shim reports *up*, and the guest stands still until the daemon's `Thaw`: the daemon may
+//! die in between, and the next one must find a guest of which it is certain that it has not run.
+//! Before that nobody is told anything, and the first step that fails takes everything with it.
+//!
+//! Nothing of the old host matters: namespace, tap, paths, console and descriptors are this one's.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use crate::pager::memory::GuestMemory;
+use crate::shim::dirty::DirtyPages;
+use crate::shim::source::{Eager, MemoryLoss, MemorySource, MemorySourceError};
+use crate::shim::spec::{MemoryImage, RestoreSpec};
+use crate::shim::state::StateFileError;
+use crate::vmm::{Hardware, Vmm, VmmError};
+
+/// Longest time for the memory and the state to be in place, counted from the VMM's first answer.
+/// A flat image comes at 1 GiB/s where the disk can.
+pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why a saved guest was not brought back.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Its memory is not to be had.
+    #[error("bring back the guest's memory")]
+    Memory(#[from] MemorySourceError),
+    /// The VMM does not take its state.
+    #[error("bring back the guest's devices")]
+    Vmm(#[from] VmmError),
+}
+
+/// A saved guest that is fit to be brought back.
+pub struct Restore {
+    state: File,
+    hardware: Hardware,
+    source: Box<dyn MemorySource>,
+}
+
+/// A guest that is back and stands still.
+pub struct Restored {
+    /// Who knows what it writes.
+    pub dirty: Box<dyn DirtyPages>,
+    /// How long its memory took.
+    pub memory: Duration,
+    /// How long its state took.
+    pub load: Duration,
+}
+
+impl Restore {
+    /// Looks at what there is to bring back, before anything is started for it.
+    ///
+    /// # Errors
+    /// See [`StateFileError`].
+    pub fn open(spec: &RestoreSpec) -> Result<Self, StateFileError> {
+        let source = match &spec.memory {
+            MemoryImage::Flat(image) => Eager::new(image),
+        };
+        Ok(Self {
+            state: spec.state.open(&spec.hardware)?,
+            hardware: spec.hardware.clone(),
+            source: Box::new(source),
+        })
+    }
+
+    /// What the VMM has to be built as.
+    #[must_use]
+    pub fn hardware(&self) -> &Hardware {
+        &self.hardware
+    }
+
+    /// Fills `vmm`, which waits, and whose memory is the empty `memory`. `loss` is what ends the
+    /// guest should a part of that not come later.
+    ///
+    /// # Errors
+    /// See [`RestoreError`]. The VMM is of no further use.
+    pub fn fill(
+        &self,
+        vmm: &dyn Vmm,
+        memory: &GuestMemory,
+        loss: &MemoryLoss,
+    ) -> Result<Restored, RestoreError> {
+        let began = Instant::now();
+        let deadline = began + RESTORE_TIMEOUT;
+        let dirty = self.source.prepare(vmm.pid(), memory, loss, deadline)?;
+        let prepared = Instant::now();
+        vmm.load_state(self.state.as_fd(), deadline)?;
+        Ok(Restored {
+            dirty,
+            memory: prepared - began,
+            load: prepared.elapsed(),
+        })
+    }
+}
