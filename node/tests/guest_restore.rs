@@ -6,7 +6,7 @@
 mod shim_support;
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -130,7 +130,7 @@ impl Dial for InNetns {
     fn dial(&self) -> DialFuture {
         let here = self.clone();
         Box::pin(async move {
-            let address = SocketAddr::from((Ipv4Addr::from(GUEST_ADDR), here.port));
+            let address = SocketAddr::from((GUEST_ADDR, here.port));
             let connect = move || {
                 netns::enter(&here.netns, || {
                     TcpStream::connect_timeout(&address, Duration::from_secs(5))
@@ -226,7 +226,7 @@ async fn an_undone_quiesce_costs_only_time(place: &Place, guest: &Guest) {
     let seen = numbers(guest, "/tmp/seen").await;
     // The longest row of equal counts: the outsider went on, and the workload did not.
     let same = seen.chunk_by(|a, b| a == b).map(<[_]>::len).max();
-    assert!(same >= Some(5), "the workload ran: {seen:?}");
+    assert!(same >= Some(8), "the workload ran: {seen:?}");
     let ticks = numbers(guest, "/tmp/ticks").await.len();
     let line = format!("until [ $(wc -l < /tmp/ticks) -gt {} ]; do sleep 0.1; done", ticks + 3);
     output(&place.guest("sealed"), &line).await;
@@ -246,7 +246,7 @@ async fn the_watchdog_thaws_a_guest_whose_host_died(guest: &Guest) {
     output(guest, "echo written > /root/after && sync").await;
 }
 
-async fn a_stopped_guest_is_restored(place: &Place, guest: &Guest, vmm: &dyn vmm::Vmm) -> Guest {
+async fn a_stopped_guest_is_restored(place: &Place, guest: &Guest, vmm: &dyn vmm::Vmm) {
     let mut idle = guest.dial().dial().await.expect("connected");
     let mut stream = guest.start(sh("sleep 1000"), None).await.expect("started");
     stream.next().await.expect("an event");
@@ -287,7 +287,6 @@ async fn a_stopped_guest_is_restored(place: &Place, guest: &Guest, vmm: &dyn vmm
     clock_is_right(&guest, sealed_at).await;
     it_is_another_guest(&guest, &restore).await;
     orders_are_fenced(place, &guest, &restore).await;
-    guest
 }
 
 async fn clock_is_right(guest: &Guest, sealed_at: Duration) {
@@ -297,7 +296,7 @@ async fn clock_is_right(guest: &Guest, sealed_at: Duration) {
     let after = host_clock();
     let shown = Duration::from_nanos(shown.parse().expect("a number"));
     assert!(shown + CLOCK_ERROR > before && shown < after + CLOCK_ERROR);
-    let error = shown.abs_diff(before.midpoint(after));
+    let error = shown.abs_diff((before + after) / 2);
     println!("clock: off by at most {error:?}");
     // No tick has a time between the seal and the restore.
     let ticks = numbers(guest, "/tmp/ticks").await;
@@ -343,12 +342,6 @@ async fn orders_are_fenced(place: &Place, guest: &Guest, restore: &Restore) {
     assert!(place.guest("sealed").processes().await.is_err());
 }
 
-/// The kernel's random numbers differ although nothing but the seed does.
-async fn random_numbers_are_reseeded(guest: &Guest) {
-    let line = "head -c 16 /dev/urandom | od -An -tx1";
-    assert_ne!(output(guest, line).await, output(guest, line).await);
-}
-
 #[test]
 #[ignore = "boots a real guest"]
 fn a_real_guest_survives_a_failed_pause_and_a_restore_makes_it_right() {
@@ -373,8 +366,7 @@ fn a_real_guest_survives_a_failed_pause_and_a_restore_makes_it_right() {
             start_workload(&fresh).await;
             an_undone_quiesce_costs_only_time(&place, &fresh).await;
             the_watchdog_thaws_a_guest_whose_host_died(&fresh).await;
-            let restored = a_stopped_guest_is_restored(&place, &fresh, &*vmm).await;
-            random_numbers_are_reseeded(&restored).await;
+            a_stopped_guest_is_restored(&place, &fresh, &*vmm).await;
         });
     }));
     vmm.kill().expect("killed");

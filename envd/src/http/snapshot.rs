@@ -30,6 +30,7 @@ use crate::agent::Agent;
 use crate::auth::Token;
 use crate::connections::ConnectionId;
 use crate::environment::Identity;
+use crate::snapshot::hold::HoldError;
 use crate::snapshot::identity::is_machine_id;
 use crate::snapshot::lineage::Generation;
 use crate::snapshot::quiesce::{self, DEFAULT_TIMEOUT, DEFAULT_UNDO_AFTER, QuiesceError};
@@ -252,10 +253,14 @@ fn micros(duration: Duration) -> u64 {
 fn quiesce_error(err: QuiesceError) -> ApiError {
     match err {
         QuiesceError::Stale(_) => ApiError::new(StatusCode::CONFLICT, err.to_string()),
-        QuiesceError::Busy(_) | QuiesceError::Inside { .. } | QuiesceError::TimedOut { .. } => {
+        QuiesceError::Busy(_)
+        | QuiesceError::Inside { .. }
+        | QuiesceError::TimedOut { .. }
+        | QuiesceError::Hold(HoldError::TurnOver(_)) => {
             ApiError::new(StatusCode::SERVICE_UNAVAILABLE, err.to_string())
         }
-        QuiesceError::Hold(_) | QuiesceError::Watchdog(_) | QuiesceError::Panicked(_) => {
+        QuiesceError::Hold(HoldError::Workload(_) | HoldError::Disk(_))
+        | QuiesceError::Watchdog(_) | QuiesceError::Panicked(_) => {
             ApiError::internal(err)
         }
     }

@@ -1,17 +1,20 @@
-//! What of the guest is held still: its workload and its disk; and letting go of both.
+//! What of the guest is held still: its requests, its workload and its disk; and letting go of all.
 //!
 //! Quiescing holds, step by step, on a thread that may block. Undoing, restoring and the watchdog
 //! let go, from other threads, perhaps while such a step is under way or even stuck. Each quiesce
 //! is therefore a *turn*: letting go ends the turn, and a step that finds its turn ended takes back
-//! what it has just done. So nothing stays frozen that nobody would thaw.
+//! what it has just done. So nothing stays frozen that nobody would thaw, and a watchdog that goes
+//! off too late finds its turn ended and lets nothing go.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::gate::Gate;
 use super::machine::Machine;
 use super::watchdog::Watchdog;
 use crate::boot::cgroup::Groups;
+use crate::connections::ConnectionId;
 use crate::log;
 
 /// How long the workload may take to stand still. A process in the middle of a system call that
@@ -66,26 +69,34 @@ struct Held {
 pub struct Hold {
     machine: Arc<dyn Machine>,
     groups: Groups,
+    gate: Arc<Gate>,
     held: Mutex<Held>,
 }
 
 impl Hold {
     /// A holder that holds nothing yet.
     #[must_use]
-    pub fn new(machine: Arc<dyn Machine>, groups: Groups) -> Self {
+    pub fn new(machine: Arc<dyn Machine>, groups: Groups, gate: Arc<Gate>) -> Self {
         Self {
             machine,
             groups,
+            gate,
             held: Mutex::default(),
         }
     }
 
-    /// Begins a turn, with `watchdog` over it. What an earlier turn holds stays held.
-    pub fn begin(&self, watchdog: Watchdog) -> Turn {
+    /// Begins a turn: closes the gate, with a watchdog over it that `watch` starts. What an earlier
+    /// turn holds stays held.
+    ///
+    /// # Errors
+    /// What `watch` said; then nothing has begun.
+    pub fn begin(&self, watch: impl FnOnce(Turn) -> io::Result<Watchdog>) -> io::Result<Turn> {
         let mut held = self.lock();
-        held.turn += 1;
-        held.watchdog = Some(watchdog);
-        Turn(held.turn)
+        let turn = Turn(held.turn + 1);
+        held.watchdog = Some(watch(turn)?);
+        held.turn = turn.0;
+        self.gate.close();
+        Ok(turn)
     }
 
     /// Freezes the workload and waits, bounded, until it stands still. Blocks.
@@ -127,31 +138,54 @@ impl Hold {
     }
 
     /// Ends the turn and lets the disk go, which whoever goes on needs first. Tells whether the
-    /// workload is still held; [`Self::release_workload`] lets it go.
+    /// workload is still held; [`Self::release_to`] lets it go.
     pub fn end_turn(&self) -> bool {
         let mut held = self.lock();
+        self.end(&mut held);
+        held.workload
+    }
+
+    /// Lets the workload run, and requests begin that came over connection `oldest` or later ones.
+    pub fn release_to(&self, oldest: ConnectionId) {
+        self.thaw_workload(&mut self.lock());
+        self.gate.open_from(oldest);
+    }
+
+    /// Ends the turn and lets everything go.
+    pub fn release(&self) {
+        self.release_locked(&mut self.lock());
+    }
+
+    /// As [`Self::release`], unless `turn` has ended already; tells whether it had not.
+    pub fn expire(&self, turn: Turn) -> bool {
+        let mut held = self.lock();
+        let in_time = held.check(turn).is_ok();
+        if in_time {
+            self.release_locked(&mut held);
+        }
+        in_time
+    }
+
+    fn release_locked(&self, held: &mut Held) {
+        self.end(held);
+        self.thaw_workload(held);
+        self.gate.open();
+    }
+
+    fn end(&self, held: &mut Held) {
         held.turn += 1;
         held.watchdog = None;
         if std::mem::take(&mut held.disk) {
             self.thaw_disk();
         }
-        held.workload
     }
 
-    /// Lets the workload run.
-    pub fn release_workload(&self) {
-        let mut held = self.lock();
+    fn thaw_workload(&self, held: &mut Held) {
         if std::mem::take(&mut held.workload)
             && let Err(err) = self.groups.thaw()
         {
             log!("thaw the workload: {err}");
         }
-    }
-
-    /// Ends the turn and lets everything go.
-    pub fn release(&self) {
-        self.end_turn();
-        self.release_workload();
     }
 
     fn thaw_disk(&self) {

@@ -67,10 +67,12 @@ impl Snapshots {
     /// A guest that was never sealed.
     #[must_use]
     pub fn new(machine: Arc<dyn Machine>, groups: Groups) -> Self {
+        let gate = Arc::<Gate>::default();
+        let hold = Hold::new(Arc::clone(&machine), groups, Arc::clone(&gate));
         Self {
-            gate: Arc::default(),
+            gate,
             connections: Arc::default(),
-            hold: Arc::new(Hold::new(Arc::clone(&machine), groups)),
+            hold: Arc::new(hold),
             machine,
             lineage: Mutex::default(),
         }
@@ -88,8 +90,7 @@ impl Snapshots {
     pub fn after_init(&self, own: ConnectionId) {
         if self.gate.is_closed() {
             self.connections.cut_before(own);
-            self.hold.release();
-            self.gate.open_from(own);
+            self.hold.release_to(own);
         }
     }
 
@@ -97,7 +98,6 @@ impl Snapshots {
     /// frozen disk cannot be let go of.
     pub fn release(&self) {
         self.hold.release();
-        self.gate.open();
     }
 
     async fn turn(&self) -> Result<MutexGuard<'_, Lineage>, Busy> {

@@ -22,7 +22,7 @@ use proto::epoch::Epoch;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout_at};
 
-use super::hold::{HoldError, Turn, TurnOver, Workload};
+use super::hold::{HoldError, Turn, Workload};
 use super::lineage::StaleEpoch;
 use super::watchdog::Watchdog;
 use super::{Busy, Snapshots};
@@ -189,15 +189,16 @@ impl Snapshots {
     }
 
     fn begin(&self, undo_after: Duration) -> Result<Turn, QuiesceError> {
-        let (hold, gate) = (Arc::clone(&self.hold), Arc::clone(&self.gate));
+        let hold = Arc::clone(&self.hold);
         let undo_after = undo_after.min(MAX_UNDO_AFTER);
-        let watchdog = Watchdog::start(undo_after, move || {
-            log!("nobody sealed or thawed the guest within {undo_after:?}; thawing it");
-            hold.release();
-            gate.open();
-        });
-        let turn = self.hold.begin(watchdog.map_err(QuiesceError::Watchdog)?);
-        self.gate.close();
+        let watch = move |turn| {
+            Watchdog::start(undo_after, move || {
+                if hold.expire(turn) {
+                    log!("nobody sealed or thawed the guest within {undo_after:?}; thawed it");
+                }
+            })
+        };
+        let turn = self.hold.begin(watch).map_err(QuiesceError::Watchdog)?;
         self.connections.finish_served();
         Ok(turn)
     }
@@ -249,14 +250,7 @@ impl Snapshots {
         let hold = Arc::clone(&self.hold);
         // The kernel answers at once, but it is a disk all the same.
         if let Err(err) = spawn_blocking(move || hold.release()).await {
-            log!("let the workload go: {err}");
+            log!("let the guest go: {err}");
         }
-        self.gate.open();
-    }
-}
-
-impl From<TurnOver> for QuiesceError {
-    fn from(over: TurnOver) -> Self {
-        Self::Hold(over.into())
     }
 }

@@ -120,12 +120,12 @@ pub async fn restore(
     let changed = spawn_blocking(change).await;
     let (held, warnings) = changed.map_err(RestoreError::Panicked)??;
     settle(agent, &order).await;
-    lineage.enter(order.generation);
     let cut = snapshots.connections.cut_before(own);
     let hold = Arc::clone(&snapshots.hold);
-    let thawed = spawn_blocking(move || hold.release_workload()).await;
+    let thawed = spawn_blocking(move || hold.release_to(own)).await;
     thawed.map_err(RestoreError::Panicked)?;
-    snapshots.gate.open_from(own);
+    // Not before: a restore that was cut short is to be carried out again.
+    lineage.enter(order.generation);
     if order.renew_ssh_host_keys {
         command::start_as(agent, Some("root"), identity::MAKE_SSH_HOST_KEYS);
     }
