@@ -119,9 +119,14 @@ impl Connections {
     }
 
     fn tell(&self, fate: Fate, whom: impl Fn(ConnectionId, &Entry) -> bool) -> usize {
-        let table = self.lock();
-        let told = table.open.iter().filter(|(id, entry)| whom(**id, entry));
-        told.map(|(_, entry)| entry.fate.send_replace(fate)).count()
+        let mut told = 0;
+        for (id, entry) in &self.lock().open {
+            if whom(*id, entry) {
+                entry.fate.send_replace(fate);
+                told += 1;
+            }
+        }
+        told
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {

@@ -124,7 +124,12 @@ async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {
     let stop = CancellationToken::new();
     let connections = Arc::clone(&agent.snapshots.connections);
     let router = http::router(agent.clone());
-    let serving = tokio::spawn(serve::run_known(listener, router, connections, stop.clone()));
+    let serving = tokio::spawn(serve::run_known(
+        listener,
+        router,
+        connections,
+        stop.clone(),
+    ));
     let mut signals = power::Signals::listen()?;
     tokio::select! {
         name = signals.recv() => log!("{name} received, stopping"),

@@ -106,10 +106,12 @@ async fn drive(connection: impl GracefulConnection, mut admitted: Admitted, cut:
     let mut connection = pin!(connection);
     loop {
         tokio::select! {
-            // A connection that breaks is its client's affair; handlers report their own errors.
-            _ = connection.as_mut() => return,
+            // Its fate first: one that is cut must not get to answer what it was asked.
+            biased;
             // The table holds the sender for as long as `admitted` lives.
             _ = admitted.fate.changed() => {}
+            // A connection that breaks is its client's affair; handlers report their own errors.
+            _ = connection.as_mut() => return,
         }
         match *admitted.fate.borrow_and_update() {
             Fate::Serve => {}

@@ -136,7 +136,10 @@ impl World {
     }
 
     async fn quiesce(&self, wish: quiesce::Order) -> Result<quiesce::Quiesced, QuiesceError> {
-        self.agent.snapshots.quiesce(wish, ConnectionId::FIRST).await
+        self.agent
+            .snapshots
+            .quiesce(wish, ConnectionId::FIRST)
+            .await
     }
 
     async fn restore(&self) -> Result<restore::Restored, RestoreError> {
@@ -223,7 +226,13 @@ async fn without_clock_or_entropy_the_workload_stays_frozen_until_a_retry() {
 
 #[tokio::test]
 async fn what_cannot_be_written_is_reported_and_no_more() {
-    for file in ["hostname", "identity", "machine id", "neighbours", "announce"] {
+    for file in [
+        "hostname",
+        "identity",
+        "machine id",
+        "neighbours",
+        "announce",
+    ] {
         let world = World::new();
         world.quiesce(WISH).await.expect("quiesced");
         world.refuse(file);
@@ -253,7 +262,10 @@ async fn a_disk_that_does_not_freeze_undoes_the_quiesce() {
     let world = World::new();
     world.refuse("freeze disk");
     let err = world.quiesce(WISH).await.expect_err("refused");
-    assert!(matches!(err, QuiesceError::Hold(HoldError::Disk(_))), "{err}");
+    assert!(
+        matches!(err, QuiesceError::Hold(HoldError::Disk(_))),
+        "{err}"
+    );
     assert!(!world.is_frozen() && !world.agent.snapshots.gate.is_closed());
 }
 
@@ -273,7 +285,12 @@ async fn a_sync_that_takes_too_long_undoes_the_quiesce_and_freezes_nothing_later
     // The next one finds nothing held by the first.
     let done = world.quiesce(WISH).await.expect("quiesced");
     assert_eq!(done.workload, Workload::Frozen);
-    world.agent.snapshots.undo(None, None).await.expect("undone");
+    world
+        .agent
+        .snapshots
+        .undo(None, None)
+        .await
+        .expect("undone");
     assert!(!world.is_frozen());
 }
 
@@ -305,6 +322,11 @@ async fn a_guest_may_be_quiesced_twice_and_let_go_once() {
     let world = World::new();
     world.quiesce(WISH).await.expect("quiesced");
     world.quiesce(WISH).await.expect("quiesced again");
-    world.agent.snapshots.undo(None, None).await.expect("undone");
+    world
+        .agent
+        .snapshots
+        .undo(None, None)
+        .await
+        .expect("undone");
     assert!(!world.is_frozen() && !world.agent.snapshots.gate.is_closed());
 }

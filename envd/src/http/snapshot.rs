@@ -89,7 +89,11 @@ pub async fn prepare(
 ) -> Result<Response, ApiError> {
     let text = read_body(request).await?;
     if text.trim_ascii().is_empty() {
-        agent.snapshots.prepare().await.map_err(ApiError::internal)?;
+        agent
+            .snapshots
+            .prepare()
+            .await
+            .map_err(ApiError::internal)?;
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
     let body: Prepare = parse(&text)?;
@@ -117,10 +121,7 @@ struct Undo {
 ///
 /// # Errors
 /// 400 for a malformed body, 409 for an old epoch, 503 while another order is carried out.
-pub async fn undo(
-    State(agent): State<Arc<Agent>>,
-    request: Request,
-) -> Result<Response, ApiError> {
+pub async fn undo(State(agent): State<Arc<Agent>>, request: Request) -> Result<Response, ApiError> {
     let text = read_body(request).await?;
     let body: Undo = if text.trim_ascii().is_empty() {
         Undo::default()
@@ -153,13 +154,17 @@ struct Restore {
 impl Restore {
     fn order(self, received: Instant) -> Result<restore::Order, ApiError> {
         let generation = Generation::from_str(&self.generation);
-        let generation = generation
-            .map_err(|err| ApiError::bad_request(format!("generation is {err}")))?;
+        let generation =
+            generation.map_err(|err| ApiError::bad_request(format!("generation is {err}")))?;
         let named = |what: &str| ApiError::bad_request(format!("{what} is malformed"));
         if self.hostname.as_deref().is_some_and(|it| !is_hostname(it)) {
             return Err(named("hostname"));
         }
-        if self.machine_id.as_deref().is_some_and(|it| !is_machine_id(it)) {
+        if self
+            .machine_id
+            .as_deref()
+            .is_some_and(|it| !is_machine_id(it))
+        {
             return Err(named("machineId"));
         }
         Ok(restore::Order {
@@ -222,8 +227,10 @@ fn brings_current_token(agent: &Agent, body: &Restore) -> bool {
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(text: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(text)
-        .map_err(|err| ApiError::bad_request(format!("parse the body: {err}")))
+    // An object, and not a list of its values, which serde would take as well.
+    let object: serde_json::Result<serde_json::Map<_, _>> = serde_json::from_slice(text);
+    let body = object.and_then(|object| serde_json::from_value(object.into()));
+    body.map_err(|err| ApiError::bad_request(format!("parse the body: {err}")))
 }
 
 fn seed(base64: &str) -> Result<Vec<u8>, ApiError> {
@@ -260,9 +267,8 @@ fn quiesce_error(err: QuiesceError) -> ApiError {
             ApiError::new(StatusCode::SERVICE_UNAVAILABLE, err.to_string())
         }
         QuiesceError::Hold(HoldError::Workload(_) | HoldError::Disk(_))
-        | QuiesceError::Watchdog(_) | QuiesceError::Panicked(_) => {
-            ApiError::internal(err)
-        }
+        | QuiesceError::Watchdog(_)
+        | QuiesceError::Panicked(_) => ApiError::internal(err),
     }
 }
 

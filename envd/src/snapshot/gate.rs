@@ -228,7 +228,11 @@ mod tests {
         assert!(gate.pass(Kind::Control, id).await.is_some());
         let mut held = std::pin::pin!(gate.pass(Kind::Work, id));
         assert!(held.as_mut().now_or_never().is_none());
-        assert_eq!(gate.settle(soon()).await, Inside::default(), "held is outside");
+        assert_eq!(
+            gate.settle(soon()).await,
+            Inside::default(),
+            "held is outside"
+        );
         gate.open();
         assert!(held.await.is_some());
     }

@@ -99,6 +99,17 @@ impl Hold {
         Ok(turn)
     }
 
+    /// Replaces the watchdog over `turn`: from now on its time counts anew.
+    ///
+    /// # Errors
+    /// [`HoldError::TurnOver`].
+    pub fn watch(&self, turn: Turn, watchdog: Watchdog) -> Result<(), HoldError> {
+        let mut held = self.lock();
+        held.check(turn)?;
+        held.watchdog = Some(watchdog);
+        Ok(())
+    }
+
     /// Freezes the workload and waits, bounded, until it stands still. Blocks.
     ///
     /// # Errors

@@ -106,7 +106,11 @@ mod tests {
         };
         assert_eq!(lineage.admit(Some(Epoch(6))), Err(stale));
         assert_eq!(lineage.admit(None), Ok(()), "a host without epochs");
-        assert_eq!(lineage.admit(Some(Epoch(6))), Err(stale), "is not a newer one");
+        assert_eq!(
+            lineage.admit(Some(Epoch(6))),
+            Err(stale),
+            "is not a newer one"
+        );
         assert_eq!(lineage.admit(Some(Epoch(8))), Ok(()));
     }
 

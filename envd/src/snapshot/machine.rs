@@ -236,7 +236,10 @@ mod tests {
         let text = "00112233445566778899aabbccddeeff";
         announce_in(&path, text.parse().expect("a generation")).expect("written");
         let after = fs::metadata(&path).expect("there");
-        assert_eq!(fs::read_to_string(&path).expect("read"), format!("{text}\n"));
+        assert_eq!(
+            fs::read_to_string(&path).expect("read"),
+            format!("{text}\n")
+        );
         assert_eq!((before.ino(), before.len()), (after.ino(), after.len()));
     }
 }

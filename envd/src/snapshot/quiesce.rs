@@ -55,7 +55,7 @@ pub struct Order {
     pub reclaim: bool,
     /// How long all of it may take.
     pub timeout: Duration,
-    /// After how long of running it is undone.
+    /// After how long of running, from the answer on, it is undone.
     pub undo_after: Duration,
 }
 
@@ -121,16 +121,12 @@ impl Snapshots {
     ///
     /// # Errors
     /// [`QuiesceError`]; then nothing is held.
-    pub async fn quiesce(
-        &self,
-        order: Order,
-        own: ConnectionId,
-    ) -> Result<Quiesced, QuiesceError> {
+    pub async fn quiesce(&self, order: Order, own: ConnectionId) -> Result<Quiesced, QuiesceError> {
         let began = Instant::now();
         let deadline = began + order.timeout.min(MAX_TIMEOUT);
         let mut lineage = self.turn().await?;
         lineage.admit(order.epoch)?;
-        let turn = self.begin(order.undo_after)?;
+        let turn = self.begin(&order)?;
         let done = timeout_at(deadline, self.still(order, turn, deadline)).await;
         let waited = order.timeout;
         let done = done.unwrap_or(Err(QuiesceError::TimedOut { waited }));
@@ -188,19 +184,23 @@ impl Snapshots {
         Ok(was_closed)
     }
 
-    fn begin(&self, undo_after: Duration) -> Result<Turn, QuiesceError> {
-        let hold = Arc::clone(&self.hold);
-        let undo_after = undo_after.min(MAX_UNDO_AFTER);
-        let watch = move |turn| {
-            Watchdog::start(undo_after, move || {
-                if hold.expire(turn) {
-                    log!("nobody sealed or thawed the guest within {undo_after:?}; thawed it");
-                }
-            })
-        };
-        let turn = self.hold.begin(watch).map_err(QuiesceError::Watchdog)?;
+    fn begin(&self, order: &Order) -> Result<Turn, QuiesceError> {
+        // While it is under way, its own time limit undoes it; the watchdog is for the case that
+        // its caller vanishes and takes it along.
+        let limit = order.timeout.min(MAX_TIMEOUT) + order.undo_after.min(MAX_UNDO_AFTER);
+        let begun = self.hold.begin(|turn| self.watchdog(turn, limit));
+        let turn = begun.map_err(QuiesceError::Watchdog)?;
         self.connections.finish_served();
         Ok(turn)
+    }
+
+    fn watchdog(&self, turn: Turn, limit: Duration) -> io::Result<Watchdog> {
+        let hold = Arc::clone(&self.hold);
+        Watchdog::start(limit, move || {
+            if hold.expire(turn) {
+                log!("nobody sealed or thawed the guest within {limit:?}; thawed it");
+            }
+        })
     }
 
     async fn still(
@@ -241,8 +241,13 @@ impl Snapshots {
             }
             Ok::<_, HoldError>(stopped)
         };
-        let stopped = spawn_blocking(stop).await.map_err(QuiesceError::Panicked)?;
-        Ok((stopped?, inside.forks + inside.work))
+        let stopped = spawn_blocking(stop)
+            .await
+            .map_err(QuiesceError::Panicked)??;
+        let watchdog = self.watchdog(turn, order.undo_after.min(MAX_UNDO_AFTER));
+        let watchdog = watchdog.map_err(QuiesceError::Watchdog)?;
+        self.hold.watch(turn, watchdog)?;
+        Ok((stopped, inside.forks + inside.work))
     }
 
     /// Lets the guest go on as if nothing had been.

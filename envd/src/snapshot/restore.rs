@@ -164,7 +164,11 @@ fn change(machine: &dyn Machine, order: &Order) -> Result<Vec<String>, RestoreEr
     let neighbours = machine.forget_neighbours();
     files.push(neighbours.map_err(BootError::file("forget the neighbours in", "/proc/net/arp")));
     files.push(machine.announce(order.generation));
-    warnings.extend(files.into_iter().filter_map(|done| Some(chain(&done.err()?))));
+    warnings.extend(
+        files
+            .into_iter()
+            .filter_map(|done| Some(chain(&done.err()?))),
+    );
     for warning in &warnings {
         log!("restore: {warning}");
     }

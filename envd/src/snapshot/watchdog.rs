@@ -81,7 +81,7 @@ mod tests {
     #[test]
     fn it_goes_off_once_its_time_is_over() {
         let (sender, fired) = mpsc::channel();
-        let _watchdog = Watchdog::start(Duration::ZERO, move || drop(sender.send(())));
+        let _watchdog = Watchdog::start(Duration::ZERO, move || sender.send(()).expect("heard"));
         fired
             .recv_timeout(Duration::from_secs(10))
             .expect("it goes off");
@@ -91,7 +91,7 @@ mod tests {
     fn dropped_it_never_goes_off() {
         let (sender, fired) = mpsc::channel::<()>();
         let limit = Duration::from_secs(3600);
-        let watchdog = Watchdog::start(limit, move || drop(sender.send(())));
+        let watchdog = Watchdog::start(limit, move || sender.send(()).expect("heard"));
         drop(watchdog);
         // The thread ends and takes the sender along, unused.
         let heard = fired.recv_timeout(Duration::from_secs(10));
