@@ -228,7 +228,10 @@ async fn an_undone_quiesce_costs_only_time(place: &Place, guest: &Guest) {
     let same = seen.chunk_by(|a, b| a == b).map(<[_]>::len).max();
     assert!(same >= Some(8), "the workload ran: {seen:?}");
     let ticks = numbers(guest, "/tmp/ticks").await.len();
-    let line = format!("until [ $(wc -l < /tmp/ticks) -gt {} ]; do sleep 0.1; done", ticks + 3);
+    let line = format!(
+        "until [ $(wc -l < /tmp/ticks) -gt {} ]; do sleep 0.1; done",
+        ticks + 3
+    );
     output(&place.guest("sealed"), &line).await;
 }
 
@@ -282,7 +285,10 @@ async fn a_stopped_guest_is_restored(place: &Place, guest: &Guest, vmm: &dyn vmm
 
     let gone = idle.read(&mut [0; 16]).await;
     assert!(matches!(gone, Ok(0) | Err(_)), "{gone:?}");
-    assert!(!matches!(stream.next().await, Ok(Some(_))), "a stream of the past life");
+    assert!(
+        !matches!(stream.next().await, Ok(Some(_))),
+        "a stream of the past life"
+    );
     let guest = place.guest("new");
     clock_is_right(&guest, sealed_at).await;
     it_is_another_guest(&guest, &restore).await;
@@ -303,22 +309,38 @@ async fn clock_is_right(guest: &Guest, sealed_at: Duration) {
     let stale = (sealed_at + CLOCK_ERROR).as_nanos()
         ..(sealed_at + STOPPED_FOR.saturating_sub(CLOCK_ERROR)).as_nanos();
     let early: Vec<_> = ticks.iter().filter(|tick| stale.contains(tick)).collect();
-    assert!(early.is_empty(), "the workload ran by an old clock: {early:?}");
-    let gap = ticks.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max();
-    assert!(gap >= Some((STOPPED_FOR - CLOCK_ERROR).as_nanos()), "{gap:?}");
+    assert!(
+        early.is_empty(),
+        "the workload ran by an old clock: {early:?}"
+    );
+    let gap = ticks
+        .windows(2)
+        .map(|pair| pair[1].saturating_sub(pair[0]))
+        .max();
+    assert!(
+        gap >= Some((STOPPED_FOR - CLOCK_ERROR).as_nanos()),
+        "{gap:?}"
+    );
 }
 
 async fn it_is_another_guest(guest: &Guest, restore: &Restore) {
     assert_eq!(output(guest, "hostname").await, "twin");
     assert_eq!(output(guest, "cat /etc/hostname").await, "twin");
-    assert!(output(guest, "cat /etc/hosts").await.contains("127.0.1.1\ttwin"));
+    assert!(
+        output(guest, "cat /etc/hosts")
+            .await
+            .contains("127.0.1.1\ttwin")
+    );
     let id = restore.fork.as_ref().expect("a fork").machine_id;
     let id = Generation(id).to_string();
     assert_eq!(output(guest, "cat /etc/machine-id").await, id);
     let generation = restore.generation.to_string();
     let told = output(guest, "cat /run/wrenn/generation").await;
     assert_eq!(told, generation);
-    assert_eq!(output(guest, "cat /run/wrenn/.WRENN_SANDBOX_ID").await, "cl-2");
+    assert_eq!(
+        output(guest, "cat /run/wrenn/.WRENN_SANDBOX_ID").await,
+        "cl-2"
+    );
     assert_eq!(output(guest, "echo $WRENN_SANDBOX_ID").await, "cl-2");
     let keys = output(guest, "ls /etc/ssh").await;
     assert!(!keys.contains("ssh_host_test_key"), "{keys}");
@@ -348,7 +370,12 @@ fn a_real_guest_survives_a_failed_pause_and_a_restore_makes_it_right() {
     let place = Place::new();
     let memory = GuestMemory::create(MEMORY).expect("memory");
     let deadline = std_soon();
-    let started = vmm::spawn(&place.spec(), "guest-restore-test", memory.as_fd(), deadline);
+    let started = vmm::spawn(
+        &place.spec(),
+        "guest-restore-test",
+        memory.as_fd(),
+        deadline,
+    );
     let Started { vmm, console, .. } = started.expect("up");
     let console = read_console(console);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");

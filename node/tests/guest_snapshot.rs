@@ -155,7 +155,10 @@ async fn a_wrong_token_is_told_at_once() {
     let real = RealAgent::start().await;
     let stranger = real.guest("wrong");
     let err = stranger.restore(&restore(8), soon()).await;
-    assert!(matches!(err, Err(RestoreError::Refused { status: 401, .. })));
+    assert!(matches!(
+        err,
+        Err(RestoreError::Refused { status: 401, .. })
+    ));
     assert!(stranger.quiesce(&QUIESCE, soon()).await.is_err());
     assert!(!real.agent.snapshots.gate.is_closed());
 }
@@ -188,7 +191,11 @@ async fn a_restore_is_told_again_until_it_is_confirmed() {
 
 #[tokio::test]
 async fn a_guest_that_confirms_nothing_is_given_up_at_the_deadline() {
-    let silent = async || std::future::pending::<Result<(), Infallible>>().await.map(|()| "");
+    let silent = async || {
+        std::future::pending::<Result<(), Infallible>>()
+            .await
+            .map(|()| "")
+    };
     let guest = played(Router::new().route("/snapshot/restore", post(silent))).await;
     let deadline = Instant::now() + Duration::from_millis(200);
     let err = guest.restore(&restore(8), deadline).await;
@@ -206,13 +213,20 @@ async fn a_quiesce_whose_answer_is_lost_is_undone() {
         counter.fetch_add(1, Ordering::SeqCst);
         r#"{"undone":true}"#
     };
-    let silent = async || std::future::pending::<Result<(), Infallible>>().await.map(|()| "");
+    let silent = async || {
+        std::future::pending::<Result<(), Infallible>>()
+            .await
+            .map(|()| "")
+    };
     let router = Router::new()
         .route("/snapshot/prepare", post(silent))
         .route("/snapshot/undo", post(undo));
     let guest = played(router).await;
     let deadline = Instant::now() + Duration::from_millis(200);
-    let err = guest.quiesce(&QUIESCE, deadline).await.expect_err("silence");
+    let err = guest
+        .quiesce(&QUIESCE, deadline)
+        .await
+        .expect_err("silence");
     assert_eq!(err.remedy(), Remedy::BlameGuest);
     assert_eq!(undone.load(Ordering::SeqCst), 1);
 }

@@ -180,7 +180,11 @@ impl Guest {
     ///
     /// # Errors
     /// [`QuiesceError`]; the guest goes on by itself in time, unless another node owns it.
-    pub async fn undo_quiesce(&self, epoch: Epoch, deadline: Instant) -> Result<bool, QuiesceError> {
+    pub async fn undo_quiesce(
+        &self,
+        epoch: Epoch,
+        deadline: Instant,
+    ) -> Result<bool, QuiesceError> {
         #[derive(Deserialize)]
         struct Answer {
             undone: bool,
@@ -230,7 +234,9 @@ mod tests {
     fn refusal(status: u16) -> QuiesceError {
         let status = StatusCode::from_u16(status).expect("a status");
         let text = br#"{"code":1,"message":"because"}"#;
-        read::<Answer>(status, text, Epoch(7)).map(|_| ()).unwrap_err()
+        read::<Answer>(status, text, Epoch(7))
+            .map(|_| ())
+            .unwrap_err()
     }
 
     #[test]
