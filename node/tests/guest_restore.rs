@@ -204,7 +204,10 @@ async fn start_workload(guest: &Guest) {
         assert!(matches!(first, Some(ProcessEvent::Start { .. })));
     }
     output(guest, "until [ -s /tmp/seen ]; do sleep 0.1; done").await;
-    let line = "mkdir -p /etc/ssh; echo secret > /etc/ssh/ssh_host_test_key; cat /proc/uptime";
+    // The image has no SSH server; what one would have is a key and the program that makes keys.
+    let line = "mkdir -p /etc/ssh; echo secret > /etc/ssh/ssh_host_test_key; \
+                echo 'echo $* > /etc/ssh/made' > /usr/local/bin/ssh-keygen; \
+                chmod +x /usr/local/bin/ssh-keygen";
     output(guest, line).await;
 }
 
@@ -342,6 +345,8 @@ async fn it_is_another_guest(guest: &Guest, restore: &Restore) {
         "cl-2"
     );
     assert_eq!(output(guest, "echo $WRENN_SANDBOX_ID").await, "cl-2");
+    output(guest, "until [ -s /etc/ssh/made ]; do sleep 0.1; done").await;
+    assert_eq!(output(guest, "cat /etc/ssh/made").await, "-A");
     let keys = output(guest, "ls /etc/ssh").await;
     assert!(!keys.contains("ssh_host_test_key"), "{keys}");
     let left = guest.processes().await.expect("listed");
@@ -362,6 +367,33 @@ async fn orders_are_fenced(place: &Place, guest: &Guest, restore: &Restore) {
     let refused = guest.restore(&older, soon()).await;
     assert!(matches!(refused, Err(RestoreError::Stale { .. })));
     assert!(place.guest("sealed").processes().await.is_err());
+}
+
+/// As the same guest again, over and over: nothing wears out, and it is quick.
+async fn resumes_may_follow_each_other(place: &Place) {
+    for epoch in 9..14 {
+        let guest = place.guest("new");
+        let quiesce = Quiesce {
+            epoch: Epoch(epoch - 1),
+            reclaim: false,
+            ..QUIESCE
+        };
+        let quiesced = guest.quiesce(&quiesce, soon()).await.expect("quiesced");
+        let restore = Restore {
+            epoch: Epoch(epoch),
+            generation: Generation::fresh(),
+            token: "new".into(),
+            sandbox_id: "cl-2".into(),
+            template: "minimal".into(),
+            env: None,
+            fork: None,
+        };
+        let restored = place.guest("new").restore(&restore, soon()).await;
+        let restored = restored.expect("restored");
+        println!("quiesce {:?}, restore {:?}", quiesced.took, restored.took);
+        assert!(restored.held && restored.warnings.is_empty());
+        assert_eq!(output(&place.guest("new"), "hostname").await, "twin");
+    }
 }
 
 #[test]
@@ -394,6 +426,7 @@ fn a_real_guest_survives_a_failed_pause_and_a_restore_makes_it_right() {
             an_undone_quiesce_costs_only_time(&place, &fresh).await;
             the_watchdog_thaws_a_guest_whose_host_died(&fresh).await;
             a_stopped_guest_is_restored(&place, &fresh, &*vmm).await;
+            resumes_may_follow_each_other(&place).await;
         });
     }));
     vmm.kill().expect("killed");
