@@ -174,14 +174,17 @@ async fn the_disk_is_written_before_and_after_the_workload_stands_still() {
     let world = World::new();
     let done = world.quiesce(WISH).await.expect("quiesced");
     assert_eq!((done.workload, done.disk_frozen), (Workload::Frozen, true));
-    let expected = [
-        "sync",
-        "sync (frozen)",
-        "reclaim (frozen)",
-        "freeze disk (frozen)",
-    ];
+    let expected = ["sync", "reclaim", "sync (frozen)", "freeze disk (frozen)"];
     assert_eq!(world.machine.noted(), expected);
     assert!(world.is_frozen() && world.agent.snapshots.gate.is_closed());
+}
+
+#[tokio::test]
+async fn a_page_cache_that_cannot_be_dropped_keeps_nobody_from_sealing() {
+    let world = World::new();
+    world.refuse("reclaim");
+    world.quiesce(WISH).await.expect("quiesced");
+    assert!(world.is_frozen());
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use tokio::io::AsyncReadExt;
 use wrenn_node::guest::dial::DialFuture;
 use wrenn_node::guest::{
     AgentSetup, Dial, Fork, Generation, Guest, GuestStream, ProcessCommand, ProcessEvent, Quiesce,
-    Restore, RestoreError, Selector, Workload,
+    Restore, RestoreError, Selector, Signal, Workload,
 };
 use wrenn_node::net::netns;
 use wrenn_node::net::slot::{GATEWAY_MAC, GUEST_ADDR, GUEST_MAC};
@@ -238,6 +238,35 @@ async fn an_undone_quiesce_costs_only_time(place: &Place, guest: &Guest) {
     output(&place.guest("sealed"), &line).await;
 }
 
+/// Processes that fork all the time, and one that writes to the disk all the time.
+async fn a_busy_workload_comes_to_a_stop_as_well(guest: &Guest) {
+    let forks = "while :; do for i in 1 2 3 4 5 6 7 8; do /bin/true & done; wait; done";
+    let writes = "while :; do dd if=/dev/zero of=/root/big bs=1M count=8 2>/dev/null; done";
+    for (tag, line) in [("forks", forks), ("writes", writes)] {
+        let command = ProcessCommand {
+            tag: Some(tag.into()),
+            ..sh(line)
+        };
+        guest.start(command, None).await.expect("started");
+    }
+    output(guest, "until [ -s /root/big ]; do sleep 0.1; done").await;
+    let quiesce = Quiesce {
+        freeze_disk: true,
+        ..QUIESCE
+    };
+    for _ in 0..3 {
+        let done = guest.quiesce(&quiesce, soon()).await.expect("quiesced");
+        println!("busy: {done:?}");
+        assert_eq!((done.workload, done.disk_frozen), (Workload::Frozen, true));
+        assert!(guest.undo_quiesce(Epoch(7), soon()).await.expect("undone"));
+        guest.processes().await.expect("served");
+    }
+    for tag in ["forks", "writes"] {
+        let killed = guest.signal(Selector::Tag(tag.into()), Signal::Kill).await;
+        killed.expect("it lives");
+    }
+}
+
 /// With the disk frozen as well: the agent answers, and its watchdog thaws by itself.
 async fn the_watchdog_thaws_a_guest_whose_host_died(guest: &Guest) {
     let quiesce = Quiesce {
@@ -352,7 +381,7 @@ async fn it_is_another_guest(guest: &Guest, restore: &Restore) {
     let left = guest.processes().await.expect("listed");
     assert!(left.iter().any(|it| it.tag.as_deref() == Some("ticker")));
     let ticker = Selector::Tag("ticker".into());
-    let killed = guest.signal(ticker, wrenn_node::guest::Signal::Kill).await;
+    let killed = guest.signal(ticker, Signal::Kill).await;
     killed.expect("the workload lives and obeys");
 }
 
@@ -425,6 +454,7 @@ fn a_real_guest_survives_a_failed_pause_and_a_restore_makes_it_right() {
             start_workload(&fresh).await;
             an_undone_quiesce_costs_only_time(&place, &fresh).await;
             the_watchdog_thaws_a_guest_whose_host_died(&fresh).await;
+            a_busy_workload_comes_to_a_stop_as_well(&fresh).await;
             a_stopped_guest_is_restored(&place, &fresh, &*vmm).await;
             resumes_may_follow_each_other(&place).await;
         });

@@ -2,19 +2,21 @@
 //!
 //! ```text
 //! gate closed, served connections told to finish → requests inside have been answered (bounded)
-//! → sync → workload frozen → sync of what it wrote meanwhile → page cache dropped? → disk frozen?
+//! → sync → page cache dropped? → workload frozen → sync of what it wrote meanwhile → disk frozen?
 //! ```
 //!
-//! The long part, the first sync, happens while the workload runs. Whatever goes wrong undoes all
-//! of it; so does the watchdog, should the host die before it seals the guest or says otherwise.
-//! A guest that is quiesced may be quiesced again.
+//! The long parts, the first sync and the dropping, happen while the workload runs; what it reads
+//! again in between is what it needs. Whatever goes wrong undoes all of it; so does the watchdog,
+//! should the host die before it seals the guest or says otherwise. A guest that is quiesced may be
+//! quiesced again.
 //!
 //! Why the agent cannot lock itself up: it runs in no frozen control group; it writes to no disk by
 //! itself (its own file, its log and its notes are in memory); the disk is frozen only when none of
 //! its requests may be writing to it, and the workload only when none is about to fork.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -24,6 +26,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::hold::{HoldError, Turn, Workload};
 use super::lineage::StaleEpoch;
+use super::machine::Machine;
 use super::watchdog::Watchdog;
 use super::{Busy, Snapshots};
 use crate::connections::ConnectionId;
@@ -32,6 +35,9 @@ use crate::log;
 /// How long requests inside may take to be answered before the guest is quiesced around them. What
 /// is not answered by then is sealed in the middle of its work, and its connection is cut later.
 const SETTLE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long dropping the page cache may take before it is left to end by itself: it only makes the
+/// snapshot smaller.
+const RECLAIM_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bounds on what a caller may ask for; inside them, the caller knows best.
 pub const MAX_TIMEOUT: Duration = Duration::from_secs(120);
 /// What a caller gets that does not say how long it may take.
@@ -222,6 +228,9 @@ impl Snapshots {
         let (hold, machine) = (Arc::clone(&self.hold), Arc::clone(&self.machine));
         let stop = move || {
             machine.sync();
+            if order.reclaim {
+                reclaim(Arc::clone(&machine));
+            }
             let mut stopped = Stopped {
                 workload: Workload::Free,
                 since: Instant::now(),
@@ -229,12 +238,6 @@ impl Snapshots {
             if order.freeze_workload {
                 stopped.workload = hold.freeze_workload(turn)?;
                 machine.sync();
-            }
-            if order.reclaim
-                && let Err(err) = machine.reclaim()
-            {
-                // The snapshot is larger then, and no worse.
-                log!("drop the page cache: {err}");
             }
             if order.freeze_disk {
                 hold.freeze_disk(turn)?;
@@ -257,5 +260,21 @@ impl Snapshots {
         if let Err(err) = spawn_blocking(move || hold.release()).await {
             log!("let the guest go: {err}");
         }
+    }
+}
+
+/// Drops the page cache, and waits for it no longer than it is worth. A failure is no reason not to
+/// go on: the snapshot is larger then, and no worse.
+fn reclaim(machine: Arc<dyn Machine>) {
+    let (tell, told) = mpsc::channel();
+    // Whoever asked may have gone on.
+    let drop_it = move || drop(tell.send(machine.reclaim()));
+    if let Err(err) = thread::Builder::new().spawn(drop_it) {
+        return log!("drop the page cache: {err}");
+    }
+    match told.recv_timeout(RECLAIM_TIMEOUT) {
+        Ok(Ok(())) => {}
+        Ok(Err(err)) => log!("drop the page cache: {err}"),
+        Err(_) => log!("dropping the page cache takes longer than {RECLAIM_TIMEOUT:?}"),
     }
 }

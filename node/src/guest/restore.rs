@@ -29,6 +29,10 @@ const ENTROPY_BYTES: usize = 32;
 /// Longest one attempt may take. A guest whose memory is still fetched from afar is slow, yet a
 /// lost packet of the handshake must not cost the whole deadline.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most warnings of a guest that are kept, and most characters of each: a guest may say anything.
+const WARNINGS: usize = 16;
+/// See [`WARNINGS`].
+const WARNING_CHARS: usize = 256;
 /// Pause between two attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(25);
 
@@ -197,7 +201,7 @@ impl Guest {
                     return Ok(Restored {
                         held: answer.held,
                         cut: answer.cut,
-                        warnings: answer.warnings,
+                        warnings: printable(&answer.warnings),
                         took: Duration::from_micros(answer.took_us),
                         attempts,
                     });
@@ -268,6 +272,15 @@ impl Restore {
     }
 }
 
+/// What a guest says, fit for a log.
+fn printable(warnings: &[String]) -> Vec<String> {
+    let plain = |text: &String| {
+        let characters = text.chars().filter(|c| !c.is_control());
+        characters.take(WARNING_CHARS).collect()
+    };
+    warnings.iter().take(WARNINGS).map(plain).collect()
+}
+
 /// This host's wall clock.
 pub(super) fn wall_clock_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -302,6 +315,15 @@ mod tests {
         assert_eq!(one["generation"], "ab".repeat(16));
         assert_eq!(one["machineId"], "01".repeat(16));
         assert!(one["wallClockNs"].as_u64() <= two["wallClockNs"].as_u64());
+    }
+
+    #[test]
+    fn what_a_guest_says_is_bounded_and_printable() {
+        let long = format!("\x1b[31m{}\n", "x".repeat(2 * WARNING_CHARS));
+        let kept = printable(&vec![long; 2 * WARNINGS]);
+        assert_eq!(kept.len(), WARNINGS);
+        assert_eq!(kept[0].chars().count(), WARNING_CHARS);
+        assert!(kept[0].starts_with("[31mxx"));
     }
 
     #[test]
