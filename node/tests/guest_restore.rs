@@ -30,7 +30,7 @@ use wrenn_node::vmm::{self, Accelerator, NetworkSpec, Started, VmmSpec};
 use shim_support::{BOOT, QEMU, SOON};
 
 /// How long the guest stands still: more than any inaccuracy.
-const STOPPED_FOR: Duration = Duration::from_secs(4);
+const STOPPED_FOR: Duration = Duration::from_secs(3);
 /// How wrong a restored guest's clock may be.
 const CLOCK_ERROR: Duration = Duration::from_millis(500);
 /// How long the workload is watched standing still while the guest runs.
@@ -287,7 +287,7 @@ async fn a_stopped_guest_is_restored(place: &Place, guest: &Guest, vmm: &dyn vmm
     stream.next().await.expect("an event");
     let quiesce = Quiesce {
         // Shorter than the guest stands still: that time must not count.
-        undo_after: Duration::from_secs(3),
+        undo_after: Duration::from_secs(2),
         ..QUIESCE
     };
     let done = guest.quiesce(&quiesce, soon()).await.expect("quiesced");
@@ -403,7 +403,7 @@ async fn orders_are_fenced(place: &Place, guest: &Guest, restore: &Restore) {
 
 /// As the same guest again, over and over: nothing wears out, and it is quick.
 async fn resumes_may_follow_each_other(place: &Place) {
-    for epoch in 9..14 {
+    for epoch in 9..12 {
         let guest = place.guest("new");
         let quiesce = Quiesce {
             epoch: Epoch(epoch - 1),
