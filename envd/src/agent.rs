@@ -15,6 +15,8 @@ use crate::metrics::CpuMeter;
 use crate::paths::Base;
 use crate::process::reap::{Reaper, Scope};
 use crate::process::registry::Registry;
+use crate::snapshot::Snapshots;
+use crate::snapshot::machine::{Elsewhere, Guest, Machine};
 use crate::users::{Accounts, UnknownUser, User};
 
 /// The user of requests that name none, until `/init` says otherwise.
@@ -53,6 +55,8 @@ pub struct Agent {
     pub processes: Arc<Registry>,
     /// Remembers the last CPU reading.
     pub cpu: CpuMeter,
+    /// Where the agent stands between a pause and its resume.
+    pub snapshots: Snapshots,
     /// How the agent was started.
     pub surroundings: Surroundings,
     /// Where a token's hash may be published.
@@ -64,6 +68,17 @@ impl Agent {
     /// An agent with default settings.
     #[must_use]
     pub fn new(surroundings: Surroundings) -> Self {
+        let machine: Arc<dyn Machine> = if surroundings.in_guest {
+            Arc::new(Guest)
+        } else {
+            Arc::new(Elsewhere)
+        };
+        Self::on(machine, surroundings)
+    }
+
+    /// An agent that changes `machine` where a snapshot asks for it.
+    #[must_use]
+    pub fn on(machine: Arc<dyn Machine>, surroundings: Surroundings) -> Self {
         let scope = if std::process::id() == 1 {
             Scope::Everyone
         } else {
@@ -80,6 +95,7 @@ impl Agent {
             init: Mutex::default(),
             processes: Arc::new(Registry::new(Arc::new(Reaper::new(scope)))),
             cpu: CpuMeter::default(),
+            snapshots: Snapshots::new(machine, surroundings.groups.clone()),
             surroundings,
             published: None,
             path: std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned()),

@@ -22,13 +22,21 @@ pub fn must_step(guest: Timestamp, host: Timestamp) -> bool {
 /// What the kernel said.
 pub fn follow(host: Timestamp) -> nix::Result<()> {
     if must_step(Timestamp::now(), host) {
-        let nanoseconds = i64::from(host.subsec_nanosecond());
-        clock_settime(
-            ClockId::CLOCK_REALTIME,
-            TimeSpec::new(host.as_second(), nanoseconds),
-        )?;
+        set(host)?;
     }
     Ok(())
+}
+
+/// Steps the wall clock to `now`.
+///
+/// # Errors
+/// What the kernel said.
+pub fn set(now: Timestamp) -> nix::Result<()> {
+    let nanoseconds = i64::from(now.subsec_nanosecond());
+    clock_settime(
+        ClockId::CLOCK_REALTIME,
+        TimeSpec::new(now.as_second(), nanoseconds),
+    )
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@
 //! | [`http`] | routes, tokens, `/init` and the other plain endpoints |
 //! | [`process`] | starting, feeding, watching and ending processes |
 //! | [`files`] | upload, download and the file service |
+//! | [`snapshot`] [`connections`] | the guest's half of pause and resume |
 //! | [`agent`] | the state they share |
 //! | [`auth`] [`environment`] [`paths`] [`users`] [`clock`] [`metrics`] | rules, mostly pure |
 //! | [`sys`] | the only `unsafe` code |
@@ -22,6 +23,7 @@ pub mod agent;
 pub mod auth;
 pub mod boot;
 pub mod clock;
+pub mod connections;
 pub mod environment;
 pub mod files;
 pub mod http;
@@ -29,7 +31,7 @@ pub mod log;
 pub mod metrics;
 pub mod paths;
 pub mod process;
-pub mod quiesce;
 pub mod serve;
+pub mod snapshot;
 pub mod sys;
 pub mod users;

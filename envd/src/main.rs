@@ -122,12 +122,20 @@ async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {
     }
 
     let stop = CancellationToken::new();
-    let serving = tokio::spawn(serve::run(listener, http::router(agent), stop.clone()));
+    let connections = Arc::clone(&agent.snapshots.connections);
+    let router = http::router(agent.clone());
+    let serving = tokio::spawn(serve::run_known(
+        listener,
+        router,
+        connections,
+        stop.clone(),
+    ));
     let mut signals = power::Signals::listen()?;
     tokio::select! {
         name = signals.recv() => log!("{name} received, stopping"),
         Some(()) = power_asked.recv() => log!("poweroff asked for"),
     }
+    agent.snapshots.release();
     stop.cancel();
     serving.await.map_err(std::io::Error::other)
 }

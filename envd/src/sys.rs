@@ -2,8 +2,8 @@
 //!
 //! This is the only file of the crate in which `unsafe` may stand. Each function takes and returns
 //! owned, checked values, so that callers cannot hold it wrong. Three groups live here: starting
-//! and reaping children (fork without touching the heap in the child), device and network ioctls,
-//! and extended attributes.
+//! and reaping children (fork without touching the heap in the child), ioctls of devices, networks
+//! and file systems, and extended attributes.
 
 #![allow(unsafe_code)]
 
@@ -313,6 +313,8 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(set_window_size, libc::TIOCSWINSZ, libc::winsize);
     nix::ioctl_write_ptr_bad!(add_random, 0x4008_5203, super::RandPoolInfo);
     nix::ioctl_none_bad!(reseed_random, 0x5207);
+    nix::ioctl_none_bad!(freeze_file_system, 0xC004_5877);
+    nix::ioctl_none_bad!(thaw_file_system, 0xC004_5878);
 }
 
 /// Sets a terminal's size.
@@ -373,6 +375,30 @@ pub fn add_entropy(seed: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Stops all writing to the file system that `place` lies on, once everything is on its disk.
+///
+/// # Errors
+/// What the kernel said; a file system that is frozen already is no error.
+pub fn freeze_file_system(place: &std::fs::File) -> io::Result<()> {
+    // SAFETY: the descriptor is open; the kernel looks at no argument.
+    match unsafe { ioctl::freeze_file_system(place.as_raw_fd()) } {
+        Ok(_) | Err(nix::Error::EBUSY) => Ok(()),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// Lets a file system be written again.
+///
+/// # Errors
+/// What the kernel said; a file system that is not frozen is no error.
+pub fn thaw_file_system(place: &std::fs::File) -> io::Result<()> {
+    // SAFETY: as above.
+    match unsafe { ioctl::thaw_file_system(place.as_raw_fd()) } {
+        Ok(_) | Err(nix::Error::EINVAL) => Ok(()),
+        Err(err) => Err(err.into()),
+    }
+}
+
 /// Loads a kernel module from an open file.
 ///
 /// # Errors
@@ -398,6 +424,9 @@ pub fn take_console(console: &std::fs::File) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// `SIOCDARP`, which the libc crate does not name.
+const FORGET_NEIGHBOUR: libc::Ioctl = 0x8953;
 
 /// Calls for one network interface, by ioctl on a datagram socket.
 pub struct Interface {
@@ -472,6 +501,24 @@ impl Interface {
             libc::ioctl(self.socket.as_raw_fd(), libc::SIOCADDRT, &raw mut route)
         }) {
             Err(err) if err.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Forgets the hardware address of `neighbour`; it is asked for again when next needed.
+    ///
+    /// # Errors
+    /// What the kernel said; a neighbour that is not known is no error.
+    pub fn forget_neighbour(&self, neighbour: Ipv4Addr) -> io::Result<()> {
+        // SAFETY: all zeroes is a valid `arpreq`.
+        let mut entry: libc::arpreq = unsafe { std::mem::zeroed() };
+        entry.arp_pa = inet(neighbour);
+        entry.arp_dev = self.name;
+        // SAFETY: `entry` outlives the call and is laid out as the kernel expects.
+        match check(unsafe {
+            libc::ioctl(self.socket.as_raw_fd(), FORGET_NEIGHBOUR, &raw mut entry)
+        }) {
+            Err(err) if err.raw_os_error() == Some(libc::ENXIO) => Ok(()),
             other => other,
         }
     }

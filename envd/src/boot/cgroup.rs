@@ -6,6 +6,8 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::log;
 
@@ -17,6 +19,12 @@ const SUBTREE: &str = "wrenn";
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
 /// Memory kept for the agent and the kernel: an eighth, at most this much.
 const MAX_RESERVE_BYTES: u64 = 128 * 1024 * 1024;
+/// Freezes a group and everything below it when 1 is written to it.
+const FREEZE: &str = "cgroup.freeze";
+/// What the kernel tells of a group, such as whether all of it is frozen.
+const EVENTS: &str = "cgroup.events";
+/// How often it is looked whether everything has come to a stop. Mostly it has at the first look.
+const FROZEN_POLL: Duration = Duration::from_millis(1);
 
 /// A kind of workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +115,56 @@ impl Groups {
                 .join("cgroup.procs"),
         )
     }
+
+    /// Freezes every process in the groups; `false` where there are none. Processes come to a stop
+    /// at their next return from the kernel ([`Self::await_frozen`]); those started into a frozen
+    /// group stop before their first instruction.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn freeze(&self) -> io::Result<bool> {
+        let Some(subtree) = &self.subtree else {
+            return Ok(false);
+        };
+        fs::write(subtree.join(FREEZE), "1").map(|()| true)
+    }
+
+    /// Lets every process in the groups run.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn thaw(&self) -> io::Result<()> {
+        match &self.subtree {
+            Some(subtree) => fs::write(subtree.join(FREEZE), "0"),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until every process in the groups has come to a stop; `false` when some have not
+    /// within `limit`.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn await_frozen(&self, limit: Duration) -> io::Result<bool> {
+        let Some(subtree) = &self.subtree else {
+            return Ok(true);
+        };
+        let began = Instant::now();
+        loop {
+            if is_frozen(&fs::read_to_string(subtree.join(EVENTS))?) {
+                return Ok(true);
+            }
+            if began.elapsed() > limit {
+                return Ok(false);
+            }
+            thread::sleep(FROZEN_POLL);
+        }
+    }
+}
+
+/// Reads the kernel's `cgroup.events`. Pure.
+fn is_frozen(events: &str) -> bool {
+    events.lines().any(|line| line == "frozen 1")
 }
 
 fn create(root: &Path, subtree: &Path) -> io::Result<()> {
@@ -155,8 +213,26 @@ mod tests {
     }
 
     #[test]
-    fn groups_that_cannot_be_made_place_nobody() {
+    fn groups_that_cannot_be_made_place_nobody_and_freeze_nobody() {
         let groups = Groups::create(Path::new("/proc/no/such/place"));
         assert_eq!(groups.procs_file(Group::User), None);
+        assert!(!groups.freeze().expect("nothing to do"));
+        assert!(groups.await_frozen(Duration::ZERO).expect("nothing to do"));
+        groups.thaw().expect("nothing to do");
+    }
+
+    #[test]
+    fn all_groups_are_frozen_by_one_word_and_the_kernels_answer_is_awaited() {
+        let root = tempfile::tempdir().expect("a directory");
+        let groups = Groups::create(root.path());
+        let file = |name: &str| root.path().join(SUBTREE).join(name);
+        fs::write(file(EVENTS), "populated 1\nfrozen 0\n").expect("written");
+        assert!(groups.freeze().expect("asked"));
+        assert_eq!(fs::read_to_string(file(FREEZE)).expect("read"), "1");
+        assert!(!groups.await_frozen(Duration::ZERO).expect("asked"));
+        fs::write(file(EVENTS), "populated 1\nfrozen 1\n").expect("written");
+        assert!(groups.await_frozen(Duration::ZERO).expect("asked"));
+        groups.thaw().expect("asked");
+        assert_eq!(fs::read_to_string(file(FREEZE)).expect("read"), "0");
     }
 }

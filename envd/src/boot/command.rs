@@ -1,4 +1,4 @@
-//! The shell line given at start.
+//! Shell lines that the agent runs of its own accord: the one given at start, and repairs.
 
 use std::sync::Arc;
 
@@ -11,7 +11,12 @@ use crate::process::live::CommandLine;
 
 /// Runs `line` in a shell as the default user, with its output dropped.
 pub fn start(agent: &Arc<Agent>, line: &str) {
-    let user = match agent.user(None) {
+    start_as(agent, None, line);
+}
+
+/// Runs `line` in a shell as `user`, or as the default one, with its output dropped.
+pub fn start_as(agent: &Arc<Agent>, user: Option<&str>, line: &str) {
+    let user = match agent.user(user) {
         Ok(user) => user,
         Err(err) => return log!("start '{line}': {}", chain(&err)),
     };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! enter: kernel file systems → console → command line → modules → root disk → move mounts, switch
-//!        root → tmpfs, devpts, shm, cgroup2 → name, hosts, resolv.conf → lo, eth0, route
+//!        root → tmpfs, devpts, shm, cgroup2, generation → name, hosts, resolv.conf → lo, eth0, route
 //! then the agent serves as usual, and reaps orphans (process::reap)
 //! power::off: terminate all → sync → kill all → read-only root → power off
 //! ```
@@ -24,8 +24,11 @@ pub mod power;
 
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::path::Path;
 
 use crate::log::chain;
+use crate::snapshot::lineage::Generation;
+use crate::snapshot::machine;
 use crate::{log, sys};
 use cmdline::Options;
 use nix::sys::resource::{Resource, setrlimit};
@@ -112,6 +115,7 @@ fn bring_up() -> Result<(), BootError> {
     modules::load_all()?;
     mounts::switch_root(&options.root)?;
     mounts::volatile_file_systems()?;
+    machine::announce_in(Path::new(machine::GENERATION_FILE), Generation::BOOT)?;
     name::set(&options.hostname)?;
     network::bring_up(&options)?;
     raise_limits();

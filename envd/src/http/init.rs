@@ -1,6 +1,7 @@
 //! `POST /init`: the host tells the guest who it is.
 //!
-//! Order: parse → token table → ignore what is older than the last word → apply. One at a time; a
+//! Order: parse → token table → ignore what is older than the last word → apply → let a sealed guest
+//! go on: to hosts that know no other word, this one says that a resume is done. One at a time; a
 //! second caller waits [`TURN_TIMEOUT`] and is then told to come back. Everything is optional, in
 //! every spelling that existing hosts use; unknown fields are ignored.
 
@@ -9,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::extract::{FromRequest, Request, State};
+use axum::extract::{Extension, FromRequest, Request, State};
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use base64::Engine as _;
@@ -24,6 +25,7 @@ use crate::agent::Agent;
 use crate::auth::{Token, TokenChange, decide_init};
 use crate::boot::{identity, name};
 use crate::clock;
+use crate::connections::ConnectionId;
 use crate::environment::Identity;
 use crate::log;
 use crate::log::chain;
@@ -89,7 +91,7 @@ impl Body {
 }
 
 /// Letters, digits and inner hyphens, in labels joined by dots.
-fn is_hostname(name: &str) -> bool {
+pub(super) fn is_hostname(name: &str) -> bool {
     let is_label = |label: &str| {
         !label.is_empty()
             && !label.starts_with('-')
@@ -107,6 +109,7 @@ fn is_hostname(name: &str) -> bool {
 /// 400 for a malformed body, 401 by the token table, 503 while another caller's is being applied.
 pub async fn init(
     State(agent): State<Arc<Agent>>,
+    connection: Option<Extension<ConnectionId>>,
     request: Request,
 ) -> Result<impl IntoResponse, ApiError> {
     let text = read_body(request).await?;
@@ -124,6 +127,7 @@ pub async fn init(
 
     let change = decide_token(&agent, body.access_token.clone())?;
     let stale = matches!((body.timestamp, *last), (Some(new), Some(last)) if new <= last);
+    agent.snapshots.before_init();
     if !stale {
         if let TokenChange::Become(token) = change {
             agent.settings_mut().token = token;
@@ -136,10 +140,12 @@ pub async fn init(
             apply_to_guest(&body, seed.as_deref());
         }
     }
+    let own = connection.map_or(ConnectionId::NEVER_PAST, |Extension(id)| id);
+    agent.snapshots.after_init(own);
     Ok((StatusCode::NO_CONTENT, [NO_STORE]))
 }
 
-async fn read_body(request: Request) -> Result<Bytes, ApiError> {
+pub(super) async fn read_body(request: Request) -> Result<Bytes, ApiError> {
     let (parts, body) = request.into_parts();
     let limited = http_body_util::Limited::new(body, MAX_BODY_BYTES);
     let request = Request::from_parts(parts, axum::body::Body::new(limited));

@@ -1,8 +1,9 @@
 //! Routes and what every request passes through first.
 //!
 //! ```text
-//! request ── cors (answers OPTIONS) ── drain ── token ─┬ health, init, metrics, envs, files, poweroff
-//!                                                      └ process.Process, filesystem.Filesystem
+//! request ── cors (answers OPTIONS) ── drain ── gate ── token
+//!               ├ health, init, metrics, envs, files, poweroff, snapshot/{prepare,undo,restore}
+//!               └ process.Process, filesystem.Filesystem
 //! ```
 //!
 //! Plain endpoints answer errors as `{"code": status, "message": text}` ([`error`]); the services
@@ -12,6 +13,7 @@ pub mod cors;
 pub mod drain;
 pub mod error;
 pub mod init;
+pub mod snapshot;
 
 use std::sync::Arc;
 
@@ -28,7 +30,7 @@ use crate::agent::Agent;
 use crate::files::service::FilesystemService;
 use crate::files::{download, upload};
 use crate::process::service::ProcessService;
-use crate::quiesce;
+use crate::snapshot::gate;
 use error::ApiError;
 
 /// The header that carries the access token.
@@ -51,7 +53,9 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/metrics", get(metrics))
         .route("/envs", get(envs))
         .route("/files", get(download::download).post(upload::upload))
-        .route("/snapshot/prepare", post(prepare))
+        .route("/snapshot/prepare", post(snapshot::prepare))
+        .route("/snapshot/undo", post(snapshot::undo))
+        .route("/snapshot/restore", post(snapshot::restore))
         .route("/poweroff", post(power_off))
         .route_service("/process.Process/{method}", rpc.clone())
         .route_service("/filesystem.Filesystem/{method}", rpc)
@@ -61,6 +65,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         })
         .layer(DefaultBodyLimit::disable())
         .layer(middleware::from_fn_with_state(agent.clone(), require_token))
+        .layer(middleware::from_fn_with_state(agent.clone(), gate::layer))
         .layer(middleware::from_fn(drain::layer))
         .layer(middleware::from_fn(cors::layer))
         .with_state(agent)
@@ -78,9 +83,10 @@ async fn require_token(State(agent): State<Arc<Agent>>, request: Request, next: 
     .into_response()
 }
 
-/// Health is open; files accept a signature; `/init` has its own table.
+/// Health is open; files accept a signature; `/init` has its own table; a restore that is told
+/// again may have changed the token itself.
 fn has_own_rules(path: &str) -> bool {
-    matches!(path, "/health" | "/files" | "/init")
+    matches!(path, "/health" | "/files" | "/init" | "/snapshot/restore")
 }
 
 fn admits(agent: &Agent, headers: &axum::http::HeaderMap) -> bool {
@@ -108,11 +114,6 @@ async fn metrics(State(agent): State<Arc<Agent>>) -> impl IntoResponse {
 async fn envs(State(agent): State<Arc<Agent>>) -> impl IntoResponse {
     let all = agent.settings().global.all();
     ([NO_STORE], Json(all))
-}
-
-async fn prepare() -> Result<StatusCode, ApiError> {
-    quiesce::prepare().await.map_err(ApiError::internal)?;
-    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Our extension: an orderly end of the guest. The answer comes before the deed.

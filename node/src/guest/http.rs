@@ -1,5 +1,6 @@
 //! Plain HTTP to the agent, and the transport its RPC clients share.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use proto::envd::filesystem::FilesystemClient;
 use proto::envd::process::ProcessClient;
-use tokio::time;
+use tokio::time::{self, Instant};
 
 use super::dial::{Connector, Dial};
 use super::error::GuestError;
@@ -117,6 +118,45 @@ impl Guest {
         content_type: Option<&str>,
         body: GuestBody,
     ) -> Result<Response<Incoming>, GuestError> {
+        let response = self
+            .request(method, path_and_query, content_type, body)
+            .await?;
+        if response.status().as_u16() < StatusCode::BAD_REQUEST.as_u16() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let body = small(response).await.unwrap_or_default();
+        Err(GuestError::from_http(status, &body))
+    }
+
+    /// Sends a small JSON request whose body is made when it is sent, and reads the whole small
+    /// answer, whatever its status, before `deadline`.
+    pub(super) async fn exchange(
+        &self,
+        path: &str,
+        json: impl FnOnce() -> Vec<u8> + Send + 'static,
+        deadline: Instant,
+    ) -> Result<(StatusCode, Bytes), GuestError> {
+        let late = futures::stream::once(async move { Ok::<_, Infallible>(json().into()) });
+        let exchange = async {
+            let json_type = Some("application/json");
+            let asked = self.request(Method::POST, path, json_type, streamed(late));
+            let response = asked.await?;
+            Ok((response.status(), small(response).await?))
+        };
+        let waited = deadline.saturating_duration_since(Instant::now());
+        time::timeout_at(deadline, exchange)
+            .await
+            .map_err(|_| GuestError::TimedOut { waited })?
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        path_and_query: &str,
+        content_type: Option<&str>,
+        body: GuestBody,
+    ) -> Result<Response<Incoming>, GuestError> {
         let mut request = Request::builder()
             .method(method)
             .uri(format!("{AUTHORITY}{path_and_query}"))
@@ -125,18 +165,8 @@ impl Guest {
             request = request.header(CONTENT_TYPE, content_type);
         }
         let request = request.body(body).map_err(GuestError::unreachable)?;
-        let response = self
-            .shared
-            .http
-            .request(request)
-            .await
-            .map_err(GuestError::unreachable)?;
-        if response.status().as_u16() < StatusCode::BAD_REQUEST.as_u16() {
-            return Ok(response);
-        }
-        let status = response.status();
-        let body = small(response).await.unwrap_or_default();
-        Err(GuestError::from_http(status, &body))
+        let answered = self.shared.http.request(request).await;
+        answered.map_err(GuestError::unreachable)
     }
 
     /// Sends a small JSON request and reads the whole small answer, within `timeout`.

@@ -4,13 +4,21 @@
 //! the sandbox's slot here, a relayed stream elsewhere), its connection pool, and the agent's
 //! access token. A [`CutDial`] ends its streams, idle or in use, with the sandbox whose address
 //! they were made for.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `ready` | from a boot to a guest that may work |
+//! | `quiesce` `restore` | from a running guest to one fit to be sealed, and from a sealed one back |
+//! | `process` `files` | what clients ask for |
 
 pub mod dial;
 mod error;
 mod files;
 mod http;
 mod process;
+mod quiesce;
 mod ready;
+mod restore;
 
 pub use dial::{CutDial, Dial, GuestStream, TcpDial};
 pub use error::{GuestCode, GuestError};
@@ -19,4 +27,6 @@ pub use http::{Guest, GuestBody};
 pub use process::{
     EventStream, ProcessCommand, ProcessEvent, ProcessSummary, RunOutput, Selector, Signal,
 };
+pub use quiesce::{Quiesce, QuiesceError, Quiesced, Workload};
 pub use ready::{AgentSetup, Health};
+pub use restore::{Fork, Generation, Restore, RestoreError, Restored};

@@ -1,0 +1,355 @@
+//! The first thing a restored guest is told, before anybody else may reach it.
+//!
+//! A restored guest believes in the time of its snapshot, draws the same random numbers as every
+//! other guest made from it, and waits for peers that are gone. Its workload stands still until it
+//! has confirmed one order that puts all of that right. The order may be repeated until it is
+//! confirmed: its generation stays the same, while the clock is read anew each time, when the
+//! connection stands and the body is sent. A guest that confirms nothing by the deadline must be
+//! ended: it may be running as its own twin.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use http::StatusCode;
+use proto::epoch::Epoch;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::time::{self, Instant};
+
+use super::error::GuestError;
+use super::http::Guest;
+use super::quiesce::words;
+use crate::base::remedy::Remedy;
+
+/// Fresh random bytes for the guest's kernel: the size of its seed.
+const ENTROPY_BYTES: usize = 32;
+/// Longest one attempt may take. A guest whose memory is still fetched from afar is slow, yet a
+/// lost packet of the handshake must not cost the whole deadline.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Most warnings of a guest that are kept, and most characters of each: a guest may say anything.
+const WARNINGS: usize = 16;
+/// See [`WARNINGS`].
+const WARNING_CHARS: usize = 256;
+/// Pause between two attempts.
+const RETRY_INTERVAL: Duration = Duration::from_millis(25);
+
+/// Names one life of a guest, from a restore to the next.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Generation(pub [u8; 16]);
+
+impl Generation {
+    /// A name nobody else has.
+    #[must_use]
+    pub fn fresh() -> Self {
+        Self(rand::random())
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Generation({self})")
+    }
+}
+
+/// What makes a guest another one than it was when it was sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// The name it goes by.
+    pub hostname: String,
+    /// Its `/etc/machine-id`.
+    pub machine_id: [u8; 16],
+}
+
+impl Fork {
+    /// A guest called `hostname`, with a machine id nobody else has.
+    #[must_use]
+    pub fn named(hostname: impl Into<String>) -> Self {
+        Self {
+            hostname: hostname.into(),
+            machine_id: rand::random(),
+        }
+    }
+}
+
+/// What a restored guest is told.
+#[derive(Clone)]
+pub struct Restore {
+    /// The epoch under which it runs from now on: newer than any it has heard of.
+    pub epoch: Epoch,
+    /// Names its new life; kept for as long as the same restore is tried.
+    pub generation: Generation,
+    /// From now on required of every caller.
+    pub token: String,
+    /// The capsule's public id.
+    pub sandbox_id: String,
+    /// The name of its template.
+    pub template: String,
+    /// The environment of its processes, where it changes.
+    pub env: Option<BTreeMap<String, String>>,
+    /// For a guest that is not to be the one that was sealed.
+    pub fork: Option<Fork>,
+}
+
+impl fmt::Debug for Restore {
+    /// Without token and environment.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Restore")
+            .field("epoch", &self.epoch)
+            .field("generation", &self.generation)
+            .field("sandbox_id", &self.sandbox_id)
+            .field("fork", &self.fork)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A guest that is itself again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Whether its workload had stood still until it was told. Where it had not, it may have used
+    /// old random numbers or an old clock.
+    pub held: bool,
+    /// Connections of its past life that were cut.
+    pub cut: usize,
+    /// What could not be written to its disk, in its own words.
+    pub warnings: Vec<String>,
+    /// How long the agent took.
+    pub took: Duration,
+    /// How often it was told: once, if all went well.
+    pub attempts: u32,
+}
+
+/// Why a guest is not restored. It must not be used.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The guest has heard of a newer owner: another node runs it or has run it.
+    #[error("the guest refuses epoch {epoch}: {words}")]
+    Stale {
+        /// The epoch it was told.
+        epoch: Epoch,
+        /// Its own words.
+        words: String,
+    },
+    /// The agent will not or cannot do it; asking again does not help.
+    #[error("the guest cannot: {words}")]
+    Refused {
+        /// The status it answered with.
+        status: u16,
+        /// Its own words.
+        words: String,
+    },
+    /// It has not confirmed by the deadline.
+    #[error("the guest did not confirm its restore in {attempts} attempts")]
+    Unconfirmed {
+        /// How often it was told.
+        attempts: u32,
+        /// What came of the last attempt.
+        source: GuestError,
+    },
+}
+
+impl RestoreError {
+    /// Who must act next.
+    #[must_use]
+    pub const fn remedy(&self) -> Remedy {
+        match self {
+            Self::Stale { .. } => Remedy::WrongState,
+            Self::Refused { .. } | Self::Unconfirmed { .. } => Remedy::BlameGuest,
+        }
+    }
+}
+
+/// What came of one attempt.
+enum Attempt {
+    Done(Answer),
+    Final(RestoreError),
+    Again(GuestError),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Answer {
+    held: bool,
+    cut: usize,
+    warnings: Vec<String>,
+    took_us: u64,
+}
+
+impl Guest {
+    /// Tells a restored guest who and when it is, and lets its workload run. Called with the token
+    /// that the guest had when it was sealed; afterwards it demands the one in `restore`.
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the guest must then be ended.
+    pub async fn restore(
+        &self,
+        restore: &Restore,
+        deadline: Instant,
+    ) -> Result<Restored, RestoreError> {
+        for attempts in 1.. {
+            let source = match self.try_restore(restore, deadline).await {
+                Attempt::Done(answer) => {
+                    return Ok(Restored {
+                        held: answer.held,
+                        cut: answer.cut,
+                        warnings: printable(&answer.warnings),
+                        took: Duration::from_micros(answer.took_us),
+                        attempts,
+                    });
+                }
+                Attempt::Final(err) => return Err(err),
+                Attempt::Again(source) => source,
+            };
+            if Instant::now() + RETRY_INTERVAL >= deadline {
+                return Err(RestoreError::Unconfirmed { attempts, source });
+            }
+            time::sleep(RETRY_INTERVAL).await;
+        }
+        unreachable!("the deadline comes before the counter ends")
+    }
+
+    async fn try_restore(&self, restore: &Restore, deadline: Instant) -> Attempt {
+        let order = restore.clone();
+        let body = move || order.body();
+        let attempt = deadline.min(Instant::now() + ATTEMPT_TIMEOUT);
+        let (status, text) = match self.exchange("/snapshot/restore", body, attempt).await {
+            Ok(answered) => answered,
+            Err(source) => return Attempt::Again(source),
+        };
+        judge(status, &text, restore.epoch)
+    }
+}
+
+fn judge(status: StatusCode, text: &[u8], epoch: Epoch) -> Attempt {
+    let words = || words(status, text);
+    match status {
+        StatusCode::OK => match serde_json::from_slice(text) {
+            Ok(answer) => Attempt::Done(answer),
+            Err(err) => Attempt::Again(GuestError::Nonsense(err.to_string())),
+        },
+        StatusCode::CONFLICT => Attempt::Final(RestoreError::Stale {
+            epoch,
+            words: words(),
+        }),
+        // The order before this one is still being carried out: perhaps an attempt of ours.
+        StatusCode::SERVICE_UNAVAILABLE => Attempt::Again(GuestError::from_http(status, text)),
+        _ => Attempt::Final(RestoreError::Refused {
+            status: status.as_u16(),
+            words: words(),
+        }),
+    }
+}
+
+impl Restore {
+    /// The order as the agent reads it, with the clock and the random bytes of this moment.
+    fn body(&self) -> Vec<u8> {
+        let entropy: [u8; ENTROPY_BYTES] = rand::random();
+        let fork = self.fork.as_ref();
+        let json = json!({
+            "epoch": self.epoch.0,
+            "generation": self.generation.to_string(),
+            "entropy": STANDARD.encode(entropy),
+            "accessToken": self.token,
+            "envVars": self.env,
+            "sandboxId": self.sandbox_id,
+            "templateId": self.template,
+            "hostname": fork.map(|fork| &fork.hostname),
+            "machineId": fork.map(|fork| Generation(fork.machine_id).to_string()),
+            "renewSshHostKeys": fork.is_some(),
+            // Read last.
+            "wallClockNs": wall_clock_ns(),
+        });
+        json.to_string().into_bytes()
+    }
+}
+
+/// What a guest says, fit for a log.
+fn printable(warnings: &[String]) -> Vec<String> {
+    let plain = |text: &String| {
+        let characters = text.chars().filter(|c| !c.is_control());
+        characters.take(WARNING_CHARS).collect()
+    };
+    warnings.iter().take(WARNINGS).map(plain).collect()
+}
+
+/// This host's wall clock.
+pub(super) fn wall_clock_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn restore() -> Restore {
+        Restore {
+            epoch: Epoch(7),
+            generation: Generation([0xab; 16]),
+            token: "secret".into(),
+            sandbox_id: "cl-1".into(),
+            template: "minimal".into(),
+            env: None,
+            fork: Some(Fork {
+                hostname: "twin".into(),
+                machine_id: [1; 16],
+            }),
+        }
+    }
+
+    #[test]
+    fn each_telling_has_fresh_bytes_and_the_same_generation() {
+        let tell = || serde_json::from_slice::<serde_json::Value>(&restore().body()).expect("JSON");
+        let (one, two) = (tell(), tell());
+        assert_ne!(one["entropy"], two["entropy"]);
+        assert_eq!(one["generation"], two["generation"]);
+        assert_eq!(one["generation"], "ab".repeat(16));
+        assert_eq!(one["machineId"], "01".repeat(16));
+        assert!(one["wallClockNs"].as_u64() <= two["wallClockNs"].as_u64());
+    }
+
+    #[test]
+    fn what_a_guest_says_is_bounded_and_printable() {
+        let long = format!("\x1b[31m{}\n", "x".repeat(2 * WARNING_CHARS));
+        let kept = printable(&vec![long; 2 * WARNINGS]);
+        assert_eq!(kept.len(), WARNINGS);
+        assert_eq!(kept[0].chars().count(), WARNING_CHARS);
+        assert!(kept[0].starts_with("[31mxx"));
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        assert!(!format!("{:?}", restore()).contains("secret"));
+    }
+
+    #[test]
+    fn refusals_are_final_and_silence_is_not() {
+        let judge = |status: u16, text: &str| {
+            let status = StatusCode::from_u16(status).expect("a status");
+            judge(status, text.as_bytes(), Epoch(7))
+        };
+        let done = r#"{"held":true,"cut":1,"warnings":[],"tookUs":5,"applied":true}"#;
+        assert!(matches!(judge(200, done), Attempt::Done(_)));
+        assert!(matches!(judge(200, "{}"), Attempt::Again(_)));
+        assert!(matches!(judge(503, ""), Attempt::Again(_)));
+        for (status, remedy) in [
+            (409, Remedy::WrongState),
+            (500, Remedy::BlameGuest),
+            (401, Remedy::BlameGuest),
+        ] {
+            let Attempt::Final(err) = judge(status, "") else {
+                panic!("{status} is final");
+            };
+            assert_eq!(err.remedy(), remedy, "{status}");
+        }
+    }
+}
