@@ -80,6 +80,11 @@ random_id!(
     "tok"
 );
 random_id!(
+    /// A snapshot: a sandbox sealed at one instant.
+    SnapshotId,
+    "snap"
+);
+random_id!(
     /// A cluster, from its founding on. Nodes of two clusters never mistake each other.
     ClusterId,
     "wc"

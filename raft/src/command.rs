@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
+use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::Stamp;
 
 use crate::placement::{Lack, LoadHint};
-use crate::state::{GuestVersions, Key, Liveness, Node, SandboxSpec, Settings, Template, Token};
+use crate::state::{
+    GuestVersions, Key, Liveness, Node, SandboxSpec, Sealed, Settings, Template, Token,
+};
 
 /// A command and the proposer's clock when it was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +114,31 @@ pub enum Command {
         /// Who wanted it.
         cause: StopCause,
     },
+    /// From now on the sandbox is wanted paused.
+    PauseSandbox {
+        /// Which one.
+        id: SandboxId,
+        /// Which run of it; a later one is not meant.
+        epoch: Epoch,
+    },
+    /// Gives a paused sandbox out again, to whichever node resumes it best.
+    ResumeSandbox {
+        /// Which one.
+        id: SandboxId,
+        /// What it rests as; a later pause is not meant.
+        snapshot: SnapshotId,
+        /// How busy nodes were when the proposer last heard.
+        hints: Vec<LoadHint>,
+    },
+    /// Whether a node has all of a snapshot; that node proposes it.
+    HoldSnapshot {
+        /// Which one.
+        id: SnapshotId,
+        /// Who.
+        node: NodeId,
+        /// Whether it has it, or has it no more.
+        holds: bool,
+    },
     /// What the owner saw.
     ReportSandbox {
         /// Which one.
@@ -178,6 +205,13 @@ pub enum Report {
         /// What broke, for people.
         reason: String,
     },
+    /// It was sealed: it can be had back from here, whatever becomes of the guest.
+    Sealed(Sealed),
+    /// It could not be sealed, and its guest goes on.
+    Thawed {
+        /// What was in the way, for people.
+        reason: String,
+    },
 }
 
 /// What applying a command gave.
@@ -212,6 +246,9 @@ pub enum Refusal {
     /// No sandbox of that id.
     #[error("no capsule {0}")]
     NoSuchSandbox(String),
+    /// No snapshot of that id.
+    #[error("no snapshot {0}")]
+    NoSuchSnapshot(String),
     /// No template of that name.
     #[error("no template {0:?}")]
     NoSuchTemplate(String),

@@ -5,17 +5,23 @@
 //! beside what is already reserved there? Then score: the node that keeps the largest share of its
 //! scarcest resource wins. What the proposer last heard of the load weighs a little; it can never
 //! make a node fit. The lower id wins a tie.
+//!
+//! A paused sandbox is placed where its guest can be resumed: the same hypervisor. A holder of its
+//! snapshot wins over anybody who would have to fetch it first.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use proto::ids::{NodeId, TeamId};
 
-use crate::state::{Node, Resources, SandboxSpec, State};
+use crate::state::{Node, Resources, SandboxSpec, Snapshot, State};
 
 /// How much a fully busy node loses, in thousandths of its score's range: enough to choose between
 /// equals, too little to pile sandboxes onto one node because others were busy for a second.
 const BUSY_WEIGHT_PERMILLE: u64 = 200;
+
+/// What a holder of the snapshot gains: more than the whole range of a score.
+const HOLDER_BONUS: u64 = 10_000;
 
 /// How busy a node was when the proposer last heard of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +42,8 @@ impl fmt::Display for Lack {
     }
 }
 
-/// The best node for what `spec` asks, or what was missing.
+/// The best node for what `spec` asks, starting from its template or from a snapshot; or what was
+/// missing.
 ///
 /// # Errors
 /// [`Lack`] counts the nodes that may not take it by reason, and names, for the node with the most
@@ -45,23 +52,32 @@ pub fn place(
     state: &State,
     team: TeamId,
     spec: &SandboxSpec,
+    from: Option<&Snapshot>,
     hints: &[LoadHint],
 ) -> Result<NodeId, Lack> {
     let wanted = spec.resources();
-    let digest = state.template(&spec.template).map(|it| it.digest);
+    let source = match from {
+        Some(snapshot) => Source::Snapshot(snapshot),
+        None => Source::Template(state.template(&spec.template).map(|it| it.digest)),
+    };
     let busy: BTreeMap<NodeId, u32> = hints.iter().map(|it| (it.node, it.busy_permille)).collect();
     let mut best: Option<(u64, NodeId)> = None;
     let mut nearest: Option<(Resources, &Node)> = None;
     let mut barred: BTreeMap<&'static str, u32> = BTreeMap::new();
     for node in state.nodes() {
-        if let Some(why) = bar(node, team, spec, digest) {
+        if let Some(why) = bar(node, team, spec, source) {
             *barred.entry(why).or_default() += 1;
             continue;
         }
         let free = node.capacity.less(state.reserved(node.id));
         if free.covers(wanted) {
             let busy = busy.get(&node.id).copied().unwrap_or_default();
-            let score = score(free.less(wanted), node.capacity, busy);
+            let bonus = if source.is_held_by(node) {
+                HOLDER_BONUS
+            } else {
+                0
+            };
+            let score = score(free.less(wanted), node.capacity, busy) + bonus;
             // Nodes come in the order of their ids, so `>` keeps the lower id on a tie.
             if best.is_none_or(|(top, _)| score > top) {
                 best = Some((score, node.id));
@@ -82,14 +98,26 @@ pub fn place(
     })
 }
 
+/// What a sandbox is started from.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    /// The root disk with this digest; `None` where there is none of that name.
+    Template(Option<[u8; 32]>),
+    Snapshot(&'a Snapshot),
+}
+
+impl Source<'_> {
+    fn is_held_by(self, node: &Node) -> bool {
+        match self {
+            Self::Template(_) => false,
+            Self::Snapshot(snapshot) => snapshot.holders.contains(&node.id),
+        }
+    }
+}
+
 /// Why a node may not take the sandbox however much room it has. Whose host it is comes first:
 /// how another team's hosts fare is nobody's business.
-fn bar(
-    node: &Node,
-    team: TeamId,
-    spec: &SandboxSpec,
-    digest: Option<[u8; 32]>,
-) -> Option<&'static str> {
+fn bar(node: &Node, team: TeamId, spec: &SandboxSpec, source: Source<'_>) -> Option<&'static str> {
     if node.team.is_some_and(|only| only != team) {
         return Some("of another team");
     }
@@ -106,10 +134,19 @@ fn bar(
     if !spec.node_tags.iter().all(tagged) {
         return Some("without the tags asked for");
     }
-    if digest.is_none() || digest.as_ref() != node.templates.get(&spec.template) {
-        return Some("without the template");
+    match source {
+        Source::Template(digest) => {
+            let held = node.templates.get(&spec.template);
+            (digest.is_none() || digest.as_ref() != held).then_some("without the template")
+        }
+        Source::Snapshot(snapshot) => {
+            let needs = &snapshot.sealed.needs;
+            if !needs.are_met_by(node) {
+                return Some("with another hypervisor than the snapshot's");
+            }
+            (!needs.has_base(node)).then_some("without the template of the snapshot")
+        }
     }
-    None
 }
 
 fn lack(nearest: Option<String>, barred: &BTreeMap<&'static str, u32>) -> String {

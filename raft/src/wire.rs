@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use prost::Message;
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
+use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::Stamp;
 use proto::wire::raft as pb;
 
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
 use crate::placement::{Lack, LoadHint};
-use crate::state::{BadRow, Node, Settings};
+use crate::state::{BadRow, Node, SandboxSpec, Settings};
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
@@ -125,16 +125,15 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             team,
             spec,
             hints,
-        } => Wire::CreateSandbox(pb::CreateSandbox {
-            id: id.0.to_vec(),
-            team: team.0.to_vec(),
-            spec: Some(spec.into()),
-            hints: hints.iter().map(hint_to_wire).collect(),
-        }),
-        Command::StopSandbox { id, cause } => Wire::StopSandbox(pb::StopSandbox {
-            id: id.0.to_vec(),
-            cause: cause_to_wire(*cause).into(),
-        }),
+        } => created_to_wire(*id, *team, spec, hints),
+        Command::StopSandbox { id, cause } => stopped_to_wire(*id, *cause),
+        Command::PauseSandbox { id, epoch } => paused_to_wire(*id, *epoch),
+        Command::ResumeSandbox {
+            id,
+            snapshot,
+            hints,
+        } => resumed_to_wire(*id, *snapshot, hints),
+        Command::HoldSnapshot { id, node, holds } => held_to_wire(*id, *node, *holds),
         Command::ReportSandbox {
             id,
             epoch,
@@ -168,6 +167,54 @@ fn found_to_wire(id: ClusterId, settings: Settings) -> pb::FoundCluster {
         id: id.0.to_vec(),
         settings: Some(settings.into()),
     }
+}
+
+fn created_to_wire(
+    id: SandboxId,
+    team: TeamId,
+    spec: &SandboxSpec,
+    hints: &[LoadHint],
+) -> pb::proposal::Command {
+    pb::proposal::Command::CreateSandbox(pb::CreateSandbox {
+        id: id.0.to_vec(),
+        team: team.0.to_vec(),
+        spec: Some(spec.into()),
+        hints: hints.iter().map(hint_to_wire).collect(),
+    })
+}
+
+fn stopped_to_wire(id: SandboxId, cause: StopCause) -> pb::proposal::Command {
+    pb::proposal::Command::StopSandbox(pb::StopSandbox {
+        id: id.0.to_vec(),
+        cause: cause_to_wire(cause).into(),
+    })
+}
+
+fn paused_to_wire(id: SandboxId, epoch: Epoch) -> pb::proposal::Command {
+    pb::proposal::Command::PauseSandbox(pb::PauseSandbox {
+        id: id.0.to_vec(),
+        epoch: epoch.0,
+    })
+}
+
+fn resumed_to_wire(
+    id: SandboxId,
+    snapshot: SnapshotId,
+    hints: &[LoadHint],
+) -> pb::proposal::Command {
+    pb::proposal::Command::ResumeSandbox(pb::ResumeSandbox {
+        id: id.0.to_vec(),
+        snapshot: snapshot.0.to_vec(),
+        hints: hints.iter().map(hint_to_wire).collect(),
+    })
+}
+
+fn held_to_wire(id: SnapshotId, node: NodeId, holds: bool) -> pb::proposal::Command {
+    pb::proposal::Command::HoldSnapshot(pb::HoldSnapshot {
+        id: id.0.to_vec(),
+        node: node.0,
+        holds,
+    })
 }
 
 fn reported_to_wire(
@@ -206,6 +253,24 @@ const fn verdict_to_wire(verdict: Verdict) -> pb::Liveness {
     }
 }
 
+fn verdict_from_wire(liveness: i32) -> Result<Verdict, BadRow> {
+    match pb::Liveness::try_from(liveness) {
+        Ok(pb::Liveness::Alive) => Ok(Verdict::Back),
+        Ok(pb::Liveness::Missing) => Ok(Verdict::Missing),
+        Ok(pb::Liveness::Lost) => Ok(Verdict::Lost),
+        // Read as zero, a newer version's verdict would bring a node back.
+        Err(_) => Err(BadRow::Unknown("verdict")),
+    }
+}
+
+const fn cause_from_wire(cause: pb::StopCause) -> Result<StopCause, BadRow> {
+    match cause {
+        pb::StopCause::Asked => Ok(StopCause::Asked),
+        pb::StopCause::Idle => Ok(StopCause::Idle),
+        pb::StopCause::Unspecified => Err(BadRow::Unknown("stop cause")),
+    }
+}
+
 const fn cause_to_wire(cause: StopCause) -> pb::StopCause {
     match cause {
         StopCause::Asked => pb::StopCause::Asked,
@@ -218,6 +283,14 @@ const fn hint_to_wire(hint: &LoadHint) -> pb::LoadHint {
         node: hint.node.0,
         busy_permille: hint.busy_permille,
     }
+}
+
+fn hints_from_wire(hints: Vec<pb::LoadHint>) -> Vec<LoadHint> {
+    let hints = hints.into_iter().map(|hint| LoadHint {
+        node: NodeId(hint.node),
+        busy_permille: hint.busy_permille,
+    });
+    hints.collect()
 }
 
 fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
@@ -244,13 +317,7 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::JudgeNode(it) => Command::JudgeNode {
             node: NodeId(it.node),
             incarnation: it.incarnation,
-            verdict: match pb::Liveness::try_from(it.liveness) {
-                Ok(pb::Liveness::Alive) => Verdict::Back,
-                Ok(pb::Liveness::Missing) => Verdict::Missing,
-                Ok(pb::Liveness::Lost) => Verdict::Lost,
-                // Read as zero, a newer version's verdict would bring a node back.
-                Err(_) => return Err(BadRow::Unknown("verdict")),
-            },
+            verdict: verdict_from_wire(it.liveness)?,
         },
         Wire::RemoveNode(it) => Command::RemoveNode {
             node: NodeId(it.node),
@@ -264,28 +331,31 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             id: SandboxId(array("sandbox id", &it.id)?),
             team: TeamId(array("team id", &it.team)?),
             spec: some("sandbox spec", it.spec)?.into(),
-            hints: it
-                .hints
-                .into_iter()
-                .map(|hint| LoadHint {
-                    node: NodeId(hint.node),
-                    busy_permille: hint.busy_permille,
-                })
-                .collect(),
+            hints: hints_from_wire(it.hints),
+        },
+        Wire::PauseSandbox(it) => Command::PauseSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            epoch: Epoch(it.epoch),
+        },
+        Wire::ResumeSandbox(it) => Command::ResumeSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            snapshot: SnapshotId(array("snapshot id", &it.snapshot)?),
+            hints: hints_from_wire(it.hints),
+        },
+        Wire::HoldSnapshot(it) => Command::HoldSnapshot {
+            id: SnapshotId(array("snapshot id", &it.id)?),
+            node: NodeId(it.node),
+            holds: it.holds,
         },
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
-            cause: match it.cause() {
-                pb::StopCause::Asked => StopCause::Asked,
-                pb::StopCause::Idle => StopCause::Idle,
-                pb::StopCause::Unspecified => return Err(BadRow::Unknown("stop cause")),
-            },
+            cause: cause_from_wire(it.cause())?,
         },
         Wire::ReportSandbox(it) => Command::ReportSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             epoch: Epoch(it.epoch),
             node: NodeId(it.node),
-            report: report_from_wire(some("report", it.report)?),
+            report: report_from_wire(some("report", it.report)?)?,
         },
         Wire::PruneSandboxes(it) => Command::PruneSandboxes {
             ended_before: Stamp(it.ended_before_ms),
@@ -303,12 +373,16 @@ fn report_to_wire(report: &Report) -> pb::report_sandbox::Report {
         Report::Failed { reason } => Wire::Failed(pb::Ended {
             reason: reason.clone(),
         }),
+        Report::Sealed(sealed) => Wire::Sealed(sealed.into()),
+        Report::Thawed { reason } => Wire::Thawed(pb::Ended {
+            reason: reason.clone(),
+        }),
     }
 }
 
-fn report_from_wire(wire: pb::report_sandbox::Report) -> Report {
+fn report_from_wire(wire: pb::report_sandbox::Report) -> Result<Report, BadRow> {
     use pb::report_sandbox::Report as Wire;
-    match wire {
+    Ok(match wire {
         Wire::Running(versions) => Report::Running(versions.into()),
         Wire::Stopped(ended) => Report::Stopped {
             reason: ended.reason,
@@ -316,7 +390,11 @@ fn report_from_wire(wire: pb::report_sandbox::Report) -> Report {
         Wire::Failed(ended) => Report::Failed {
             reason: ended.reason,
         },
-    }
+        Wire::Sealed(sealed) => Report::Sealed(sealed.try_into()?),
+        Wire::Thawed(thawed) => Report::Thawed {
+            reason: thawed.reason,
+        },
+    })
 }
 
 /// An answer as bytes.
@@ -359,6 +437,7 @@ fn refusal_to_wire(refusal: &Refusal) -> pb::Refusal {
     let (kind, detail, epoch) = match refusal {
         Refusal::Unreadable(text) => (Kind::Unreadable, text.clone(), 0),
         Refusal::NoSuchSandbox(id) => (Kind::NoSuchSandbox, id.clone(), 0),
+        Refusal::NoSuchSnapshot(id) => (Kind::NoSuchSnapshot, id.clone(), 0),
         Refusal::NoSuchTemplate(name) => (Kind::NoSuchTemplate, name.clone(), 0),
         Refusal::NoSuchKey(id) => (Kind::NoSuchKey, id.clone(), 0),
         Refusal::NoRoom(lack) => (Kind::NoRoom, lack.0.clone(), 0),
@@ -382,6 +461,7 @@ fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
     match wire.kind() {
         Kind::Unreadable | Kind::Unspecified => Refusal::Unreadable(wire.detail),
         Kind::NoSuchSandbox => Refusal::NoSuchSandbox(wire.detail),
+        Kind::NoSuchSnapshot => Refusal::NoSuchSnapshot(wire.detail),
         Kind::NoSuchTemplate => Refusal::NoSuchTemplate(wire.detail),
         Kind::NoSuchKey => Refusal::NoSuchKey(wire.detail),
         Kind::NoRoom => Refusal::NoRoom(Lack(wire.detail)),

@@ -12,7 +12,7 @@ use proto::ids::{NodeId, NodeKey, SandboxId, TokenId};
 use world::history::{any_history, busy_world, token_of};
 use world::*;
 use wrenn_raft::apply::Applied;
-use wrenn_raft::command::{Command, Proposal, Receipt, Refusal, Verdict};
+use wrenn_raft::command::{Command, Proposal, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::state::{HostLoss, Liveness, Node, Phase, Resources, RowKey, Sandbox, State};
 use wrenn_raft::wire;
 
@@ -46,6 +46,15 @@ fn sum_of(state: &State, node: NodeId) -> Resources {
 fn may_take(state: &State, node: &Node, sandbox: &Sandbox) -> bool {
     let template = state.template(&sandbox.spec.template).expect("it is known");
     let spec = &sandbox.spec;
+    let fits = match sandbox.snapshot {
+        None => node.templates.get(&spec.template) == Some(&template.digest),
+        Some(id) => {
+            let needs = &state.snapshot(id).expect("it rests on it").sealed.needs;
+            (&needs.vmm, &needs.machine) == (&node.vmm, &node.machine)
+                && needs.cpu == node.cpu
+                && node.templates.values().any(|digest| *digest == needs.base)
+        }
+    };
     node.liveness == Liveness::Alive
         && !node.cordoned
         && !node.draining
@@ -55,7 +64,7 @@ fn may_take(state: &State, node: &Node, sandbox: &Sandbox) -> bool {
             .node_tags
             .iter()
             .all(|(k, v)| node.tags.get(k) == Some(v))
-        && node.templates.get(&spec.template) == Some(&template.digest)
+        && fits
 }
 
 impl Step<'_> {
@@ -68,8 +77,34 @@ impl Step<'_> {
             assert!(sandbox.epoch >= *newest, "the epoch of {} fell", sandbox.id);
             *newest = sandbox.epoch;
         }
+        self.check_snapshots();
         self.check_nodes(memory);
         self.check_tokens(memory);
+    }
+
+    /// What rests on a snapshot finds it, and none is kept that nothing rests on.
+    fn check_snapshots(&self) {
+        for sandbox in self.after.sandboxes() {
+            if matches!(sandbox.phase, Phase::Paused | Phase::Resuming) {
+                assert!(sandbox.snapshot.is_some(), "{sandbox:?} rests on nothing");
+            }
+            if sandbox.phase.is_ended() {
+                assert_eq!(sandbox.snapshot, None, "{} has ended", sandbox.id);
+            }
+            if let Some(id) = sandbox.snapshot {
+                let snapshot = self.after.snapshot(id).expect("what it rests on is there");
+                assert_eq!(snapshot.sandbox, sandbox.id);
+                assert!(snapshot.epoch <= sandbox.epoch);
+            }
+        }
+        for snapshot in self.after.snapshots() {
+            let of = self.after.sandbox(snapshot.sandbox);
+            let rests = of.and_then(|it| it.snapshot);
+            assert_eq!(rests, Some(snapshot.sealed.id), "nobody rests on it");
+            for holder in &snapshot.holders {
+                assert!(self.after.node(*holder).is_some(), "{holder} is gone");
+            }
+        }
     }
 
     /// What the derived copy relies on.
@@ -107,10 +142,7 @@ impl Step<'_> {
             let all = all.filter(|it| it.phase.holds_resources());
             assert_eq!(held, all.map(|it| it.id).collect::<Vec<_>>());
         }
-        let ended = self
-            .after
-            .sandboxes()
-            .filter(|it| !it.phase.holds_resources());
+        let ended = self.after.sandboxes().filter(|it| it.phase.is_ended());
         let mut ended: Vec<_> = ended.map(|it| (it.updated_at, it.id)).collect();
         ended.sort_unstable();
         assert_eq!(self.after.ended_sandboxes().collect::<Vec<_>>(), ended);
@@ -150,6 +182,13 @@ impl Step<'_> {
 
     /// Only what is bound to a lease, and only once that is certainly over.
     fn check_given_out_again(&self, known: &Sandbox) {
+        if known.phase == Phase::Paused {
+            let meant = |id, snapshot| id == known.id && known.snapshot == Some(snapshot);
+            let asked = matches!(self.command,
+                Command::ResumeSandbox { id, snapshot, .. } if meant(*id, *snapshot));
+            assert!(asked, "{:?} resumed {}", self.command, known.id);
+            return;
+        }
         assert_eq!(known.spec.on_host_loss, HostLoss::Restart);
         assert!(known.phase.holds_resources(), "what ended stays ended");
         let owner = self.before.node(known.owner).expect("it had one");
@@ -344,6 +383,8 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
             match settled.next().map(|it| it.phase) {
                 None => "judged",
                 Some(Phase::Starting) => "given out again",
+                Some(Phase::Resuming) => "resumed elsewhere",
+                Some(Phase::Paused) => "back to its last pause",
                 Some(Phase::Error) => "found no room elsewhere",
                 Some(_) => "stopped with its node",
             }
@@ -355,6 +396,27 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
         (Command::RemoveNode { .. }, Ok(Receipt::Done(1))) => "removed",
         (Command::PruneSandboxes { .. }, Ok(Receipt::Done(1..))) => "pruned",
         (Command::PutToken(_), Ok(_)) if applied.touched.len() > 1 => "tokens forgotten",
+        (Command::ResumeSandbox { .. }, Ok(_)) if applied.touched.is_empty() => "runs already",
+        (Command::ResumeSandbox { .. }, Ok(_)) => "resumed",
+        (Command::ResumeSandbox { .. }, Err(Refusal::NoRoom(_))) => "cannot be resumed",
+        (Command::ResumeSandbox { .. }, Err(_)) => "not resumed",
+        (Command::PauseSandbox { .. }, Ok(Receipt::Done(1))) => "pausing",
+        (Command::PauseSandbox { .. }, Err(Refusal::Unfit(_))) => "not paused",
+        (Command::HoldSnapshot { .. }, Ok(Receipt::Done(1))) => "holder told",
+        (
+            Command::ReportSandbox {
+                report: Report::Sealed(_),
+                ..
+            },
+            Ok(Receipt::Done(1)),
+        ) => "sealed",
+        (
+            Command::ReportSandbox {
+                report: Report::Thawed { .. },
+                ..
+            },
+            Ok(Receipt::Done(1)),
+        ) => "thawed",
         (_, Ok(Receipt::Placed { .. })) => "placed",
         (_, Ok(Receipt::Admitted(_))) if applied.touched.is_empty() => "same id again",
         (_, Ok(Receipt::Admitted(_))) => "let in",
@@ -392,7 +454,9 @@ fn the_histories_reach_what_they_are_about() {
     let wanted = "judged, given out again, found no room elsewhere, stopped with its node, no step, \
                   given up with its node, removed, pruned, tokens forgotten, placed, same id again, \
                   let in, token expired, token used, no token, fenced, no room, id taken, \
-                  may not join, may not be removed";
+                  may not join, may not be removed, pausing, sealed, thawed, resumed, runs already, \
+                  not resumed, not paused, cannot be resumed, holder told, resumed elsewhere, \
+                  back to its last pause";
     for event in wanted.split(", ") {
         let times = seen.get(event).copied().unwrap_or_default();
         assert!(times >= 5, "{event}: {times} times; all: {seen:?}");

@@ -7,12 +7,18 @@
 //! (create) -> Starting -> Running -> Stopping -> Stopped      a stop was asked for
 //!                 |          |--------------> Stopped | Error  the guest ended or broke
 //!                 '------------> Error                         the start failed
+//!
+//! Running -> Pausing -> Paused -> Resuming -> Running         sealed, and given out again
+//!    '----------' Thawed   ^---------' Failed                 what fails leads back
+//! Running | Pausing -> Paused                                the guest is lost: as at the last pause, if any
 //! ```
 //!
-//! `nodes` has the commands about nodes, tokens and the cluster, `sandboxes` those about sandboxes.
+//! `nodes` has the commands about nodes, tokens and the cluster, `sandboxes` those about sandboxes,
+//! `snapshots` those about pausing and resuming.
 
 mod nodes;
 mod sandboxes;
+mod snapshots;
 
 use proto::epoch::Epoch;
 use proto::ids::{KeyId, NodeId};
@@ -95,6 +101,13 @@ impl State {
                 node,
                 report,
             } => self.report_sandbox(at, id, epoch, node, report),
+            Command::PauseSandbox { id, epoch } => self.pause_sandbox(at, index, id, epoch),
+            Command::ResumeSandbox {
+                id,
+                snapshot,
+                hints,
+            } => self.resume_sandbox(at, Epoch(index), id, snapshot, &hints),
+            Command::HoldSnapshot { id, node, holds } => self.hold_snapshot(id, node, holds),
             Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
         }
     }

@@ -10,7 +10,7 @@ use proto::units::Stamp;
 use super::Applied;
 use crate::command::{Receipt, Refusal, Verdict};
 use crate::state::{
-    Cluster, Former, Liveness, Node, Outlived, Removed, RowKey, Settings, State, Token,
+    Cluster, Former, Liveness, Node, Outlived, Removed, RowKey, Settings, Snapshot, State, Token,
 };
 
 /// How long a token is remembered after its end, so that a late joiner is told what was wrong
@@ -376,7 +376,9 @@ impl State {
             return Applied::untouched(Err(Refusal::Unfit(why)));
         }
         let why = format!("its host {} was declared dead", known.name);
-        let mut touched = self.settle_sandboxes(at, epoch, id, true, &why);
+        // First of all: nothing may be resumed from what is gone with it.
+        let mut touched = self.forget_holder(id);
+        touched.extend(self.settle_sandboxes(at, epoch, id, true, &why));
         self.drop_node(id);
         touched.extend(self.remember_removed(Removed {
             key: known.key,
@@ -397,7 +399,10 @@ impl State {
         if node.team.is_none() && !others.any(|other| other.team.is_none()) {
             return Err("it is the last node of the cluster".into());
         }
-        let held = self.reserved(node.id).sandboxes;
+        let held = self
+            .reserved(node.id)
+            .sandboxes
+            .saturating_add(self.only_held_by(node.id));
         if held == 0 {
             return Ok(());
         }
@@ -413,6 +418,24 @@ impl State {
             )),
             (true, Liveness::Missing { .. } | Liveness::Lost { .. }) => Ok(()),
         }
+    }
+
+    /// How many sandboxes rest, or could fall back, on what nobody but this node has. Those that it
+    /// runs are counted as such.
+    fn only_held_by(&self, id: NodeId) -> u32 {
+        let elsewhere = |holder: &NodeId| {
+            let node = self.node(*holder).filter(|node| node.liveness.is_alive());
+            *holder != id && node.is_some()
+        };
+        let only = |snapshot: &&Snapshot| {
+            snapshot.holders.contains(&id) && !snapshot.holders.iter().any(elsewhere)
+        };
+        let rests = |snapshot: &&Snapshot| {
+            let of = self.sandbox(snapshot.sandbox);
+            of.is_some_and(|it| it.owner != id || !it.phase.holds_resources())
+        };
+        let count = self.snapshots().filter(only).filter(rests).count();
+        u32::try_from(count).unwrap_or(u32::MAX)
     }
 
     fn remember_removed(&mut self, removed: Removed) -> Vec<RowKey> {

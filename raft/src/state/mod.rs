@@ -11,11 +11,12 @@ mod nodes;
 mod rows;
 mod sandboxes;
 mod slice;
+mod snapshots;
 mod tally;
 mod templates;
 mod tokens;
 
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TeamId, TokenId};
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::Stamp;
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
 
@@ -24,6 +25,7 @@ pub use keys::Key;
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};
 pub use sandboxes::{Desired, GuestVersions, HostLoss, Phase, Sandbox, SandboxSpec};
+pub use snapshots::{Needs, Sealed, Snapshot};
 pub use templates::Template;
 pub use tokens::Token;
 
@@ -40,6 +42,7 @@ pub struct State {
     templates: RedBlackTreeMapSync<String, Template>,
     sandboxes: RedBlackTreeMapSync<SandboxId, Sandbox>,
     tally: Tally,
+    snapshots: RedBlackTreeMapSync<SnapshotId, Snapshot>,
     tokens: RedBlackTreeMapSync<TokenId, Token>,
     removed: RedBlackTreeMapSync<NodeKey, Removed>,
 }
@@ -144,6 +147,17 @@ impl State {
         self.sandboxes.get(&id)
     }
 
+    /// Every snapshot, by id.
+    pub fn snapshots(&self) -> impl Iterator<Item = &Snapshot> {
+        self.snapshots.values()
+    }
+
+    /// One snapshot.
+    #[must_use]
+    pub fn snapshot(&self, id: SnapshotId) -> Option<&Snapshot> {
+        self.snapshots.get(&id)
+    }
+
     /// Every API key, by id.
     pub fn keys(&self) -> impl Iterator<Item = &Key> {
         self.keys.values()
@@ -220,6 +234,14 @@ impl State {
             self.keys_by_hash.remove_mut(&old.hash);
             self.keys.remove_mut(&id);
         }
+    }
+
+    pub(crate) fn put_snapshot(&mut self, snapshot: Snapshot) {
+        self.snapshots.insert_mut(snapshot.sealed.id, snapshot);
+    }
+
+    pub(crate) fn drop_snapshot(&mut self, id: SnapshotId) {
+        self.snapshots.remove_mut(&id);
     }
 
     /// Inserts or replaces a sandbox and moves its reservation along.

@@ -34,6 +34,10 @@ pub struct Node {
     pub vmm_version: String,
     /// What executes guest code, e.g. `kvm` or `tcg`.
     pub accelerator: String,
+    /// The machine its guests get, in the driver's word; empty from a release that has none.
+    pub machine: String,
+    /// The processor they get.
+    pub cpu: String,
     /// The version of Wrenn it runs.
     pub version: String,
     /// When it was first admitted.
@@ -183,6 +187,8 @@ impl From<&Node> for pb::NodeRow {
             vmm: node.vmm.clone(),
             vmm_version: node.vmm_version.clone(),
             accelerator: node.accelerator.clone(),
+            machine: node.machine.clone(),
+            cpu: node.cpu.clone(),
             version: node.version.clone(),
             admitted_at_ms: node.admitted_at.0,
         }
@@ -226,6 +232,8 @@ impl TryFrom<pb::NodeRow> for Node {
             vmm: row.vmm,
             vmm_version: row.vmm_version,
             accelerator: row.accelerator,
+            machine: row.machine,
+            cpu: row.cpu,
             version: row.version,
             admitted_at: Stamp(row.admitted_at_ms),
         })

@@ -1,10 +1,10 @@
 //! The state as rows: what snapshots and the state database store.
 
 use prost::Message;
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, TokenId};
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TokenId};
 use proto::wire::raft as pb;
 
-use super::{Key, Node, Removed, Sandbox, State, Template, Token};
+use super::{Key, Node, Removed, Sandbox, Snapshot, State, Template, Token};
 use crate::wire::array;
 
 /// Where a row lies: a table and the object's id.
@@ -24,6 +24,8 @@ pub enum RowKey {
     Template(String),
     /// A sandbox.
     Sandbox(SandboxId),
+    /// A snapshot.
+    Snapshot(SnapshotId),
 }
 
 /// An encoded key and value.
@@ -65,6 +67,7 @@ impl RowKey {
             Self::Key(id) => (b'k', id.0.to_vec()),
             Self::Template(name) => (b't', name.as_bytes().to_vec()),
             Self::Sandbox(id) => (b's', id.0.to_vec()),
+            Self::Snapshot(id) => (b'p', id.0.to_vec()),
         };
         [vec![table], id].concat()
     }
@@ -86,6 +89,7 @@ impl RowKey {
                 Self::Template(name.to_owned())
             }
             b's' => Self::Sandbox(SandboxId(array("sandbox id", id)?)),
+            b'p' => Self::Snapshot(SnapshotId(array("snapshot id", id)?)),
             _ => return Err(BadRow::Unknown("table")),
         })
     }
@@ -117,6 +121,9 @@ impl State {
             RowKey::Sandbox(id) => self
                 .sandbox(*id)
                 .map(|sandbox| pb::SandboxRow::from(sandbox).encode_to_vec()),
+            RowKey::Snapshot(id) => self
+                .snapshot(*id)
+                .map(|snapshot| pb::SnapshotRow::from(snapshot).encode_to_vec()),
         }
     }
 
@@ -131,6 +138,7 @@ impl State {
             .templates()
             .map(|template| RowKey::Template(template.name.clone()));
         let sandboxes = self.sandboxes().map(|sandbox| RowKey::Sandbox(sandbox.id));
+        let snapshots = self.snapshots().map(|it| RowKey::Snapshot(it.sealed.id));
         cluster
             .into_iter()
             .chain(nodes)
@@ -139,6 +147,7 @@ impl State {
             .chain(keys)
             .chain(templates)
             .chain(sandboxes)
+            .chain(snapshots)
     }
 
     /// Every row there is.
@@ -188,6 +197,10 @@ impl State {
             RowKey::Sandbox(id) => {
                 let sandbox: Sandbox = decode::<pb::SandboxRow, _>(value)?;
                 self.put_sandbox(in_place(sandbox.id == id, sandbox)?);
+            }
+            RowKey::Snapshot(id) => {
+                let snapshot: Snapshot = decode::<pb::SnapshotRow, _>(value)?;
+                self.put_snapshot(in_place(snapshot.sealed.id == id, snapshot)?);
             }
         }
         Ok(())

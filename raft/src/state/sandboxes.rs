@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::epoch::Epoch;
-use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::{Mib, Stamp};
 use proto::wire::raft as pb;
 
 use super::nodes::Resources;
 use super::rows::BadRow;
-use crate::wire::{array, some};
+use crate::wire::{array, optional, some};
 
 /// A sandbox's replicated record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +39,11 @@ pub struct Sandbox {
     pub updated_at: Stamp,
     /// What runs it, known once it is running.
     pub versions: GuestVersions,
+    /// What it was sealed as last: what it rests as while it is paused.
+    pub snapshot: Option<SnapshotId>,
+    /// The entry that asked for its last pause; 0 before the first. A seal made for an earlier one
+    /// counts for nothing: the guest has gone on since.
+    pub pause: u64,
 }
 
 /// What a sandbox asks for.
@@ -96,6 +101,8 @@ pub enum Desired {
     Running,
     /// Nothing of it is left on any node.
     Stopped,
+    /// It rests as a snapshot, and nothing of it runs.
+    Paused,
 }
 
 /// Where a sandbox stands, as its owner last reported.
@@ -111,6 +118,12 @@ pub enum Phase {
     Stopped,
     /// Broke, everything released; the reason is in the record.
     Error,
+    /// A pause was asked for; the guest is frozen, and goes on if it cannot be sealed.
+    Pausing,
+    /// It rests as its snapshot, everything else released.
+    Paused,
+    /// Given out again; the guest does not answer yet.
+    Resuming,
 }
 
 impl Phase {
@@ -118,9 +131,17 @@ impl Phase {
     #[must_use]
     pub const fn holds_resources(self) -> bool {
         match self {
-            Self::Starting | Self::Running | Self::Stopping => true,
-            Self::Stopped | Self::Error => false,
+            Self::Starting | Self::Running | Self::Stopping | Self::Pausing | Self::Resuming => {
+                true
+            }
+            Self::Stopped | Self::Error | Self::Paused => false,
         }
+    }
+
+    /// Whether it is over: nothing leads out of this.
+    #[must_use]
+    pub const fn is_ended(self) -> bool {
+        matches!(self, Self::Stopped | Self::Error)
     }
 }
 
@@ -144,6 +165,7 @@ impl From<&Sandbox> for pb::SandboxRow {
             desired: match sandbox.desired {
                 Desired::Running => pb::Desired::Running,
                 Desired::Stopped => pb::Desired::Stopped,
+                Desired::Paused => pb::Desired::Paused,
             }
             .into(),
             phase: pb::Phase::from(sandbox.phase).into(),
@@ -154,6 +176,8 @@ impl From<&Sandbox> for pb::SandboxRow {
             started_at_ms: sandbox.started_at.unwrap_or_default().0,
             updated_at_ms: sandbox.updated_at.0,
             versions: Some((&sandbox.versions).into()),
+            snapshot: sandbox.snapshot.map(|id| id.0.to_vec()).unwrap_or_default(),
+            pause: sandbox.pause,
         }
     }
 }
@@ -165,6 +189,7 @@ impl TryFrom<pb::SandboxRow> for Sandbox {
         let desired = match row.desired() {
             pb::Desired::Running => Desired::Running,
             pb::Desired::Stopped => Desired::Stopped,
+            pb::Desired::Paused => Desired::Paused,
             pb::Desired::Unspecified => return Err(BadRow::Unknown("desired phase")),
         };
         let phase = row.phase().try_into()?;
@@ -181,6 +206,8 @@ impl TryFrom<pb::SandboxRow> for Sandbox {
             started_at: (row.started_at_ms != 0).then_some(Stamp(row.started_at_ms)),
             updated_at: Stamp(row.updated_at_ms),
             versions: row.versions.unwrap_or_default().into(),
+            snapshot: optional("snapshot id", &row.snapshot)?.map(SnapshotId),
+            pause: row.pause,
         })
     }
 }
@@ -193,6 +220,9 @@ impl From<Phase> for pb::Phase {
             Phase::Stopping => Self::Stopping,
             Phase::Stopped => Self::Stopped,
             Phase::Error => Self::Error,
+            Phase::Pausing => Self::Pausing,
+            Phase::Paused => Self::Paused,
+            Phase::Resuming => Self::Resuming,
         }
     }
 }
@@ -207,6 +237,9 @@ impl TryFrom<pb::Phase> for Phase {
             pb::Phase::Stopping => Ok(Self::Stopping),
             pb::Phase::Stopped => Ok(Self::Stopped),
             pb::Phase::Error => Ok(Self::Error),
+            pb::Phase::Pausing => Ok(Self::Pausing),
+            pb::Phase::Paused => Ok(Self::Paused),
+            pb::Phase::Resuming => Ok(Self::Resuming),
             pb::Phase::Unspecified => Err(BadRow::Unknown("phase")),
         }
     }

@@ -21,7 +21,8 @@
 //! | templates | all: they belong to the platform |
 //! | its team's keys | all, revoked ones too, so that a revocation arrives |
 //! | its team's sandboxes | all, on whichever node they are |
-//! | other nodes, join tokens, removed nodes, other teams' keys and sandboxes | nothing |
+//! | its team's snapshots | all, whoever holds them |
+//! | other nodes, join tokens, removed nodes, other teams' keys, sandboxes and snapshots | nothing |
 
 use std::collections::BTreeSet;
 
@@ -57,6 +58,10 @@ impl State {
         }
         for sandbox in self.sandboxes_of(team) {
             slice.put_sandbox(sandbox.clone());
+            let rests_on = sandbox.snapshot.and_then(|id| self.snapshot(id));
+            if let Some(snapshot) = rests_on {
+                slice.put_snapshot(snapshot.clone());
+            }
         }
         Some(slice)
     }
@@ -98,6 +103,7 @@ impl State {
             RowKey::Key(id) => self.key(*id) == other.key(*id),
             RowKey::Template(name) => self.template(name) == other.template(name),
             RowKey::Sandbox(id) => self.sandbox(*id) == other.sandbox(*id),
+            RowKey::Snapshot(id) => self.snapshot(*id) == other.snapshot(*id),
         }
     }
 
@@ -110,6 +116,7 @@ impl State {
             RowKey::Key(id) => self.key(*id).is_some(),
             RowKey::Template(name) => self.template(name).is_some(),
             RowKey::Sandbox(id) => self.sandbox(*id).is_some(),
+            RowKey::Snapshot(id) => self.snapshot(*id).is_some(),
         }
     }
 
@@ -122,6 +129,7 @@ impl State {
             RowKey::Key(id) => self.drop_key(*id),
             RowKey::Template(name) => self.drop_template(name),
             RowKey::Sandbox(id) => self.drop_sandbox(*id),
+            RowKey::Snapshot(id) => self.drop_snapshot(*id),
         }
     }
 }

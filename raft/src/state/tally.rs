@@ -1,7 +1,8 @@
 //! What follows from the sandboxes and is never stored: who holds how much, and shorter ways to
 //! some of them than through all.
 //!
-//! Every sandbox is in `teams`, and in exactly one of `held` (it holds resources) and `ended`.
+//! Every sandbox is in `teams`, and besides in `held` if it holds resources and in `ended` if it has
+//! ended; a paused one is in neither.
 
 use proto::ids::{NodeId, SandboxId, TeamId};
 use proto::units::Stamp;
@@ -29,15 +30,15 @@ impl Tally {
             let sum = self.reserved(sandbox.owner).plus(sandbox.spec.resources());
             self.reserved.insert_mut(sandbox.owner, sum);
             self.held.insert_mut((sandbox.owner, sandbox.id));
-        } else {
+        } else if sandbox.phase.is_ended() {
             self.ended.insert_mut((sandbox.updated_at, sandbox.id));
         }
     }
 
     pub(super) fn remove(&mut self, sandbox: &Sandbox) {
         self.teams.remove_mut(&(sandbox.team, sandbox.id));
+        self.ended.remove_mut(&(sandbox.updated_at, sandbox.id));
         if !sandbox.phase.holds_resources() {
-            self.ended.remove_mut(&(sandbox.updated_at, sandbox.id));
             return;
         }
         self.held.remove_mut(&(sandbox.owner, sandbox.id));

@@ -14,12 +14,13 @@ use proto::units::{Mib, Stamp};
 use wrenn_raft::command::{Command, Proposal, Report, StopCause, Verdict};
 use wrenn_raft::placement::LoadHint;
 use wrenn_raft::state::{
-    GuestVersions, HostLoss, Key, Liveness, Node, Resources, Sandbox, SandboxSpec, Settings, Token,
+    GuestVersions, HostLoss, Key, Liveness, Node, Phase, Resources, Sandbox, SandboxSpec, Sealed,
+    Settings, Token,
 };
 
 use super::{
-    HOUR_MS, World, cordon, mark, node, node_key, redeem, remove, sandbox_id, template, token,
-    token_id,
+    HOUR_MS, World, bound, cordon, mark, node, node_key, redeem, remove, sandbox_id, sealed,
+    snapshot_id, template, token, token_id,
 };
 
 /// Teams there are; the first is the platform.
@@ -28,6 +29,7 @@ pub const TEAMS: u8 = 3;
 const MACHINES: u8 = 8;
 const TOKENS: u8 = 6;
 const SANDBOXES: u8 = 24;
+const SNAPSHOTS: u8 = 200;
 const TEMPLATES: [&str; 2] = ["debian", "minimal"];
 
 pub fn team(n: u8) -> TeamId {
@@ -110,6 +112,21 @@ pub enum Move {
         n: u8,
         idle: bool,
     },
+    Pause {
+        sandbox: Index,
+        epoch_back: u64,
+    },
+    Resume {
+        sandbox: Index,
+        /// Another snapshot than the one it rests as.
+        other: Option<u8>,
+        busy: Vec<u32>,
+    },
+    Hold {
+        snapshot: Index,
+        node: Index,
+        holds: bool,
+    },
     Report {
         sandbox: Index,
         epoch_back: u64,
@@ -141,7 +158,10 @@ fn any_report() -> impl Strategy<Value = Report> {
         })
     });
     prop_oneof![
-        3 => running,
+        4 => running,
+        4 => (0..SNAPSHOTS, prop::bool::weighted(0.9))
+            .prop_map(|(n, fits)| Report::Sealed(sealed(n, fits))),
+        1 => "[a-z ]{0,8}".prop_map(|reason| Report::Thawed { reason }),
         1 => "[a-z ]{0,8}".prop_map(|reason| Report::Stopped { reason }),
         1 => "[a-z ]{0,8}".prop_map(|reason| Report::Failed { reason }),
     ]
@@ -204,13 +224,25 @@ fn about_nodes() -> impl Strategy<Value = Move> {
 }
 
 fn about_sandboxes() -> impl Strategy<Value = Move> {
-    let stale = prop_oneof![4 => Just(0), 1 => 1_u64..20];
+    let stale = || prop_oneof![4 => Just(0), 1 => 1_u64..20];
     let stranger = prop::option::weighted(0.2, any::<Index>());
     prop_oneof![
         6 => (0..SANDBOXES, any_spec(), prop::collection::vec(0_u32..1500, 0..4))
             .prop_map(|(n, spec, busy)| Move::Create { n, spec, busy }),
         3 => (0..SANDBOXES, any::<bool>()).prop_map(|(n, idle)| Move::Stop { n, idle }),
-        5 => (any::<Index>(), stale, stranger, any_report()).prop_map(
+        4 => (any::<Index>(), stale()).prop_map(
+            |(sandbox, epoch_back)| Move::Pause { sandbox, epoch_back }
+        ),
+        5 => (
+            any::<Index>(),
+            prop::option::weighted(0.2, 0..SNAPSHOTS),
+            prop::collection::vec(0_u32..1500, 0..4),
+        )
+            .prop_map(|(sandbox, other, busy)| Move::Resume { sandbox, other, busy }),
+        3 => (any::<Index>(), any::<Index>(), prop::bool::weighted(0.7)).prop_map(
+            |(snapshot, node, holds)| Move::Hold { snapshot, node, holds }
+        ),
+        8 => (any::<Index>(), stale(), stranger, any_report()).prop_map(
             |(sandbox, epoch_back, by, what)| Move::Report { sandbox, epoch_back, by, what }
         ),
         1 => (0_u64..40_000).prop_map(|before_ms| Move::Prune { before_ms }),
@@ -226,7 +258,7 @@ pub fn any_move() -> impl Strategy<Value = (i64, Move)> {
     let what = prop_oneof![
         2 => about_the_cluster(),
         5 => about_nodes(),
-        6 => about_sandboxes(),
+        10 => about_sandboxes(),
     ];
     (pause, what)
 }
@@ -250,7 +282,25 @@ pub fn busy_world() -> World {
         let joiner = machine_says(machine, 10, 3, 1);
         put(&mut world, redeem(machine, joiner));
     }
+    resumed_before(&mut world);
     world
+}
+
+/// Two sandboxes that were paused and run again, bound to their nodes; others hold them too.
+fn resumed_before(world: &mut World) {
+    for n in 0..2 {
+        let sandbox = SANDBOXES + n;
+        world.create(sandbox, bound(256)).expect("there is room");
+        world.run(sandbox);
+        let by = SNAPSHOTS + n;
+        world.rest(sandbox, by);
+        let all: Vec<NodeId> = world.state.nodes().map(|node| node.id).collect();
+        for node in all {
+            world.hold(by, node, true).expect("both are known");
+        }
+        world.resume(sandbox, by).expect("there is room");
+        world.run(sandbox);
+    }
 }
 
 /// What a machine tells of itself; bit by bit, `held` says which templates it has.
@@ -328,7 +378,55 @@ impl World {
             Move::Prune { before_ms } => Command::PruneSandboxes {
                 ended_before: Stamp(self.now.0.saturating_sub(before_ms)),
             },
-            other => self.node_command(other)?,
+            other => match self.pausing_command(&other) {
+                Some(command) => command?,
+                None => self.node_command(other)?,
+            },
+        })
+    }
+
+    /// `None` for a move about something else.
+    fn pausing_command(&self, what: &Move) -> Option<Option<Command>> {
+        Some(match what {
+            Move::Pause {
+                sandbox,
+                epoch_back,
+            } => self
+                .any_sandbox(*sandbox, &[Phase::Running])
+                .map(|known| Command::PauseSandbox {
+                    id: known.id,
+                    epoch: Epoch(known.epoch.0.saturating_sub(*epoch_back)),
+                }),
+            Move::Resume {
+                sandbox,
+                other,
+                busy,
+            } => self
+                .any_sandbox(*sandbox, &[Phase::Paused])
+                .and_then(|known| {
+                    let other = other.map(snapshot_id);
+                    Some(Command::ResumeSandbox {
+                        id: known.id,
+                        snapshot: other.or(known.snapshot)?,
+                        hints: self.hints(busy),
+                    })
+                }),
+            Move::Hold {
+                snapshot,
+                node,
+                holds,
+            } => self.hold_command(*snapshot, *node, *holds),
+            _ => return None,
+        })
+    }
+
+    fn hold_command(&self, snapshot: Index, node: Index, holds: bool) -> Option<Command> {
+        let all: Vec<_> = self.state.snapshots().collect();
+        let known = (!all.is_empty()).then(|| *snapshot.get(&all))?;
+        Some(Command::HoldSnapshot {
+            id: known.sealed.id,
+            node: self.any_node(node)?.id,
+            holds,
         })
     }
 
@@ -394,11 +492,6 @@ impl World {
         let tag = asked.tag.and_then(|pick| self.any_node(pick));
         let tag = tag.map(|node| ("machine".to_owned(), tag_of(machine_of(node))));
         let pin = asked.pin.and_then(|pick| self.any_node(pick));
-        let nodes = self.state.nodes().map(|node| node.id);
-        let hints = nodes.zip(busy).map(|(node, busy_permille)| LoadHint {
-            node,
-            busy_permille: *busy_permille,
-        });
         Command::CreateSandbox {
             id: sandbox_id(n),
             team: team(asked.team),
@@ -419,8 +512,29 @@ impl World {
                 on_node: pin.map(|node| node.id),
                 ..SandboxSpec::default()
             },
-            hints: hints.collect(),
+            hints: self.hints(busy),
         }
+    }
+
+    fn hints(&self, busy: &[u32]) -> Vec<LoadHint> {
+        let nodes = self.state.nodes().map(|node| node.id);
+        let hints = nodes.zip(busy).map(|(node, busy_permille)| LoadHint {
+            node,
+            busy_permille: *busy_permille,
+        });
+        hints.collect()
+    }
+
+    /// One of those in such a phase, so that most moves hit something; any where there are none.
+    fn any_sandbox(&self, pick: Index, likely: &[Phase]) -> Option<&Sandbox> {
+        let all: Vec<&Sandbox> = self.state.sandboxes().collect();
+        let some: Vec<&Sandbox> = all
+            .iter()
+            .copied()
+            .filter(|it| likely.contains(&it.phase))
+            .collect();
+        let among = if some.is_empty() { all } else { some };
+        (!among.is_empty()).then(|| *pick.get(&among))
     }
 
     fn report_command(
@@ -430,8 +544,19 @@ impl World {
         by: Option<Index>,
         report: Report,
     ) -> Option<Command> {
-        let all: Vec<&Sandbox> = self.state.sandboxes().collect();
-        let known = (!all.is_empty()).then(|| *pick.get(&all))?;
+        let likely: &[Phase] = match &report {
+            Report::Sealed(_) | Report::Thawed { .. } => &[Phase::Pausing],
+            Report::Running(_) => &[Phase::Starting, Phase::Resuming],
+            Report::Stopped { .. } | Report::Failed { .. } => &[],
+        };
+        let known = self.any_sandbox(pick, likely)?;
+        let report = match report {
+            Report::Sealed(sealed) => Report::Sealed(Sealed {
+                pause: known.pause.saturating_sub(epoch_back),
+                ..sealed
+            }),
+            other => other,
+        };
         let stranger = by.and_then(|pick| self.any_node(pick));
         Some(Command::ReportSandbox {
             id: known.id,

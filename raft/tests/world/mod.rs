@@ -13,12 +13,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, NodeId, NodeKey, SandboxId, TeamId, TokenId};
+use proto::ids::{ClusterId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::{Mib, Stamp};
 use wrenn_raft::apply::Applied;
 use wrenn_raft::command::{Answer, Command, Proposal, Receipt, Report, StopCause, Verdict};
 use wrenn_raft::state::{
-    HostLoss, Node, Resources, Sandbox, SandboxSpec, Settings, State, Template, Token,
+    GuestVersions, HostLoss, Needs, Node, Resources, Sandbox, SandboxSpec, Sealed, Settings,
+    Snapshot, State, Template, Token,
 };
 
 pub const FOUNDER: NodeId = NodeId(1);
@@ -40,6 +41,29 @@ pub fn mark<const N: usize>(kind: u8, number: u8) -> [u8; N] {
 
 pub fn sandbox_id(n: u8) -> SandboxId {
     SandboxId(mark(b's', n))
+}
+
+pub fn snapshot_id(n: u8) -> SnapshotId {
+    SnapshotId(mark(b'z', n))
+}
+
+/// A snapshot as a node reports it; one that does not fit needs a hypervisor that nobody has.
+pub fn sealed(n: u8, fits: bool) -> Sealed {
+    let known = node(1);
+    Sealed {
+        id: snapshot_id(n),
+        digest: mark(b'm', n),
+        memory_bytes: 64 << 20,
+        disk_bytes: 1 << 20,
+        new_bytes: 9 << 20,
+        needs: Needs {
+            vmm: if fits { known.vmm } else { "another".into() },
+            machine: known.machine,
+            cpu: known.cpu,
+            base: [1; 32],
+        },
+        pause: 0,
+    }
 }
 
 pub fn token_id(n: u8) -> TokenId {
@@ -67,6 +91,8 @@ pub fn node(n: u8) -> Node {
             sandboxes: 10,
         },
         vmm: "qemu".into(),
+        machine: "q35/1".into(),
+        cpu: "tcg-1".into(),
         version: "0.1.0".into(),
         incarnation: 1,
         templates: BTreeMap::from([("minimal".into(), [1; 32])]),
@@ -283,6 +309,50 @@ impl World {
             node,
             report,
         })
+    }
+
+    /// Its guest answers.
+    pub fn run(&mut self, n: u8) {
+        let running = Report::Running(GuestVersions::default());
+        assert_eq!(self.report(n, running), Ok(Receipt::Done(1)));
+    }
+
+    pub fn pause(&mut self, n: u8) -> Answer {
+        let epoch = self.sandbox(n).epoch;
+        let id = sandbox_id(n);
+        self.act(Command::PauseSandbox { id, epoch })
+    }
+
+    /// Pauses it as the snapshot `by`.
+    pub fn rest(&mut self, n: u8, by: u8) {
+        self.pause(n).expect("it runs");
+        let sealed = self.seal(n, by, true);
+        assert_eq!(self.report(n, sealed), Ok(Receipt::Done(1)));
+    }
+
+    /// What its owner reports of the pause that is under way.
+    pub fn seal(&self, n: u8, by: u8, fits: bool) -> Report {
+        Report::Sealed(Sealed {
+            pause: self.sandbox(n).pause,
+            ..sealed(by, fits)
+        })
+    }
+
+    pub fn resume(&mut self, n: u8, from: u8) -> Answer {
+        self.act(Command::ResumeSandbox {
+            id: sandbox_id(n),
+            snapshot: snapshot_id(from),
+            hints: vec![],
+        })
+    }
+
+    pub fn hold(&mut self, by: u8, node: NodeId, holds: bool) -> Answer {
+        let id = snapshot_id(by);
+        self.act(Command::HoldSnapshot { id, node, holds })
+    }
+
+    pub fn snapshot(&self, n: u8) -> Option<&Snapshot> {
+        self.state.snapshot(snapshot_id(n))
     }
 
     pub fn sandbox(&self, n: u8) -> &Sandbox {

@@ -1,0 +1,207 @@
+//! The commands about pausing, resuming and who holds what.
+//!
+//! Each names the run or the snapshot that it means, so that one whose answer was lost can be
+//! proposed again: by then somebody may have resumed the sandbox, or paused it anew.
+
+use std::collections::BTreeSet;
+
+use proto::epoch::Epoch;
+use proto::ids::{NodeId, SandboxId, SnapshotId};
+use proto::units::Stamp;
+
+use super::Applied;
+use crate::command::{Receipt, Refusal};
+use crate::placement::{self, Lack, LoadHint};
+use crate::state::{Desired, GuestVersions, Phase, RowKey, Sandbox, Sealed, Snapshot, State};
+
+impl State {
+    pub(super) fn pause_sandbox(
+        &mut self,
+        at: Stamp,
+        index: u64,
+        id: SandboxId,
+        epoch: Epoch,
+    ) -> Applied {
+        let Some(known) = self.sandbox(id) else {
+            return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
+        };
+        if known.epoch != epoch {
+            let newest = known.epoch;
+            return Applied::untouched(Err(Refusal::Fenced { newest }));
+        }
+        let not_now = match known.phase {
+            Phase::Running => None,
+            Phase::Pausing | Phase::Paused => return Applied::untouched(Ok(Receipt::Done(0))),
+            Phase::Starting | Phase::Resuming => {
+                Some("it does not run yet: try again once it does")
+            }
+            Phase::Stopping | Phase::Stopped | Phase::Error => Some("it is stopped for good"),
+        };
+        if let Some(why) = not_now {
+            return Applied::untouched(Err(Refusal::Unfit(why.into())));
+        }
+        self.put_sandbox(Sandbox {
+            desired: Desired::Paused,
+            phase: Phase::Pausing,
+            pause: index,
+            reason: String::new(),
+            updated_at: at,
+            ..known.clone()
+        });
+        Applied::touched(Receipt::Done(1), RowKey::Sandbox(id))
+    }
+
+    pub(super) fn resume_sandbox(
+        &mut self,
+        at: Stamp,
+        epoch: Epoch,
+        id: SandboxId,
+        from: SnapshotId,
+        hints: &[LoadHint],
+    ) -> Applied {
+        let Some(known) = self.sandbox(id) else {
+            return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
+        };
+        let not_now = match known.phase {
+            Phase::Paused if known.snapshot == Some(from) => None,
+            Phase::Paused => Some("it was paused anew meanwhile: look again"),
+            Phase::Pausing => Some("it is being paused: try again once it is"),
+            Phase::Starting | Phase::Running | Phase::Resuming => {
+                let placed = Receipt::Placed {
+                    node: known.owner,
+                    epoch: known.epoch,
+                };
+                return Applied::untouched(Ok(placed));
+            }
+            Phase::Stopping | Phase::Stopped | Phase::Error => Some("it is stopped for good"),
+        };
+        if let Some(why) = not_now {
+            return Applied::untouched(Err(Refusal::Unfit(why.into())));
+        }
+        let owner = match self.place_resumed(known, from, hints) {
+            Ok(owner) => owner,
+            Err(refusal) => return Applied::untouched(Err(refusal)),
+        };
+        self.put_sandbox(resumed(at, epoch, owner, known.clone()));
+        Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
+    }
+
+    /// Where a sandbox can go on from a snapshot.
+    pub(super) fn place_resumed(
+        &self,
+        sandbox: &Sandbox,
+        from: SnapshotId,
+        hints: &[LoadHint],
+    ) -> Result<NodeId, Refusal> {
+        let snapshot = self
+            .snapshot(from)
+            .ok_or_else(|| Refusal::NoSuchSnapshot(from.to_string()))?;
+        let holders = snapshot.holders.iter().filter_map(|id| self.node(*id));
+        if !holders.clone().any(|node| node.liveness.is_alive()) {
+            let names: Vec<&str> = holders.map(|node| node.name.as_str()).collect();
+            let why = if names.is_empty() {
+                "every host that held its snapshot is gone".to_owned()
+            } else {
+                format!(
+                    "no host that holds its snapshot is reachable: {}",
+                    names.join(", ")
+                )
+            };
+            return Err(Refusal::NoRoom(Lack(why)));
+        }
+        placement::place(self, sandbox.team, &sandbox.spec, Some(snapshot), hints)
+            .map_err(Refusal::NoRoom)
+    }
+
+    pub(super) fn hold_snapshot(&mut self, id: SnapshotId, node: NodeId, holds: bool) -> Applied {
+        let Some(known) = self.snapshot(id) else {
+            return Applied::untouched(Err(Refusal::NoSuchSnapshot(id.to_string())));
+        };
+        if self.node(node).is_none() {
+            return Applied::untouched(Err(Refusal::NoSuchNode(node.to_string())));
+        }
+        if known.holders.contains(&node) == holds {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        }
+        let mut next = known.clone();
+        if holds {
+            next.holders.insert(node);
+        } else {
+            next.holders.remove(&node);
+        }
+        self.put_snapshot(next);
+        Applied::touched(Receipt::Done(1), RowKey::Snapshot(id))
+    }
+
+    /// Takes over what the owner sealed: the sandbox rests as that from now on. `None` where it is
+    /// no news, or nobody waits for it any more.
+    pub(super) fn seal_sandbox(
+        &mut self,
+        at: Stamp,
+        known: &Sandbox,
+        sealed: Sealed,
+    ) -> Option<Vec<RowKey>> {
+        if known.phase != Phase::Pausing || known.pause != sealed.pause {
+            return None;
+        }
+        let id = sealed.id;
+        if self.snapshot(id).is_some() {
+            // An id stands for one snapshot; a sealer that gives one twice is not believed.
+            return None;
+        }
+        let mut touched = vec![RowKey::Sandbox(known.id), RowKey::Snapshot(id)];
+        touched.extend(self.forget_snapshot(known.snapshot));
+        self.put_snapshot(Snapshot {
+            sealed,
+            team: known.team,
+            sandbox: known.id,
+            epoch: known.epoch,
+            sealed_by: known.owner,
+            sealed_at: at,
+            holders: BTreeSet::from([known.owner]),
+        });
+        self.put_sandbox(Sandbox {
+            phase: Phase::Paused,
+            snapshot: Some(id),
+            updated_at: at,
+            ..known.clone()
+        });
+        Some(touched)
+    }
+
+    /// Drops a record that nothing rests on any more.
+    pub(super) fn forget_snapshot(&mut self, id: Option<SnapshotId>) -> Vec<RowKey> {
+        let Some(id) = id.filter(|id| self.snapshot(*id).is_some()) else {
+            return Vec::new();
+        };
+        self.drop_snapshot(id);
+        vec![RowKey::Snapshot(id)]
+    }
+
+    /// A node that is no more holds nothing.
+    pub(super) fn forget_holder(&mut self, node: NodeId) -> Vec<RowKey> {
+        let held = self.snapshots().filter(|it| it.holders.contains(&node));
+        let held: Vec<Snapshot> = held.cloned().collect();
+        let mut touched = Vec::new();
+        for mut snapshot in held {
+            snapshot.holders.remove(&node);
+            touched.push(RowKey::Snapshot(snapshot.sealed.id));
+            self.put_snapshot(snapshot);
+        }
+        touched
+    }
+}
+
+/// The record of a sandbox that is given out again, to go on from its snapshot.
+pub(super) fn resumed(at: Stamp, epoch: Epoch, owner: NodeId, known: Sandbox) -> Sandbox {
+    Sandbox {
+        desired: Desired::Running,
+        phase: Phase::Resuming,
+        reason: String::new(),
+        owner,
+        epoch,
+        updated_at: at,
+        versions: GuestVersions::default(),
+        ..known
+    }
+}
