@@ -3,7 +3,7 @@
 //! The memory of a guest is a memfd ([`memory`]) that its shim makes and the VMM maps; it lives as
 //! long as either holds it. A guest that was resumed starts with none of its pages: a process of
 //! its own, `wrenn pager` ([`main`]), brings each when it is touched. The shim keeps a [`handle`]
-//! on it.
+//! on it. No resume uses it yet: the shim copies the memory whole before the guest runs.
 //!
 //! ```text
 //! shim    handle ──────── control ────────> main           pager process

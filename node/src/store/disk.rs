@@ -27,7 +27,7 @@ use nix::sys::statvfs::statvfs;
 use proto::units::{MIB_BYTES, Mib};
 
 use super::durable;
-use super::error::CreateOverlayError;
+use super::error::{CreateOverlayError, RebaseError};
 use super::manifest::MAX_IMAGE_BYTES;
 
 /// The largest disk: a manifest must be able to describe it when it is sealed.
@@ -54,6 +54,9 @@ const HEADER_BYTES: u32 = 104;
 const REFCOUNT_ORDER: u32 = 4;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const BACKING_FORMAT: &[u8; 3] = b"raw";
+const EXTENSION_END: u32 = 0;
+/// Names of features, which QEMU adds.
+const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 
 // Every first-level table we make is counted by the one refcount block we write.
 const _: () = assert!(
@@ -175,6 +178,84 @@ impl Overlay<'_> {
         bytes.extend(base);
         bytes
     }
+}
+
+/// Puts an overlay that came from elsewhere on the same image at another path. The image must be the
+/// same: nobody notices if it is not. Whoever made the overlay may be hostile: one that names other
+/// files or needs anything that ours do not, is refused.
+///
+/// # Errors
+/// See [`RebaseError`].
+pub fn rebase(overlay: &Path, base: &Path, size: Mib) -> Result<(), RebaseError> {
+    let failed = |source| RebaseError::Disk {
+        path: overlay.to_owned(),
+        source,
+    };
+    let garbled = || RebaseError::NotAnOverlay {
+        path: overlay.to_owned(),
+    };
+    let name = base.as_os_str().as_bytes();
+    if !base.is_absolute() || name.len() > MAX_BASE_PATH_BYTES {
+        return Err(RebaseError::BasePath {
+            path: base.to_owned(),
+        });
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(overlay)
+        .map_err(failed)?;
+    let mut header = [0; HEADER_BYTES as usize];
+    file.read_exact_at(&mut header, 0).map_err(failed)?;
+    let u32_at = |at: usize| {
+        u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+    };
+    let name_at = u64::from(u32_at(8)) << 32 | u64::from(u32_at(12));
+    let room = CLUSTER_BYTES.checked_sub(name_at).ok_or_else(garbled)?;
+    let u64_at = |at: usize| u64::from(u32_at(at)) << 32 | u64::from(u32_at(at + 4));
+    let ours = (u32_at(0), u32_at(4), u32_at(20)) == (MAGIC, VERSION, CLUSTER_BITS)
+        && u64_at(24) == size.bytes()
+        // Not encrypted, no snapshots inside, no features: no data file of its own, for one.
+        && (u32_at(32), u32_at(60), u64_at(72)) == (0, 0, 0)
+        && name_at >= u64::from(HEADER_BYTES);
+    if !ours || name.len() as u64 > room || !has_our_extensions(&file, u32_at(100), name_at) {
+        return Err(garbled());
+    }
+    file.write_all_at(name, name_at).map_err(failed)?;
+    file.write_all_at(&small(name.len() as u64).to_be_bytes(), 16)
+        .map_err(failed)?;
+    file.sync_data().map_err(failed)
+}
+
+/// Whether an overlay's header says nothing beyond the format of the image below, and what QEMU itself
+/// writes for people to read.
+fn has_our_extensions(file: &File, header_bytes: u32, end: u64) -> bool {
+    let mut at = u64::from(header_bytes);
+    while at + 8 <= end {
+        let mut head = [0; 8];
+        if file.read_exact_at(&mut head, at).is_err() {
+            return false;
+        }
+        let kind = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
+        let length = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
+        match kind {
+            EXTENSION_END => return true,
+            EXTENSION_BACKING_FORMAT => {
+                let mut format = [0; BACKING_FORMAT.len()];
+                let read = file.read_exact_at(&mut format, at + 8);
+                if read.is_err()
+                    || length != small(format.len() as u64)
+                    || format != *BACKING_FORMAT
+                {
+                    return false;
+                }
+                at += 16;
+            }
+            EXTENSION_FEATURE_NAMES => at += 8 + u64::from(length).next_multiple_of(8),
+            _ => return false,
+        }
+    }
+    false
 }
 
 /// Numbers that [`Overlay::check`] has bounded far below 2^32.

@@ -142,6 +142,32 @@ pub enum CreateOverlayError {
     },
 }
 
+/// Why an overlay could not be put on another path of its image.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum RebaseError {
+    /// It is not one of ours.
+    #[error("{path:?} is not an overlay of ours")]
+    NotAnOverlay {
+        /// What was looked at.
+        path: PathBuf,
+    },
+    /// The image's path cannot stand in an overlay.
+    #[error("an image cannot be called {path:?}")]
+    BasePath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The disk failed.
+    #[error("change overlay {path:?}")]
+    Disk {
+        /// Which.
+        path: PathBuf,
+        /// What the disk says.
+        source: io::Error,
+    },
+}
+
 impl CreateOverlayError {
     /// Who must act next.
     #[must_use]

@@ -15,6 +15,7 @@
 //!           u32 vcpus  u32 memory in MiB
 //!           texts: kernel, initramfs, agent
 //!           6 bytes MAC  4 bytes address  u8 prefix  4 bytes gateway
+//!           text: the agent's token
 //! text      u8 length  UTF-8 without control characters
 //! signed    "wrenn-ss"  u32 version  32 bytes public key  64 bytes signature  body
 //! ```
@@ -42,11 +43,11 @@ use super::manifest::{ImageDigest, MAX_IMAGE_BYTES};
 pub const SNAPSHOT_VERSION: u32 = 1;
 /// Longest text in a manifest: version strings of programs and kernels.
 pub const MAX_TEXT_BYTES: usize = 255;
-/// No signed manifest is longer: eight texts of the greatest length and 500 bytes of the rest.
+/// No signed manifest is longer: nine texts of the greatest length and 500 bytes of the rest.
 pub const MAX_SIGNED_BYTES: usize = 4096;
 const _: () = assert!(TEXTS * (MAX_TEXT_BYTES + 1) + 500 <= MAX_SIGNED_BYTES);
 
-const TEXTS: usize = 8;
+const TEXTS: usize = 9;
 const BODY_MAGIC: [u8; 8] = *b"wrenn-sn";
 const SIGNED_MAGIC: [u8; 8] = *b"wrenn-ss";
 /// In front of the digest in what is signed, so that the signature fits nothing else.
@@ -123,6 +124,9 @@ pub struct GuestFacts {
     pub prefix: u8,
     /// Its gateway.
     pub gateway: Ipv4Addr,
+    /// What its agent demands of callers until it is told otherwise. As secret as the memory, in
+    /// which it stands too.
+    pub token: String,
 }
 
 /// A sandbox sealed at one instant.
@@ -206,6 +210,7 @@ impl SnapshotManifest {
         bytes.extend(guest.address.octets());
         bytes.push(guest.prefix);
         bytes.extend(guest.gateway.octets());
+        put_text(&mut bytes, &guest.token);
         Ok(bytes)
     }
 
@@ -242,6 +247,7 @@ impl SnapshotManifest {
                 address: Ipv4Addr::from(reader.array::<4>()?),
                 prefix: reader.u8()?,
                 gateway: Ipv4Addr::from(reader.array::<4>()?),
+                token: reader.text("token")?,
             },
         };
         if reader.at != bytes.len() {
@@ -263,6 +269,7 @@ impl SnapshotManifest {
             ("kernel", &guest.kernel),
             ("initramfs", &guest.initramfs),
             ("agent", &guest.agent),
+            ("token", &guest.token),
         ] {
             if !is_sound_text(text) {
                 return wrong(field);

@@ -56,6 +56,8 @@ impl Service {
     pub const SNAPSHOT: Self = Self(5);
     /// Applied entries for nodes that mirror the log.
     pub const PULL: Self = Self(6);
+    /// Snapshots of sandboxes, as byte streams.
+    pub const STORE: Self = Self(7);
 
     /// Which of several waiting streams of a connection is sent first.
     const fn priority(self) -> i32 {

@@ -159,3 +159,56 @@ fn impossible_disks_are_refused_and_leave_nothing() {
     assert!(matches!(absent, CreateOverlayError::Disk { .. }));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
+
+/// An overlay of `size` on `base`, in a directory of its own.
+fn overlay_on(base: &Path, size: Mib) -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("root.qcow2");
+    Overlay { base, size }.create(&path).unwrap();
+    (dir, path)
+}
+
+#[test]
+fn an_overlay_is_put_on_the_same_image_at_a_longer_or_shorter_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let (_dir, path) = overlay_on(&base, Mib(8));
+    for name in ["a-much-longer-name-than-the-one-before.raw", "b"] {
+        let other = dir.path().join(name);
+        fs::copy(&base, &other).unwrap();
+        rebase(&path, &other, Mib(8)).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let wanted = other.as_os_str().as_bytes();
+        let at = u64::from_be_bytes(bytes[8..16].try_into().unwrap());
+        let at = usize::try_from(at).unwrap();
+        let length = u32::from_be_bytes(bytes[16..20].try_into().unwrap()) as usize;
+        assert_eq!(&bytes[at..at + length], wanted);
+    }
+}
+
+#[test]
+fn an_overlay_that_names_other_files_or_is_of_another_size_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let spoilt = |at: usize, bytes: &[u8]| {
+        let (dir, path) = overlay_on(&base, Mib(8));
+        let mut content = fs::read(&path).unwrap();
+        content[at..at + bytes.len()].copy_from_slice(bytes);
+        fs::write(&path, content).unwrap();
+        let refused = rebase(&path, &base, Mib(8));
+        drop(dir);
+        matches!(refused, Err(RebaseError::NotAnOverlay { .. }))
+    };
+    // The first extension stands behind the header of 104 bytes.
+    assert!(spoilt(104, &0x4441_5441_u32.to_be_bytes()), "a data file");
+    assert!(spoilt(79, &[4]), "the feature that wants one");
+    assert!(spoilt(112, b"qco"), "another format below");
+    assert!(spoilt(35, &[1]), "encrypted");
+    assert!(spoilt(63, &[1]), "snapshots inside");
+    assert!(spoilt(8, &[0xff; 8]), "a name outside the header");
+    let (_dir, path) = overlay_on(&base, Mib(8));
+    assert!(rebase(&path, &base, Mib(16)).is_err(), "another size");
+    assert!(rebase(&path, Path::new("base.raw"), Mib(8)).is_err());
+}

@@ -33,6 +33,7 @@ pub(in crate::store) fn manifest(memory: ImageRef, disk: ImageRef) -> SnapshotMa
             address: Ipv4Addr::new(169, 254, 0, 21),
             prefix: 30,
             gateway: Ipv4Addr::new(169, 254, 0, 22),
+            token: "secret".into(),
         },
     }
 }
@@ -102,7 +103,8 @@ fn fields_out_of_bounds_are_refused_by_name_both_ways() {
         assert!(said.contains(field), "{said}");
     }
     let mut bytes = example().encode().unwrap();
-    let prefix_at = bytes.len() - 5;
+    // Behind it stand the gateway and the token.
+    let prefix_at = bytes.len() - 5 - 1 - "secret".len();
     bytes[prefix_at] = 33;
     assert!(SnapshotManifest::decode(&bytes).is_err());
 }
