@@ -99,6 +99,8 @@ pub(super) async fn create(
     let status = match sandbox.phase {
         Phase::Running => StatusCode::CREATED,
         Phase::Starting => StatusCode::ACCEPTED,
+        // Somebody who listed it has paused it already: it did run.
+        Phase::Pausing | Phase::Paused | Phase::Resuming => StatusCode::CREATED,
         Phase::Stopping | Phase::Stopped | Phase::Error => return Err(not_started(sandbox)),
     };
     // Its guest came up a moment ago: nobody has used it, and its host need not be asked.
@@ -107,7 +109,7 @@ pub(super) async fn create(
 
 /// What placement should know of load: reservations are replicated, so all that is left to say is
 /// who was not heard of late. A busy node only loses against equals.
-fn hints(api: &ApiState) -> Vec<LoadHint> {
+pub(super) fn hints(api: &ApiState) -> Vec<LoadHint> {
     const BUSY_PERMILLE: u32 = 1000;
     let silent = api.cluster.loads().into_iter().filter(Hint::is_suspect);
     silent
@@ -141,7 +143,7 @@ pub(super) async fn list(
     let state = api.view.state();
     let mut live: Vec<&Sandbox> = state
         .sandboxes()
-        .filter(|sandbox| sandbox.team == caller.team && sandbox.phase.holds_resources())
+        .filter(|sandbox| sandbox.team == caller.team && !sandbox.phase.is_ended())
         .collect();
     // Two creates may share a millisecond; the log's order decides then.
     live.sort_by_key(|sandbox| std::cmp::Reverse((sandbox.created_at, sandbox.epoch)));
@@ -188,11 +190,11 @@ pub(super) async fn destroy(
     api.proposer
         .propose(Command::StopSandbox { id, cause })
         .await?;
-    let state = settle(&api, id, deadline, |phase| !phase.holds_resources()).await;
+    let state = settle(&api, id, deadline, Phase::is_ended).await;
     // A record that was pruned meanwhile is gone as well.
     let gone = state
         .sandbox(id)
-        .is_none_or(|sandbox| !sandbox.phase.holds_resources());
+        .is_none_or(|sandbox| sandbox.phase.is_ended());
     Ok(if gone {
         StatusCode::NO_CONTENT
     } else {
@@ -245,7 +247,7 @@ pub(super) async fn logs(
 
 /// Waits until the sandbox's phase is as wanted, and returns the state it was seen in; at the
 /// deadline, the state as it is.
-async fn settle(
+pub(super) async fn settle(
     api: &ApiState,
     id: SandboxId,
     deadline: Instant,

@@ -16,9 +16,12 @@ use super::wire::status;
 use crate::base::telemetry::{REQUESTS, SANDBOXES};
 
 /// Every phase, in the order of a life.
-const PHASES: [Phase; 5] = [
+const PHASES: [Phase; 8] = [
     Phase::Starting,
     Phase::Running,
+    Phase::Pausing,
+    Phase::Paused,
+    Phase::Resuming,
     Phase::Stopping,
     Phase::Stopped,
     Phase::Error,

@@ -19,6 +19,7 @@ mod linger;
 mod metrics;
 mod node_shape;
 mod nodes;
+mod pausing;
 mod reading;
 mod router;
 mod serve;

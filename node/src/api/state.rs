@@ -25,6 +25,8 @@ use crate::relay::{Relay, RelayError};
 const CREATE_WAIT: Duration = Duration::from_secs(20);
 /// Longest a destroy waits for the host to let go. An orderly guest is gone in two seconds.
 const DESTROY_WAIT: Duration = Duration::from_secs(10);
+/// Longest a pause or a resume waits: as for a create, what takes longer is polled for.
+const PAUSE_WAIT: Duration = Duration::from_secs(20);
 /// How often a call under way counts as activity: well inside the shortest inactivity timeout.
 const BUSY_INTERVAL: Duration = Duration::from_secs(20);
 /// Uploads that may lie in spool files at once. Each may take 100 MiB of disk.
@@ -58,6 +60,7 @@ pub struct ApiState {
     pub(super) started_at: Stamp,
     pub(super) create_wait: Duration,
     pub(super) destroy_wait: Duration,
+    pub(super) pause_wait: Duration,
 }
 
 impl fmt::Debug for ApiState {
@@ -89,6 +92,7 @@ impl ApiState {
             spools: Arc::new(Semaphore::new(SPOOLS)),
             create_wait: CREATE_WAIT,
             destroy_wait: DESTROY_WAIT,
+            pause_wait: PAUSE_WAIT,
         }
     }
 
@@ -107,11 +111,13 @@ impl ApiState {
         self
     }
 
-    /// Waits this long in a create and in a destroy before answering that work goes on.
+    /// Waits this long in a create, and in a destroy, a pause or a resume, before answering that
+    /// work goes on.
     #[must_use]
     pub const fn with_waits(mut self, create: Duration, destroy: Duration) -> Self {
         self.create_wait = create;
         self.destroy_wait = destroy;
+        self.pause_wait = destroy;
         self
     }
 

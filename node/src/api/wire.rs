@@ -29,8 +29,8 @@ pub(super) struct Capsule {
     /// Its id for life.
     #[schema(example = "cl-0000000000000000000000001")]
     pub(super) id: String,
-    /// `starting`, `running`, `stopping`, `stopped`, `error`, or `missing` while its host cannot be
-    /// reached.
+    /// `starting`, `running`, `pausing`, `paused`, `resuming`, `stopping`, `stopped`, `error`, or
+    /// `missing` while its host cannot be reached.
     #[schema(value_type = String)]
     pub(super) status: &'static str,
     /// Since when its host has been missing.
@@ -75,6 +75,10 @@ pub(super) struct Capsule {
     pub(super) node: String,
     /// Id of the node that owns it.
     pub(super) node_id: String,
+    /// How many nodes hold all of what it was last paused as; of a capsule that never was, nothing
+    /// is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) replicas: Option<usize>,
     /// Why it ended or broke.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) reason: String,
@@ -107,7 +111,7 @@ impl Capsule {
             vcpus: spec.vcpus,
             memory_mb: spec.memory.0,
             timeout_sec: spec.idle_timeout.unwrap_or_default().as_secs(),
-            // Until pausing exists, a capsule past its timeout is gone for good, and says so.
+            // A capsule past its timeout is gone for good, and says so.
             timeout_action: "destroy",
             disk_size_mb: spec.disk.0,
             disk_used_mb: None,
@@ -118,6 +122,7 @@ impl Capsule {
             metadata,
             node: owner.map_or_else(|| sandbox.owner.to_string(), |node| node.name.clone()),
             node_id: sandbox.owner.to_string(),
+            replicas: replicas(state, sandbox),
             reason: sandbox.reason.clone(),
             start_ms: BTreeMap::new(),
         }
@@ -144,7 +149,16 @@ pub(super) const fn status(phase: Phase) -> &'static str {
         Phase::Stopping => "stopping",
         Phase::Stopped => "stopped",
         Phase::Error => "error",
+        Phase::Pausing => "pausing",
+        Phase::Paused => "paused",
+        Phase::Resuming => "resuming",
     }
+}
+
+/// On how many nodes all of what a sandbox goes back to lies.
+fn replicas(state: &State, sandbox: &Sandbox) -> Option<usize> {
+    let snapshot = state.snapshot(sandbox.snapshot?)?;
+    Some(snapshot.holders.len())
 }
 
 /// An instant with its offset; `None` for one past the year 9999, which only a bad clock makes.

@@ -68,6 +68,18 @@ pub(super) enum Command {
         /// The capsule.
         id: String,
     },
+    /// Pause capsules: keep them as snapshots and give their room free.
+    Pause {
+        /// The capsules.
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    /// Resume paused capsules, each on whichever node can.
+    Resume {
+        /// The capsules.
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
     /// Destroy capsules.
     Destroy {
         /// The capsules.
@@ -161,6 +173,8 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
                 print::json(&get(&client, &id).await?)?;
             }
         }
+        Command::Pause { ids } => settle(global, &client, &ids, &PAUSE).await?,
+        Command::Resume { ids } => settle(global, &client, &ids, &RESUME).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -343,6 +357,64 @@ async fn logs(
         return print::json(&json!({ "id": id, "log": String::from_utf8_lossy(&log) }));
     }
     print::out(&log)
+}
+
+/// A move from one rest to another.
+struct Move {
+    route: &'static str,
+    doing: &'static str,
+    /// What it passes through, and what it comes to.
+    on_the_way: &'static str,
+    done: &'static str,
+}
+
+const PAUSE: Move = Move {
+    route: "pause",
+    doing: "pausing",
+    on_the_way: "pausing",
+    done: "paused",
+};
+const RESUME: Move = Move {
+    route: "resume",
+    doing: "resuming",
+    on_the_way: "resuming",
+    done: "running",
+};
+
+/// Pauses or resumes one after the other; each is done when it shows so.
+async fn settle(
+    global: &Global,
+    client: &Client,
+    ids: &[String],
+    how: &Move,
+) -> Result<(), CliError> {
+    let routes: Vec<String> = ids.iter().map(|id| path(id)).collect::<Result<_, _>>()?;
+    let mut capsules = Vec::new();
+    for (id, route) in ids.iter().zip(routes) {
+        let moved = async {
+            let asked = format!("{route}/{}", how.route);
+            client.call(Method::POST, &asked, None).await?;
+            loop {
+                let capsule = get(client, id).await?;
+                if capsule["status"] != how.on_the_way {
+                    return Ok::<_, CliError>(capsule);
+                }
+                time::sleep(POLL_INTERVAL).await;
+            }
+        };
+        let capsule = print::progress(&format!("{} {id}", how.doing), moved).await?;
+        if capsule["status"] != how.done {
+            let reason = capsule["reason"].as_str().unwrap_or_default();
+            let status = capsule["status"].as_str().unwrap_or_default();
+            let message = format!("capsule {id} is {status}: {reason}");
+            return Err(CliError::new(message));
+        }
+        capsules.push(capsule);
+    }
+    if global.json {
+        print::json(&capsules.into())?;
+    }
+    Ok(())
 }
 
 async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(), CliError> {

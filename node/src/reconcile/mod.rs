@@ -5,6 +5,7 @@
 //! a timer but the wait for the next inactivity timeout.
 
 mod backoff;
+pub mod copies;
 pub mod plan;
 mod run;
 

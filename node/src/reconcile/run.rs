@@ -23,11 +23,15 @@ use super::plan::{Circumstances, Step, plan};
 use crate::base::clock::Clock;
 use crate::base::stop::Tasks;
 use crate::cluster::{Proposer, View};
-use crate::sandbox::{Registry, StartSpec};
+use crate::sandbox::{Origin, Registry, StartSpec};
+use crate::store::SnapshotDigest;
 use crate::template::Catalog;
 
 /// How long to look away when nothing is due. Every change wakes the loop anyway.
 const NOTHING_DUE: Duration = Duration::from_secs(3600);
+
+/// Pause before the newest state is asked for again, where the answer was no at once.
+const NEWEST_AGAIN: Duration = Duration::from_millis(500);
 
 /// The loop from desired and observed to steps, for one node.
 pub struct Reconciler {
@@ -58,6 +62,13 @@ impl Reconciler {
     }
 
     async fn run(self: Arc<Self>, stop: CancellationToken) {
+        if stop
+            .run_until_cancelled(self.await_newest())
+            .await
+            .is_none()
+        {
+            return;
+        }
         let mut view = self.view.clone();
         let mut changes = self.registry.changes();
         let mut under_way = JoinSet::new();
@@ -74,6 +85,16 @@ impl Reconciler {
         }
         while let Some(done) = under_way.join_next().await {
             note(done, &mut attempts);
+        }
+    }
+
+    /// Waits until the view holds everything that was acknowledged before this daemon started. By an
+    /// older one it would end guests whose records it does not have yet, and let others go on that
+    /// were given out again since. What was taken over runs meanwhile.
+    async fn await_newest(&self) {
+        while let Err(err) = self.proposer.linearize().await {
+            debug!(%err, "nothing is started or ended before the cluster's newest state is known");
+            time::sleep(NEWEST_AGAIN).await;
         }
     }
 
@@ -118,6 +139,8 @@ impl Reconciler {
         match step {
             Step::Start(id) => self.start(id).await,
             Step::Stop(id) => self.registry.stop(id),
+            Step::Seal { id, pause } => self.registry.seal(id, pause),
+            Step::Thaw(id) => self.registry.thaw(id),
             Step::Forget(id) => self.registry.forget(id),
             Step::Report { id, epoch, report } => {
                 let node = self.here;
@@ -150,7 +173,11 @@ impl Reconciler {
         }
         let wanted = &record.spec.template;
         let held = wanted.parse().ok().and_then(|name| self.catalog.get(&name));
-        let Some(template) = held else {
+        let rests_on = record.snapshot.and_then(|id| state.snapshot(id));
+        let from = rests_on.map(|it| SnapshotDigest(it.sealed.digest));
+        // What goes on from a snapshot has its image from there, whatever the name means now.
+        let boots = held.map(|template| Origin::Image(template.digest));
+        let Some(origin) = from.map(Origin::Snapshot).or(boots) else {
             let reason = format!("this host does not hold the template {wanted:?}");
             let (epoch, node, report) = (record.epoch, self.here, Report::Failed { reason });
             self.propose(Command::ReportSandbox {
@@ -166,7 +193,7 @@ impl Reconciler {
             id,
             epoch: record.epoch,
             template: record.spec.template.clone(),
-            rootfs: template.rootfs.clone(),
+            origin,
             // The API bounds what may be asked for far below.
             vcpus: u8::try_from(record.spec.vcpus).unwrap_or(u8::MAX),
             memory: record.spec.memory,

@@ -177,6 +177,9 @@ const fn phase_word(phase: Phase) -> &'static str {
         Phase::Stopping => "stopping",
         Phase::Stopped => "stopped",
         Phase::Error => "in error",
+        Phase::Pausing => "pausing",
+        Phase::Paused => "paused",
+        Phase::Resuming => "resuming",
     }
 }
 

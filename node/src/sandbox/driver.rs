@@ -6,9 +6,11 @@
 //! everything running for the next daemon to adopt.
 
 use std::convert::Infallible;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -16,13 +18,15 @@ use tracing::{debug, info, warn};
 use super::error::AcquireError;
 use super::phase::{Action, End, Event, Phase, step};
 use super::record::ReadyFacts;
-use super::registry::Shared;
+use super::registry::{Order, Shared};
 use super::resources::Held;
-use super::spec::{Host, StartSpec, StartTimings};
+use super::spec::{Host, Origin, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::shim::client::ShimClient;
 use crate::shim::error::CallShimError;
 use crate::shim::exit::{ExitRecord, LEASE_LOST};
+use crate::shim::saved::GuestStand;
+use crate::store::ImageDigest;
 
 /// Pause before a release that failed is tried again: what is busy now is rarely busy for long,
 /// and a release that can never succeed must not fill the log.
@@ -43,6 +47,8 @@ pub(super) struct Driver {
     pub(super) stop: CancellationToken,
     /// Ends this task and leaves the sandbox as it is.
     pub(super) detach: CancellationToken,
+    /// What is to be done with a guest that stays.
+    pub(super) orders: mpsc::Receiver<Order>,
 }
 
 /// What a wait was cut by.
@@ -57,7 +63,10 @@ impl Driver {
         let asked = Instant::now();
         match Held::create(&self.host, &spec).await {
             Ok(mut held) => {
-                let first = self.bring_up(&spec, &mut held, asked).await;
+                let first = match spec.origin {
+                    Origin::Snapshot(from) => self.bring_back(&spec, from, &mut held, asked).await,
+                    Origin::Image(base) => self.bring_up(&spec, base, &mut held, asked).await,
+                };
                 self.drive(held, first).await;
             }
             Err(err) => {
@@ -77,8 +86,21 @@ impl Driver {
         // it was asked.
         let bound = held.shim.as_ref().map(|it| it.known_status().lease_bound);
         self.shared.set_frozen(bound.unwrap_or(false));
+        let stand = held.shim.as_ref().map(|it| it.known_status().stand);
         let first = match held.record.ready.clone() {
-            Some(facts) => self.ready(&held, facts),
+            Some(facts) if stand == Some(GuestStand::Running) => self.ready(&held, facts),
+            // Whether the cluster was told of a seal is not known: it is asked before the guest goes
+            // on.
+            Some(facts) => self.ready(&held, facts).map(|event| match event {
+                Event::GuestReady => Event::FoundFrozen {
+                    reason: "the host's daemon ended while the guest was sealed".into(),
+                },
+                other => other,
+            }),
+            // It may be running as its own twin: nobody has confirmed that it is not.
+            None if held.record.parent.is_some() => Some(Event::StartFailed {
+                reason: "the host's daemon ended while the guest was brought back".into(),
+            }),
             // How long it took is not known: another daemon began it.
             None => {
                 self.await_guest(&mut held, &mut StartTimings::default())
@@ -93,8 +115,18 @@ impl Driver {
         self.drive(held, Some(Event::VmmEnded(end))).await;
     }
 
+    pub(super) fn set_timings(&self, timings: StartTimings) {
+        self.shared.set_timings(timings);
+    }
+
     /// Every step of a start. `None` when the daemon is stopping.
-    async fn bring_up(&self, spec: &StartSpec, held: &mut Held, asked: Instant) -> Option<Event> {
+    async fn bring_up(
+        &self,
+        spec: &StartSpec,
+        base: ImageDigest,
+        held: &mut Held,
+        asked: Instant,
+    ) -> Option<Event> {
         let mut timings = StartTimings {
             record: asked.elapsed(),
             ..StartTimings::default()
@@ -104,10 +136,10 @@ impl Driver {
             held.take_slot(&self.host).await?;
             timings.slot = mark.elapsed();
             let mark = Instant::now();
-            held.make_disk(spec).await?;
+            held.make_disk(&self.host, base, spec.disk).await?;
             timings.disk = mark.elapsed();
             let mark = Instant::now();
-            timings.vmm = held.start_vmm(&self.host, spec).await?;
+            timings.vmm = held.start_vmm(&self.host, spec, None).await?;
             timings.shim = mark.elapsed().saturating_sub(timings.vmm);
             Ok(())
         }
@@ -135,31 +167,54 @@ impl Driver {
             Err(err) => return Some(start_failed(&err)),
         };
         let shim = held.shim.clone();
+        let set_up = held.set_up_guest(&self.host, &guest, timings);
+        let outcome = self.unless_over(shim.as_ref(), set_up).await;
+        self.is_up(held, outcome)
+    }
+
+    /// The outcome of `work` on a guest, unless the sandbox is to end, or its VMM does, before.
+    pub(super) async fn unless_over<T>(
+        &self,
+        shim: Option<&ShimClient>,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Option<Event>> {
+        let shim = shim.cloned();
         let ended = async move {
             match &shim {
                 Some(shim) => vmm_end(shim).await,
                 None => std::future::pending().await,
             }
         };
-        let outcome = tokio::select! {
-            cut = self.cut() => Err(cut),
+        tokio::select! {
+            cut = self.cut() => Err(match cut {
+                Cut::Stop => Some(Event::StopAsked),
+                Cut::Detach => None,
+            }),
             end = ended => {
                 if matches!(end, End::LeaseLost { .. }) {
-                    return Some(Event::VmmEnded(end));
+                    return Err(Some(Event::VmmEnded(end)));
                 }
                 let last_words = self.last_words();
-                return Some(Event::StartFailed { reason: format!("{}{last_words}", words(&end)) });
+                let reason = format!("{}{last_words}", words(&end));
+                Err(Some(Event::StartFailed { reason }))
             }
-            outcome = held.set_up_guest(&self.host, &guest, timings) => Ok(outcome),
-        };
+            outcome = work => Ok(outcome),
+        }
+    }
+
+    /// What an attempt to get a guest ready came to.
+    pub(super) fn is_up(
+        &self,
+        held: &Held,
+        outcome: Result<Result<ReadyFacts, AcquireError>, Option<Event>>,
+    ) -> Option<Event> {
         match outcome {
             Ok(Ok(facts)) => self.ready(held, facts),
             Ok(Err(err)) => {
                 let reason = format!("{}{}", chain(&err), self.last_words());
                 Some(Event::StartFailed { reason })
             }
-            Err(Cut::Stop) => Some(Event::StopAsked),
-            Err(Cut::Detach) => None,
+            Err(over) => over,
         }
     }
 
@@ -180,7 +235,7 @@ impl Driver {
 
     /// Takes events and carries out what they ask for, until the sandbox is gone or the daemon
     /// stops.
-    async fn drive(self, mut held: Held, first: Option<Event>) {
+    async fn drive(mut self, mut held: Held, first: Option<Event>) {
         let mut phase = Phase::Starting;
         let mut next = first;
         while let Some(event) = next.take() {
@@ -201,7 +256,9 @@ impl Driver {
             next = match actions.first() {
                 Some(Action::Release) => Some(self.release(&mut held).await),
                 Some(Action::ReleaseLater) => self.release_later(&mut held).await,
-                None => self.next_event(&held).await,
+                Some(Action::Seal(pause)) => Some(self.seal(&mut held, *pause).await),
+                Some(Action::Thaw) => Some(self.thaw(&mut held).await),
+                None => self.next_event(&held, &phase).await,
             };
         }
     }
@@ -229,19 +286,27 @@ impl Driver {
         }
     }
 
-    /// What happens next to a ready sandbox. `None` when the daemon is stopping.
-    async fn next_event(&self, held: &Held) -> Option<Event> {
+    /// What happens next to a sandbox that waits. `None` when the daemon is stopping.
+    async fn next_event(&mut self, held: &Held, phase: &Phase) -> Option<Event> {
         let Some(shim) = &held.shim else {
             return Some(Event::StopAsked);
         };
-        tokio::select! {
+        let mut orders = std::mem::replace(&mut self.orders, mpsc::channel(1).1);
+        let next = tokio::select! {
             cut = self.cut() => match cut {
                 Cut::Stop => Some(Event::StopAsked),
                 Cut::Detach => None,
             },
-            end = vmm_end(shim) => Some(Event::VmmEnded(end)),
+            Some(order) = orders.recv() => Some(match order {
+                Order::Seal(pause) => Event::SealAsked(pause),
+                Order::Thaw => Event::ThawAsked,
+            }),
+            // Of one that is sealed the VMM's end says nothing, and is not waited for twice.
+            end = vmm_end(shim), if !matches!(phase, Phase::Sealed(_)) => Some(Event::VmmEnded(end)),
             never = self.follow_lease(held, shim) => match never {},
-        }
+        };
+        self.orders = orders;
+        next
     }
 
     /// Publishes for ever whether the guest is frozen. One that has thawed is given out again
@@ -304,7 +369,7 @@ fn last_line(text: &[u8]) -> Option<String> {
         .find(|line| !line.is_empty())
 }
 
-fn start_failed(err: &AcquireError) -> Event {
+pub(super) fn start_failed(err: &AcquireError) -> Event {
     Event::StartFailed { reason: chain(err) }
 }
 

@@ -2,10 +2,12 @@
 
 use std::io;
 
-use crate::guest::GuestError;
+use super::snapshot::SnapshotError;
+use crate::guest::{GuestError, RestoreError};
 use crate::net::NetError;
 use crate::shim::error::{CallShimError, SpawnShimError, SweepError};
 use crate::store::CreateOverlayError;
+use crate::store::fetch::FetchError;
 
 /// Why a step of a sandbox's start or release failed.
 #[non_exhaustive]
@@ -31,6 +33,27 @@ pub enum AcquireError {
         #[from]
         source: CreateOverlayError,
     },
+    /// What it goes on from is not all here, or damaged.
+    #[error("put the sandbox together from its snapshot")]
+    Snapshot {
+        /// What is missing.
+        #[from]
+        source: SnapshotError,
+    },
+    /// What it goes on from could not be had from those who have it.
+    #[error("fetch the sandbox's snapshot")]
+    Fetch {
+        /// What came of it.
+        #[from]
+        source: FetchError,
+    },
+    /// Its guest was brought back and is not itself.
+    #[error("bring the guest back")]
+    Restore {
+        /// What the agent, or its silence, says.
+        #[from]
+        source: RestoreError,
+    },
     /// Its VMM did not start.
     #[error("start the sandbox's VMM")]
     Vmm {
@@ -52,6 +75,9 @@ pub enum AcquireError {
         #[from]
         source: SweepError,
     },
+    /// It has no network, by which its guest would be reached.
+    #[error("it has no network")]
+    NoNetwork,
     /// Its guest did not come up.
     #[error("wait for the guest")]
     Guest {

@@ -13,9 +13,10 @@ mod record;
 mod registry;
 mod resources;
 mod seen;
+mod snapshot;
 mod spec;
 
 pub use error::AcquireError;
 pub use phase::{End, Phase};
 pub use registry::{Observed, ObservedState, Registry};
-pub use spec::{Host, StartSpec, StartTimings};
+pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings};

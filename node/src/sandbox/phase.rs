@@ -3,9 +3,16 @@
 //! ```text
 //! Starting --GuestReady--> Ready --StopAsked | VmmEnded--> Releasing --Released--> Gone
 //!    '-----StartFailed | StopAsked-------------------------^
+//!
+//! Ready --SealAsked--> Sealing --Sealed-----> Sealed --StopAsked--> Releasing
+//!   ^                     '------SealFailed-> Frozen --StopAsked--> Releasing
+//!   '--Thawed-- Thawing <--ThawAsked-- Frozen | Sealed
 //! ```
 //!
-//! There is no way back: a sandbox that ended here is forgotten, never restarted in place.
+//! There is no way back from `Releasing`: a sandbox that ended here is forgotten, never restarted in
+//! place. A sandbox that is sealed needs its VMM no more: its end changes nothing.
+
+use raft::state::Sealed;
 
 /// How a sandbox ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +41,17 @@ pub enum Phase {
     Starting,
     /// Its guest answers.
     Ready,
+    /// Its guest is frozen, and its state goes into the store.
+    Sealing,
+    /// It is in the store, durably; the guest is still here, frozen.
+    Sealed(Box<Sealed>),
+    /// It could not be sealed; the guest is frozen until somebody says what becomes of it.
+    Frozen {
+        /// What was in the way.
+        reason: String,
+    },
+    /// The guest is let go on.
+    Thawing,
     /// It has ended; what it held is being released.
     Releasing {
         /// How it ended.
@@ -51,9 +69,32 @@ pub enum Phase {
 pub(super) enum Event {
     /// The guest answered and was set up.
     GuestReady,
+    /// It was found standing still: an earlier daemon was sealing it.
+    FoundFrozen {
+        /// For people.
+        reason: String,
+    },
     /// A step of the start failed for good.
     StartFailed {
         /// Which step, and why.
+        reason: String,
+    },
+    /// It is to be sealed, for a pause of this number.
+    SealAsked(u64),
+    /// It was.
+    Sealed(Box<Sealed>),
+    /// It was not, and the guest is still frozen.
+    SealFailed {
+        /// Which step, and why.
+        reason: String,
+    },
+    /// A frozen guest is to go on.
+    ThawAsked,
+    /// It goes on.
+    Thawed,
+    /// It does not yet, and will be told again.
+    ThawFailed {
+        /// What is in the way.
         reason: String,
     },
     /// It is to end.
@@ -73,6 +114,10 @@ pub(super) enum Action {
     Release,
     /// Wait a little, then undo what is left.
     ReleaseLater,
+    /// Freeze the guest and put its state into the store, for a pause of this number.
+    Seal(u64),
+    /// Let the guest go on.
+    Thaw,
 }
 
 /// Why an event means nothing where a sandbox stands.
@@ -97,6 +142,8 @@ pub(super) fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Action>), R
     Ok(match (phase, event) {
         // Starting --GuestReady--> Ready
         (Phase::Starting, Event::GuestReady) => (Phase::Ready, vec![]),
+        // Starting --FoundFrozen--> Frozen
+        (Phase::Starting, Event::FoundFrozen { reason }) => (Phase::Frozen { reason }, vec![]),
         // Starting --StartFailed--> Releasing
         (Phase::Starting, Event::StartFailed { reason }) => (
             Phase::Releasing {
@@ -104,14 +151,37 @@ pub(super) fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Action>), R
             },
             vec![Action::Release],
         ),
-        // Starting or Ready --StopAsked--> Releasing
-        (Phase::Starting | Phase::Ready, Event::StopAsked) => {
-            (Phase::Releasing { end: stopped() }, vec![Action::Release])
+        // Ready --SealAsked--> Sealing
+        (Phase::Ready, Event::SealAsked(pause)) => (Phase::Sealing, vec![Action::Seal(pause)]),
+        // Sealing --Sealed--> Sealed
+        (Phase::Sealing, Event::Sealed(sealed)) => (Phase::Sealed(sealed), vec![]),
+        // Sealing --SealFailed--> Frozen
+        (Phase::Sealing, Event::SealFailed { reason }) => (Phase::Frozen { reason }, vec![]),
+        // Frozen or Sealed --ThawAsked--> Thawing
+        (Phase::Frozen { .. } | Phase::Sealed(_), Event::ThawAsked) => {
+            (Phase::Thawing, vec![Action::Thaw])
         }
-        // Starting or Ready --VmmEnded--> Releasing
-        (Phase::Starting | Phase::Ready, Event::VmmEnded(end)) => {
-            (Phase::Releasing { end }, vec![Action::Release])
-        }
+        // Thawing --ThawFailed--> Frozen
+        (Phase::Thawing, Event::ThawFailed { reason }) => (Phase::Frozen { reason }, vec![]),
+        // Thawing --Thawed--> Ready
+        (Phase::Thawing, Event::Thawed) => (Phase::Ready, vec![]),
+        // Sealed --VmmEnded--> Sealed: everything there is of it lies in the store.
+        (Phase::Sealed(sealed), Event::VmmEnded(_)) => (Phase::Sealed(sealed), vec![]),
+        // Anything that holds a VMM --StopAsked--> Releasing
+        (
+            Phase::Starting
+            | Phase::Ready
+            | Phase::Sealing
+            | Phase::Sealed(_)
+            | Phase::Frozen { .. }
+            | Phase::Thawing,
+            Event::StopAsked,
+        ) => (Phase::Releasing { end: stopped() }, vec![Action::Release]),
+        // The same --VmmEnded--> Releasing
+        (
+            Phase::Starting | Phase::Ready | Phase::Sealing | Phase::Frozen { .. } | Phase::Thawing,
+            Event::VmmEnded(end),
+        ) => (Phase::Releasing { end }, vec![Action::Release]),
         // Releasing --Released--> Gone
         (Phase::Releasing { end }, Event::Released) => (Phase::Gone { end }, vec![]),
         // Releasing --ReleaseFailed--> Releasing: what is held stays known until it is gone.
@@ -121,9 +191,17 @@ pub(super) fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Action>), R
         (Phase::Releasing { .. } | Phase::Gone { .. }, Event::StopAsked) => {
             return Err(Refusal::AlreadyStopping);
         }
-        (Phase::Starting | Phase::Ready | Phase::Releasing { .. } | Phase::Gone { .. }, _) => {
-            return Err(Refusal::OutOfTurn);
-        }
+        (
+            Phase::Starting
+            | Phase::Ready
+            | Phase::Sealing
+            | Phase::Sealed(_)
+            | Phase::Frozen { .. }
+            | Phase::Thawing
+            | Phase::Releasing { .. }
+            | Phase::Gone { .. },
+            _,
+        ) => return Err(Refusal::OutOfTurn),
     })
 }
 
@@ -144,6 +222,19 @@ mod tests {
             Just(Event::GuestReady),
             Just(Event::StartFailed {
                 reason: "broke".into()
+            }),
+            Just(Event::FoundFrozen {
+                reason: "the daemon died".into()
+            }),
+            Just(Event::SealAsked(7)),
+            Just(Event::Sealed(Box::default())),
+            Just(Event::SealFailed {
+                reason: "full".into()
+            }),
+            Just(Event::ThawAsked),
+            Just(Event::Thawed),
+            Just(Event::ThawFailed {
+                reason: "hung".into()
             }),
             Just(Event::StopAsked),
             Just(Event::VmmEnded(failed())),
@@ -181,6 +272,29 @@ mod tests {
             step(releasing, Event::VmmEnded(failed())),
             Err(Refusal::OutOfTurn)
         );
+    }
+
+    #[test]
+    fn a_seal_that_failed_leaves_the_guest_frozen_until_it_is_let_go() {
+        let (phase, actions) =
+            step(Phase::Ready, Event::SealAsked(7)).expect("ready may be sealed");
+        assert_eq!(actions, [Action::Seal(7)]);
+        let failure = Event::SealFailed {
+            reason: "disk full".into(),
+        };
+        let (phase, actions) = step(phase, failure).expect("sealing may fail");
+        assert_eq!(actions, []);
+        let (phase, actions) = step(phase, Event::ThawAsked).expect("frozen may thaw");
+        assert_eq!(actions, [Action::Thaw]);
+        let (phase, _) = step(phase, Event::Thawed).expect("thawing ends");
+        assert_eq!(phase, Phase::Ready);
+    }
+
+    #[test]
+    fn a_sealed_sandbox_does_not_need_its_vmm() {
+        let sealed = Phase::Sealed(Box::default());
+        let (phase, actions) = step(sealed.clone(), Event::VmmEnded(failed())).expect("it may end");
+        assert_eq!((phase, actions), (sealed, vec![]));
     }
 
     #[test]

@@ -31,6 +31,12 @@ pub(super) struct Record {
     epoch: u64,
     /// Name of its template.
     pub(super) template: String,
+    /// Digest of the image below its disk. Absent in records of a release that could not seal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) base: Option<String>,
+    /// What it was sealed as last, by the digest: what its memory is a change of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) parent: Option<String>,
     /// What the guest agent requires of callers.
     pub(super) token: String,
     /// Its network, once taken.
@@ -69,6 +75,8 @@ impl Record {
             id: id.to_string(),
             epoch: epoch.0,
             template: template.to_owned(),
+            base: None,
+            parent: None,
             token: token.iter().map(|byte| format!("{byte:02x}")).collect(),
             slot: None,
             ready: None,

@@ -10,8 +10,8 @@ use std::{fmt, fs};
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
-use raft::state::GuestVersions;
-use tokio::sync::watch;
+use raft::state::{GuestVersions, Sealed};
+use tokio::sync::{mpsc, watch};
 use tokio::task;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +47,15 @@ pub enum ObservedState {
     Starting,
     /// Its guest answers.
     Ready(GuestVersions),
+    /// Its guest is being sealed.
+    Sealing,
+    /// Its guest is frozen, sealed, and never runs again under this ownership.
+    Sealed(Sealed),
+    /// Its guest is frozen and could not be sealed. It goes on once the cluster knows.
+    Frozen {
+        /// What was in the way.
+        reason: String,
+    },
     /// On its way out.
     Releasing,
     /// Nothing is left of it.
@@ -73,7 +82,20 @@ struct Table {
 struct Entry {
     shared: Arc<Shared>,
     stop: CancellationToken,
+    orders: mpsc::Sender<Order>,
 }
+
+/// What a driver is told to do with a guest that stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Freeze it and put its state into the store, for a pause of this number.
+    Seal(u64),
+    /// Let it go on.
+    Thaw,
+}
+
+/// Orders that wait for a driver. It is told again as long as it has not obeyed, so one is enough.
+const ORDERS: usize = 1;
 
 /// What a driver tells everybody else about its sandbox.
 pub(super) struct Shared {
@@ -130,7 +152,13 @@ impl Shared {
     }
 
     pub(super) fn set_phase(&self, phase: Phase) {
-        self.told().phase = phase;
+        let mut told = self.told();
+        // While it was frozen nobody could use it.
+        if matches!(phase, Phase::Ready) {
+            told.last_used = Instant::now();
+        }
+        told.phase = phase;
+        drop(told);
         self.changed.send_replace(());
     }
 
@@ -171,7 +199,8 @@ impl Shared {
     /// The guest, which counts as used from now on.
     fn begin_use(&self) -> Option<Guest> {
         let mut told = self.told();
-        let may_use = !told.withheld && !told.frozen;
+        let ready = matches!(told.phase, Phase::Ready);
+        let may_use = ready && !told.withheld && !told.frozen;
         let guest = told.guest.clone().filter(|_| may_use)?;
         told.last_used = Instant::now();
         Some(guest)
@@ -200,6 +229,11 @@ impl Shared {
         let state = match &told.phase {
             Phase::Starting => ObservedState::Starting,
             Phase::Ready => ObservedState::Ready(told.versions.clone()),
+            Phase::Sealing | Phase::Thawing => ObservedState::Sealing,
+            Phase::Sealed(sealed) => ObservedState::Sealed(sealed.as_ref().clone()),
+            Phase::Frozen { reason } => ObservedState::Frozen {
+                reason: reason.clone(),
+            },
             Phase::Releasing { .. } => ObservedState::Releasing,
             Phase::Gone { end } => ObservedState::Gone(end.clone()),
         };
@@ -273,6 +307,23 @@ impl Registry {
     pub fn stop(&self, id: SandboxId) {
         if let Some(entry) = self.table().entries.get(&id) {
             entry.stop.cancel();
+        }
+    }
+
+    /// Has a sandbox sealed for a pause of that number; its driver tells what came of it.
+    pub fn seal(&self, id: SandboxId, pause: u64) {
+        self.order(id, Order::Seal(pause));
+    }
+
+    /// Lets the guest of a sandbox go on that was frozen to be sealed.
+    pub fn thaw(&self, id: SandboxId) {
+        self.order(id, Order::Thaw);
+    }
+
+    fn order(&self, id: SandboxId, order: Order) {
+        if let Some(entry) = self.table().entries.get(&id) {
+            // Full: the same is waiting already, or the plan will say again what is to be done.
+            let _waiting = entry.orders.try_send(order);
         }
     }
 
@@ -379,9 +430,11 @@ impl Registry {
         let paths = self.host.data.sandbox(id);
         let shared = Arc::new(Shared::new(epoch, paths, Arc::clone(&self.changed)));
         let stop = CancellationToken::new();
+        let (orders, received) = mpsc::channel(ORDERS);
         let entry = Entry {
             shared: Arc::clone(&shared),
             stop: stop.clone(),
+            orders,
         };
         match self.table().enter(id, epoch, entry) {
             Ok(true) => {}
@@ -398,6 +451,7 @@ impl Registry {
             shared,
             stop,
             detach,
+            orders: received,
         })
     }
 
@@ -485,6 +539,7 @@ mod tests {
     fn a_sandbox_is_not_started_again_under_an_older_epoch_even_after_it_was_forgotten() {
         let id = SandboxId([7; 16]);
         let entry = |epoch| Entry {
+            orders: mpsc::channel(ORDERS).0,
             shared: Arc::new(starting(epoch)),
             stop: CancellationToken::new(),
         };

@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proto::units::Mib;
 use tokio::task;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -30,9 +31,9 @@ use crate::net::slot::GUEST_MAC;
 use crate::shim::client::{self, ShimClient};
 use crate::shim::error::CallShimError;
 use crate::shim::lease;
-use crate::shim::spec::ShimSpec;
+use crate::shim::spec::{RestoreSpec, ShimSpec};
 use crate::shim::sweep::kill_leftovers;
-use crate::store::{Overlay, SandboxPaths};
+use crate::store::{ImageDigest, Kept, Overlay, SandboxPaths};
 use crate::vmm::cmdline::GuestArgs;
 use crate::vmm::{NetworkSpec, VmmSpec};
 
@@ -52,6 +53,10 @@ pub(super) struct Held {
     pub(super) record: Record,
     /// Its shim, once the VMM runs.
     pub(super) shim: Option<ShimClient>,
+    /// Keeps what it was sealed as, until the cluster knows of it.
+    pub(super) kept: Option<Kept>,
+    /// Keeps what it goes on from.
+    pub(super) source: Option<Kept>,
     /// Breaks every stream to its guest, once it is being released.
     gone: CancellationToken,
 }
@@ -63,6 +68,8 @@ impl Held {
             paths,
             record,
             shim: None,
+            kept: None,
+            source: None,
             gone: CancellationToken::new(),
         }
     }
@@ -108,8 +115,15 @@ impl Held {
     }
 
     /// Step 3: the copy-on-write root disk.
-    pub(super) async fn make_disk(&self, spec: &StartSpec) -> Result<(), AcquireError> {
-        let (path, base, size) = (self.paths.overlay(), spec.rootfs.clone(), spec.disk);
+    pub(super) async fn make_disk(
+        &mut self,
+        host: &Host,
+        base: ImageDigest,
+        size: Mib,
+    ) -> Result<(), AcquireError> {
+        // Saved with the next change; without it the sandbox could only not be paused.
+        self.record.base = Some(base.to_string());
+        let (path, base) = (self.paths.overlay(), host.data.template_image(base));
         blocking(move || Overlay { base: &base, size }.create(&path)).await??;
         fault::point("create.disk");
         Ok(())
@@ -120,6 +134,7 @@ impl Held {
         &mut self,
         host: &Host,
         spec: &StartSpec,
+        restore: Option<RestoreSpec>,
     ) -> Result<Duration, AcquireError> {
         let network = self.record.slot.as_ref().map(|slot| NetworkSpec {
             netns: slot.netns_path.clone(),
@@ -142,7 +157,7 @@ impl Held {
             epoch: spec.epoch,
             lease: spec.lease_bound.then(|| lease::file_in(host.data.root())),
             vmm,
-            restore: None,
+            restore,
         };
         let client = client::spawn(self.paths.dir(), &shim, &host.wrenn).await?;
         let vmm_start = client.known_status().vmm_start;
@@ -163,19 +178,24 @@ impl Held {
         timings.guest = began.elapsed();
         let answered = Instant::now();
         guest.set_up(&self.agent_setup()).await?;
-        let vmm = self.shim.as_ref().map_or_else(String::new, |shim| {
-            let status = shim.known_status();
-            format!("qemu {} ({})", status.vmm_version, status.accelerator)
-        });
-        let facts = ReadyFacts {
-            vmm,
-            agent: printable(&health.version),
-        };
+        let facts = self.ready_facts(&health.version);
         self.record.ready = Some(facts.clone());
         self.save().await?;
         timings.setup = answered.elapsed();
         fault::point("create.guest");
         Ok(facts)
+    }
+
+    /// What is told of a guest that is ready.
+    pub(super) fn ready_facts(&self, agent: &str) -> ReadyFacts {
+        let vmm = self.shim.as_ref().map_or_else(String::new, |shim| {
+            let status = shim.known_status();
+            format!("qemu {} ({})", status.vmm_version, status.accelerator)
+        });
+        ReadyFacts {
+            vmm,
+            agent: printable(agent),
+        }
     }
 
     /// Tells a guest that was frozen what time it is. The rest of what it is told it knows. One
@@ -204,12 +224,17 @@ impl Held {
     /// A client of the guest's agent, of no use any more once the release has begun: the slot's
     /// address will be another guest's.
     pub(super) fn guest(&self) -> Result<Option<Guest>, AcquireError> {
+        self.guest_by(&self.record.token)
+    }
+
+    /// The same, for an agent that still demands another token.
+    pub(super) fn guest_by(&self, token: &str) -> Result<Option<Guest>, AcquireError> {
         let Some(slot) = &self.record.slot else {
             return Ok(None);
         };
         let dial = TcpDial(SocketAddr::from((slot.guest_addr, AGENT_PORT)));
         let dial = CutDial::new(dial, self.gone.clone());
-        Ok(Some(Guest::new(Arc::new(dial), &self.record.token)?))
+        Ok(Some(Guest::new(Arc::new(dial), token)?))
     }
 
     /// Gives everything back, newest first. May be repeated until it succeeds.
@@ -245,7 +270,7 @@ impl Held {
         blocking_io(move || paths.remove()).await
     }
 
-    async fn save(&self) -> Result<(), AcquireError> {
+    pub(super) async fn save(&self) -> Result<(), AcquireError> {
         let (dir, record) = (self.paths.dir().to_owned(), self.record.clone());
         blocking_io(move || record.save(&dir)).await
     }
@@ -258,7 +283,7 @@ fn printable(version: &str) -> String {
 }
 
 /// Runs blocking work off the runtime's workers.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, AcquireError> {
     let joined = task::spawn_blocking(work).await;

@@ -1,14 +1,17 @@
 //! What a sandbox needs to start, and what all sandboxes of this node share.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
 use proto::units::Mib;
+use transport::Identity;
 
 use crate::net::SlotPool;
-use crate::store::DataPaths;
+use crate::store::fetch::Holders;
+use crate::store::{DataPaths, ImageDigest, SnapshotDigest, Store};
 use crate::vmm::Accelerator;
 
 /// What one sandbox is started from.
@@ -20,8 +23,8 @@ pub struct StartSpec {
     pub epoch: Epoch,
     /// Name of its template, told to the guest.
     pub template: String,
-    /// The template's immutable root disk.
-    pub rootfs: PathBuf,
+    /// What it starts from.
+    pub origin: Origin,
     /// Virtual processors.
     pub vcpus: u8,
     /// Guest memory.
@@ -33,6 +36,26 @@ pub struct StartSpec {
     pub lease_bound: bool,
 }
 
+/// What a sandbox starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Its guest boots on a new disk over this image.
+    Image(ImageDigest),
+    /// Its guest goes on where it was sealed.
+    Snapshot(SnapshotDigest),
+}
+
+/// What keeping snapshots takes.
+#[derive(Clone, Debug)]
+pub struct Keeping {
+    /// Where they are.
+    pub store: Store,
+    /// Who else has them.
+    pub holders: Arc<dyn Holders>,
+    /// By which they are signed.
+    pub identity: Arc<Identity>,
+}
+
 /// What all sandboxes of this node share.
 #[derive(Debug)]
 pub struct Host {
@@ -40,6 +63,8 @@ pub struct Host {
     pub data: DataPaths,
     /// Where their network slots come from.
     pub slots: SlotPool,
+    /// How snapshots are kept.
+    pub keeping: Keeping,
     /// Guest kernel.
     pub kernel: PathBuf,
     /// Its release, for the record.

@@ -237,6 +237,12 @@ pub fn spawn_incoming(
     qemu::spawn::spawn(spec, Some(hardware), name, ram, deadline)
 }
 
+/// What guests get that are started here now.
+#[must_use]
+pub fn hardware_of(accelerator: Accelerator) -> Hardware {
+    qemu::machine::of_new_guests(accelerator)
+}
+
 /// Whether a file that begins with `head` can be the device state of a guest on `hardware`. Finds
 /// the wrong file before a VMM is started for it; damage further on is what digests are for.
 ///

@@ -13,7 +13,7 @@ use super::member::MemberFileError;
 use crate::cluster::ProposeError;
 use crate::cluster::join::JoinError;
 use crate::net::NetError;
-use crate::store::OpenDataDirError;
+use crate::store::{OpenDataDirError, OpenStoreError};
 use crate::template::OpenCatalogError;
 use crate::vmm::probe::ProbeError;
 
@@ -41,6 +41,9 @@ pub enum RunError {
     /// The node's key cannot be used.
     #[error("load the node's key")]
     Identity(#[from] IdentityError),
+    /// The store of snapshots cannot be opened.
+    #[error("open the store of snapshots")]
+    Store(#[from] OpenStoreError),
     /// The replicated log cannot be used.
     #[error("open the replicated log")]
     Raft(#[from] OpenError),

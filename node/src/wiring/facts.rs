@@ -24,6 +24,7 @@ use crate::cluster::{ProposeError, Proposer};
 use crate::config::Config;
 use crate::store::{DataPaths, durable};
 use crate::template::Catalog;
+use crate::vmm::hardware_of;
 
 /// Pause before the cluster is told again what it could not be told.
 const TELL_AGAIN: Duration = Duration::from_secs(1);
@@ -62,6 +63,7 @@ impl Announcement {
                 created_at: Stamp::default(),
             })
         };
+        let hardware = hardware_of(chosen.accelerator);
         Ok(Self {
             node: Node {
                 id: here,
@@ -75,6 +77,8 @@ impl Announcement {
                 vmm: "qemu".into(),
                 vmm_version: chosen.version.clone(),
                 accelerator: chosen.accelerator.name().to_owned(),
+                machine: hardware.machine,
+                cpu: hardware.cpu,
                 version: version::PRODUCT.to_owned(),
                 templates: held,
                 tags: config.tags.clone(),

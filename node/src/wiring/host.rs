@@ -12,7 +12,7 @@ use tracing::info;
 use super::{Chosen, RunError, disk};
 use crate::config::{AcceleratorChoice, Config};
 use crate::net::{SlotPool, SlotTag};
-use crate::sandbox::Host;
+use crate::sandbox::{Host, Keeping};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
 use crate::vmm::Accelerator;
@@ -89,10 +89,12 @@ pub(super) fn of(
     catalog: &Catalog,
     chosen: &Chosen,
     slots: SlotPool,
+    keeping: Keeping,
 ) -> Result<Host, RunError> {
     let guest = catalog.guest();
     Ok(Host {
         data: paths.clone(),
+        keeping,
         slots,
         kernel: guest.kernel.clone(),
         kernel_release: guest.kernel_release.clone(),

@@ -23,6 +23,7 @@ mod member;
 mod membership;
 mod peers;
 pub mod recover;
+mod snapshots;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -154,7 +155,7 @@ impl Running {
         facts::remove_ready(paths)?;
         // Bound before anything slow or lasting: a taken port is the most common mistake.
         let listener = listen(config.listen).await?;
-        let identity = Identity::load_or_create(&paths.identity())?;
+        let identity = Arc::new(Identity::load_or_create(&paths.identity())?);
         let catalog = open_catalog(&config, paths).await?;
         let transport = start_transport(&config, &identity)?;
         let mut belonging = membership::establish(&config, paths, &identity, &transport).await?;
@@ -183,9 +184,12 @@ impl Running {
             .await
             .map_err(disk("look for sandboxes"))?;
         let (slots, slot_claim) = start_slots(&config, paths, &leftovers, &slot_tasks).await?;
-        let host = host::of(&config, paths, &catalog, &chosen, slots.clone())?;
+        let keeping = snapshots::keeping(paths, &cluster, identity).await?;
+        let (shared, slots_too) = (keeping.clone(), slots.clone());
+        let host = host::of(&config, paths, &catalog, &chosen, slots_too, shared)?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
+        snapshots::share(keeping, &cluster, &tasks);
 
         let announcement = Announcement::new(&config, here, &group, &catalog, &chosen)?;
         announce(&belonging, announcement, &cluster, paths, &cluster_tasks).await?;

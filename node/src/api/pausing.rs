@@ -1,0 +1,113 @@
+//! Pausing and resuming capsules.
+//!
+//! Both are asked of the cluster, carried out by the owner, and answered when that is done: a client
+//! that only reads the answer finds `paused`, or `running`. One that takes too long for that gets the
+//! capsule as it stands and 202, and sees the rest by looking.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use proto::ids::SandboxId;
+use raft::command::{Command, Receipt};
+use raft::state::{Phase, Sandbox};
+use tokio::time::Instant;
+
+use super::auth::Caller;
+use super::capsules::{hints, settle};
+use super::error::{ApiError, Code};
+use super::extract::CapsuleId;
+use super::state::{ApiState, owned};
+use super::wire::{Capsule, status};
+
+/// Freezes a capsule, keeps it as a snapshot and gives its room free.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/pause", tag = "capsules",
+    params(("id" = String, Path)),
+    responses(
+        (status = 200, description = "It is paused, durably.", body = Capsule),
+        (status = 202, description = "It is still being paused.", body = Capsule),
+    )
+)]
+pub(super) async fn pause(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+) -> Result<(StatusCode, Json<Capsule>), ApiError> {
+    let deadline = Instant::now() + api.pause_wait;
+    let known = api.sandbox(&caller, id)?;
+    let epoch = match known.phase {
+        Phase::Running | Phase::Pausing => known.epoch,
+        phase => return Err(wrong_state(id, phase, "paused", "running")),
+    };
+    // Asked for again while it is under way, this changes nothing and waits along.
+    let asked = Command::PauseSandbox { id, epoch };
+    api.proposer.propose(asked).await?;
+    let state = settle(&api, id, deadline, |phase| phase != Phase::Pausing).await;
+    let sandbox = owned(&state, &caller, id)?;
+    let status = match sandbox.phase {
+        Phase::Pausing => StatusCode::ACCEPTED,
+        // Its guest is lost, and it rests as it did before.
+        Phase::Paused if sandbox.snapshot == known.snapshot => {
+            return Err(failed(sandbox, "was not paused anew"));
+        }
+        // Resumed by somebody else since, for all we know.
+        Phase::Paused | Phase::Resuming => StatusCode::OK,
+        Phase::Running if sandbox.epoch != epoch => StatusCode::OK,
+        Phase::Running => return Err(failed(sandbox, "was not paused and runs on")),
+        phase => return Err(wrong_state(id, phase, "paused", "running")),
+    };
+    Ok((status, Json(Capsule::of(&state, sandbox, None))))
+}
+
+/// Lets a paused capsule go on, on whichever host can.
+#[utoipa::path(
+    post, path = "/v1/capsules/{id}/resume", tag = "capsules",
+    params(("id" = String, Path)),
+    responses(
+        (status = 200, description = "It runs.", body = Capsule),
+        (status = 202, description = "It is still being resumed.", body = Capsule),
+    )
+)]
+pub(super) async fn resume(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+) -> Result<(StatusCode, Json<Capsule>), ApiError> {
+    let deadline = Instant::now() + api.pause_wait;
+    let known = api.sandbox(&caller, id)?;
+    let snapshot = match (known.phase, known.snapshot) {
+        (Phase::Paused | Phase::Resuming, Some(snapshot)) => snapshot,
+        (phase, _) => return Err(wrong_state(id, phase, "resumed", "paused")),
+    };
+    let asked = Command::ResumeSandbox {
+        id,
+        snapshot,
+        hints: hints(&api),
+    };
+    let epoch = match api.proposer.propose(asked).await? {
+        Receipt::Placed { epoch, .. } => epoch,
+        Receipt::Done(_) | Receipt::Admitted(_) => known.epoch,
+    };
+    let state = settle(&api, id, deadline, |phase| phase != Phase::Resuming).await;
+    let sandbox = owned(&state, &caller, id)?;
+    let status = match sandbox.phase {
+        Phase::Resuming => StatusCode::ACCEPTED,
+        Phase::Running | Phase::Pausing => StatusCode::OK,
+        // Paused again by somebody else, for all we know.
+        Phase::Paused if sandbox.epoch != epoch || sandbox.reason.is_empty() => StatusCode::OK,
+        Phase::Paused => return Err(failed(sandbox, "could not be resumed and stays paused")),
+        phase => return Err(wrong_state(id, phase, "resumed", "paused")),
+    };
+    Ok((status, Json(Capsule::of(&state, sandbox, None))))
+}
+
+fn wrong_state(id: SandboxId, phase: Phase, done: &str, needed: &str) -> ApiError {
+    let is = status(phase);
+    let message = format!("capsule {id} is {is}: only one that is {needed} can be {done}");
+    ApiError::new(Code::InvalidState, message)
+}
+
+fn failed(sandbox: &Sandbox, what: &str) -> ApiError {
+    let (id, reason) = (sandbox.id, &sandbox.reason);
+    ApiError::new(Code::AgentError, format!("capsule {id} {what}: {reason}"))
+}

@@ -1,0 +1,155 @@
+//! Joins the store to the mesh: who has a snapshot, and who may have it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use proto::ids::{NodeId, NodeKey};
+use raft::state::{Snapshot, State};
+use tokio::sync::Semaphore;
+use tokio::task;
+use tokio::time::Instant;
+use tracing::debug;
+use transport::streams::{Inbound, StreamHandler};
+use transport::{Identity, Lane, Service};
+
+use super::{RunError, disk};
+use crate::base::chain::chain;
+use crate::base::stop::Tasks;
+use crate::cluster::{Cluster, Mesh, View};
+use crate::reconcile::copies::Copies;
+use crate::sandbox::Keeping;
+use crate::store::fetch::{Holders, Wire};
+use crate::store::serve::asked_for;
+use crate::store::{DataPaths, Limits, SnapshotDigest, Store};
+
+/// Snapshots handed out at once; who comes later asks again.
+const STREAMS: usize = 16;
+/// Longest a peer may take to open a stream.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Opens the store; after a crash that reads the newest part of it.
+pub(super) async fn keeping(
+    paths: &DataPaths,
+    cluster: &Cluster,
+    identity: Arc<Identity>,
+) -> Result<Keeping, RunError> {
+    let dir = paths.store();
+    let opened = task::spawn_blocking(move || Store::open(&dir, Limits::default())).await;
+    let opened = opened.map_err(|err| disk("open the store of snapshots")(io::Error::other(err)));
+    Ok(Keeping {
+        store: opened??,
+        holders: Arc::new(MeshHolders {
+            mesh: cluster.mesh().clone(),
+            view: cluster.proposer().view(),
+        }),
+        identity,
+    })
+}
+
+/// Hands snapshots out from now on, and copies those of others.
+pub(super) fn share(keeping: Keeping, cluster: &Cluster, tasks: &Tasks) {
+    let (proposer, mesh) = (cluster.proposer().clone(), cluster.mesh());
+    let streams = StoreStreams {
+        store: keeping.store.clone(),
+        view: proposer.view(),
+        streams: Semaphore::new(STREAMS),
+    };
+    let transport = mesh.transport();
+    transport.register_streams(Service::STORE, Lane::Bulk, streams);
+    let copies = Copies {
+        here: mesh.here(),
+        view: proposer.view(),
+        proposer,
+        store: keeping.store,
+        holders: keeping.holders,
+    };
+    copies.spawn(tasks);
+}
+
+/// The cluster's word on who has what.
+#[derive(Clone, Debug)]
+struct MeshHolders {
+    mesh: Mesh,
+    view: View,
+}
+
+impl Holders for MeshHolders {
+    fn holders(&self, digest: SnapshotDigest) -> Vec<NodeId> {
+        let state = self.view.state();
+        let holders = by_digest(&state, digest).map(|it| it.holders.clone());
+        let mut holders: Vec<NodeId> = holders.unwrap_or_default().into_iter().collect();
+        holders.retain(|node| *node != self.mesh.here());
+        let is_away = |id: &NodeId| state.node(*id).is_none_or(|node| !node.liveness.is_alive());
+        holders.sort_by_key(is_away);
+        holders
+    }
+
+    fn open(&self, node: NodeId, header: Vec<u8>) -> BoxFuture<'static, io::Result<Box<dyn Wire>>> {
+        let mesh = self.mesh.clone();
+        Box::pin(async move {
+            let deadline = Instant::now() + OPEN_TIMEOUT;
+            let opened = mesh.open(node, Lane::Bulk, Service::STORE, header.into(), deadline);
+            let stream = opened.await.map_err(io::Error::other)?;
+            Ok(Box::new(stream) as Box<dyn Wire>)
+        })
+    }
+
+    fn may_seal(&self, key: &NodeKey) -> bool {
+        let state = self.view.state();
+        state.node_by_key(key).is_some() || state.removed_node(key).is_some()
+    }
+}
+
+/// Hands out this node's snapshots.
+struct StoreStreams {
+    store: Store,
+    view: View,
+    streams: Semaphore,
+}
+
+impl StreamHandler for StoreStreams {
+    async fn open(&self, inbound: Inbound) {
+        let Some(digest) = asked_for(&inbound.header) else {
+            inbound
+                .refuse("this release does not understand the request")
+                .await;
+            return;
+        };
+        if !self.may_have(&inbound.peer, digest) {
+            inbound.refuse(format!("no snapshot {digest}")).await;
+            return;
+        }
+        // Each one takes three manifests and 4 MiB.
+        let Ok(_one) = self.streams.try_acquire() else {
+            return inbound.refuse_busy().await;
+        };
+        let peer = inbound.peer;
+        let served = async {
+            let mut stream = inbound.accept().await.map_err(io::Error::other)?;
+            self.store.serve(digest, &mut stream).await
+        };
+        if let Err(err) = served.await {
+            // The fetcher knows, and says so where it matters.
+            debug!(%peer, %digest, err = chain(&err), "a snapshot was not handed out to its end");
+        }
+    }
+}
+
+impl StoreStreams {
+    /// A host of one team sees that team's snapshots, and every other node all.
+    fn may_have(&self, peer: &NodeKey, digest: SnapshotDigest) -> bool {
+        let state = self.view.state();
+        let Some(snapshot) = by_digest(&state, digest) else {
+            return false;
+        };
+        let node = state.node_by_key(peer);
+        node.is_some_and(|node| node.team.is_none_or(|only| only == snapshot.team))
+    }
+}
+
+fn by_digest(state: &State, digest: SnapshotDigest) -> Option<&Snapshot> {
+    let mut all = state.snapshots();
+    all.find(|snapshot| snapshot.sealed.digest == digest.0)
+}
