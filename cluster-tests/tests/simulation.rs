@@ -171,6 +171,11 @@ fn a_write_acknowledged_before_it_is_committed_is_found() {
 }
 
 #[test]
+fn a_sealed_guest_that_goes_on_unasked_is_found() {
+    finds(Bug::ThawsBeforeTheClusterKnows);
+}
+
+#[test]
 fn a_leader_that_demotes_below_quorum_is_found() {
     finds(Bug::DemotesBelowQuorum);
 }

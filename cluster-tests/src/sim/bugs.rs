@@ -31,6 +31,8 @@ pub enum Bug {
     AcknowledgedBeforeCommit,
     /// A new set of voters alone decides on itself, and no quorum is asked for it.
     DemotesBelowQuorum,
+    /// A sealed guest goes on when the report of its seal is not answered at once.
+    ThawsBeforeTheClusterKnows,
     /// A node that lost its disk votes under its old id.
     WipedDiskVotes,
 }

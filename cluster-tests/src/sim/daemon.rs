@@ -10,10 +10,10 @@ use node::cluster::liveness::{Report, Table};
 use node::reconcile::plan::{Circumstances, Step, plan};
 use node::sandbox::End;
 use proto::epoch::Epoch;
-use proto::ids::{NodeId, SandboxId};
+use proto::ids::{NodeId, SandboxId, SnapshotId};
 use proto::units::Stamp;
 use raft::command::{Answer, Command, Proposal};
-use raft::state::{HostLoss, State};
+use raft::state::{HostLoss, Needs, Sealed, State};
 
 use super::Ms;
 use super::bugs::Bug;
@@ -134,6 +134,7 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     pub(crate) fn start(id: NodeId, disk: Disk, context: &mut Context<'_>) -> Self {
+        context.body.forget_seals();
         let only_new = context.has(Bug::DemotesBelowQuorum);
         let replica = Replica::new(id, disk, context.now, context.rng, only_new);
         let mut holder = Holder::new(context.times, 0);
@@ -447,7 +448,20 @@ impl Daemon {
             Step::Forget(id) => {
                 context.body.guests.remove(&id);
             }
+            Step::Seal { id, pause } => self.seal(id, pause, context),
+            Step::Thaw(id) => {
+                if let Some(guest) = context.body.guests.get_mut(&id) {
+                    guest.state = GuestState::Ready;
+                }
+            }
             Step::Report { id, epoch, report } => {
+                let is_seal = matches!(report, raft::command::Report::Sealed(_));
+                if is_seal
+                    && context.has(Bug::ThawsBeforeTheClusterKnows)
+                    && context.rng.chance(300)
+                {
+                    self.carry_out(Step::Thaw(id), state, context);
+                }
                 self.step_at.insert(id, now + STEP_AGAIN);
                 let node = self.id;
                 let command = Command::ReportSandbox {
@@ -459,6 +473,26 @@ impl Daemon {
                 self.send_to_leader(0, command, context);
             }
             Step::StopIdle(_) | Step::Prune { .. } => {}
+        }
+    }
+
+    fn seal(&mut self, id: SandboxId, pause: u64, context: &mut Context<'_>) {
+        let sealed = context.rng.chance(800).then(|| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&context.rng.next().to_be_bytes());
+            Sealed {
+                id: SnapshotId(bytes),
+                pause,
+                needs: Needs {
+                    base: super::world::template().digest,
+                    ..Needs::default()
+                },
+                ..Sealed::default()
+            }
+        });
+        let at = context.now + context.rng.within(50, 2000);
+        if let Some(guest) = context.body.guests.get_mut(&id) {
+            guest.state = GuestState::Sealing(at, sealed);
         }
     }
 

@@ -7,7 +7,7 @@ use node::cluster::lease::{LeaseTimes, Limits, Tick};
 use node::sandbox::{End, Observed, ObservedState};
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
-use raft::state::{GuestVersions, Node};
+use raft::state::{GuestVersions, Node, Sealed};
 
 use super::Ms;
 use super::bugs::Bug;
@@ -39,6 +39,10 @@ pub(crate) enum GuestState {
     /// It boots, and answers at that instant.
     Booting(Ms),
     Ready,
+    /// It is frozen, and sealed at that instant, or found impossible to seal.
+    Sealing(Ms, Option<Sealed>),
+    Sealed(Sealed),
+    Unsealed,
     /// It is dead; what it held is free at that instant.
     Releasing(Ms, End),
     Gone(End),
@@ -87,6 +91,16 @@ impl Body {
         }
     }
 
+    /// What a new daemon makes of guests that an earlier one was sealing: it cannot know whether the
+    /// cluster was told, and asks before they go on.
+    pub(crate) fn forget_seals(&mut self) {
+        for guest in self.guests.values_mut() {
+            if matches!(guest.state, GuestState::Sealing(..) | GuestState::Sealed(_)) {
+                guest.state = GuestState::Unsealed;
+            }
+        }
+    }
+
     /// Every guest that runs breaks by itself.
     pub(crate) fn break_guests(&mut self) {
         for guest in self.guests.values_mut().filter(|guest| guest.runs()) {
@@ -100,6 +114,11 @@ impl Body {
         for guest in self.guests.values_mut().filter(|guest| !guest.frozen) {
             match &guest.state {
                 GuestState::Booting(at) if *at <= now => guest.state = GuestState::Ready,
+                GuestState::Sealing(at, sealed) if *at <= now => {
+                    guest.state = sealed
+                        .clone()
+                        .map_or(GuestState::Unsealed, GuestState::Sealed);
+                }
                 GuestState::Releasing(at, end) if *at <= now => {
                     guest.state = GuestState::Gone(end.clone());
                 }
@@ -115,6 +134,11 @@ impl Body {
             state: match &guest.state {
                 GuestState::Booting(_) => ObservedState::Starting,
                 GuestState::Ready => ObservedState::Ready(GuestVersions::default()),
+                GuestState::Sealing(..) => ObservedState::Sealing,
+                GuestState::Sealed(sealed) => ObservedState::Sealed(sealed.clone()),
+                GuestState::Unsealed => ObservedState::Frozen {
+                    reason: "the disk is full".into(),
+                },
                 GuestState::Releasing(..) => ObservedState::Releasing,
                 GuestState::Gone(end) => ObservedState::Gone(end.clone()),
             },

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use raft::command::{Command, Proposal, Receipt, Report};
-use raft::state::{Desired, Resources, State};
+use raft::state::{Desired, Phase, Resources, State};
 
 use super::bugs::Bug;
 use super::log::{Body, Entry};
@@ -24,6 +24,8 @@ pub(crate) struct Wish {
 pub(crate) enum Promise {
     Created(SandboxId),
     Stopped(SandboxId),
+    /// Nothing that lasts.
+    Nothing,
 }
 
 /// The whole truth.
@@ -136,8 +138,11 @@ impl Oracle {
                 self.check_room(after);
             }
             Command::ReportSandbox { id, report, .. } => {
-                let ended = matches!(report, Report::Stopped { .. } | Report::Failed { .. });
-                if let Some(sandbox) = after.sandbox(*id).filter(|_| ended) {
+                let over = matches!(report, Report::Stopped { .. } | Report::Failed { .. });
+                let rests = after
+                    .sandbox(*id)
+                    .is_some_and(|it| it.phase == Phase::Paused);
+                if let Some(sandbox) = after.sandbox(*id).filter(|_| over || rests) {
                     self.ended.push((*id, sandbox.epoch));
                 }
             }
@@ -183,6 +188,7 @@ impl Oracle {
             let (id, stopped) = match promise {
                 Promise::Created(id) => (id, false),
                 Promise::Stopped(id) => (id, true),
+                Promise::Nothing => continue,
             };
             match state.sandbox(id) {
                 None => self.accuse(format!("the acknowledged create of {id} is lost")),

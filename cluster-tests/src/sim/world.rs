@@ -542,7 +542,7 @@ impl World {
     }
 }
 
-fn template() -> Template {
+pub(crate) fn template() -> Template {
     Template {
         name: "minimal".into(),
         digest: [7; 32],

@@ -3,7 +3,7 @@
 use proto::ids::{NodeId, SandboxId, TeamId};
 use proto::units::Mib;
 use raft::command::{Answer, Command, Receipt, StopCause};
-use raft::state::{HostLoss, SandboxSpec};
+use raft::state::{HostLoss, Phase, SandboxSpec};
 
 use super::{CLIENT_PATIENCE, Event, Pending, World, template};
 use crate::sim::bugs::Bug;
@@ -21,20 +21,14 @@ impl World {
             .iter()
             .filter_map(|promise| match promise {
                 Promise::Created(id) => Some(*id),
-                Promise::Stopped(_) => None,
+                Promise::Stopped(_) | Promise::Nothing => None,
             })
             .collect();
         self.requests += 1;
         let request = self.requests;
         let pending = if !created.is_empty() && self.rng.chance(400) {
             let id = *self.rng.pick(&created);
-            Pending {
-                command: Command::StopSandbox {
-                    id,
-                    cause: StopCause::Asked,
-                },
-                promise: Promise::Stopped(id),
-            }
+            self.change(id)
         } else {
             self.new_sandbox(request)
         };
@@ -42,6 +36,45 @@ impl World {
         self.retry(request);
         let wait = self.rng.within(300, 2500);
         self.after(wait, Event::Client);
+    }
+
+    /// A pause of what runs, a resume of what rests, another holder for it; or a stop.
+    fn change(&mut self, id: SandboxId) -> Pending {
+        let state = self.oracle.newest();
+        let known = state.sandbox(id);
+        let nodes: Vec<NodeId> = state.nodes().map(|node| node.id).collect();
+        let command = match known.map(|it| (it.phase, it.epoch, it.snapshot)) {
+            Some((Phase::Running, epoch, _)) if self.rng.chance(700) => {
+                Command::PauseSandbox { id, epoch }
+            }
+            Some((Phase::Paused, _, Some(snapshot))) if self.rng.chance(400) => {
+                Command::HoldSnapshot {
+                    id: snapshot,
+                    node: *self.rng.pick(&nodes),
+                    holds: true,
+                }
+            }
+            Some((Phase::Paused, _, Some(snapshot))) if self.rng.chance(800) => {
+                Command::ResumeSandbox {
+                    id,
+                    snapshot,
+                    hints: Vec::new(),
+                }
+            }
+            _ => {
+                return Pending {
+                    command: Command::StopSandbox {
+                        id,
+                        cause: StopCause::Asked,
+                    },
+                    promise: Promise::Stopped(id),
+                };
+            }
+        };
+        Pending {
+            command,
+            promise: Promise::Nothing,
+        }
     }
 
     fn new_sandbox(&mut self, request: u64) -> Pending {

@@ -58,8 +58,8 @@ impl World {
             });
             let well = match sandbox.phase {
                 Phase::Running => sandbox.desired == Desired::Running && ready,
-                Phase::Stopped | Phase::Error => !guest.is_some_and(Guest::runs),
-                Phase::Starting | Phase::Stopping => false,
+                Phase::Stopped | Phase::Error | Phase::Paused => !guest.is_some_and(Guest::runs),
+                Phase::Starting | Phase::Stopping | Phase::Pausing | Phase::Resuming => false,
             };
             if !well {
                 let (id, phase, owner) = (sandbox.id, sandbox.phase, sandbox.owner);
