@@ -167,8 +167,6 @@ async fn unknown_routes_and_wrong_methods_have_the_envelope() {
 async fn routes_that_come_later_say_what_they_wait_for() {
     let world = World::new().await;
     for (method, path, word) in [
-        (Method::POST, format!("/v1/capsules/{ID}/pause"), "pausing"),
-        (Method::POST, format!("/v1/capsules/{ID}/resume"), "pausing"),
         (Method::GET, format!("/v1/capsules/{ID}/metrics"), "usage"),
         (Method::GET, "/v1/capsules/stats".into(), "usage"),
         (Method::GET, "/api/v1/capsules/usage".into(), "usage"),

@@ -119,6 +119,25 @@ async fn a_capsule_is_created_shown_listed_and_destroyed() {
 }
 
 #[tokio::test]
+async fn capsules_are_paused_and_resumed_by_name() {
+    let terminal = Terminal::new().await;
+    let (one, two) = (terminal.capsule().await, terminal.capsule().await);
+    assert_eq!(terminal.ok(&["capsule", "pause", &one, &two]).await, "");
+    let told = terminal.fails(1, &["capsule", "pause", &one]).await;
+    assert!(told.contains("is paused"), "{told}");
+    let resumed = terminal.json(&["capsule", "resume", &two, &one]).await;
+    assert_eq!(
+        (&resumed[0]["id"], &resumed[1]["status"]),
+        (&two.as_str().into(), &"running".into())
+    );
+    assert_eq!(resumed[0]["replicas"], 1);
+
+    *terminal.world.guests.pause.lock().unwrap() = Some(Fate::Break("the disk is full"));
+    let told = terminal.fails(1, &["capsule", "pause", &one]).await;
+    assert!(told.contains("the disk is full"), "{told}");
+}
+
+#[tokio::test]
 async fn exec_passes_on_output_byte_by_byte_and_the_exit_code() {
     let terminal = Terminal::new().await;
     let id = terminal.capsule().await;

@@ -22,17 +22,20 @@ use shim_support::{BOOT, QEMU, SOON, WRENN};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::time::{Instant, sleep};
+use transport::Identity;
 use wrenn_node::base::clock::BootInstant;
 use wrenn_node::base::stop::Tasks;
 use wrenn_node::guest::{Guest, ProcessCommand};
 use wrenn_node::net::{NetConfig, SlotPool};
-use wrenn_node::sandbox::{End, Host, ObservedState, Registry, StartSpec, adopt};
+use wrenn_node::sandbox::{End, Host, Keeping, ObservedState, Origin, Registry, StartSpec, adopt};
 use wrenn_node::shim::lease::{self, LeaseTimes, LeaseWriter};
-use wrenn_node::store::{DataPaths, durable};
+use wrenn_node::store::fetch::NoHolders;
+use wrenn_node::store::{DataPaths, ImageDigest, Limits, Store, durable};
 use wrenn_node::vmm::Accelerator;
 
 const ID: SandboxId = SandboxId([3; 16]);
 const EPOCH: Epoch = Epoch(5);
+const BASE: ImageDigest = ImageDigest([7; 32]);
 const LONG: Duration = Duration::from_secs(600);
 /// Long enough for a clock that counts 24 bits of 3.58 MHz (4.7 s) to lose count, as the one of
 /// guests under TCG does: nobody told them, they were 4.5 s behind.
@@ -84,6 +87,9 @@ impl World {
         for dir in [data.sandboxes(), data.net()] {
             durable::create_dir(&dir).unwrap();
         }
+        durable::create_dir(&data.templates()).unwrap();
+        let rootfs = images().join("templates/minimal/rootfs.raw");
+        std::os::unix::fs::symlink(rootfs, data.template_image(BASE)).unwrap();
         let lease = LeaseWriter::open(&lease::file_in(data.root())).unwrap();
         let world = Self {
             data,
@@ -110,6 +116,11 @@ impl World {
         let images = images();
         let host = Host {
             data: self.data.clone(),
+            keeping: Keeping {
+                store: Store::open(&self.data.store(), Limits::default()).unwrap(),
+                holders: Arc::new(NoHolders),
+                identity: Arc::new(Identity::ephemeral().unwrap()),
+            },
             slots: slots.clone(),
             kernel: images.join("kernel/vmlinuz"),
             kernel_release: "test".into(),
@@ -148,7 +159,7 @@ impl Node {
             id: ID,
             epoch: EPOCH,
             template: "minimal".into(),
-            rootfs: images().join("templates/minimal/rootfs.raw"),
+            origin: Origin::Image(BASE),
             vcpus: 1,
             memory: Mib(256),
             disk: Mib(5 * 1024),

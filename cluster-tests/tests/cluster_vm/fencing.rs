@@ -12,7 +12,9 @@ use wrenn_cluster_tests::cluster::ClusterWorld;
 use wrenn_cluster_tests::world::World;
 
 use crate::witness::{Report, Witness, state, vmms};
-use crate::{MEMORY_MB, PATIENCE, name, on_node, others, shorten_leases, wait_state, wait_voters};
+use crate::{
+    MEMORY_MB, PATIENCE, led_to, name, on_node, others, shorten_leases, wait_state, wait_voters,
+};
 
 /// A lease that ends soon, and not by itself on a machine that emulates guests.
 const TTL: Duration = Duration::from_secs(3);
@@ -84,18 +86,8 @@ fn live(here: bool, id: &str) -> Vec<&str> {
 
 /// A running capsule that may move, on this node for now.
 fn restarted_elsewhere(cluster: &ClusterWorld, number: u16) -> String {
-    let world = cluster.client(number);
-    let bar = |act: &str| {
-        for other in others(cluster, number) {
-            let path = format!("/v1/nodes/{}/{act}", name(other));
-            assert_eq!(world.call("POST", &path, None).status, 200);
-        }
-    };
-    bar("cordon");
-    let id = world.capsule_with(&json!({ "memory_mb": MEMORY_MB, "on_host_loss": "restart" }));
-    bar("uncordon");
-    assert_eq!(world.record(&id)["node"], name(number));
-    id
+    let request = json!({ "memory_mb": MEMORY_MB, "on_host_loss": "restart" });
+    led_to(cluster, number, &request)
 }
 
 /// A partition: the guest that may move does so, the one that waits goes on where it is.

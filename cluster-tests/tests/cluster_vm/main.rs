@@ -10,6 +10,7 @@ mod concurrent;
 mod drain;
 mod fencing;
 mod flow;
+mod pausing;
 mod rolling;
 mod witness;
 
@@ -28,6 +29,22 @@ const MEMORY_MB: u32 = 256;
 /// What a request for a small capsule that stays on one node says.
 fn on_node(number: u16) -> Value {
     json!({ "memory_mb": MEMORY_MB, "on_node": name(number) })
+}
+
+/// A running capsule that is on a node for want of another, and not bound to it.
+fn led_to(cluster: &ClusterWorld, number: u16, request: &Value) -> String {
+    let world = cluster.client(number);
+    let bar = |act: &str| {
+        for other in others(cluster, number) {
+            let path = format!("/v1/nodes/{}/{act}", name(other));
+            assert_eq!(world.call("POST", &path, None).status, 200);
+        }
+    };
+    bar("cordon");
+    let id = world.capsule_with(request);
+    bar("uncordon");
+    assert_eq!(world.record(&id)["node"], name(number));
+    id
 }
 
 /// What a node is called.

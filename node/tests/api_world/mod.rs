@@ -21,10 +21,10 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, KeyId, NodeId, NodeKey, SandboxId, TeamId};
+use proto::ids::{ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId};
 use proto::units::{Mib, Stamp};
 use raft::command::{Command, Receipt, Report};
-use raft::state::{GuestVersions, Key, Node, Phase, Resources, Settings, Template};
+use raft::state::{GuestVersions, Key, Needs, Node, Phase, Resources, Sealed, Settings, Template};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
@@ -48,7 +48,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const HERE: NodeId = NodeId(1);
 const ELSEWHERE: NodeId = NodeId(99);
 
-/// What becomes of a sandbox that is started or stopped.
+/// What becomes of a sandbox that is started, paused or stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// What was asked for.
@@ -70,6 +70,7 @@ pub struct Guests {
     pub gone: CancellationToken,
     pub start: Mutex<Option<Fate>>,
     pub stop: Mutex<Option<Fate>>,
+    pub pause: Mutex<Option<Fate>>,
 }
 
 impl LocalGuests for Guests {
@@ -481,6 +482,22 @@ async fn start_agent(stop: &CancellationToken) -> SocketAddr {
     address
 }
 
+/// What the one pause under an ownership made.
+fn sealed(epoch: Epoch, pause: u64) -> Sealed {
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&epoch.0.to_be_bytes());
+    Sealed {
+        id: SnapshotId(id),
+        pause,
+        needs: Needs {
+            vmm: "fake".into(),
+            base: [1; 32],
+            ..Needs::default()
+        },
+        ..Sealed::default()
+    }
+}
+
 /// Does to every sandbox what the test says, as a reconciler and its reports would.
 async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketAddr) {
     let mut view = proposer.view();
@@ -488,21 +505,31 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
         let state = view.state();
         let todo: Vec<_> = state
             .sandboxes()
-            .filter(|it| matches!(it.phase, Phase::Starting | Phase::Stopping))
+            .filter(|it| {
+                !it.phase.is_ended() && !matches!(it.phase, Phase::Running | Phase::Paused)
+            })
             .cloned()
             .collect();
         for sandbox in todo {
             let fate = match sandbox.phase {
-                Phase::Starting => &guests.start,
+                Phase::Starting | Phase::Resuming => &guests.start,
+                Phase::Pausing => &guests.pause,
                 _ => &guests.stop,
             };
             let fate = fate.lock().unwrap().clone().unwrap_or(Fate::Obey);
             let report = match (fate, sandbox.phase) {
                 (Fate::Hang, _) => continue,
+                (Fate::Break(reason), Phase::Pausing) => Report::Thawed {
+                    reason: reason.into(),
+                },
                 (Fate::Break(reason), _) => Report::Failed {
                     reason: reason.into(),
                 },
-                (Fate::Obey, Phase::Starting) => {
+                (Fate::Obey, Phase::Pausing) => {
+                    guests.running.lock().unwrap().remove(&sandbox.id);
+                    Report::Sealed(sealed(sandbox.epoch, sandbox.pause))
+                }
+                (Fate::Obey, Phase::Starting | Phase::Resuming) => {
                     let dial = CutDial::new(TcpDial(agent), guests.gone.clone());
                     let guest = Guest::new(Arc::new(dial), "token").unwrap();
                     guests.running.lock().unwrap().insert(sandbox.id, guest);
