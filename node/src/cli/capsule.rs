@@ -403,8 +403,10 @@ async fn settle(
             }
         };
         let capsule = print::progress(&format!("{} {id}", how.doing), moved).await?;
-        if capsule["status"] != how.done {
-            let reason = capsule["reason"].as_str().unwrap_or_default();
+        let reason = capsule["reason"].as_str().unwrap_or_default();
+        // What comes to rest as it should has no reason: one that was lost on the way rests as it did
+        // before, and says so.
+        if capsule["status"] != how.done || !reason.is_empty() {
             let status = capsule["status"].as_str().unwrap_or_default();
             let message = format!("capsule {id} is {status}: {reason}");
             return Err(CliError::new(message));
