@@ -408,7 +408,11 @@ async fn settle(
         // before, and says so.
         if capsule["status"] != how.done || !reason.is_empty() {
             let status = capsule["status"].as_str().unwrap_or_default();
-            let message = format!("capsule {id} is {status}: {reason}");
+            let why = match reason {
+                "" if status == "missing" => "its host cannot be reached",
+                reason => reason,
+            };
+            let message = format!("capsule {id} is {status}: {why}");
             return Err(CliError::new(message));
         }
         capsules.push(capsule);
