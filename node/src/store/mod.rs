@@ -27,6 +27,8 @@ mod engine;
 pub mod error;
 pub mod extent;
 pub mod fetch;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod image;
 mod index;
 pub mod manifest;
