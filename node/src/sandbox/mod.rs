@@ -10,6 +10,7 @@ mod driver;
 mod error;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+pub mod paging;
 mod phase;
 mod record;
 mod registry;

@@ -173,7 +173,13 @@ fn specs() -> Vec<Vec<u8>> {
         }),
         ..guest()
     };
-    let written = [guest(), restored].map(|spec| {
+    let mut paged = restored.clone();
+    if let Some(restore) = &mut paged.restore {
+        restore.memory = MemoryImage::Paged {
+            daemon: PathBuf::from("/data/pager.sock"),
+        };
+    }
+    let written = [guest(), restored, paged].map(|spec| {
         let dir = tempfile::tempdir_in(scratch()).expect("a directory");
         spec.write(dir.path()).expect("written");
         fs::read(dir.path().join(files::SPEC)).expect("just written")

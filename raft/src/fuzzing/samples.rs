@@ -21,8 +21,8 @@ use crate::disk::RealDisk;
 use crate::peer::{self, Envelope};
 use crate::snapshot::Snapshots;
 use crate::state::{
-    GuestVersions, HostLoss, Needs, Node, Resources, SandboxSpec, Sealed, Settings, State,
-    Template, Token,
+    GuestVersions, HostLoss, Needs, Node, Resources, SandboxSpec, SealTimes, Sealed, Settings,
+    State, Template, Token,
 };
 use crate::types::{DiskId, Entry, LogId, SnapshotMeta, Vote};
 use crate::wire;
@@ -129,6 +129,11 @@ fn sealed() -> Report {
             base: [1; 32],
         },
         pause: FOUNDED_AT + 3,
+        took: SealTimes {
+            quiesce_ms: 5,
+            save_ms: 20,
+            store_ms: 300,
+        },
     })
 }
 
@@ -147,11 +152,14 @@ fn life() -> Vec<Command> {
         Command::PauseSandbox {
             id: SANDBOX,
             epoch: Epoch(created),
+            cause: StopCause::Asked,
+            then_on: None,
         },
         report(created, sealed()),
         Command::ResumeSandbox {
             id: SANDBOX,
             snapshot: SNAPSHOT,
+            to: Some(NodeId(1)),
             hints: vec![],
         },
         report(resumed, Report::Running(GuestVersions::default())),
