@@ -15,6 +15,8 @@
 mod answer;
 mod error;
 mod fake;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod local;
 mod locate;
 mod peers;
