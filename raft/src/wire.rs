@@ -8,9 +8,12 @@ use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenI
 use proto::units::Stamp;
 use proto::wire::raft as pb;
 
-use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
+use crate::command::{
+    Answer, CheckpointSandbox, Command, DropNamed, Proposal, Receipt, Refusal, Report, StopCause,
+    Verdict,
+};
 use crate::placement::{Lack, LoadHint};
-use crate::state::{BadRow, Node, SandboxSpec, Settings};
+use crate::state::{BadRow, Node, SandboxSpec, Settings, Snapshot};
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
@@ -101,11 +104,7 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             node,
             incarnation,
             verdict,
-        } => Wire::JudgeNode(pb::JudgeNode {
-            node: node.0,
-            incarnation: *incarnation,
-            liveness: verdict_to_wire(*verdict).into(),
-        }),
+        } => judged_to_wire(*node, *incarnation, *verdict),
         Command::RemoveNode {
             node,
             declared_dead,
@@ -134,6 +133,9 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             hints,
         } => resumed_to_wire(*id, *snapshot, hints),
         Command::HoldSnapshot { id, node, holds } => held_to_wire(*id, *node, *holds),
+        Command::CheckpointSandbox(asked) => checkpoint_to_wire(asked),
+        Command::DropNamed(which) => unnamed_to_wire(which),
+        Command::PutWarm(snapshot) => warm_to_wire(snapshot),
         Command::ReportSandbox {
             id,
             epoch,
@@ -206,6 +208,54 @@ fn resumed_to_wire(
         id: id.0.to_vec(),
         snapshot: snapshot.0.to_vec(),
         hints: hints.iter().map(hint_to_wire).collect(),
+    })
+}
+
+fn checkpoint_to_wire(asked: &CheckpointSandbox) -> pb::proposal::Command {
+    pb::proposal::Command::CheckpointSandbox(pb::CheckpointSandbox {
+        id: asked.id.0.to_vec(),
+        epoch: asked.epoch.0,
+        checkpoint: Some((&asked.checkpoint).into()),
+        hints: asked.hints.iter().map(hint_to_wire).collect(),
+    })
+}
+
+fn checkpoint_from_wire(wire: pb::CheckpointSandbox) -> Result<CheckpointSandbox, BadRow> {
+    Ok(CheckpointSandbox {
+        id: SandboxId(array("sandbox id", &wire.id)?),
+        epoch: Epoch(wire.epoch),
+        checkpoint: some("checkpoint", wire.checkpoint)?.try_into()?,
+        hints: hints_from_wire(wire.hints),
+    })
+}
+
+fn unnamed_to_wire(which: &DropNamed) -> pb::proposal::Command {
+    pb::proposal::Command::DropNamed(pb::DropNamed {
+        team: which.team.0.to_vec(),
+        name: which.name.clone(),
+        snapshot: which.snapshot.0.to_vec(),
+    })
+}
+
+fn unnamed_from_wire(wire: pb::DropNamed) -> Result<DropNamed, BadRow> {
+    Ok(DropNamed {
+        team: TeamId(array("team id", &wire.team)?),
+        name: wire.name,
+        snapshot: SnapshotId(array("snapshot id", &wire.snapshot)?),
+    })
+}
+
+fn warm_to_wire(snapshot: &Snapshot) -> pb::proposal::Command {
+    pb::proposal::Command::PutWarm(pb::PutWarm {
+        snapshot: Some(snapshot.into()),
+    })
+}
+
+fn judged_to_wire(node: NodeId, incarnation: u64, verdict: Verdict) -> pb::proposal::Command {
+    pb::proposal::Command::JudgeNode(pb::JudgeNode {
+        node: node.0,
+        incarnation,
+        liveness: verdict_to_wire(verdict).into(),
     })
 }
 
@@ -347,6 +397,9 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             node: NodeId(it.node),
             holds: it.holds,
         },
+        Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(checkpoint_from_wire(it)?),
+        Wire::DropNamed(it) => Command::DropNamed(unnamed_from_wire(it)?),
+        Wire::PutWarm(it) => Command::PutWarm(some("snapshot", it.snapshot)?.try_into()?),
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,
@@ -442,6 +495,7 @@ fn refusal_to_wire(refusal: &Refusal) -> pb::Refusal {
         Refusal::NoSuchKey(id) => (Kind::NoSuchKey, id.clone(), 0),
         Refusal::NoRoom(lack) => (Kind::NoRoom, lack.0.clone(), 0),
         Refusal::IdTaken(id) => (Kind::IdTaken, id.clone(), 0),
+        Refusal::NameTaken(name) => (Kind::NameTaken, name.clone(), 0),
         Refusal::Fenced { newest } => (Kind::Fenced, String::new(), newest.0),
         Refusal::NoSuchNode(id) => (Kind::NoSuchNode, id.clone(), 0),
         Refusal::NoSuchToken(id) => (Kind::NoSuchToken, id.clone(), 0),
@@ -466,6 +520,7 @@ fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
         Kind::NoSuchKey => Refusal::NoSuchKey(wire.detail),
         Kind::NoRoom => Refusal::NoRoom(Lack(wire.detail)),
         Kind::IdTaken => Refusal::IdTaken(wire.detail),
+        Kind::NameTaken => Refusal::NameTaken(wire.detail),
         Kind::NoSuchNode => Refusal::NoSuchNode(wire.detail),
         Kind::NoSuchToken => Refusal::NoSuchToken(wire.detail),
         Kind::TokenExpired => Refusal::TokenExpired(wire.detail),

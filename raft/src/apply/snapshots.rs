@@ -6,13 +6,16 @@
 use std::collections::BTreeSet;
 
 use proto::epoch::Epoch;
-use proto::ids::{NodeId, SandboxId, SnapshotId};
+use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Stamp;
 
 use super::Applied;
+use super::named::BEING_SEALED;
 use crate::command::{Receipt, Refusal};
 use crate::placement::{self, Lack, LoadHint};
-use crate::state::{Desired, GuestVersions, Phase, RowKey, Sandbox, Sealed, Snapshot, State};
+use crate::state::{
+    Desired, GuestVersions, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot, State,
+};
 
 impl State {
     pub(super) fn pause_sandbox(
@@ -35,6 +38,7 @@ impl State {
             Phase::Starting | Phase::Resuming => {
                 Some("it does not run yet: try again once it does")
             }
+            Phase::Snapshotting => Some(BEING_SEALED),
             Phase::Stopping | Phase::Stopped | Phase::Error => Some("it is stopped for good"),
         };
         if let Some(why) = not_now {
@@ -66,7 +70,7 @@ impl State {
             Phase::Paused if known.snapshot == Some(from) => None,
             Phase::Paused => Some("it was paused anew meanwhile: look again"),
             Phase::Pausing => Some("it is being paused: try again once it is"),
-            Phase::Starting | Phase::Running | Phase::Resuming => {
+            Phase::Starting | Phase::Running | Phase::Resuming | Phase::Snapshotting => {
                 let placed = Receipt::Placed {
                     node: known.owner,
                     epoch: known.epoch,
@@ -78,7 +82,7 @@ impl State {
         if let Some(why) = not_now {
             return Applied::untouched(Err(Refusal::Unfit(why.into())));
         }
-        let owner = match self.place_resumed(known, from, hints) {
+        let owner = match self.place_from(known.team, &known.spec, from, hints) {
             Ok(owner) => owner,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
@@ -86,10 +90,11 @@ impl State {
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
     }
 
-    /// Where a sandbox can go on from a snapshot.
-    pub(super) fn place_resumed(
+    /// Where a sandbox can go on, or start as another one, from a snapshot.
+    pub(super) fn place_from(
         &self,
-        sandbox: &Sandbox,
+        team: TeamId,
+        spec: &SandboxSpec,
         from: SnapshotId,
         hints: &[LoadHint],
     ) -> Result<NodeId, Refusal> {
@@ -109,8 +114,7 @@ impl State {
             };
             return Err(Refusal::NoRoom(Lack(why)));
         }
-        placement::place(self, sandbox.team, &sandbox.spec, Some(snapshot), hints)
-            .map_err(Refusal::NoRoom)
+        placement::place(self, team, spec, Some(snapshot), hints).map_err(Refusal::NoRoom)
     }
 
     pub(super) fn hold_snapshot(&mut self, id: SnapshotId, node: NodeId, holds: bool) -> Applied {
@@ -149,33 +153,32 @@ impl State {
             // An id stands for one snapshot; a sealer that gives one twice is not believed.
             return None;
         }
-        let mut touched = vec![RowKey::Sandbox(known.id), RowKey::Snapshot(id)];
-        touched.extend(self.forget_snapshot(known.snapshot));
-        self.put_snapshot(Snapshot {
-            sealed,
-            team: known.team,
-            sandbox: known.id,
-            epoch: known.epoch,
-            sealed_by: known.owner,
-            sealed_at: at,
-            holders: BTreeSet::from([known.owner]),
-        });
-        self.put_sandbox(Sandbox {
+        self.put_snapshot(sealed_by_owner(at, known, sealed));
+        let mut touched = self.put_next(Sandbox {
             phase: Phase::Paused,
             snapshot: Some(id),
+            // All that its guest had from there is in what it was just sealed as.
+            origin: None,
             updated_at: at,
             ..known.clone()
         });
+        touched.push(RowKey::Snapshot(id));
         Some(touched)
     }
 
-    /// Drops a record that nothing rests on any more.
-    pub(super) fn forget_snapshot(&mut self, id: Option<SnapshotId>) -> Vec<RowKey> {
-        let Some(id) = id.filter(|id| self.snapshot(*id).is_some()) else {
-            return Vec::new();
-        };
-        self.drop_snapshot(id);
-        vec![RowKey::Snapshot(id)]
+    /// Drops those of these records that nobody needs any more.
+    pub(super) fn forget_snapshots(
+        &mut self,
+        ids: impl IntoIterator<Item = SnapshotId>,
+    ) -> Vec<RowKey> {
+        let mut touched = Vec::new();
+        for id in ids {
+            if self.snapshot(id).is_some() && !self.is_needed(id) {
+                self.drop_snapshot(id);
+                touched.push(RowKey::Snapshot(id));
+            }
+        }
+        touched
     }
 
     /// A node that is no more holds nothing.
@@ -189,6 +192,20 @@ impl State {
             self.put_snapshot(snapshot);
         }
         touched
+    }
+}
+
+/// The record of what a sandbox's owner has sealed.
+pub(super) fn sealed_by_owner(at: Stamp, known: &Sandbox, sealed: Sealed) -> Snapshot {
+    Snapshot {
+        sealed,
+        team: known.team,
+        sandbox: known.id,
+        epoch: known.epoch,
+        sealed_by: known.owner,
+        sealed_at: at,
+        holders: BTreeSet::from([known.owner]),
+        warm: None,
     }
 }
 
