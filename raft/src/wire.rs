@@ -1,19 +1,19 @@
 //! Commands and answers as bytes: the log's own format, independent of any library's.
 
+mod named;
+mod snapshots;
+
 use std::collections::BTreeMap;
 
 use prost::Message;
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
 use proto::units::Stamp;
 use proto::wire::raft as pb;
 
-use crate::command::{
-    Answer, CheckpointSandbox, Command, DropNamed, Proposal, Receipt, Refusal, Report, StopCause,
-    Verdict,
-};
+use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
 use crate::placement::{Lack, LoadHint};
-use crate::state::{BadRow, Node, SandboxSpec, Settings, Snapshot};
+use crate::state::{BadRow, Node, SandboxSpec, Settings, Template};
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
@@ -108,13 +108,8 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
         Command::RemoveNode {
             node,
             declared_dead,
-        } => Wire::RemoveNode(pb::RemoveNode {
-            node: node.0,
-            declared_dead: *declared_dead,
-        }),
-        Command::PutTemplate(template) => Wire::PutTemplate(pb::PutTemplate {
-            template: Some(template.into()),
-        }),
+        } => removed_to_wire(*node, *declared_dead),
+        Command::PutTemplate(template) => template_to_wire(template),
         Command::PutKey(key) => Wire::PutKey(pb::PutKey {
             key: Some(key.into()),
         }),
@@ -126,16 +121,22 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             hints,
         } => created_to_wire(*id, *team, spec, hints),
         Command::StopSandbox { id, cause } => stopped_to_wire(*id, *cause),
-        Command::PauseSandbox { id, epoch } => paused_to_wire(*id, *epoch),
+        Command::PauseSandbox {
+            id,
+            epoch,
+            cause,
+            then_on,
+        } => snapshots::paused_to_wire((*id, *epoch), *cause, *then_on),
         Command::ResumeSandbox {
             id,
             snapshot,
+            to,
             hints,
-        } => resumed_to_wire(*id, *snapshot, hints),
-        Command::HoldSnapshot { id, node, holds } => held_to_wire(*id, *node, *holds),
-        Command::CheckpointSandbox(asked) => checkpoint_to_wire(asked),
-        Command::DropNamed(which) => unnamed_to_wire(which),
-        Command::PutWarm(snapshot) => warm_to_wire(snapshot),
+        } => snapshots::resumed_to_wire((*id, *snapshot), *to, hints),
+        Command::HoldSnapshot { id, node, holds } => snapshots::held_to_wire(*id, *node, *holds),
+        Command::CheckpointSandbox(asked) => named::checkpoint_to_wire(asked),
+        Command::DropNamed(which) => named::unnamed_to_wire(which),
+        Command::PutWarm(snapshot) => named::warm_to_wire(snapshot),
         Command::ReportSandbox {
             id,
             epoch,
@@ -146,6 +147,27 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             ended_before_ms: ended_before.0,
         }),
     }
+}
+
+fn template_to_wire(template: &Template) -> pb::proposal::Command {
+    pb::proposal::Command::PutTemplate(pb::PutTemplate {
+        template: Some(template.into()),
+    })
+}
+
+fn judged_to_wire(node: NodeId, incarnation: u64, verdict: Verdict) -> pb::proposal::Command {
+    pb::proposal::Command::JudgeNode(pb::JudgeNode {
+        node: node.0,
+        incarnation,
+        liveness: verdict_to_wire(verdict).into(),
+    })
+}
+
+fn removed_to_wire(node: NodeId, declared_dead: bool) -> pb::proposal::Command {
+    pb::proposal::Command::RemoveNode(pb::RemoveNode {
+        node: node.0,
+        declared_dead,
+    })
 }
 
 fn recovered_to_wire(id: ClusterId, last: u64, lost: &[NodeId]) -> pb::proposal::Command {
@@ -189,81 +211,6 @@ fn stopped_to_wire(id: SandboxId, cause: StopCause) -> pb::proposal::Command {
     pb::proposal::Command::StopSandbox(pb::StopSandbox {
         id: id.0.to_vec(),
         cause: cause_to_wire(cause).into(),
-    })
-}
-
-fn paused_to_wire(id: SandboxId, epoch: Epoch) -> pb::proposal::Command {
-    pb::proposal::Command::PauseSandbox(pb::PauseSandbox {
-        id: id.0.to_vec(),
-        epoch: epoch.0,
-    })
-}
-
-fn resumed_to_wire(
-    id: SandboxId,
-    snapshot: SnapshotId,
-    hints: &[LoadHint],
-) -> pb::proposal::Command {
-    pb::proposal::Command::ResumeSandbox(pb::ResumeSandbox {
-        id: id.0.to_vec(),
-        snapshot: snapshot.0.to_vec(),
-        hints: hints.iter().map(hint_to_wire).collect(),
-    })
-}
-
-fn checkpoint_to_wire(asked: &CheckpointSandbox) -> pb::proposal::Command {
-    pb::proposal::Command::CheckpointSandbox(pb::CheckpointSandbox {
-        id: asked.id.0.to_vec(),
-        epoch: asked.epoch.0,
-        checkpoint: Some((&asked.checkpoint).into()),
-        hints: asked.hints.iter().map(hint_to_wire).collect(),
-    })
-}
-
-fn checkpoint_from_wire(wire: pb::CheckpointSandbox) -> Result<CheckpointSandbox, BadRow> {
-    Ok(CheckpointSandbox {
-        id: SandboxId(array("sandbox id", &wire.id)?),
-        epoch: Epoch(wire.epoch),
-        checkpoint: some("checkpoint", wire.checkpoint)?.try_into()?,
-        hints: hints_from_wire(wire.hints),
-    })
-}
-
-fn unnamed_to_wire(which: &DropNamed) -> pb::proposal::Command {
-    pb::proposal::Command::DropNamed(pb::DropNamed {
-        team: which.team.0.to_vec(),
-        name: which.name.clone(),
-        snapshot: which.snapshot.0.to_vec(),
-    })
-}
-
-fn unnamed_from_wire(wire: pb::DropNamed) -> Result<DropNamed, BadRow> {
-    Ok(DropNamed {
-        team: TeamId(array("team id", &wire.team)?),
-        name: wire.name,
-        snapshot: SnapshotId(array("snapshot id", &wire.snapshot)?),
-    })
-}
-
-fn warm_to_wire(snapshot: &Snapshot) -> pb::proposal::Command {
-    pb::proposal::Command::PutWarm(pb::PutWarm {
-        snapshot: Some(snapshot.into()),
-    })
-}
-
-fn judged_to_wire(node: NodeId, incarnation: u64, verdict: Verdict) -> pb::proposal::Command {
-    pb::proposal::Command::JudgeNode(pb::JudgeNode {
-        node: node.0,
-        incarnation,
-        liveness: verdict_to_wire(verdict).into(),
-    })
-}
-
-fn held_to_wire(id: SnapshotId, node: NodeId, holds: bool) -> pb::proposal::Command {
-    pb::proposal::Command::HoldSnapshot(pb::HoldSnapshot {
-        id: id.0.to_vec(),
-        node: node.0,
-        holds,
     })
 }
 
@@ -383,22 +330,11 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             spec: some("sandbox spec", it.spec)?.into(),
             hints: hints_from_wire(it.hints),
         },
-        Wire::PauseSandbox(it) => Command::PauseSandbox {
-            id: SandboxId(array("sandbox id", &it.id)?),
-            epoch: Epoch(it.epoch),
-        },
-        Wire::ResumeSandbox(it) => Command::ResumeSandbox {
-            id: SandboxId(array("sandbox id", &it.id)?),
-            snapshot: SnapshotId(array("snapshot id", &it.snapshot)?),
-            hints: hints_from_wire(it.hints),
-        },
-        Wire::HoldSnapshot(it) => Command::HoldSnapshot {
-            id: SnapshotId(array("snapshot id", &it.id)?),
-            node: NodeId(it.node),
-            holds: it.holds,
-        },
-        Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(checkpoint_from_wire(it)?),
-        Wire::DropNamed(it) => Command::DropNamed(unnamed_from_wire(it)?),
+        Wire::PauseSandbox(it) => snapshots::paused_from_wire(&it)?,
+        Wire::ResumeSandbox(it) => snapshots::resumed_from_wire(it)?,
+        Wire::HoldSnapshot(it) => snapshots::held_from_wire(&it)?,
+        Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(named::checkpoint_from_wire(it)?),
+        Wire::DropNamed(it) => Command::DropNamed(named::unnamed_from_wire(it)?),
         Wire::PutWarm(it) => Command::PutWarm(some("snapshot", it.snapshot)?.try_into()?),
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),

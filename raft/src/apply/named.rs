@@ -206,7 +206,7 @@ impl State {
         hints: &[LoadHint],
     ) -> Sandbox {
         let (team, spec) = (of.team, of.spec.clone());
-        let placed = self.place_from(team, &spec, from, hints);
+        let placed = self.place_from(team, &spec, (from, None), hints);
         let fork = Sandbox {
             epoch,
             ..new_sandbox(at, NewSandbox { id, team, spec })

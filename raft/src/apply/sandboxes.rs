@@ -7,7 +7,7 @@ use proto::units::Stamp;
 use super::Applied;
 use super::snapshots::resumed;
 use crate::command::{Receipt, Refusal, Report, StopCause};
-use crate::placement::{self, Lack, LoadHint};
+use crate::placement::{self, Lack, LoadHint, Source};
 use crate::state::{
     Desired, GuestVersions, HostLoss, Liveness, Phase, RowKey, Sandbox, SandboxSpec, State,
 };
@@ -80,13 +80,14 @@ impl State {
                 );
                 return Err(Refusal::Unfit(why));
             }
-            let owner = self.place_from(team, spec, named.snapshot, hints)?;
+            let owner = self.place_from(team, spec, (named.snapshot, spec.on_node), hints)?;
             return Ok((owner, Some(named.snapshot)));
         }
         if self.template(&spec.template).is_none() {
             return Err(Refusal::NoSuchTemplate(spec.template.clone()));
         }
-        let owner = placement::place(self, team, spec, None, hints).map_err(Refusal::NoRoom)?;
+        let owner =
+            placement::place(self, team, spec, Source::Template, hints).map_err(Refusal::NoRoom)?;
         Ok((owner, self.warm_for(owner, spec)))
     }
 
@@ -97,10 +98,7 @@ impl State {
         if known.desired == Desired::Stopped || known.phase.is_ended() {
             return Applied::untouched(Ok(Receipt::Done(0)));
         }
-        let reason = match cause {
-            StopCause::Asked => String::new(),
-            StopCause::Idle => "inactivity timeout passed".into(),
-        };
+        let reason = cause.in_words().to_owned();
         // Its guest was killed with the lease, or there is none: nobody would report the end.
         let phase = if known.phase == Phase::Paused || self.guest_is_dead(&known) {
             Phase::Stopped
@@ -127,6 +125,9 @@ impl State {
         let known = self.sandbox(next.id);
         let needed = known.into_iter().flat_map(Sandbox::snapshots);
         let needed: Vec<SnapshotId> = needed.chain(next.snapshots()).collect();
+        if next.phase != Phase::Pausing {
+            next.bound_for = None;
+        }
         if next.phase.is_ended() {
             (next.snapshot, next.origin) = (None, None);
         }
@@ -219,11 +220,14 @@ impl State {
         let (team, spec) = (known.team, &known.spec);
         let is_warm = |id| self.snapshot(id).is_some_and(|it| it.warm.is_some());
         let origin = known.origin.filter(|id| !is_warm(*id));
-        let Some(from) = known.snapshot.or(origin) else {
-            let owner = placement::place(self, team, spec, None, &[])?;
-            return Ok((owner, self.warm_for(owner, spec)));
+        let placed = match (known.snapshot, origin) {
+            (Some(from), _) => self.place_from(team, spec, (from, None), &[]),
+            (None, Some(from)) => self.place_from(team, spec, (from, spec.on_node), &[]),
+            (None, None) => {
+                let owner = placement::place(self, team, spec, Source::Template, &[])?;
+                return Ok((owner, self.warm_for(owner, spec)));
+            }
         };
-        let placed = self.place_from(team, spec, from, &[]);
         placed
             .map(|owner| (owner, origin))
             .map_err(|refusal| match refusal {
@@ -273,7 +277,7 @@ impl State {
             Report::Sealed(sealed) if known.phase == Phase::Snapshotting => {
                 self.seal_checkpoint(at, Epoch(index), known, sealed)
             }
-            Report::Sealed(sealed) => self.seal_sandbox(at, &known, sealed),
+            Report::Sealed(sealed) => self.seal_sandbox(at, Epoch(index), &known, sealed),
             report => after_report(at, &known, report).map(|next| self.put_next(next)),
         };
         let Some(touched) = touched else {
@@ -321,6 +325,7 @@ pub(super) fn new_sandbox(at: Stamp, new: NewSandbox) -> Sandbox {
         versions: GuestVersions::default(),
         snapshot: None,
         pause: 0,
+        bound_for: None,
         origin: None,
         checkpoint: None,
     }

@@ -11,10 +11,10 @@ use proto::units::Stamp;
 
 use super::Applied;
 use super::named::BEING_SEALED;
-use crate::command::{Receipt, Refusal};
-use crate::placement::{self, Lack, LoadHint};
+use crate::command::{Receipt, Refusal, StopCause};
+use crate::placement::{self, Lack, LoadHint, Source};
 use crate::state::{
-    Desired, GuestVersions, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot, State,
+    Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot, State,
 };
 
 impl State {
@@ -22,8 +22,8 @@ impl State {
         &mut self,
         at: Stamp,
         index: u64,
-        id: SandboxId,
-        epoch: Epoch,
+        (id, epoch): (SandboxId, Epoch),
+        (cause, then_on): (StopCause, Option<NodeId>),
     ) -> Applied {
         let Some(known) = self.sandbox(id) else {
             return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
@@ -44,11 +44,17 @@ impl State {
         if let Some(why) = not_now {
             return Applied::untouched(Err(Refusal::Unfit(why.into())));
         }
+        if let Some(to) = then_on
+            && let Err(refusal) = self.could_go_on(known, to)
+        {
+            return Applied::untouched(Err(refusal));
+        }
         self.put_sandbox(Sandbox {
             desired: Desired::Paused,
             phase: Phase::Pausing,
             pause: index,
-            reason: String::new(),
+            bound_for: then_on,
+            reason: cause.in_words().to_owned(),
             updated_at: at,
             ..known.clone()
         });
@@ -60,7 +66,7 @@ impl State {
         at: Stamp,
         epoch: Epoch,
         id: SandboxId,
-        from: SnapshotId,
+        (from, to): (SnapshotId, Option<NodeId>),
         hints: &[LoadHint],
     ) -> Applied {
         let Some(known) = self.sandbox(id) else {
@@ -82,7 +88,8 @@ impl State {
         if let Some(why) = not_now {
             return Applied::untouched(Err(Refusal::Unfit(why.into())));
         }
-        let owner = match self.place_from(known.team, &known.spec, from, hints) {
+        let placed = self.place_from(known.team, &known.spec, (from, to), hints);
+        let owner = match placed {
             Ok(owner) => owner,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
@@ -95,7 +102,7 @@ impl State {
         &self,
         team: TeamId,
         spec: &SandboxSpec,
-        from: SnapshotId,
+        (from, to): (SnapshotId, Option<NodeId>),
         hints: &[LoadHint],
     ) -> Result<NodeId, Refusal> {
         let snapshot = self
@@ -114,7 +121,8 @@ impl State {
             };
             return Err(Refusal::NoRoom(Lack(why)));
         }
-        placement::place(self, team, spec, Some(snapshot), hints).map_err(Refusal::NoRoom)
+        let source = Source::Snapshot { snapshot, to };
+        placement::place(self, team, spec, source, hints).map_err(Refusal::NoRoom)
     }
 
     pub(super) fn hold_snapshot(&mut self, id: SnapshotId, node: NodeId, holds: bool) -> Applied {
@@ -142,6 +150,7 @@ impl State {
     pub(super) fn seal_sandbox(
         &mut self,
         at: Stamp,
+        epoch: Epoch,
         known: &Sandbox,
         sealed: Sealed,
     ) -> Option<Vec<RowKey>> {
@@ -154,16 +163,71 @@ impl State {
             return None;
         }
         self.put_snapshot(sealed_by_owner(at, known, sealed));
-        let mut touched = self.put_next(Sandbox {
+        let paused = Sandbox {
             phase: Phase::Paused,
             snapshot: Some(id),
             // All that its guest had from there is in what it was just sealed as.
             origin: None,
             updated_at: at,
+            bound_for: None,
             ..known.clone()
-        });
+        };
+        // Off its node first: its own reservation must not stand in its way.
+        let mut touched = self.put_next(paused.clone());
         touched.push(RowKey::Snapshot(id));
+        if let Some(to) = known.bound_for {
+            let moved = self.go_on((at, epoch), paused, to);
+            self.put_sandbox(moved);
+        }
         Some(touched)
+    }
+
+    /// A sandbox that was paused in order to move: resumed there, or else wherever it can be.
+    fn go_on(&self, (at, epoch): (Stamp, Epoch), paused: Sandbox, to: NodeId) -> Sandbox {
+        let Some(from) = paused.snapshot else {
+            return paused;
+        };
+        let place = |to| self.place_from(paused.team, &paused.spec, (from, to), &[]);
+        let there = place(Some(to));
+        let why = match there {
+            Ok(owner) => return resumed(at, epoch, owner, paused),
+            Err(refusal) => format!("it could not be moved: {refusal}"),
+        };
+        let next = match place(None) {
+            Ok(owner) => resumed(at, epoch, owner, paused),
+            Err(_) => paused,
+        };
+        Sandbox {
+            reason: why,
+            ..next
+        }
+    }
+
+    /// Whether a sandbox that runs could go on at `to`, as far as can be told before it is sealed: a
+    /// seal shows what its node shows guests.
+    fn could_go_on(&self, sandbox: &Sandbox, to: NodeId) -> Result<(), Refusal> {
+        let owner = self
+            .node(sandbox.owner)
+            .ok_or_else(|| Refusal::NoSuchNode(sandbox.owner.to_string()))?;
+        let made_from = sandbox.snapshots().find_map(|id| self.snapshot(id));
+        let template = self.template(&sandbox.spec.template).map(|it| it.digest);
+        let base = made_from.map(|it| it.sealed.needs.base).or(template);
+        let sealed = Sealed {
+            needs: Needs {
+                vmm: owner.vmm.clone(),
+                machine: owner.machine.clone(),
+                cpu: owner.cpu.clone(),
+                base: base.unwrap_or_default(),
+            },
+            ..Sealed::default()
+        };
+        let snapshot = sealed_by_owner(sandbox.updated_at, sandbox, sealed);
+        let source = Source::Snapshot {
+            snapshot: &snapshot,
+            to: Some(to),
+        };
+        let placed = placement::place(self, sandbox.team, &sandbox.spec, source, &[]);
+        placed.map(drop).map_err(Refusal::NoRoom)
     }
 
     /// Drops those of these records that nobody needs any more.

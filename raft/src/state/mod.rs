@@ -26,8 +26,8 @@ pub use keys::Key;
 pub use named::{Checkpoint, Named, Purpose};
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};
-pub use sandboxes::{Desired, GuestVersions, HostLoss, Phase, Sandbox, SandboxSpec};
-pub use snapshots::{Needs, Sealed, Snapshot, Warm};
+pub use sandboxes::{Desired, GuestVersions, HostLoss, IdleAction, Phase, Sandbox, SandboxSpec};
+pub use snapshots::{Needs, SealTimes, Sealed, Snapshot, Warm};
 pub use templates::Template;
 pub use tokens::Token;
 
