@@ -71,7 +71,7 @@ pub(super) async fn create(
         Duration::ZERO
     };
     let deadline = Instant::now() + patience;
-    let spec = request.into_spec(&api.view.state())?;
+    let spec = request.into_spec(&api.view.state(), caller.team)?;
     let id = SandboxId(rand::random());
     let team = caller.team;
     let command = Command::CreateSandbox {

@@ -44,4 +44,6 @@ pub struct LocalFacts {
     pub disk_used_bytes: Option<u64>,
     /// How long each stage of its start took, where this daemon started it.
     pub start_stages: Vec<(String, Duration)>,
+    /// What its guest came from, in the word that clients know, where this daemon started it.
+    pub start: Option<String>,
 }

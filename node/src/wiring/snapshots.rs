@@ -145,7 +145,9 @@ impl StoreStreams {
             return false;
         };
         let node = state.node_by_key(peer);
-        node.is_some_and(|node| node.team.is_none_or(|only| only == snapshot.team))
+        // What is kept warm is made for members alone.
+        let is_its = |only| only == snapshot.team && snapshot.warm.is_none();
+        node.is_some_and(|node| node.team.is_none_or(is_its))
     }
 }
 
