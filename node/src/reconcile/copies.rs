@@ -226,7 +226,7 @@ mod tests {
     use proto::ids::{NodeKey, SandboxId, TeamId};
     use proto::units::Stamp;
     use raft::command::Proposal;
-    use raft::state::{Node, Sealed};
+    use raft::state::{Node, Sealed, Warm};
 
     use super::*;
 
@@ -304,6 +304,30 @@ mod tests {
         let missing = judge(raft::command::Verdict::Missing);
         state.apply(9, missing).answer.expect("it is known");
         assert_eq!(copiers(&state, &snapshot(1, &[1, 3])), [NodeId(2)]);
+    }
+
+    #[test]
+    fn what_is_kept_warm_lies_on_every_node_that_starts_from_it() {
+        let mut state = state();
+        for n in [1, 2] {
+            let known = state.node(NodeId(n)).cloned().expect("known");
+            let templates = [("minimal".into(), [0; 32])].into();
+            state = with_node(&state, Node { templates, ..known });
+        }
+        let warm = |retired| Snapshot {
+            warm: Some(Warm {
+                retired,
+                ..Warm::default()
+            }),
+            ..snapshot(1, &[1])
+        };
+        assert_eq!(copiers(&state, &warm(false)), [NodeId(2)]);
+        let both = Snapshot {
+            holders: [NodeId(1), NodeId(2)].into(),
+            ..warm(false)
+        };
+        assert!(copiers(&state, &both).is_empty(), "the third has no image");
+        assert_eq!(copiers(&state, &warm(true)).len(), 1);
     }
 
     #[test]
