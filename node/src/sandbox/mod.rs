@@ -9,6 +9,9 @@ pub mod adopt;
 mod driver;
 mod error;
 mod fork;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+pub mod paging;
 mod phase;
 mod record;
 mod registry;

@@ -88,6 +88,7 @@ impl LocalGuests for Guests {
             disk_used_bytes: Some((3 << 20) + 1),
             start_stages: Vec::new(),
             start: None,
+            memory: None,
         })
     }
 

@@ -76,6 +76,7 @@ impl LocalGuests for Guests {
             disk_used_bytes: Some(3 << 20),
             start_stages: vec![("vmm".into(), Duration::from_millis(5))],
             start: None,
+            memory: None,
         })
     }
 
