@@ -11,6 +11,7 @@ mod concurrent;
 mod drain;
 mod fencing;
 mod flow;
+mod forks;
 mod moving;
 mod pausing;
 mod rolling;

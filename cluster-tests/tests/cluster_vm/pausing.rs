@@ -54,14 +54,14 @@ fn i3_a_paused_capsule_goes_on_elsewhere_with_memory_and_disk_after_its_host_die
 }
 
 /// What a guest has that must outlive its pauses.
-struct Contents {
+pub(crate) struct Contents {
     hashes: String,
     counter: u32,
     count: u32,
 }
 
 impl Contents {
-    fn make(world: &World, id: &str) -> Self {
+    pub(crate) fn make(world: &World, id: &str) -> Self {
         world.output(
             id,
             &format!(
@@ -88,7 +88,7 @@ impl Contents {
     }
 
     /// The files are the same, the process is, and it goes on from where it was.
-    fn are_there(&self, world: &World, id: &str) {
+    pub(crate) fn are_there(&self, world: &World, id: &str) {
         assert_eq!(hashes(world, id), self.hashes);
         let (counter, count) = counted(world, id).expect("its count is shown");
         assert_eq!(counter, self.counter, "it is another process");
