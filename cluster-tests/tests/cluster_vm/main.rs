@@ -13,6 +13,7 @@ mod drain;
 mod durability;
 mod fencing;
 mod flow;
+mod moving;
 mod pausing;
 mod rolling;
 mod witness;

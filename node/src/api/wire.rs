@@ -11,7 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::guest::{FileEntry, FileKind};
-use crate::relay::LocalFacts;
+use crate::relay::{LocalFacts, MemoryFacts};
 
 /// Labels that the server sets and clients may not.
 pub(super) const RESERVED_KEYS: [&str; 4] = [
@@ -89,6 +89,42 @@ pub(super) struct Capsule {
     /// How long each stage of its start took, in milliseconds.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) start_ms: BTreeMap<String, f64>,
+    /// Of one that was resumed, how its memory has come so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<MemoryShape>,
+}
+
+/// How the memory of a resumed capsule has come so far.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct MemoryShape {
+    /// Bytes of it that its host holds.
+    resident_bytes: u64,
+    /// Bytes that came from the host's own store.
+    local_bytes: u64,
+    /// Bytes that came from other nodes.
+    peer_bytes: u64,
+    /// Page faults that were served.
+    faults: u64,
+    /// Of them, for what was not on the host.
+    peer_faults: u64,
+    /// Half of the faults took so many microseconds at most.
+    fault_p50_us: f64,
+    /// 99 of 100 took so many microseconds at most.
+    fault_p99_us: f64,
+}
+
+impl From<MemoryFacts> for MemoryShape {
+    fn from(facts: MemoryFacts) -> Self {
+        Self {
+            resident_bytes: facts.resident_bytes,
+            local_bytes: facts.local_bytes,
+            peer_bytes: facts.peer_bytes,
+            faults: facts.faults,
+            peer_faults: facts.peer_faults,
+            fault_p50_us: facts.fault_p50.as_secs_f64() * 1e6,
+            fault_p99_us: facts.fault_p99.as_secs_f64() * 1e6,
+        }
+    }
 }
 
 impl Capsule {
@@ -133,6 +169,7 @@ impl Capsule {
             snapshot: rest.map(|it| Rest::of(state, it)),
             reason: sandbox.reason.clone(),
             start_ms: BTreeMap::new(),
+            memory: None,
         }
     }
 
@@ -144,6 +181,7 @@ impl Capsule {
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
             start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
+            memory: facts.memory.map(Into::into),
             ..Self::of(state, sandbox, facts.last_active)
         }
     }

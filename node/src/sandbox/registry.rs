@@ -26,7 +26,9 @@ use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
+use crate::shim::client;
 use crate::shim::lease::{self, LeaseReader, LeaseTimes};
+use crate::shim::saved::PagingStatus;
 use crate::store::SandboxPaths;
 
 /// What this node sees of one of its sandboxes.
@@ -407,6 +409,13 @@ impl Registry {
         let timings = table.entries.values();
         let timings = timings.filter_map(|entry| entry.shared.told().timings);
         p95(timings.map(|timings| timings.total()).collect())
+    }
+
+    /// How the memory of a sandbox comes, if it comes as it is touched.
+    pub async fn paging(&self, id: SandboxId) -> Option<PagingStatus> {
+        let shared = self.shared(id)?;
+        let shim = client::connect(shared.paths.dir()).await.ok()?;
+        shim.known_status().paging.clone()
     }
 
     /// Bytes that a sandbox's disk occupies.

@@ -9,7 +9,9 @@
 //! ```
 //!
 //! Memory and disk are read while the guest stands still: of the memory the pages that the shim lists,
-//! which today are all that exist, and the whole disk file. What is written is whatever chunk is new.
+//! which are those that were written since the guest was resumed, or all that exist of one that was
+//! booted, and the whole disk file. What is written is whatever chunk is new. The memory of a guest
+//! that is brought back comes while it runs ([`super::paging`]).
 
 use std::fs::File;
 use std::io;
@@ -27,6 +29,7 @@ use tracing::{info, warn};
 
 use super::driver::{Driver, start_failed};
 use super::error::AcquireError;
+use super::paging;
 use super::phase::Event;
 use super::record::ReadyFacts;
 use super::resources::{Held, blocking};
@@ -36,6 +39,7 @@ use crate::base::clock::{Clock as _, SystemClock};
 use crate::base::fault;
 use crate::guest::{Generation, Guest, GuestError, Quiesce, QuiesceError, Restore};
 use crate::net::slot::{GATEWAY_ADDR, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX};
+use crate::pager::page_map::PageMapError;
 use crate::pager::region::Region;
 use crate::shim::dirty::{Basis, DirtyList, DirtyListError};
 use crate::shim::error::{CallShimError, ReadFileError};
@@ -64,7 +68,8 @@ const UNDO_AFTER: Duration = Duration::from_secs(180);
 const STATE_MOST: u64 = 64 << 20;
 /// A full overlay is larger than its disk by less than one part in so many.
 const OVERLAY_SHARE: u64 = 1024;
-/// The saved device state and memory, in the sandbox's directory, from which it is started.
+/// The saved device state, and memory where no pager serves, in the sandbox's directory, from which it
+/// is started.
 const STATE: &str = "resume-state";
 const MEMORY: &str = "resume-memory";
 /// Longest a guest that goes on may take to say so.
@@ -132,6 +137,9 @@ pub enum SnapshotError {
     /// Its disk could not be put on the image below it.
     #[error("put the sandbox's disk on its image")]
     Rebase(#[from] RebaseError),
+    /// Its memory cannot be described to a pager.
+    #[error("describe the sandbox's memory")]
+    Pages(#[from] PageMapError),
     /// What was just made of it cannot be read.
     #[error("read the device state")]
     Hash {
@@ -309,6 +317,7 @@ impl Driver {
             held.record.parent = Some(from.to_string());
             held.save().await?;
             fault::point("resume.files");
+            held.admit_pager(&self.host, spec.id, from);
             timings.disk = mark.elapsed();
             let mark = Instant::now();
             let restore = Some(returning.restore.clone());
@@ -362,6 +371,7 @@ impl Driver {
         let restored = guest.restore(&restore, deadline).await?;
         info!(?restored, "the guest is itself again");
         fault::point("resume.restored");
+        held.mark_ready().await;
         self.drop_files(held).await;
         timings.guest = began.elapsed();
         let answered = Instant::now();
@@ -375,12 +385,19 @@ impl Driver {
 }
 
 impl Driver {
-    /// Removes what a guest was started from, once it runs without: its memory is large.
+    /// Removes what a guest was started from, once it runs without. The map of its pages stays: a
+    /// pager that takes over reads it.
     async fn drop_files(&self, held: &Held) {
         let dir = held.paths.dir().to_owned();
         let removed = blocking(move || {
             let files = [STATE, MEMORY].map(|name| dir.join(name));
-            files.iter().try_for_each(std::fs::remove_file)
+            files
+                .iter()
+                .try_for_each(|file| match std::fs::remove_file(file) {
+                    // Memory is there only where no pager can serve.
+                    Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err),
+                    _ => Ok(()),
+                })
         });
         if let Ok(Err(err)) = removed.await {
             warn!(%err, "what the guest was started from stays until its end");
@@ -425,9 +442,21 @@ impl Returning {
         }
         image(manifest.disk, "disk", &paths.overlay())?;
         rebase(&paths.overlay(), &base, spec.disk)?;
-        let (state, memory) = (paths.dir().join(STATE), paths.dir().join(MEMORY));
+        let state = paths.dir().join(STATE);
         image(manifest.device_state, "device state", &state)?;
-        image(manifest.memory, "memory", &memory)?;
+        let memory = match &host.paging {
+            Some(_) => {
+                paging::describe(store, manifest, paths.dir())?;
+                MemoryImage::Paged {
+                    daemon: host.data.pager_socket(),
+                }
+            }
+            None => {
+                let memory = paths.dir().join(MEMORY);
+                image(manifest.memory, "memory", &memory)?;
+                MemoryImage::Flat(memory)
+            }
+        };
         let hashed = |source| SnapshotError::Hash { source };
         let digest = blake3::hash(&std::fs::read(&state).map_err(hashed)?);
         let machine = &manifest.machine;
@@ -442,7 +471,7 @@ impl Returning {
                     machine: machine.machine_type.clone(),
                     cpu: machine.cpu_model.clone(),
                 },
-                memory: MemoryImage::Flat(memory),
+                memory,
             },
             base: manifest.base,
             token: manifest.guest.token.clone(),

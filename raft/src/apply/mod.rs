@@ -28,6 +28,10 @@ use self::sandboxes::NewSandbox;
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal};
 use crate::state::{Key, RowKey, State, Template};
 
+/// The earliest instant there is. A row that says zero says "never", so a proposer whose clock
+/// stands at the beginning of time would leave a state that its own rows do not describe.
+const FIRST: Stamp = Stamp(1);
+
 /// What one command did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
@@ -56,7 +60,7 @@ impl Applied {
 impl State {
     /// Applies the command at log position `index`.
     pub fn apply(&mut self, index: u64, proposal: Proposal) -> Applied {
-        let at = proposal.at;
+        let at = proposal.at.max(FIRST);
         match proposal.command {
             Command::FoundCluster { id, settings } => self.found_cluster(at, id, settings),
             Command::RecoverCluster { id, last, lost } => self.recover_cluster(at, id, last, &lost),
