@@ -72,9 +72,9 @@ impl Store {
         let (signed, images) = blocking(move || {
             let signed = store.snapshot(&digest)?;
             let images = signed.manifest().images();
-            let images = images.map(|image| store.image(&image.digest));
-            let [memory, disk, state] = images;
-            let images = [memory?.encode(), disk?.encode(), state?.encode()];
+            let encoded = images.iter().map(|image| store.image(&image.digest));
+            let encoded = encoded.map(|image| image.map(|image| image.encode()));
+            let images = encoded.collect::<Result<Vec<_>, ReadManifestError>>()?;
             Ok::<_, ReadManifestError>((signed.encode(), images))
         })
         .await??;
