@@ -11,5 +11,6 @@ pub mod client;
 pub mod cluster;
 pub mod history;
 pub mod leaks;
+pub mod outside;
 pub mod sim;
 pub mod world;

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use proto::ids::NodeId;
 use proto::units::Stamp;
-use raft::state::{GuestVersions, HostLoss, Phase, Sandbox, State, Template};
+use raft::state::{GuestVersions, HostLoss, IdleAction, Phase, Sandbox, Snapshot, State, Template};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::guest::{FileEntry, FileKind};
-use crate::relay::LocalFacts;
+use crate::relay::{LocalFacts, MemoryFacts};
 
 /// Labels that the server sets and clients may not.
 pub(super) const RESERVED_KEYS: [&str; 4] = [
@@ -46,9 +47,9 @@ pub(super) struct Capsule {
     pub(super) vcpus: u32,
     /// Memory in MiB.
     pub(super) memory_mb: u32,
-    /// Seconds without activity after which it ends; 0 means never.
+    /// Seconds without activity after which it is paused, or ends; 0 means never.
     pub(super) timeout_sec: u64,
-    /// What happens then.
+    /// What happens then: `pause` or `destroy`.
     #[schema(value_type = String)]
     pub(super) timeout_action: &'static str,
     /// Size of its root disk in MiB.
@@ -79,12 +80,51 @@ pub(super) struct Capsule {
     /// is said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) replicas: Option<usize>,
+    /// What it was last paused as; of a capsule that never was, nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) snapshot: Option<Rest>,
     /// Why it ended or broke.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) reason: String,
     /// How long each stage of its start took, in milliseconds.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) start_ms: BTreeMap<String, f64>,
+    /// Of one that was resumed, how its memory has come so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<MemoryShape>,
+}
+
+/// How the memory of a resumed capsule has come so far.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct MemoryShape {
+    /// Bytes of it that its host holds.
+    resident_bytes: u64,
+    /// Bytes that came from the host's own store.
+    local_bytes: u64,
+    /// Bytes that came from other nodes.
+    peer_bytes: u64,
+    /// Page faults that were served.
+    faults: u64,
+    /// Of them, for what was not on the host.
+    peer_faults: u64,
+    /// Half of the faults took so many microseconds at most.
+    fault_p50_us: f64,
+    /// 99 of 100 took so many microseconds at most.
+    fault_p99_us: f64,
+}
+
+impl From<MemoryFacts> for MemoryShape {
+    fn from(facts: MemoryFacts) -> Self {
+        Self {
+            resident_bytes: facts.resident_bytes,
+            local_bytes: facts.local_bytes,
+            peer_bytes: facts.peer_bytes,
+            faults: facts.faults,
+            peer_faults: facts.peer_faults,
+            fault_p50_us: facts.fault_p50.as_secs_f64() * 1e6,
+            fault_p99_us: facts.fault_p99.as_secs_f64() * 1e6,
+        }
+    }
 }
 
 impl Capsule {
@@ -94,6 +134,7 @@ impl Capsule {
         let owner = state.node(sandbox.owner);
         let active = active.or(sandbox.started_at);
         let live = sandbox.phase.holds_resources();
+        let rest = sandbox.snapshot.and_then(|id| state.snapshot(id));
         let missing_since = owner
             .filter(|_| live)
             .and_then(|owner| owner.liveness.since());
@@ -111,8 +152,10 @@ impl Capsule {
             vcpus: spec.vcpus,
             memory_mb: spec.memory.0,
             timeout_sec: spec.idle_timeout.unwrap_or_default().as_secs(),
-            // A capsule past its timeout is gone for good, and says so.
-            timeout_action: "destroy",
+            timeout_action: match spec.on_idle {
+                IdleAction::Pause => "pause",
+                IdleAction::Destroy => "destroy",
+            },
             disk_size_mb: spec.disk.0,
             disk_used_mb: None,
             created_at: timestamp(sandbox.created_at),
@@ -122,9 +165,11 @@ impl Capsule {
             metadata,
             node: owner.map_or_else(|| sandbox.owner.to_string(), |node| node.name.clone()),
             node_id: sandbox.owner.to_string(),
-            replicas: replicas(state, sandbox),
+            replicas: rest.map(|it| it.holders.len()),
+            snapshot: rest.map(|it| Rest::of(state, it)),
             reason: sandbox.reason.clone(),
             start_ms: BTreeMap::new(),
+            memory: None,
         }
     }
 
@@ -136,6 +181,7 @@ impl Capsule {
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
             start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
+            memory: facts.memory.map(Into::into),
             ..Self::of(state, sandbox, facts.last_active)
         }
     }
@@ -155,10 +201,47 @@ pub(super) const fn status(phase: Phase) -> &'static str {
     }
 }
 
-/// On how many nodes all of what a sandbox goes back to lies.
-fn replicas(state: &State, sandbox: &Sandbox) -> Option<usize> {
-    let snapshot = state.snapshot(sandbox.snapshot?)?;
-    Some(snapshot.holders.len())
+/// What a capsule was paused as.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct Rest {
+    /// Its id.
+    id: String,
+    /// When it was sealed.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    sealed_at: Option<Timestamp>,
+    /// Bytes of guest memory in it, holes left out.
+    memory_bytes: u64,
+    /// Bytes of the disk's changes in it, holes left out.
+    disk_bytes: u64,
+    /// Bytes that the pause had to store anew.
+    new_bytes: u64,
+    /// How long the pause took, in milliseconds: `quiesce` until the guest stood still, `save` its
+    /// devices, `store` all of it durably.
+    pause_ms: BTreeMap<&'static str, u32>,
+    /// Names of the nodes that hold all of it.
+    holders: Vec<String>,
+}
+
+impl Rest {
+    fn of(state: &State, snapshot: &Snapshot) -> Self {
+        let sealed = &snapshot.sealed;
+        let took = sealed.took;
+        let name = |id: &NodeId| state.node(*id).map_or(id.to_string(), |it| it.name.clone());
+        let steps = [
+            ("quiesce", took.quiesce_ms),
+            ("save", took.save_ms),
+            ("store", took.store_ms),
+        ];
+        Self {
+            id: sealed.id.to_string(),
+            sealed_at: timestamp(snapshot.sealed_at),
+            memory_bytes: sealed.memory_bytes,
+            disk_bytes: sealed.disk_bytes,
+            new_bytes: sealed.new_bytes,
+            pause_ms: steps.into_iter().collect(),
+            holders: snapshot.holders.iter().map(name).collect(),
+        }
+    }
 }
 
 /// An instant with its offset; `None` for one past the year 9999, which only a bad clock makes.

@@ -8,6 +8,8 @@
 pub mod adopt;
 mod driver;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod paging;
 mod phase;
 mod record;

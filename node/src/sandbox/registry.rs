@@ -26,7 +26,9 @@ use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
+use crate::shim::client;
 use crate::shim::lease::{self, LeaseReader, LeaseTimes};
+use crate::shim::saved::PagingStatus;
 use crate::store::SandboxPaths;
 
 /// What this node sees of one of its sandboxes.
@@ -112,7 +114,7 @@ struct Told {
     versions: GuestVersions,
     timings: Option<StartTimings>,
     last_used: Instant,
-    /// Whether a stop for idleness is under way, so that nobody may begin to use the guest.
+    /// Whether a pause or a stop for idleness is under way, so that nobody may begin to use the guest.
     withheld: bool,
     /// Whether the guest is frozen, and until its clock is right again after that.
     frozen: bool,
@@ -156,6 +158,7 @@ impl Shared {
         // While it was frozen nobody could use it.
         if matches!(phase, Phase::Ready) {
             told.last_used = Instant::now();
+            told.withheld = false;
         }
         told.phase = phase;
         drop(told);
@@ -364,15 +367,15 @@ impl Registry {
         }
     }
 
-    /// Before a stop for idleness: withholds the guest, so that nobody begins to use what is about
-    /// to end. `false` where somebody has used it within `timeout`.
+    /// Before a pause or a stop for idleness: withholds the guest, so that nobody begins to use what
+    /// is about to go. `false` where somebody has used it within `timeout`.
     #[must_use]
     pub fn withhold_idle(&self, id: SandboxId, timeout: Duration) -> bool {
         self.shared(id)
             .is_some_and(|shared| shared.withhold_idle(timeout))
     }
 
-    /// After a stop for idleness that did not come about.
+    /// After a pause or a stop for idleness that did not come about.
     pub fn give_out_again(&self, id: SandboxId) {
         if let Some(shared) = self.shared(id) {
             shared.told().withheld = false;
@@ -406,6 +409,13 @@ impl Registry {
         let timings = table.entries.values();
         let timings = timings.filter_map(|entry| entry.shared.told().timings);
         p95(timings.map(|timings| timings.total()).collect())
+    }
+
+    /// How the memory of a sandbox comes, if it comes as it is touched.
+    pub async fn paging(&self, id: SandboxId) -> Option<PagingStatus> {
+        let shared = self.shared(id)?;
+        let shim = client::connect(shared.paths.dir()).await.ok()?;
+        shim.known_status().paging.clone()
     }
 
     /// Bytes that a sandbox's disk occupies.

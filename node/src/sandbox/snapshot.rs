@@ -22,7 +22,7 @@ use std::time::Duration;
 use proto::epoch::Epoch;
 use proto::ids::{SandboxId, SnapshotId};
 use proto::units::{MIB_BYTES, Mib};
-use raft::state::{Needs, Sealed};
+use raft::state::{Needs, SealTimes, Sealed};
 use tokio::task;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -169,6 +169,8 @@ struct Job {
     saved: Saved,
     facts: Facts,
     pause: u64,
+    /// Of the steps that came before.
+    took: SealTimes,
 }
 
 /// What is known of it beside its bytes.
@@ -217,10 +219,17 @@ impl Driver {
             reclaim: false,
             undo_after: UNDO_AFTER,
         };
+        let mark = Instant::now();
         let quiesced = guest
             .quiesce(&quiesce, Instant::now() + QUIESCE_TIMEOUT)
             .await?;
+        let quiesce = mark.elapsed();
         let saved = shim.save(SAVE_TIMEOUT).await?;
+        let took = SealTimes {
+            quiesce_ms: millis(quiesce),
+            save_ms: millis(mark.elapsed().saturating_sub(quiesce)),
+            store_ms: 0,
+        };
         info!(?quiesced, stood_still = ?saved.state_took, "stands still");
         let job = Job {
             store: self.host.keeping.store.clone(),
@@ -229,6 +238,7 @@ impl Driver {
             saved,
             facts,
             pause,
+            took,
         };
         let sealed = task::spawn_blocking(move || job.run()).await;
         sealed.map_err(SealGuestError::Cut)?
@@ -491,6 +501,7 @@ impl Held {
 impl Job {
     /// Reads everything into the store. Blocks.
     fn run(self) -> Result<(Sealed, Kept), SealGuestError> {
+        let mark = Instant::now();
         let opened = |what| move |source| SealGuestError::Open { what, source };
         let seal = self.store.begin();
         let memory = self.saved.memory.open().map_err(opened("memory"))?;
@@ -534,6 +545,10 @@ impl Job {
                 base: signed.manifest().base.0,
             },
             pause: self.pause,
+            took: SealTimes {
+                store_ms: millis(mark.elapsed()),
+                ..self.took
+            },
         };
         Ok((sealed, kept))
     }
@@ -612,6 +627,10 @@ fn check_sizes(manifest: &SnapshotManifest, spec: &StartSpec) -> Result<(), Snap
         }
     }
     Ok(())
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
 
 /// How much of an image is no hole.

@@ -26,12 +26,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use tokio::sync::watch;
 
 use super::chunk::ChunkId;
 use super::codec::{Decoder, Encoder, Encoding};
 use super::durable;
 use super::error::{OpenStoreError, ReadChunkError, ReadManifestError, SealError};
 use super::extent::Content;
+use super::fetch::progress::Transfers;
 use super::index::{Doubt, Index, Place};
 use super::manifest::{ImageDigest, Manifest};
 use super::manifests::Manifests;
@@ -86,6 +88,9 @@ pub(super) struct Core {
     pub(super) encoders: Pool<Encoder>,
     decoders: Pool<Decoder>,
     pub(super) helper: Helper,
+    pub(super) transfers: Transfers,
+    /// How many chunks turned out damaged since the store was opened.
+    damage: watch::Sender<u64>,
     /// One collection or check at a time.
     pub(super) collecting: Mutex<()>,
     /// Dropped, and with it released, last.
@@ -127,6 +132,8 @@ impl Store {
             encoders: Pool::new(Encoder::new),
             decoders: Pool::new(Decoder::new),
             helper: Helper::default(),
+            transfers: Transfers::default(),
+            damage: watch::Sender::default(),
             collecting: Mutex::default(),
             _lock: lock,
         };
@@ -204,6 +211,13 @@ impl Store {
         self.core.manifests.list()
     }
 
+    /// How many chunks turned out damaged since the store was opened. They are missing from then on,
+    /// so whoever says that all of something is here looks again when this changes.
+    #[must_use]
+    pub fn damage(&self) -> watch::Receiver<u64> {
+        self.core.damage.subscribe()
+    }
+
     /// Keeps these, and all they need, from every collection that begins while the answer lives.
     /// What is not here is kept from the moment it arrives.
     pub fn keep(&self, pins: impl IntoIterator<Item = Pin>) -> Kept {
@@ -248,6 +262,22 @@ impl Core {
         })
     }
 
+    /// What is stored of a chunk, checked against its checksum: who gets it checks the name.
+    pub(super) fn stored(&self, id: &ChunkId) -> Result<(Place, Vec<u8>), ReadChunkError> {
+        let chunk = *id;
+        let (pack, place) = self.find(id).ok_or(ReadChunkError::Missing { chunk })?;
+        let disk = |source| ReadChunkError::Disk { chunk, source };
+        let head = pack.head(place.offset).map_err(disk)?;
+        let stored = pack
+            .stored(place.offset, place.stored_bytes)
+            .map_err(disk)?;
+        if head.is_some_and(|head| head.id == chunk && head.fits(&stored)) {
+            return Ok((place, stored));
+        }
+        self.condemn(id, &pack, &place);
+        Err(ReadChunkError::Corrupt { chunk })
+    }
+
     /// The chunk, if what is stored of it is sound. Fails only where there is no memory to look.
     pub(super) fn decode(
         &self,
@@ -255,8 +285,19 @@ impl Core {
         place: &Place,
         stored: &[u8],
     ) -> io::Result<Option<Vec<u8>>> {
+        self.unpack(*id, place.encoding, stored, place.chunk_bytes)
+    }
+
+    /// The same for bytes from anywhere.
+    pub(super) fn unpack(
+        &self,
+        id: ChunkId,
+        encoding: Encoding,
+        stored: &[u8],
+        chunk_bytes: u32,
+    ) -> io::Result<Option<Vec<u8>>> {
         self.decoders.with(|decoder| {
-            let decoded = decoder.decode(*id, place.encoding, stored, place.chunk_bytes);
+            let decoded = decoder.decode(id, encoding, stored, chunk_bytes);
             decoded.ok()
         })
     }
@@ -291,6 +332,7 @@ impl Core {
                 self.with_index(|index| index.remove(id));
             }
         });
+        self.damage.send_modify(|count| *count += 1);
         let made_void = pack.head(place.offset).and_then(|head| match head {
             Some(head) if head.id == *id => pack.make_void(place.offset, head),
             // The head itself is damaged: no walk finds it.

@@ -10,6 +10,7 @@
 //! chunker, image     windows of an image      seal     chunks, then manifests, durable
 //! codec > record > pack > packs               index    where a chunk lies, from the packs
 //! manifests, snapshot                         pin, collect, scrub, stats; assemble: back to a file
+//! exchange > fetch, serve                     between two nodes' stores
 //! ```
 //!
 //! Everything here is plain blocking file work. Callers on a runtime wrap it in
@@ -25,8 +26,11 @@ pub mod disk;
 pub mod durable;
 mod engine;
 pub mod error;
+mod exchange;
 pub mod extent;
 pub mod fetch;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod image;
 mod index;
 pub mod manifest;
@@ -54,6 +58,8 @@ pub use error::{
     ReadManifestError, SealError,
 };
 pub use extent::{Content, Extent};
+pub use fetch::progress::Progress;
+pub use fetch::{BringError, FetchError, Incoming};
 pub use image::SealedImage;
 pub use manifest::{ImageDigest, Manifest};
 pub use packs::Limits;

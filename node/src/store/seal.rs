@@ -21,6 +21,7 @@ use super::chunk::{CHUNK_BYTES, ChunkId, is_zero};
 use super::codec::Encoding;
 use super::engine::{Core, Kept, Store};
 use super::error::SealError;
+use super::exchange::Carried;
 use super::extent::Content;
 use super::manifest::{ImageDigest, Manifest};
 use super::packs::Purpose;
@@ -99,6 +100,26 @@ impl Seal {
         self.put_chunk(id, bytes)
     }
 
+    /// Stores the chunk `id` as another store has it. What is stored is unpacked and checked against
+    /// the name, and written as it came.
+    ///
+    /// # Errors
+    /// As [`Self::put_named`].
+    pub(super) fn put_carried(&self, id: ChunkId, carried: &Carried) -> Result<(), SealError> {
+        let not_it = || SealError::NotTheChunk { chunk: id };
+        let (encoding, stored) = (carried.encoding, carried.stored.as_slice());
+        let chunk_bytes = carried.chunk_bytes;
+        let unpacked = self.core.unpack(id, encoding, stored, chunk_bytes);
+        let unpacked = unpacked.map_err(|source| SealError::Read { source })?;
+        let bytes = unpacked.ok_or_else(not_it)?;
+        // Who compresses worse than nothing is made up for.
+        let head = Head::new(id, bytes.len(), encoding, stored);
+        match head {
+            Some(head) => self.put_draft(id, || Ok(Draft::new(head, stored))),
+            None => self.put_chunk(id, &bytes),
+        }
+    }
+
     /// Takes the manifest of an image into the seal, and holds its chunks, here or not.
     pub fn put_image(&self, manifest: &Manifest) -> ImageDigest {
         let chunks = manifest.extents().iter();
@@ -159,13 +180,21 @@ impl Seal {
         if bytes.is_empty() || bytes.len() > CHUNK_BYTES {
             return Err(SealError::NotTheChunk { chunk: id });
         }
+        self.put_draft(id, || self.draft(id, bytes))
+    }
+
+    fn put_draft(
+        &self,
+        id: ChunkId,
+        draft: impl FnOnce() -> Result<Draft, SealError>,
+    ) -> Result<(), SealError> {
         // Held first, looked for second: see `Hold::chunks`.
         self.hold.chunks([&id]);
         if self.core.find(&id).is_some() {
             self.tally.reused_chunks.fetch_add(1, Ordering::Relaxed);
             return Ok(());
         }
-        let draft = self.draft(id, bytes)?;
+        let draft = draft()?;
         let length = u64::from(draft.len());
         self.core.append(draft, Purpose::Seal)?;
         self.tally.new_chunks.fetch_add(1, Ordering::Relaxed);

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
 use proto::units::Stamp;
 
 use crate::base::clock::{Clock as _, SystemClock};
 use crate::guest::Guest;
-use crate::relay::{LocalFacts, LocalGuests};
+use crate::relay::{LocalFacts, LocalGuests, MemoryFacts};
 use crate::sandbox::{Registry, StartTimings};
 
 /// The registry as the relay sees it.
@@ -40,6 +41,24 @@ impl LocalGuests for RegistryGuests {
             last_active: Some(self.last_active(id)?),
             disk_used_bytes: self.0.disk_used_bytes(id),
             start_stages: self.0.timings(id).map(stages).unwrap_or_default(),
+            memory: None,
+        })
+    }
+
+    fn memory(&self, id: SandboxId) -> BoxFuture<'_, Option<MemoryFacts>> {
+        Box::pin(async move {
+            let paging = self.0.paging(id).await?;
+            let told = paging.counters.unwrap_or_default();
+            Some(MemoryFacts {
+                resident_bytes: paging.resident_bytes,
+                local_bytes: told.local_bytes,
+                peer_bytes: told.peer_bytes,
+                faults: told.faults,
+                peer_faults: told.peer_faults,
+                fault_p50: Duration::from_nanos(told.p50_ns),
+                fault_p99: Duration::from_nanos(told.p99_ns),
+                takeovers: told.takeovers,
+            })
         })
     }
 

@@ -21,11 +21,15 @@ use crate::cluster::{Cluster, Mesh, View};
 use crate::reconcile::copies::Copies;
 use crate::sandbox::Keeping;
 use crate::store::fetch::{Holders, Wire};
-use crate::store::serve::asked_for;
+use crate::store::serve::{Asked, Wants};
 use crate::store::{DataPaths, Limits, SnapshotDigest, Store};
 
-/// Snapshots handed out at once; who comes later asks again.
-const STREAMS: usize = 16;
+/// Streams on which snapshots are handed out at once; who comes later asks again. Each takes three
+/// manifests and 1 MiB.
+const STREAMS: usize = 24;
+/// Streams on which guests' single chunks are handed out at once: most of them are silent, and each
+/// takes a chunk while it is not.
+const URGENT_STREAMS: usize = 512;
 /// Longest a peer may take to open a stream.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -55,6 +59,7 @@ pub(super) fn share(keeping: Keeping, cluster: &Cluster, tasks: &Tasks) {
         store: keeping.store.clone(),
         view: proposer.view(),
         streams: Semaphore::new(STREAMS),
+        urgent: Semaphore::new(URGENT_STREAMS),
     };
     let transport = mesh.transport();
     transport.register_streams(Service::STORE, Lane::Bulk, streams);
@@ -102,33 +107,47 @@ impl Holders for MeshHolders {
     }
 }
 
+/// Longest this node's copy of the state may lag behind that of a peer that asks, as for relayed
+/// calls.
+const LAG: Duration = Duration::from_secs(1);
+
 /// Hands out this node's snapshots.
 struct StoreStreams {
     store: Store,
     view: View,
     streams: Semaphore,
+    urgent: Semaphore,
 }
 
 impl StreamHandler for StoreStreams {
     async fn open(&self, inbound: Inbound) {
-        let Some(digest) = asked_for(&inbound.header) else {
+        let Some(asked) = Asked::read(&inbound.header) else {
             inbound
                 .refuse("this release does not understand the request")
                 .await;
             return;
         };
-        if !self.may_have(&inbound.peer, digest) {
+        let digest = asked.digest;
+        if !self.may_have(&inbound.peer, digest).await {
             inbound.refuse(format!("no snapshot {digest}")).await;
             return;
         }
-        // Each one takes three manifests and 4 MiB.
-        let Ok(_one) = self.streams.try_acquire() else {
+        let is_urgent = asked.wants == Wants::Urgent;
+        let streams = if is_urgent {
+            &self.urgent
+        } else {
+            &self.streams
+        };
+        let Ok(_one) = streams.try_acquire() else {
             return inbound.refuse_busy().await;
         };
         let peer = inbound.peer;
         let served = async {
             let mut stream = inbound.accept().await.map_err(io::Error::other)?;
-            self.store.serve(digest, &mut stream).await
+            if is_urgent {
+                stream.go_first();
+            }
+            self.store.serve(asked, &mut stream).await
         };
         if let Err(err) = served.await {
             // The fetcher knows, and says so where it matters.
@@ -138,14 +157,17 @@ impl StreamHandler for StoreStreams {
 }
 
 impl StoreStreams {
-    /// A host of one team sees that team's snapshots, and every other node all.
-    fn may_have(&self, peer: &NodeKey, digest: SnapshotDigest) -> bool {
-        let state = self.view.state();
-        let Some(snapshot) = by_digest(&state, digest) else {
+    /// A host of one team sees that team's snapshots, and every other node all. Who asks may have
+    /// applied the entry that names the snapshot before the node that sealed it has.
+    async fn may_have(&self, peer: &NodeKey, digest: SnapshotDigest) -> bool {
+        let deadline = Instant::now() + LAG;
+        let of_team = |state: &State| by_digest(state, digest).map(|it| it.team);
+        let Some(team) = self.view.wait_for(deadline, of_team).await else {
             return false;
         };
+        let state = self.view.state();
         let node = state.node_by_key(peer);
-        node.is_some_and(|node| node.team.is_none_or(|only| only == snapshot.team))
+        node.is_some_and(|node| node.team.is_none_or(|only| only == team))
     }
 }
 

@@ -87,6 +87,7 @@ impl LocalGuests for Guests {
             last_active: self.active.lock().unwrap().get(&id).copied(),
             disk_used_bytes: Some((3 << 20) + 1),
             start_stages: Vec::new(),
+            memory: None,
         })
     }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test program uses some of it
 
+pub(crate) mod peers;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;

@@ -28,6 +28,10 @@ use self::sandboxes::NewSandbox;
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal};
 use crate::state::{Key, RowKey, State, Template};
 
+/// The earliest instant there is. A row that says zero says "never", so a proposer whose clock
+/// stands at the beginning of time would leave a state that its own rows do not describe.
+const FIRST: Stamp = Stamp(1);
+
 /// What one command did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
@@ -56,7 +60,7 @@ impl Applied {
 impl State {
     /// Applies the command at log position `index`.
     pub fn apply(&mut self, index: u64, proposal: Proposal) -> Applied {
-        let at = proposal.at;
+        let at = proposal.at.max(FIRST);
         match proposal.command {
             Command::FoundCluster { id, settings } => self.found_cluster(at, id, settings),
             Command::RecoverCluster { id, last, lost } => self.recover_cluster(at, id, last, &lost),
@@ -100,13 +104,19 @@ impl State {
                 epoch,
                 node,
                 report,
-            } => self.report_sandbox(at, id, epoch, node, report),
-            Command::PauseSandbox { id, epoch } => self.pause_sandbox(at, index, id, epoch),
+            } => self.report_sandbox((at, index), id, epoch, node, report),
+            Command::PauseSandbox {
+                id,
+                epoch,
+                cause,
+                then_on,
+            } => self.pause_sandbox(at, index, (id, epoch), (cause, then_on)),
             Command::ResumeSandbox {
                 id,
                 snapshot,
+                to,
                 hints,
-            } => self.resume_sandbox(at, Epoch(index), id, snapshot, &hints),
+            } => self.resume_sandbox(at, Epoch(index), id, (snapshot, to), &hints),
             Command::HoldSnapshot { id, node, holds } => self.hold_snapshot(id, node, holds),
             Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
         }

@@ -14,6 +14,9 @@ use crate::bulk::pace::{Paced, Pacer};
 use crate::close::CloseCode;
 use crate::rpc::stream::Stream;
 
+/// Priority of a stream that goes first; all others have 0.
+const FIRST: i32 = 1;
+
 /// A byte stream to a peer.
 ///
 /// Shutting it down says FIN: what was written is delivered even if the stream is dropped then.
@@ -54,6 +57,13 @@ impl BiStream {
     /// Gives the stream up and tells the peer why.
     pub fn abort(mut self, code: CloseCode) {
         self.on_drop = code;
+    }
+
+    /// What is written goes out before that of other streams to the same peer on this lane, for a
+    /// stream that carries little and that somebody waits for.
+    pub fn go_first(&mut self) {
+        // It fails only on a direction that has ended.
+        let _ended = self.stream.send.set_priority(FIRST);
     }
 
     /// The outcome of a write, or the stream's end where the peer has taken nothing for too long.

@@ -1,0 +1,341 @@
+//! Single chunks that a guest stands still for.
+//!
+//! Each question has a stream of its own while it is under way, and streams are kept open for the
+//! next one: a question costs one round trip. Who answers quickest is asked first. If it takes much
+//! longer than it did before, another holder is asked as well, and the first answer wins. Whoever
+//! asks for a chunk that is asked for already waits along.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::future::{BoxFuture, FutureExt as _, Shared};
+use futures::stream::{FuturesUnordered, StreamExt as _};
+use proto::ids::NodeId;
+use tokio::sync::Semaphore;
+use tokio::time::{self, Instant};
+use tracing::debug;
+
+use super::run::GONE_AFTER;
+use super::{Failed, Holders, Wire, blocking, patiently};
+use crate::base::chain::chain;
+use crate::base::remedy::Remedy;
+use crate::store::chunk::ChunkId;
+use crate::store::engine::{Location, Store};
+use crate::store::error::SealError;
+use crate::store::exchange::{Answer, Asked, Wants, read_answer, write_names};
+use crate::store::snapshot::SnapshotDigest;
+
+/// Longest one holder may take to answer. A guest waits: whoever is slower is asked again after.
+const LIMIT: Duration = Duration::from_secs(5);
+/// Questions under way at once; the pager has about as many faults to serve.
+const AT_ONCE: usize = 64;
+/// Streams that are kept open to each holder while nobody asks.
+const WARM: usize = 4;
+/// How many times its usual time a holder may take before another is asked as well.
+const LATE_FACTOR: u32 = 4;
+/// The least and the most that is: below, a busy machine looks like a slow one.
+const LATE_AT_LEAST: Duration = Duration::from_millis(20);
+const LATE_AT_MOST: Duration = Duration::from_secs(1);
+/// How long a holder that failed is asked after all others.
+const FAILED_FOR: Duration = Duration::from_secs(5);
+
+/// Why a chunk could not be brought.
+#[non_exhaustive]
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BringError {
+    /// Nobody who has it could be asked just now: ask again.
+    #[error("chunk {chunk} cannot be had now: {tried}")]
+    NotNow {
+        /// Which.
+        chunk: ChunkId,
+        /// What came of each holder.
+        tried: String,
+    },
+    /// For a minute every node that is said to have it has answered that it does not, or there was
+    /// none. It is lost.
+    #[error("no node is left that holds chunk {chunk}: {tried}")]
+    Gone {
+        /// Which.
+        chunk: ChunkId,
+        /// What came of each holder.
+        tried: String,
+    },
+    /// This node's store does not take it, for want of room mostly.
+    #[error("store chunk {chunk}")]
+    Store {
+        /// Which.
+        chunk: ChunkId,
+        /// What the store says.
+        source: Arc<SealError>,
+    },
+}
+
+impl BringError {
+    /// Who must act next.
+    #[must_use]
+    pub fn remedy(&self) -> Remedy {
+        match self {
+            Self::NotNow { .. } => Remedy::RetryLater,
+            Self::Gone { .. } => Remedy::NotThere,
+            Self::Store { source, .. } => source.remedy(),
+        }
+    }
+}
+
+type Question = Shared<BoxFuture<'static, Result<(), BringError>>>;
+
+/// Brings single chunks of one snapshot.
+#[derive(Debug)]
+pub(super) struct Urgent {
+    store: Store,
+    holders: Arc<dyn Holders>,
+    digest: SnapshotDigest,
+    questions: Mutex<HashMap<ChunkId, Question>>,
+    slots: Semaphore,
+    peers: Mutex<BTreeMap<NodeId, Peer>>,
+    /// Chunks that everybody there is lacks, and since when.
+    lacking: Mutex<HashMap<ChunkId, Instant>>,
+}
+
+/// What is known of a holder.
+#[derive(Default)]
+struct Peer {
+    warm: Vec<Box<dyn Wire>>,
+    /// How long it takes to answer, lately.
+    usual: Option<Duration>,
+    failed_at: Option<Instant>,
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peer")
+            .field("usual", &self.usual)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Urgent {
+    pub(super) fn new(store: Store, holders: Arc<dyn Holders>, digest: SnapshotDigest) -> Self {
+        Self {
+            store,
+            holders,
+            digest,
+            questions: Mutex::default(),
+            slots: Semaphore::new(AT_ONCE),
+            peers: Mutex::default(),
+            lacking: Mutex::default(),
+        }
+    }
+
+    pub(super) async fn bring(self: &Arc<Self>, chunk: ChunkId) -> Result<Location, BringError> {
+        let not_now = |tried: &str| BringError::NotNow {
+            chunk,
+            tried: tried.to_owned(),
+        };
+        if let Some(location) = self.locate(chunk).await {
+            return Ok(location);
+        }
+        let question = {
+            let mut questions = lock(&self.questions);
+            let ask = || Arc::clone(self).ask_once(chunk).boxed().shared();
+            questions.entry(chunk).or_insert_with(ask).clone()
+        };
+        question.await?;
+        let location = self.locate(chunk).await;
+        location.ok_or_else(|| not_now("it came and was lost again"))
+    }
+
+    async fn locate(&self, chunk: ChunkId) -> Option<Location> {
+        let store = self.store.clone();
+        let located = blocking(move || store.locate(&chunk)).await;
+        located.ok().flatten()
+    }
+
+    /// Asks, for everybody who waits for this chunk.
+    async fn ask_once(self: Arc<Self>, chunk: ChunkId) -> Result<(), BringError> {
+        let slot = self.slots.acquire().await;
+        let outcome = self.ask_holders(chunk).await;
+        drop(slot);
+        lock(&self.questions).remove(&chunk);
+        outcome
+    }
+
+    /// Asks one holder after the other, the next one early where one is late. The first who has it
+    /// wins.
+    async fn ask_holders(&self, chunk: ChunkId) -> Result<(), BringError> {
+        let listed = self.holders.holders(self.digest);
+        let mut left = self.in_order(&listed).into_iter();
+        let mut asked = FuturesUnordered::new();
+        let mut since = BTreeMap::new();
+        let mut next_at = Instant::now();
+        let mut tried = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                Some((node, outcome)) = asked.next(), if !asked.is_empty() => match outcome {
+                    Ok(()) => {
+                        since.remove(&node);
+                        self.note_outrun(&since);
+                        lock(&self.lacking).remove(&chunk);
+                        return Ok(());
+                    }
+                    Err(Failed::Store(source)) => {
+                        let source = Arc::new(source);
+                        return Err(BringError::Store { chunk, source });
+                    }
+                    Err(err) => {
+                        since.remove(&node);
+                        let lacks = matches!(err, Failed::Lacks(_));
+                        tried.push((node, lacks, chain(&err)));
+                        next_at = Instant::now();
+                    }
+                },
+                () = time::sleep_until(next_at), if left.len() > 0 => {
+                    if let Some(node) = left.next() {
+                        since.insert(node, Instant::now());
+                        next_at = Instant::now() + self.late_after(node);
+                        asked.push(async move { (node, self.ask(node, chunk).await) });
+                    }
+                }
+                else => break,
+            }
+        }
+        Err(self.judge(chunk, &listed, &tried))
+    }
+
+    /// Whoever is listed, the quickest first and those that failed lately last; then those who gave
+    /// something before and are not listed any more: one that mends its copy has most of it.
+    fn in_order(&self, listed: &[NodeId]) -> Vec<NodeId> {
+        let peers = lock(&self.peers);
+        let mut order = listed.to_vec();
+        order.sort_by_key(|node| {
+            let peer = peers.get(node);
+            let failed = peer.and_then(|peer| peer.failed_at);
+            let failed_lately = failed.is_some_and(|at| at.elapsed() < FAILED_FOR);
+            let usual = peer.and_then(|peer| peer.usual);
+            (failed_lately, usual.unwrap_or_default())
+        });
+        let gave = peers.iter().filter(|(_, peer)| peer.usual.is_some());
+        order.extend(
+            gave.map(|(node, _)| *node)
+                .filter(|node| !listed.contains(node)),
+        );
+        order
+    }
+
+    fn late_after(&self, node: NodeId) -> Duration {
+        let peers = lock(&self.peers);
+        let usual = peers.get(&node).and_then(|peer| peer.usual);
+        usual.map_or(LATE_AT_MOST, |usual| {
+            (usual * LATE_FACTOR).clamp(LATE_AT_LEAST, LATE_AT_MOST)
+        })
+    }
+
+    /// These owe an answer that another has given: they take at least as long as they have had.
+    fn note_outrun(&self, since: &BTreeMap<NodeId, Instant>) {
+        for (node, since) in since {
+            let took = since.elapsed();
+            self.peer(*node, |peer| {
+                peer.usual = Some(peer.usual.map_or(took, |usual| usual.max(took)));
+            });
+        }
+    }
+
+    fn judge(
+        &self,
+        chunk: ChunkId,
+        listed: &[NodeId],
+        tried: &[(NodeId, bool, String)],
+    ) -> BringError {
+        let lacks = |node: &NodeId| tried.iter().any(|(of, lacks, _)| of == node && *lacks);
+        let told: Vec<String> = tried
+            .iter()
+            .map(|(node, _, why)| format!("{node}: {why}"))
+            .collect();
+        let tried = match told.is_empty() {
+            true => "there is none".to_owned(),
+            false => told.join("; "),
+        };
+        let mut lacking = lock(&self.lacking);
+        if !listed.iter().all(lacks) {
+            lacking.remove(&chunk);
+            return BringError::NotNow { chunk, tried };
+        }
+        let since = *lacking.entry(chunk).or_insert_with(Instant::now);
+        match since.elapsed() >= GONE_AFTER {
+            true => BringError::Gone { chunk, tried },
+            false => BringError::NotNow { chunk, tried },
+        }
+    }
+
+    /// Asks one holder, on a stream that is open if there is one.
+    async fn ask(&self, node: NodeId, chunk: ChunkId) -> Result<(), Failed> {
+        let warm = self.peer(node, |peer| peer.warm.pop());
+        let was_warm = warm.is_some();
+        let mut outcome = self.ask_on(node, chunk, warm).await;
+        if was_warm && matches!(outcome, Err(Failed::Stream(_))) {
+            // It was closed while nobody used it, and so were the others.
+            self.peer(node, |peer| peer.warm.clear());
+            outcome = self.ask_on(node, chunk, None).await;
+        }
+        match &outcome {
+            Ok(()) | Err(Failed::Store(_)) => {}
+            Err(err) => {
+                debug!(digest = %self.digest, %node, %chunk, why = chain(err), "no chunk from a holder");
+                self.peer(node, |peer| peer.failed_at = Some(Instant::now()));
+            }
+        }
+        outcome
+    }
+
+    async fn ask_on(
+        &self,
+        node: NodeId,
+        chunk: ChunkId,
+        warm: Option<Box<dyn Wire>>,
+    ) -> Result<(), Failed> {
+        let began = Instant::now();
+        let mut wire = match warm {
+            Some(wire) => wire,
+            None => {
+                let asked = Asked {
+                    digest: self.digest,
+                    wants: Wants::Urgent,
+                };
+                patiently(LIMIT, self.holders.open(node, asked.header())).await?
+            }
+        };
+        let exchange = async {
+            write_names(&mut wire, &[chunk]).await?;
+            read_answer(&mut wire).await
+        };
+        let answer = patiently(LIMIT, exchange).await?;
+        let took = began.elapsed();
+        // It has said all that it was asked for: the next question may go by the same stream.
+        self.peer(node, |peer| {
+            peer.usual = Some(peer.usual.map_or(took, |usual| (usual * 7 + took) / 8));
+            if peer.warm.len() < WARM {
+                peer.warm.push(wire);
+            }
+        });
+        let carried = match answer {
+            Answer::Here(carried) => carried,
+            Answer::Lacks => return Err(Failed::Lacks(chunk)),
+        };
+        let store = self.store.clone();
+        let stored = blocking(move || store.begin().put_carried(chunk, &carried)).await?;
+        match stored {
+            Err(SealError::NotTheChunk { chunk }) => Err(Failed::Wrong(chunk)),
+            stored => Ok(stored?),
+        }
+    }
+
+    fn peer<T>(&self, node: NodeId, with: impl FnOnce(&mut Peer) -> T) -> T {
+        with(lock(&self.peers).entry(node).or_default())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
