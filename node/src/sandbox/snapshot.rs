@@ -567,8 +567,9 @@ impl Job {
         let memory_bytes = data_bytes(&memory.manifest);
         let disk_bytes = data_bytes(&disk.manifest);
         let images = [memory.image, disk.image, state.image];
+        let working_set = paging::seal_working_set(&seal, self.paths.dir())?;
         let spec = ShimSpec::read(self.paths.dir())?;
-        let signed = self.signed(images, &spec.vmm)?;
+        let signed = self.signed(images, working_set, &spec.vmm)?;
         let new_bytes = seal.tally().written_bytes;
         fault::point("seal.stored");
         let kept = seal.finish(Some(&signed))?;
@@ -605,6 +606,7 @@ impl Job {
     fn signed(
         &self,
         images: [ImageRef; 3],
+        working_set: Option<ImageRef>,
         vmm: &VmmSpec,
     ) -> Result<SignedSnapshot, SealGuestError> {
         let facts = &self.facts;
@@ -617,6 +619,7 @@ impl Job {
             memory,
             disk,
             device_state,
+            working_set,
             base: facts.base,
             machine: MachineFacts {
                 driver: "qemu".into(),

@@ -192,6 +192,7 @@ fn snapshot(images: &[Manifest; 3]) -> SnapshotManifest {
         memory,
         disk,
         device_state,
+        working_set: None,
         base: image(1 << 20, ChunkId([9; 32])).digest(),
         machine: MachineFacts {
             driver: "qemu".into(),
