@@ -246,3 +246,59 @@ async fn a_paused_capsule_is_destroyed_at_once_with_what_was_kept_of_it() {
     assert_eq!(shown(&world, &id).await["status"], "stopped");
     assert_eq!(world.proposer.view().state().snapshots().count(), 0);
 }
+
+#[tokio::test]
+async fn what_a_capsule_was_paused_as_is_shown_with_sizes_times_and_holders() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let paused = act(&world, &id, "pause").await.is(200).json();
+    let rest = &paused["snapshot"];
+    for number in ["memory_bytes", "disk_bytes", "new_bytes"] {
+        assert!(rest[number].is_u64(), "{rest}");
+    }
+    for step in ["quiesce", "save", "store"] {
+        assert!(rest["pause_ms"][step].is_u64(), "{rest}");
+    }
+    assert_eq!(rest["holders"].as_array().map(Vec::len), Some(1), "{rest}");
+    assert!(rest["sealed_at"].is_string(), "{rest}");
+    assert_eq!(shown(&world, &id).await["snapshot"], *rest);
+}
+
+#[tokio::test]
+async fn a_capsule_is_paused_after_its_timeout_unless_it_asks_to_end_then() {
+    let world = World::new().await;
+    let created = world.post("/v1/capsules", json!({"timeout_sec": 60})).await;
+    assert_eq!(created.json()["timeout_action"], "pause");
+    let asked = json!({"timeout_sec": 60, "timeout_action": "destroy"});
+    let created = world.post("/v1/capsules", asked).await;
+    assert_eq!(created.json()["timeout_action"], "destroy");
+    let asked = json!({"timeout_action": "explode"});
+    let refused = world.post("/v1/capsules", asked).await;
+    refused.refused(400, "invalid_request");
+}
+
+#[tokio::test]
+async fn a_capsule_moves_to_another_node_in_one_call() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let goal = json!({"node": "nowhere"});
+    let path = format!("/v1/capsules/{id}/migrate");
+    world.post(&path, goal).await.refused(404, "not_found");
+    let here = shown(&world, &id).await["node"].clone();
+    let there_already = world.post(&path, json!({"node": here})).await;
+    assert_eq!(there_already.is(200).json()["status"], "running");
+
+    // It does not offer what the guest needs: the capsule is not even paused.
+    world.join("other", 8).await;
+    let refused = world.post(&path, json!({"node": "other"})).await;
+    refused.refused(503, "no_hosts_available");
+    assert_eq!(shown(&world, &id).await["status"], "running");
+    act(&world, &id, "pause").await.is(200);
+    let refused = world.post(&path, json!({"node": "other"})).await;
+    refused.refused(409, "invalid_state");
+    let refused = world
+        .post(&format!("/v1/capsules/{id}/resume?node=other"), json!({}))
+        .await;
+    refused.refused(503, "no_hosts_available");
+    assert_eq!(shown(&world, &id).await["status"], "paused");
+}

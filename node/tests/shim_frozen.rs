@@ -121,6 +121,7 @@ impl World {
                 holders: Arc::new(NoHolders),
                 identity: Arc::new(Identity::ephemeral().unwrap()),
             },
+            paging: None,
             slots: slots.clone(),
             kernel: images.join("kernel/vmlinuz"),
             kernel_release: "test".into(),

@@ -120,6 +120,10 @@ pub enum Command {
         id: SandboxId,
         /// Which run of it; a later one is not meant.
         epoch: Epoch,
+        /// Who wanted it.
+        cause: StopCause,
+        /// Where it shall go on once it is sealed; `None` leaves it paused.
+        then_on: Option<NodeId>,
     },
     /// Gives a paused sandbox out again, to whichever node resumes it best.
     ResumeSandbox {
@@ -127,6 +131,8 @@ pub enum Command {
         id: SandboxId,
         /// What it rests as; a later pause is not meant.
         snapshot: SnapshotId,
+        /// The only node that will do; `None` leaves the choice.
+        to: Option<NodeId>,
         /// How busy nodes were when the proposer last heard.
         hints: Vec<LoadHint>,
     },
@@ -181,13 +187,24 @@ impl Verdict {
     }
 }
 
-/// Why a sandbox is to be stopped.
+/// Why a sandbox is to be stopped or paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopCause {
     /// A client asked.
     Asked,
     /// Its inactivity timeout passed.
     Idle,
+}
+
+impl StopCause {
+    /// What the record says of it; nothing where it was asked for.
+    #[must_use]
+    pub const fn in_words(self) -> &'static str {
+        match self {
+            Self::Asked => "",
+            Self::Idle => "inactivity timeout passed",
+        }
+    }
 }
 
 /// What the owner of a sandbox saw.

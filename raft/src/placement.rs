@@ -7,7 +7,8 @@
 //! make a node fit. The lower id wins a tie.
 //!
 //! A paused sandbox is placed where its guest can be resumed: the same hypervisor. A holder of its
-//! snapshot wins over anybody who would have to fetch it first.
+//! snapshot wins over anybody who would have to fetch it first. The node that a create asked for is
+//! where the sandbox began: it binds no resume, which would else be lost with that node.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -52,20 +53,17 @@ pub fn place(
     state: &State,
     team: TeamId,
     spec: &SandboxSpec,
-    from: Option<&Snapshot>,
+    source: Source<'_>,
     hints: &[LoadHint],
 ) -> Result<NodeId, Lack> {
     let wanted = spec.resources();
-    let source = match from {
-        Some(snapshot) => Source::Snapshot(snapshot),
-        None => Source::Template(state.template(&spec.template).map(|it| it.digest)),
-    };
+    let template = state.template(&spec.template).map(|it| it.digest);
     let busy: BTreeMap<NodeId, u32> = hints.iter().map(|it| (it.node, it.busy_permille)).collect();
     let mut best: Option<(u64, NodeId)> = None;
     let mut nearest: Option<(Resources, &Node)> = None;
     let mut barred: BTreeMap<&'static str, u32> = BTreeMap::new();
     for node in state.nodes() {
-        if let Some(why) = bar(node, team, spec, source) {
+        if let Some(why) = bar(node, team, spec, (source, template)) {
             *barred.entry(why).or_default() += 1;
             continue;
         }
@@ -99,29 +97,44 @@ pub fn place(
 }
 
 /// What a sandbox is started from.
-#[derive(Clone, Copy)]
-enum Source<'a> {
-    /// The root disk with this digest; `None` where there is none of that name.
-    Template(Option<[u8; 32]>),
-    Snapshot(&'a Snapshot),
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// The root disk that its template names.
+    Template,
+    /// A snapshot.
+    Snapshot {
+        /// Which.
+        snapshot: &'a Snapshot,
+        /// The only node that will do; `None` leaves the choice.
+        to: Option<NodeId>,
+    },
 }
 
 impl Source<'_> {
     fn is_held_by(self, node: &Node) -> bool {
         match self {
-            Self::Template(_) => false,
-            Self::Snapshot(snapshot) => snapshot.holders.contains(&node.id),
+            Self::Template => false,
+            Self::Snapshot { snapshot, .. } => snapshot.holders.contains(&node.id),
         }
     }
 }
 
 /// Why a node may not take the sandbox however much room it has. Whose host it is comes first:
 /// how another team's hosts fare is nobody's business.
-fn bar(node: &Node, team: TeamId, spec: &SandboxSpec, source: Source<'_>) -> Option<&'static str> {
+fn bar(
+    node: &Node,
+    team: TeamId,
+    spec: &SandboxSpec,
+    (source, template): (Source<'_>, Option<[u8; 32]>),
+) -> Option<&'static str> {
     if node.team.is_some_and(|only| only != team) {
         return Some("of another team");
     }
-    if spec.on_node.is_some_and(|only| only != node.id) {
+    let only = match source {
+        Source::Template => spec.on_node,
+        Source::Snapshot { to, .. } => to,
+    };
+    if only.is_some_and(|only| only != node.id) {
         return Some("not the one asked for");
     }
     if !node.liveness.is_alive() {
@@ -135,11 +148,11 @@ fn bar(node: &Node, team: TeamId, spec: &SandboxSpec, source: Source<'_>) -> Opt
         return Some("without the tags asked for");
     }
     match source {
-        Source::Template(digest) => {
+        Source::Template => {
             let held = node.templates.get(&spec.template);
-            (digest.is_none() || digest.as_ref() != held).then_some("without the template")
+            (template.is_none() || template.as_ref() != held).then_some("without the template")
         }
-        Source::Snapshot(snapshot) => {
+        Source::Snapshot { snapshot, .. } => {
             let needs = &snapshot.sealed.needs;
             if !needs.are_met_by(node) {
                 return Some("with another hypervisor than the snapshot's");

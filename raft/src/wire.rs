@@ -1,10 +1,12 @@
 //! Commands and answers as bytes: the log's own format, independent of any library's.
 
+mod snapshots;
+
 use std::collections::BTreeMap;
 
 use prost::Message;
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, TeamId, TokenId};
 use proto::units::Stamp;
 use proto::wire::raft as pb;
 
@@ -101,18 +103,11 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             node,
             incarnation,
             verdict,
-        } => Wire::JudgeNode(pb::JudgeNode {
-            node: node.0,
-            incarnation: *incarnation,
-            liveness: verdict_to_wire(*verdict).into(),
-        }),
+        } => judged_to_wire(*node, *incarnation, *verdict),
         Command::RemoveNode {
             node,
             declared_dead,
-        } => Wire::RemoveNode(pb::RemoveNode {
-            node: node.0,
-            declared_dead: *declared_dead,
-        }),
+        } => removed_to_wire(*node, *declared_dead),
         Command::PutTemplate(template) => Wire::PutTemplate(pb::PutTemplate {
             template: Some(template.into()),
         }),
@@ -127,13 +122,19 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             hints,
         } => created_to_wire(*id, *team, spec, hints),
         Command::StopSandbox { id, cause } => stopped_to_wire(*id, *cause),
-        Command::PauseSandbox { id, epoch } => paused_to_wire(*id, *epoch),
+        Command::PauseSandbox {
+            id,
+            epoch,
+            cause,
+            then_on,
+        } => snapshots::paused_to_wire((*id, *epoch), *cause, *then_on),
         Command::ResumeSandbox {
             id,
             snapshot,
+            to,
             hints,
-        } => resumed_to_wire(*id, *snapshot, hints),
-        Command::HoldSnapshot { id, node, holds } => held_to_wire(*id, *node, *holds),
+        } => snapshots::resumed_to_wire((*id, *snapshot), *to, hints),
+        Command::HoldSnapshot { id, node, holds } => snapshots::held_to_wire(*id, *node, *holds),
         Command::ReportSandbox {
             id,
             epoch,
@@ -144,6 +145,21 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             ended_before_ms: ended_before.0,
         }),
     }
+}
+
+fn judged_to_wire(node: NodeId, incarnation: u64, verdict: Verdict) -> pb::proposal::Command {
+    pb::proposal::Command::JudgeNode(pb::JudgeNode {
+        node: node.0,
+        incarnation,
+        liveness: verdict_to_wire(verdict).into(),
+    })
+}
+
+fn removed_to_wire(node: NodeId, declared_dead: bool) -> pb::proposal::Command {
+    pb::proposal::Command::RemoveNode(pb::RemoveNode {
+        node: node.0,
+        declared_dead,
+    })
 }
 
 fn recovered_to_wire(id: ClusterId, last: u64, lost: &[NodeId]) -> pb::proposal::Command {
@@ -187,33 +203,6 @@ fn stopped_to_wire(id: SandboxId, cause: StopCause) -> pb::proposal::Command {
     pb::proposal::Command::StopSandbox(pb::StopSandbox {
         id: id.0.to_vec(),
         cause: cause_to_wire(cause).into(),
-    })
-}
-
-fn paused_to_wire(id: SandboxId, epoch: Epoch) -> pb::proposal::Command {
-    pb::proposal::Command::PauseSandbox(pb::PauseSandbox {
-        id: id.0.to_vec(),
-        epoch: epoch.0,
-    })
-}
-
-fn resumed_to_wire(
-    id: SandboxId,
-    snapshot: SnapshotId,
-    hints: &[LoadHint],
-) -> pb::proposal::Command {
-    pb::proposal::Command::ResumeSandbox(pb::ResumeSandbox {
-        id: id.0.to_vec(),
-        snapshot: snapshot.0.to_vec(),
-        hints: hints.iter().map(hint_to_wire).collect(),
-    })
-}
-
-fn held_to_wire(id: SnapshotId, node: NodeId, holds: bool) -> pb::proposal::Command {
-    pb::proposal::Command::HoldSnapshot(pb::HoldSnapshot {
-        id: id.0.to_vec(),
-        node: node.0,
-        holds,
     })
 }
 
@@ -333,20 +322,9 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             spec: some("sandbox spec", it.spec)?.into(),
             hints: hints_from_wire(it.hints),
         },
-        Wire::PauseSandbox(it) => Command::PauseSandbox {
-            id: SandboxId(array("sandbox id", &it.id)?),
-            epoch: Epoch(it.epoch),
-        },
-        Wire::ResumeSandbox(it) => Command::ResumeSandbox {
-            id: SandboxId(array("sandbox id", &it.id)?),
-            snapshot: SnapshotId(array("snapshot id", &it.snapshot)?),
-            hints: hints_from_wire(it.hints),
-        },
-        Wire::HoldSnapshot(it) => Command::HoldSnapshot {
-            id: SnapshotId(array("snapshot id", &it.id)?),
-            node: NodeId(it.node),
-            holds: it.holds,
-        },
+        Wire::PauseSandbox(it) => snapshots::paused_from_wire(&it)?,
+        Wire::ResumeSandbox(it) => snapshots::resumed_from_wire(it)?,
+        Wire::HoldSnapshot(it) => snapshots::held_from_wire(&it)?,
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,

@@ -59,7 +59,8 @@ fn may_take(state: &State, node: &Node, sandbox: &Sandbox) -> bool {
         && !node.cordoned
         && !node.draining
         && (node.team.is_none() || node.team == Some(sandbox.team))
-        && (spec.on_node.is_none() || spec.on_node == Some(node.id))
+        // It says where a sandbox begins.
+        && (sandbox.snapshot.is_some() || spec.on_node.is_none_or(|only| only == node.id))
         && spec
             .node_tags
             .iter()
@@ -187,6 +188,17 @@ impl Step<'_> {
             let asked = matches!(self.command,
                 Command::ResumeSandbox { id, snapshot, .. } if meant(*id, *snapshot));
             assert!(asked, "{:?} resumed {}", self.command, known.id);
+            return;
+        }
+        if let Command::ReportSandbox { report, .. } = self.command {
+            // Its owner sealed it, and so it goes on where it is bound for.
+            assert!(matches!(report, Report::Sealed(_)), "{report:?}");
+            assert_eq!(known.phase, Phase::Pausing);
+            assert!(
+                known.bound_for.is_some(),
+                "nobody wanted {} to move",
+                known.id
+            );
             return;
         }
         assert_eq!(known.spec.on_host_loss, HostLoss::Restart);
@@ -405,11 +417,15 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
         (Command::HoldSnapshot { .. }, Ok(Receipt::Done(1))) => "holder told",
         (
             Command::ReportSandbox {
+                id,
                 report: Report::Sealed(_),
                 ..
             },
             Ok(Receipt::Done(1)),
-        ) => "sealed",
+        ) => match world.state.sandbox(*id).map(|it| it.phase) {
+            Some(Phase::Resuming) => "moved",
+            _ => "sealed",
+        },
         (
             Command::ReportSandbox {
                 report: Report::Thawed { .. },
@@ -438,7 +454,7 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
 fn the_histories_reach_what_they_are_about() {
     let mut runner = TestRunner::deterministic();
     let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
-    for _ in 0..200 {
+    for _ in 0..400 {
         let mut world = busy_world();
         let tree = any_history(110).new_tree(&mut runner).expect("a history");
         for what in tree.current() {
@@ -454,7 +470,7 @@ fn the_histories_reach_what_they_are_about() {
     let wanted = "judged, given out again, found no room elsewhere, stopped with its node, no step, \
                   given up with its node, removed, pruned, tokens forgotten, placed, same id again, \
                   let in, token expired, token used, no token, fenced, no room, id taken, \
-                  may not join, may not be removed, pausing, sealed, thawed, resumed, runs already, \
+                  may not join, may not be removed, pausing, sealed, moved, thawed, resumed, runs already, \
                   not resumed, not paused, cannot be resumed, holder told, resumed elsewhere, \
                   back to its last pause";
     for event in wanted.split(", ") {

@@ -5,7 +5,7 @@ mod world;
 use proto::epoch::Epoch;
 use proto::ids::NodeId;
 use world::*;
-use wrenn_raft::command::{Answer, Command, Receipt, Refusal, Report, Verdict};
+use wrenn_raft::command::{Answer, Command, Receipt, Refusal, Report, StopCause, Verdict};
 use wrenn_raft::state::{Desired, Phase, Resources};
 
 fn unfit(answer: Answer) -> String {
@@ -92,6 +92,8 @@ fn a_pause_means_one_run_and_no_later_one() {
     let again = world.act(Command::PauseSandbox {
         id: sandbox_id(1),
         epoch: earlier,
+        cause: StopCause::Asked,
+        then_on: None,
     });
     let newest = world.sandbox(1).epoch;
     assert_eq!(again, Err(Refusal::Fenced { newest }));
@@ -318,4 +320,112 @@ fn a_guest_that_was_never_sealed_is_lost_with_its_dead_host() {
     world.lose(second);
     world.act(remove(second, true)).expect("declared dead");
     assert_eq!(world.sandbox(1).phase, Phase::Error);
+}
+
+/// Sandbox 1 on the second of three nodes, being paused to go on where `to` says.
+fn on_the_move(to: impl Fn(NodeId, NodeId) -> NodeId) -> (World, NodeId, NodeId) {
+    let (mut world, second, third) = World::of_three();
+    world.create_on(second, 1, waiting(512));
+    world.run(1);
+    let answer = world.pause_to(1, to(second, third));
+    assert_eq!(answer, Ok(Receipt::Done(1)));
+    (world, second, third)
+}
+
+#[test]
+fn what_moves_goes_on_at_its_goal_with_the_entry_that_seals_it() {
+    let (mut world, second, third) = on_the_move(|_, third| third);
+    let before = world.sandbox(1).epoch;
+    assert_eq!(world.sandbox(1).bound_for, Some(third));
+    let sealed = world.seal(1, 1, true);
+    assert_eq!(world.report(1, sealed), Ok(Receipt::Done(1)));
+    let sandbox = world.sandbox(1);
+    assert_eq!(
+        (sandbox.phase, sandbox.owner, sandbox.bound_for),
+        (Phase::Resuming, third, None)
+    );
+    assert!(sandbox.epoch > before, "a new ownership");
+    assert_eq!(world.state.reserved(second), Resources::default());
+    let snapshot = world.snapshot(1).expect("kept");
+    assert!(snapshot.holders.contains(&second), "its sealer holds it");
+}
+
+#[test]
+fn a_move_to_where_there_is_no_room_is_refused_and_the_sandbox_runs_on() {
+    let (mut world, second, third) = World::of_three();
+    world.create_on(second, 1, waiting(512));
+    world.run(1);
+    world.act(cordon(third)).expect("cordoned");
+    let lack = no_room(world.pause_to(1, third));
+    assert!(lack.contains("cordoned"), "{lack}");
+    assert_eq!(world.sandbox(1).phase, Phase::Running);
+}
+
+#[test]
+fn what_cannot_go_on_at_its_goal_any_more_goes_on_where_it_can() {
+    let (mut world, second, third) = on_the_move(|_, third| third);
+    world.act(cordon(third)).expect("cordoned");
+    let sealed = world.seal(1, 1, true);
+    world.report(1, sealed).expect("sealed");
+    let sandbox = world.sandbox(1);
+    assert_eq!((sandbox.phase, sandbox.owner), (Phase::Resuming, second));
+    assert!(
+        sandbox.reason.contains("could not be moved"),
+        "{}",
+        sandbox.reason
+    );
+}
+
+#[test]
+fn a_move_that_could_not_be_sealed_is_over() {
+    let (mut world, second, _) = on_the_move(|_, third| third);
+    let reason = "full".to_owned();
+    world.report(1, Report::Thawed { reason }).expect("thawed");
+    let sandbox = world.sandbox(1);
+    assert_eq!(
+        (sandbox.phase, sandbox.owner, sandbox.bound_for),
+        (Phase::Running, second, None)
+    );
+    world.rest(1, 1);
+    assert_eq!(world.sandbox(1).phase, Phase::Paused, "a plain pause since");
+}
+
+#[test]
+fn a_resume_may_name_its_node_and_the_node_of_the_create_binds_it_no_more() {
+    let (mut world, second, third) = World::of_three();
+    let mut spec = waiting(512);
+    spec.on_node = Some(second);
+    world.create_on(second, 1, spec);
+    world.run(1);
+    world.rest(1, 1);
+    let answer = world.act(Command::ResumeSandbox {
+        id: sandbox_id(1),
+        snapshot: snapshot_id(1),
+        to: Some(third),
+        hints: vec![],
+    });
+    assert!(
+        matches!(answer, Ok(Receipt::Placed { node, .. }) if node == third),
+        "{answer:?}"
+    );
+}
+
+#[test]
+fn what_is_paused_for_idleness_says_so_until_it_goes_on() {
+    let (mut world, second, _) = World::of_three();
+    world.create_on(second, 1, waiting(512));
+    world.run(1);
+    let epoch = world.sandbox(1).epoch;
+    let answer = world.act(Command::PauseSandbox {
+        id: sandbox_id(1),
+        epoch,
+        cause: StopCause::Idle,
+        then_on: None,
+    });
+    assert_eq!(answer, Ok(Receipt::Done(1)));
+    let sealed = world.seal(1, 1, true);
+    world.report(1, sealed).expect("sealed");
+    assert_eq!(world.sandbox(1).reason, "inactivity timeout passed");
+    world.resume(1, 1).expect("there is room");
+    assert_eq!(world.sandbox(1).reason, "");
 }

@@ -472,7 +472,7 @@ impl Daemon {
                 };
                 self.send_to_leader(0, command, context);
             }
-            Step::StopIdle(_) | Step::Prune { .. } => {}
+            Step::PutAway(_) | Step::Prune { .. } => {}
         }
     }
 

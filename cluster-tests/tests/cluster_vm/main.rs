@@ -10,6 +10,7 @@ mod concurrent;
 mod drain;
 mod fencing;
 mod flow;
+mod moving;
 mod pausing;
 mod rolling;
 mod witness;

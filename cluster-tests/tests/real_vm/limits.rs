@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
 use wrenn_cluster_tests::world::{World, images};
 
@@ -156,7 +156,7 @@ fn creates_at_once_are_promised_no_more_than_there_is() {
 }
 
 #[test]
-fn an_idle_capsule_is_stopped_and_a_used_one_is_not() {
+fn an_idle_capsule_is_paused_a_used_one_is_not_and_one_that_asked_to_end_ends() {
     let world = World::new();
     // Shorter timeouts than the shortest are raised to it.
     let request = json!({ "memory_mb": 256, "timeout_sec": 1 });
@@ -164,18 +164,30 @@ fn an_idle_capsule_is_stopped_and_a_used_one_is_not() {
     assert_eq!(world.record(&used)["timeout_sec"], IDLE.as_secs());
     let asked = Instant::now();
     let idle = world.capsule_with(&request);
-    let ended = wait_for(IDLE + IDLE_GRACE + Duration::from_secs(60), || {
-        assert_eq!(world.about("POST", &used, "/ping", None).status, 204);
-        let record = world.record(&idle);
-        (record["status"] != "running" && record["status"] != "stopping").then_some(record)
-    });
-    let record = ended.expect("an idle capsule ends");
-    assert!(asked.elapsed() >= IDLE, "after {:?}", asked.elapsed());
-    assert_eq!(record["status"], "stopped", "{record}");
-    let reason = record["reason"].as_str().unwrap_or_default();
-    assert!(reason.starts_with("inactivity"), "{reason}");
+    let to_end = json!({ "memory_mb": 256, "timeout_sec": 60, "timeout_action": "destroy" });
+    let to_end = world.capsule_with(&to_end);
+    world.output(&idle, "mkdir -p /dev/shm; echo kept > /dev/shm/kept");
+    for (id, status) in [(&idle, "paused"), (&to_end, "stopped")] {
+        let at_rest = wait_for(IDLE + IDLE_GRACE + Duration::from_secs(60), || {
+            assert_eq!(world.about("POST", &used, "/ping", None).status, 204);
+            let record = world.record(id);
+            let moves = ["running", "pausing", "stopping"];
+            let moves = moves.iter().any(|status| record["status"] == *status);
+            (!moves).then_some(record)
+        });
+        let record = at_rest.expect("what is idle comes to rest");
+        assert!(asked.elapsed() >= IDLE, "after {:?}", asked.elapsed());
+        assert_eq!(record["status"], status, "{record}");
+        let reason = record["reason"].as_str().unwrap_or_default();
+        assert!(reason.starts_with("inactivity"), "{reason}");
+    }
     assert_eq!(world.output(&used, "echo used"), "used");
     world.wait_only(&[&used]);
+    let resumed = world.about("POST", &idle, "/resume", None);
+    assert!(matches!(resumed.status, 200 | 202), "{}", resumed.json());
+    world.wait_status(&idle, "running");
+    assert_eq!(world.output(&idle, "cat /dev/shm/kept"), "kept");
+    assert_eq!(world.record(&idle)["reason"], Value::Null);
 }
 
 #[test]

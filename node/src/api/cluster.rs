@@ -57,6 +57,8 @@ struct SettingsShape {
     lease_ttl_sec: u64,
     /// Seconds that guests stay frozen after their lease before they are killed.
     lease_grace_sec: u64,
+    /// On how many nodes each snapshot shall lie.
+    replicas: u32,
 }
 
 /// Settings to change; what is left out stays.
@@ -71,6 +73,8 @@ pub(super) struct ChangeSettings {
     lease_ttl_sec: Option<u64>,
     /// Seconds that guests stay frozen after their lease.
     lease_grace_sec: Option<u64>,
+    /// On how many nodes each snapshot shall lie: 1 to 7.
+    replicas: Option<u32>,
 }
 
 /// Shows the cluster.
@@ -112,6 +116,7 @@ impl ChangeSettings {
             max_learners: self.max_learners.unwrap_or(known.max_learners),
             lease_ttl: seconds(self.lease_ttl_sec, known.lease_ttl),
             lease_grace: seconds(self.lease_grace_sec, known.lease_grace),
+            replicas: self.replicas.unwrap_or(known.replicas),
         }
     }
 }
@@ -146,6 +151,7 @@ impl From<Settings> for SettingsShape {
             max_learners: settings.max_learners,
             lease_ttl_sec: settings.lease_ttl.as_secs(),
             lease_grace_sec: settings.lease_grace.as_secs(),
+            replicas: settings.replicas,
         }
     }
 }

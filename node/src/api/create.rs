@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proto::ids::NodeId;
 use proto::units::Mib;
-use raft::state::{HostLoss, SandboxSpec, State};
+use raft::state::{HostLoss, IdleAction, SandboxSpec, State};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -49,8 +49,11 @@ pub(super) struct CreateCapsule {
     pub(super) vcpus: Option<i64>,
     /// Memory in MiB; 512 where absent or not positive.
     pub(super) memory_mb: Option<i64>,
-    /// Seconds without activity after which the capsule ends; 0 keeps it for ever.
+    /// Seconds without activity after which the capsule is paused; 0 keeps it up for ever.
     pub(super) timeout_sec: Option<i64>,
+    /// What becomes of it after that time: `pause`, where absent, or `destroy`.
+    #[schema(value_type = Option<String>)]
+    pub(super) timeout_action: Option<TimeoutAction>,
     /// Labels.
     pub(super) metadata: Option<BTreeMap<String, String>>,
     /// What becomes of it when its host is lost: `wait` for the host, where absent, or `restart`
@@ -61,6 +64,16 @@ pub(super) struct CreateCapsule {
     pub(super) node_tags: Option<BTreeMap<String, String>>,
     /// Only this node may run it: its id or name.
     pub(super) on_node: Option<String>,
+}
+
+/// What becomes of a capsule that nobody uses for its timeout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum TimeoutAction {
+    /// It is paused.
+    Pause,
+    /// It ends.
+    Destroy,
 }
 
 /// What becomes of a capsule when its host is lost.
@@ -97,6 +110,10 @@ impl CreateCapsule {
             vcpus,
             memory: Mib(memory),
             idle_timeout,
+            on_idle: match self.timeout_action {
+                None | Some(TimeoutAction::Pause) => IdleAction::Pause,
+                Some(TimeoutAction::Destroy) => IdleAction::Destroy,
+            },
             metadata,
         })
     }

@@ -17,6 +17,7 @@ mod form;
 mod later;
 mod linger;
 mod metrics;
+mod migrating;
 mod node_shape;
 mod nodes;
 mod pausing;

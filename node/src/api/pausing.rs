@@ -8,14 +8,16 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use proto::ids::SandboxId;
-use raft::command::{Command, Receipt};
+use raft::command::{Command, Receipt, StopCause};
 use raft::state::{Phase, Sandbox};
+use serde::Deserialize;
 use tokio::time::Instant;
 
 use super::auth::Caller;
 use super::capsules::{hints, settle};
 use super::error::{ApiError, Code};
-use super::extract::CapsuleId;
+use super::extract::{CapsuleId, QueryOf};
+use super::nodes::{named, no_node};
 use super::state::{ApiState, owned};
 use super::wire::{Capsule, status};
 
@@ -40,7 +42,12 @@ pub(super) async fn pause(
         phase => return Err(wrong_state(id, phase, "paused", "running")),
     };
     // Asked for again while it is under way, this changes nothing and waits along.
-    let asked = Command::PauseSandbox { id, epoch };
+    let asked = Command::PauseSandbox {
+        id,
+        epoch,
+        cause: StopCause::Asked,
+        then_on: None,
+    };
     api.proposer.propose(asked).await?;
     let state = settle(&api, id, deadline, |phase| phase != Phase::Pausing).await;
     let sandbox = owned(&state, &caller, id)?;
@@ -59,10 +66,18 @@ pub(super) async fn pause(
     Ok((status, Json(Capsule::of(&state, sandbox, None))))
 }
 
+/// Where a capsule shall go on.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ResumeQuery {
+    /// Only on this node: its id or name.
+    node: Option<String>,
+}
+
 /// Lets a paused capsule go on, on whichever host can.
 #[utoipa::path(
     post, path = "/v1/capsules/{id}/resume", tag = "capsules",
-    params(("id" = String, Path)),
+    params(("id" = String, Path), ResumeQuery),
     responses(
         (status = 200, description = "It runs.", body = Capsule),
         (status = 202, description = "It is still being resumed.", body = Capsule),
@@ -72,9 +87,16 @@ pub(super) async fn resume(
     State(api): State<ApiState>,
     caller: Caller,
     CapsuleId(id): CapsuleId,
+    QueryOf(query): QueryOf<ResumeQuery>,
 ) -> Result<(StatusCode, Json<Capsule>), ApiError> {
     let deadline = Instant::now() + api.pause_wait;
     let known = api.sandbox(&caller, id)?;
+    let to = query.node.map(|name| {
+        let state = api.view.state();
+        let node = named(&state, &name).map(|it| it.id);
+        node.ok_or_else(|| no_node(&name))
+    });
+    let to = to.transpose()?;
     let snapshot = match (known.phase, known.snapshot) {
         (Phase::Paused | Phase::Resuming, Some(snapshot)) => snapshot,
         (phase, _) => return Err(wrong_state(id, phase, "resumed", "paused")),
@@ -82,6 +104,7 @@ pub(super) async fn resume(
     let asked = Command::ResumeSandbox {
         id,
         snapshot,
+        to,
         hints: hints(&api),
     };
     let epoch = match api.proposer.propose(asked).await? {
@@ -101,13 +124,13 @@ pub(super) async fn resume(
     Ok((status, Json(Capsule::of(&state, sandbox, None))))
 }
 
-fn wrong_state(id: SandboxId, phase: Phase, done: &str, needed: &str) -> ApiError {
+pub(super) fn wrong_state(id: SandboxId, phase: Phase, done: &str, needed: &str) -> ApiError {
     let is = status(phase);
     let message = format!("capsule {id} is {is}: only one that is {needed} can be {done}");
     ApiError::new(Code::InvalidState, message)
 }
 
-fn failed(sandbox: &Sandbox, what: &str) -> ApiError {
+pub(super) fn failed(sandbox: &Sandbox, what: &str) -> ApiError {
     let (id, reason) = (sandbox.id, &sandbox.reason);
     ApiError::new(Code::AgentError, format!("capsule {id} {what}: {reason}"))
 }

@@ -28,8 +28,8 @@ use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
 use super::{
-    capsules, cluster, exec, files, later, metrics, nodes, pausing, service, templates, tokens,
-    upload,
+    capsules, cluster, exec, files, later, metrics, migrating, nodes, pausing, service, templates,
+    tokens, upload,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
@@ -93,6 +93,7 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(capsules::ping))
         .routes(routes!(pausing::pause))
         .routes(routes!(pausing::resume))
+        .routes(routes!(migrating::migrate))
         .routes(routes!(capsules::logs))
         .routes(routes!(exec::exec))
         .routes(routes!(exec::processes))

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use proto::ids::NodeId;
 use proto::units::Stamp;
-use raft::state::{GuestVersions, HostLoss, Phase, Sandbox, State, Template};
+use raft::state::{GuestVersions, HostLoss, IdleAction, Phase, Sandbox, Snapshot, State, Template};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -46,9 +47,9 @@ pub(super) struct Capsule {
     pub(super) vcpus: u32,
     /// Memory in MiB.
     pub(super) memory_mb: u32,
-    /// Seconds without activity after which it ends; 0 means never.
+    /// Seconds without activity after which it is paused, or ends; 0 means never.
     pub(super) timeout_sec: u64,
-    /// What happens then.
+    /// What happens then: `pause` or `destroy`.
     #[schema(value_type = String)]
     pub(super) timeout_action: &'static str,
     /// Size of its root disk in MiB.
@@ -79,6 +80,9 @@ pub(super) struct Capsule {
     /// is said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) replicas: Option<usize>,
+    /// What it was last paused as; of a capsule that never was, nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) snapshot: Option<Rest>,
     /// Why it ended or broke.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) reason: String,
@@ -94,6 +98,7 @@ impl Capsule {
         let owner = state.node(sandbox.owner);
         let active = active.or(sandbox.started_at);
         let live = sandbox.phase.holds_resources();
+        let rest = sandbox.snapshot.and_then(|id| state.snapshot(id));
         let missing_since = owner
             .filter(|_| live)
             .and_then(|owner| owner.liveness.since());
@@ -111,8 +116,10 @@ impl Capsule {
             vcpus: spec.vcpus,
             memory_mb: spec.memory.0,
             timeout_sec: spec.idle_timeout.unwrap_or_default().as_secs(),
-            // A capsule past its timeout is gone for good, and says so.
-            timeout_action: "destroy",
+            timeout_action: match spec.on_idle {
+                IdleAction::Pause => "pause",
+                IdleAction::Destroy => "destroy",
+            },
             disk_size_mb: spec.disk.0,
             disk_used_mb: None,
             created_at: timestamp(sandbox.created_at),
@@ -122,7 +129,8 @@ impl Capsule {
             metadata,
             node: owner.map_or_else(|| sandbox.owner.to_string(), |node| node.name.clone()),
             node_id: sandbox.owner.to_string(),
-            replicas: replicas(state, sandbox),
+            replicas: rest.map(|it| it.holders.len()),
+            snapshot: rest.map(|it| Rest::of(state, it)),
             reason: sandbox.reason.clone(),
             start_ms: BTreeMap::new(),
         }
@@ -155,10 +163,47 @@ pub(super) const fn status(phase: Phase) -> &'static str {
     }
 }
 
-/// On how many nodes all of what a sandbox goes back to lies.
-fn replicas(state: &State, sandbox: &Sandbox) -> Option<usize> {
-    let snapshot = state.snapshot(sandbox.snapshot?)?;
-    Some(snapshot.holders.len())
+/// What a capsule was paused as.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct Rest {
+    /// Its id.
+    id: String,
+    /// When it was sealed.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    sealed_at: Option<Timestamp>,
+    /// Bytes of guest memory in it, holes left out.
+    memory_bytes: u64,
+    /// Bytes of the disk's changes in it, holes left out.
+    disk_bytes: u64,
+    /// Bytes that the pause had to store anew.
+    new_bytes: u64,
+    /// How long the pause took, in milliseconds: `quiesce` until the guest stood still, `save` its
+    /// devices, `store` all of it durably.
+    pause_ms: BTreeMap<&'static str, u32>,
+    /// Names of the nodes that hold all of it.
+    holders: Vec<String>,
+}
+
+impl Rest {
+    fn of(state: &State, snapshot: &Snapshot) -> Self {
+        let sealed = &snapshot.sealed;
+        let took = sealed.took;
+        let name = |id: &NodeId| state.node(*id).map_or(id.to_string(), |it| it.name.clone());
+        let steps = [
+            ("quiesce", took.quiesce_ms),
+            ("save", took.save_ms),
+            ("store", took.store_ms),
+        ];
+        Self {
+            id: sealed.id.to_string(),
+            sealed_at: timestamp(snapshot.sealed_at),
+            memory_bytes: sealed.memory_bytes,
+            disk_bytes: sealed.disk_bytes,
+            new_bytes: sealed.new_bytes,
+            pause_ms: steps.into_iter().collect(),
+            holders: snapshot.holders.iter().map(name).collect(),
+        }
+    }
 }
 
 /// An instant with its offset; `None` for one past the year 9999, which only a bad clock makes.

@@ -14,7 +14,7 @@ use tokio::time::{self, Instant};
 
 use super::client::{Client, DEADLINE_EXCEEDED};
 use super::error::CliError;
-use super::{Global, copy, print, shell};
+use super::{Global, copy, nodes, print, shell};
 use crate::config::Period;
 
 /// Exit code of a command whose time ran out, as of timeout(1).
@@ -79,6 +79,17 @@ pub(super) enum Command {
         /// The capsules.
         #[arg(required = true)]
         ids: Vec<String>,
+        /// The only node that will do, by id or name.
+        #[arg(long, value_name = "NODE")]
+        node: Option<String>,
+    },
+    /// Move a running capsule to another node: it is paused here and goes on there.
+    Migrate {
+        /// The capsule.
+        id: String,
+        /// Where to, by id or name.
+        #[arg(long, value_name = "NODE")]
+        to: String,
     },
     /// Destroy capsules.
     Destroy {
@@ -100,9 +111,12 @@ pub(super) struct Create {
     /// Memory, 512 MiB where absent.
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
-    /// Destroy it after this long without activity, e.g. 10m; never where absent.
+    /// Pause it after this long without activity, e.g. 10m; never where absent.
     #[arg(long, value_name = "TIME", value_parser = period)]
     timeout: Option<Duration>,
+    /// What becomes of it after that time: pause, where absent, or destroy.
+    #[arg(long, value_name = "pause|destroy")]
+    timeout_action: Option<String>,
     /// A label; may be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
@@ -173,8 +187,12 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
                 print::json(&get(&client, &id).await?)?;
             }
         }
-        Command::Pause { ids } => settle(global, &client, &ids, &PAUSE).await?,
-        Command::Resume { ids } => settle(global, &client, &ids, &RESUME).await?,
+        Command::Pause { ids } => settle(global, &client, &ids, &PAUSE, None).await?,
+        Command::Resume { ids, node } => {
+            let query = node.as_deref().map(node_query).transpose()?;
+            settle(global, &client, &ids, &RESUME, query.as_deref()).await?;
+        }
+        Command::Migrate { id, to } => migrate(global, &client, &id, &to).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -197,6 +215,7 @@ async fn create(global: &Global, client: &Client, request: Create) -> Result<(),
         "vcpus": request.vcpus,
         "memory_mb": request.memory,
         "timeout_sec": request.timeout.map(|timeout| timeout.as_secs()),
+        "timeout_action": request.timeout_action,
         "metadata": metadata,
         "on_host_loss": request.on_host_loss,
         "node_tags": node_tags,
@@ -387,20 +406,15 @@ async fn settle(
     client: &Client,
     ids: &[String],
     how: &Move,
+    query: Option<&str>,
 ) -> Result<(), CliError> {
     let routes: Vec<String> = ids.iter().map(|id| path(id)).collect::<Result<_, _>>()?;
     let mut capsules = Vec::new();
     for (id, route) in ids.iter().zip(routes) {
         let moved = async {
-            let asked = format!("{route}/{}", how.route);
+            let asked = format!("{route}/{}{}", how.route, query.unwrap_or_default());
             client.call(Method::POST, &asked, None).await?;
-            loop {
-                let capsule = get(client, id).await?;
-                if capsule["status"] != how.on_the_way {
-                    return Ok::<_, CliError>(capsule);
-                }
-                time::sleep(POLL_INTERVAL).await;
-            }
+            arrival(client, id, &[how.on_the_way]).await
         };
         let capsule = print::progress(&format!("{} {id}", how.doing), moved).await?;
         let reason = capsule["reason"].as_str().unwrap_or_default();
@@ -419,6 +433,47 @@ async fn settle(
     }
     if global.json {
         print::json(&capsules.into())?;
+    }
+    Ok(())
+}
+
+/// The query that names a node. What no node is called does not get into a route.
+fn node_query(node: &str) -> Result<String, CliError> {
+    nodes::path(node)?;
+    Ok(format!("?node={node}"))
+}
+
+/// The capsule once it is in none of these states any more.
+async fn arrival(client: &Client, id: &str, on_the_way: &[&str]) -> Result<Value, CliError> {
+    loop {
+        let capsule = get(client, id).await?;
+        if !on_the_way.contains(&capsule["status"].as_str().unwrap_or_default()) {
+            return Ok(capsule);
+        }
+        time::sleep(POLL_INTERVAL).await;
+    }
+}
+
+async fn migrate(global: &Global, client: &Client, id: &str, to: &str) -> Result<(), CliError> {
+    let route = format!("{}/migrate", path(id)?);
+    let moved = async {
+        let asked = client.call(Method::POST, &route, Some(json!({ "node": to })));
+        asked.await?;
+        arrival(client, id, &["pausing", "resuming"]).await
+    };
+    let capsule = print::progress(&format!("moving {id} to {to}"), moved).await?;
+    let is_there = capsule["node"] == to || capsule["node_id"] == to;
+    if capsule["status"] != "running" || !is_there {
+        let (status, node) = (
+            print::text(&capsule, "status"),
+            print::text(&capsule, "node"),
+        );
+        let why = print::text(&capsule, "reason");
+        let err = CliError::new(format!("capsule {id} is {status} on {node}: {why}"));
+        return Err(err.hint(format!("`wrenn capsule get {id}` tells more")));
+    }
+    if global.json {
+        print::json(&capsule)?;
     }
     Ok(())
 }

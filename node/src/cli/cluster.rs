@@ -15,7 +15,7 @@ use super::{Global, print};
 pub(super) enum Command {
     /// Show who leads and votes, and the settings.
     Get,
-    /// Change settings: max_voters, max_learners, lease_ttl_sec, lease_grace_sec.
+    /// Change settings: max_voters, max_learners, replicas, lease_ttl_sec, lease_grace_sec.
     Set {
         /// Settings and their new values; times may have a unit.
         #[arg(required = true, value_name = "KEY=VALUE", value_parser = pair)]
@@ -44,7 +44,7 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
 }
 
 /// Settings that are numbers.
-const NUMBERS: [&str; 2] = ["max_voters", "max_learners"];
+const NUMBERS: [&str; 3] = ["max_voters", "max_learners", "replicas"];
 /// Settings that are times in seconds.
 const TIMES: [&str; 2] = ["lease_ttl_sec", "lease_grace_sec"];
 
@@ -61,7 +61,7 @@ fn setting((key, text): (String, String)) -> Result<(String, Value), CliError> {
         }
         time.as_secs().into()
     } else {
-        let known = [NUMBERS, TIMES].concat().join(", ");
+        let known = [&NUMBERS[..], &TIMES[..]].concat().join(", ");
         let err = CliError::usage(format!("there is no setting {key:?}"));
         return Err(err.hint(format!("the settings are {known}")));
     };

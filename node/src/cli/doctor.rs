@@ -126,6 +126,7 @@ fn examine(hooks: Hooks, config: &Config, boot: bool) -> Vec<Check> {
     if boot && has_qemu {
         checks.push(accelerator(hooks, config));
     }
+    checks.push(paging(hooks));
     checks.extend(images(&config.images_dir));
     checks.extend([tun_device(), nftables(), forwarding()]);
     checks.extend(docker());
@@ -243,6 +244,22 @@ fn accelerator(hooks: Hooks, config: &Config) -> Check {
         Err(err) => {
             let action = "try --accelerator tcg; the node's log tells more";
             Check::new(name, Verdict::Fail, chain(err.as_ref()), action)
+        }
+    }
+}
+
+/// Without it a node works, and its resumes take longer the more memory they have.
+fn paging(hooks: Hooks) -> Check {
+    let name = "paging";
+    match (hooks.paging)() {
+        Ok(how) => Check::ok(name, format!("resumed guests get their memory {how}")),
+        Err(err) => {
+            let seen = format!(
+                "resumed guests get all their memory before they run: {}",
+                chain(err.as_ref())
+            );
+            let action = "allow ptrace and userfaultfd (CAP_SYS_PTRACE, Yama below 3, seccomp)";
+            Check::new(name, Verdict::Warn, seen, action)
         }
     }
 }

@@ -55,6 +55,8 @@ pub struct Hooks {
     pub recover: RecoverHook,
     /// Boots a tiny guest and says what ran it.
     pub probe: fn(&Config) -> Result<String, Box<dyn Error>>,
+    /// Tries to take over a process's page faults, and says how the memory of resumed guests comes.
+    pub paging: fn() -> Result<String, Box<dyn Error>>,
 }
 
 /// Wrenn: microVM sandboxes on your own machines.

@@ -231,7 +231,7 @@ fn told(global: &Global, node: &Value) -> Result<ExitCode, CliError> {
 }
 
 /// The route of one node. The name is checked here, so that nothing else gets into a path.
-fn path(name: &str) -> Result<String, CliError> {
+pub(super) fn path(name: &str) -> Result<String, CliError> {
     let plain = |it: char| it.is_ascii_alphanumeric() || matches!(it, '.' | '_' | '-');
     let starts = name.starts_with(|first: char| first.is_ascii_alphanumeric());
     if starts && name.chars().all(plain) {

@@ -107,11 +107,7 @@ impl Tracker<'_> {
             }
             Evidence::Parent(parent) => self.differing(&existing, &**parent)?,
         };
-        for page in self.table.filled().iter() {
-            if !existing.contains(page) {
-                written.add(page);
-            }
-        }
+        add_given_back(&mut written, &existing, self.table);
         Ok(written.runs())
     }
 
@@ -173,6 +169,31 @@ impl Tracker<'_> {
             }
         }
         Ok(differing)
+    }
+}
+
+/// The bytes that can differ from the image at all: of pages that exist, and of those that were
+/// given back. In order, none touching the next.
+///
+/// # Errors
+/// [`DirtyError::Kernel`].
+pub fn may_differ(
+    memory: BorrowedFd<'_>,
+    table: &StateTable,
+) -> Result<Vec<Range<ImageOffset>>, DirtyError> {
+    let existing = PageSet::present_in(memory, table.region())
+        .map_err(kernel("list the pages of the guest"))?;
+    let mut all = existing.clone();
+    add_given_back(&mut all, &existing, table);
+    Ok(all.runs())
+}
+
+/// Adds the pages that were brought once and do not exist now.
+fn add_given_back(pages: &mut PageSet, existing: &PageSet, table: &StateTable) {
+    for page in table.filled().iter() {
+        if !existing.contains(page) {
+            pages.add(page);
+        }
     }
 }
 

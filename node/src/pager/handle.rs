@@ -24,11 +24,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{self, Signal};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
 
 use crate::base::chain::chain;
 use crate::pager::control::{Channel, FromPager, Setup, ToPager};
-use crate::pager::dirty::{DirtyError, Evidence, Tracker, probe};
+use crate::pager::dirty::{DirtyError, Evidence, Tracker, may_differ, probe};
 use crate::pager::layout::Layout;
 use crate::pager::main::{COMMAND, DIR_OPTION, FAILURE, GONE};
 use crate::pager::memory::{GuestMemory, sealed_memfd};
@@ -48,6 +52,8 @@ const MAX_DEATHS: usize = 5;
 const DEATHS_WITHIN: Duration = Duration::from_secs(10);
 /// Longest time a pager that takes over may need: it takes milliseconds, and reads a page map.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest a killed pager may take to be gone.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 /// The pause after one that did not come to serve: the host may be short of something.
 const REPLACE_PAUSE: Duration = Duration::from_millis(100);
 /// Stack of the thread that watches: it parses one message at a time.
@@ -203,6 +209,10 @@ struct Shared {
 
 struct State {
     pid: u32,
+    /// It has not been reaped.
+    lives: bool,
+    /// Somebody follows it, and whoever comes after it.
+    watched: bool,
     channel: Arc<Channel>,
     stats: Option<Stats>,
     stopping: bool,
@@ -243,6 +253,8 @@ impl Pager {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 pid: serving.child.id(),
+                lives: true,
+                watched: true,
                 channel: Arc::clone(&serving.channel),
                 stats: None,
                 stopping: false,
@@ -268,9 +280,29 @@ impl Pager {
                 if let Some(end) = watching.watch(serving) {
                     on_end(end);
                 }
+                watching.state().watched = false;
+                watching.told.notify_all();
             })
             .map_err(system("start a thread"))?;
         Ok(Self { shared })
+    }
+
+    /// Ends the process that serves, and waits until it is gone and reaped. One that has not ended by
+    /// `deadline` is killed. Its VMM is dead, or will be: nobody brings its pages any more.
+    pub fn end(&self, deadline: Instant) {
+        self.shared.stop();
+        if !self.await_end(deadline) {
+            self.shared.kill();
+            self.await_end(Instant::now() + KILL_TIMEOUT);
+        }
+    }
+
+    fn await_end(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let told = &self.shared.told;
+        let watched = |state: &mut State| state.watched;
+        let waited = told.wait_timeout_while(self.shared.state(), left, watched);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.watched
     }
 
     /// The process that serves now.
@@ -327,6 +359,16 @@ impl Pager {
         Ok(self.shared.tracker()?.written_since_parent()?)
     }
 
+    /// The bytes of the image that can have changed at all: of every page that exists, or did once. A
+    /// superset of [`Self::written_since_parent`] that needs nothing but the memory itself.
+    ///
+    /// # Errors
+    /// [`ListWrittenError::Dirty`].
+    pub fn may_differ(&self) -> Result<Vec<Range<ImageOffset>>, ListWrittenError> {
+        let shared = &self.shared;
+        Ok(may_differ(shared.memory.as_fd(), &shared.table)?)
+    }
+
     /// Has only later writes count, after a snapshot whose guest goes on. The guest must stand
     /// still since its written pages were listed. Refused where writes are found by comparing: the
     /// next snapshot of such a guest is a full one.
@@ -340,13 +382,36 @@ impl Pager {
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        let mut state = self.shared.state();
-        state.stopping = true;
-        state.channel.close();
+        self.shared.stop();
     }
 }
 
 impl Shared {
+    fn stop(&self) {
+        let mut state = self.state();
+        state.stopping = true;
+        state.channel.close();
+    }
+
+    /// Kills the process that serves. It cannot be another's: it is reaped only after it was noted
+    /// as dead, under this lock.
+    fn kill(&self) {
+        let state = self.state();
+        let pid = i32::try_from(state.pid).map(Pid::from_raw);
+        if let (true, Ok(pid)) = (state.lives, pid) {
+            let _gone_already = signal::kill(pid, Signal::SIGKILL);
+        }
+    }
+
+    /// Waits for the end of the process that serves, and reaps it.
+    fn reap(&self, child: &mut Child) -> io::Result<ExitStatus> {
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        let ended = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        while waitid(Id::Pid(Pid::from_raw(pid)), ended) == Err(Errno::EINTR) {}
+        self.state().lives = false;
+        child.wait()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
@@ -380,7 +445,7 @@ impl Shared {
         let mut deaths = VecDeque::new();
         loop {
             self.listen(&serving.channel);
-            let status = serving.child.wait();
+            let status = self.reap(&mut serving.child);
             if self.state().stopping {
                 return None;
             }
@@ -445,6 +510,7 @@ impl Shared {
         let mut state = self.state();
         state.takeovers = takeovers;
         state.pid = serving.child.id();
+        state.lives = true;
         state.channel = Arc::clone(&serving.channel);
         if state.stopping {
             state.channel.close();
@@ -549,7 +615,7 @@ fn wait_readable(channel: &Channel, deadline: Instant) -> Result<(), StartPagerE
     let mut readable = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
     match poll(&mut readable, timeout) {
         Ok(0) => Err(StartPagerError::TooSlow),
-        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(errno) => Err(system("wait for the pager")(errno.into())),
     }
 }

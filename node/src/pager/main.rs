@@ -29,13 +29,13 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::signal::Signal;
 
 use crate::base::chain::chain;
 use crate::base::fault;
 use crate::pager::control::{Channel, FromPager, Setup, ToPager};
 use crate::pager::page_map::{PageMap, PageMapError};
 use crate::pager::pages::PageSet;
-use crate::pager::prefetch;
 use crate::pager::region::Region;
 use crate::pager::serve::{ServeError, Server};
 use crate::pager::source::{Daemon, ImageSource};
@@ -43,11 +43,14 @@ use crate::pager::states::StateTable;
 use crate::pager::target::{AttachError, Target};
 use crate::pager::uffd::sys::keep_capabilities;
 use crate::pager::working_set::{Recorder, WorkingSet};
+use crate::pager::{prefetch, probe};
 
 /// The argument that makes `wrenn` a pager.
 pub const COMMAND: &str = "pager";
 /// The option before the sandbox's directory.
 pub const DIR_OPTION: &str = "--dir";
+/// Instead of that: only waits, and is what [`probe`] tries on.
+pub const PROBE_OPTION: &str = "--probe";
 /// The file, in that directory, with the reason of a failed pager.
 pub const FAILURE: &str = "pager-failure.txt";
 /// The exit code of a pager whose guest cannot go on.
@@ -89,6 +92,10 @@ fn system(doing: &'static str) -> impl Fn(io::Error) -> StartError {
 /// Runs `wrenn pager` with the arguments that follow the word.
 #[must_use]
 pub fn main(args: &[OsString]) -> ExitCode {
+    if args == [PROBE_OPTION] {
+        let waited = probe::wait();
+        return waited.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let [option, dir] = args else {
         return usage();
     };
@@ -96,6 +103,9 @@ pub fn main(args: &[OsString]) -> ExitCode {
         return usage();
     }
     let dir = PathBuf::from(dir);
+    // Should it hang, or be stopped, when its shim is killed: nothing may be left of a sandbox. A
+    // shim that is dead by now has closed the socket.
+    let _best_effort = prctl::set_pdeathsig(Signal::SIGKILL);
     match start(&dir) {
         Ok(None)
         | Err(StartError::Attach(AttachError::Ended) | StartError::Serve(ServeError::Ended)) => {

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::fstat;
 use nix::unistd::ftruncate;
 use proto::units::Mib;
 
@@ -15,6 +16,8 @@ use crate::pager::region::Region;
 
 /// The name under which `/proc/<pid>/maps` shows guest memory.
 const NAME: &str = "wrenn-guest-memory";
+/// What `fstat` counts in, whatever the file system's own blocks are.
+const BLOCK_BYTES: u64 = 512;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +54,15 @@ impl GuestMemory {
     pub fn region(&self) -> Region {
         self.region
     }
+
+    /// How much of it exists, swapped out or not.
+    ///
+    /// # Errors
+    /// The kernel would not tell.
+    pub fn resident_bytes(&self) -> io::Result<u64> {
+        let blocks = u64::try_from(fstat(&self.fd)?.st_blocks);
+        Ok(blocks.map_err(io::Error::other)? * BLOCK_BYTES)
+    }
 }
 
 impl AsFd for GuestMemory {
@@ -76,12 +88,14 @@ mod tests {
     #[test]
     fn new_memory_has_its_size_and_no_pages() {
         let memory = GuestMemory::create(Mib(64)).expect("memfd");
-        let stat = nix::sys::stat::fstat(&memory).expect("fstat");
+        let stat = fstat(&memory).expect("fstat");
         assert_eq!(
             u64::try_from(stat.st_size).expect("positive"),
             memory.region().bytes()
         );
-        assert_eq!(stat.st_blocks, 0);
+        assert_eq!(memory.resident_bytes().expect("told"), 0);
+        nix::sys::uio::pwrite(&memory, b"x", 5000).expect("written");
+        assert_eq!(memory.resident_bytes().expect("told"), 4096);
     }
 
     #[test]

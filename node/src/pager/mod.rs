@@ -3,7 +3,7 @@
 //! The memory of a guest is a memfd ([`memory`]) that its shim makes and the VMM maps; it lives as
 //! long as either holds it. A guest that was resumed starts with none of its pages: a process of
 //! its own, `wrenn pager` ([`main`]), brings each when it is touched. The shim keeps a [`handle`]
-//! on it. No resume uses it yet: the shim copies the memory whole before the guest runs.
+//! on it. Where none can serve ([`probe`]), the shim copies the memory whole before the guest runs.
 //!
 //! ```text
 //! shim    handle ──────── control ────────> main           pager process
@@ -29,6 +29,7 @@ pub mod memory;
 pub mod page_map;
 pub mod pages;
 pub mod prefetch;
+pub mod probe;
 pub mod region;
 pub mod serve;
 pub mod source;

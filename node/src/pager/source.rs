@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -256,7 +257,8 @@ impl ImageSource {
                     source,
                 }
             })?;
-        if !decode(place.encoding, scratch) || scratch.chunk.len() as u64 != u64::from(chunk.bytes)
+        // Of a chunk that was elsewhere the map says only how much of it the image needs.
+        if !decode(place.encoding, scratch) || (scratch.chunk.len() as u64) < u64::from(chunk.bytes)
         {
             return Err(LoadError::Undecodable {
                 pack: Arc::clone(&place.pack),
@@ -384,7 +386,13 @@ impl Daemon {
     }
 
     fn connect(&self) -> io::Result<UnixStream> {
-        let stream = UnixStream::connect(&self.socket)?;
+        // A socket's path may have 107 bytes, a data directory's may have more.
+        let (dir, name) = match (self.socket.parent(), self.socket.file_name()) {
+            (Some(dir), Some(name)) => (File::open(dir)?, Path::new(name)),
+            _ => return Err(io::ErrorKind::InvalidInput.into()),
+        };
+        let through = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+        let stream = UnixStream::connect(through.join(name))?;
         stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         Ok(stream)

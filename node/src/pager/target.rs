@@ -150,6 +150,20 @@ impl Target {
         Ok((uffd, false))
     }
 
+    /// Makes a userfaultfd in it, to see whether that can be done; it is left there. Returns how
+    /// writes would be known, at best as `wanted`.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub(super) fn try_on(
+        &self,
+        wanted: Tracking,
+        deadline: Instant,
+    ) -> Result<Tracking, AttachError> {
+        let number = inject::userfaultfd(self.pid, || (), deadline)?;
+        Ok(shake_hands(self.fetch(number)?, wanted)?.tracking())
+    }
+
     /// The userfaultfds it has open, with what was agreed on for each.
     fn userfaultfds(&self) -> Result<Vec<(RawFd, u64)>, AttachError> {
         let look = |source| AttachError::Look {

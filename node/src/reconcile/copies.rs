@@ -22,8 +22,6 @@ use crate::cluster::{LogError, Proposer, View};
 use crate::store::fetch::Holders;
 use crate::store::{Pin, SnapshotDigest, Store};
 
-/// Copies of each snapshot: one node and its disk may be lost.
-pub const REPLICAS: usize = 2;
 /// Pause after a copy that could not be made: its holder may be back by then.
 const AGAIN: Duration = Duration::from_secs(10);
 /// Longest one copy may take: 100 GiB on a network of 1 Gbit/s. A peer that trickles costs no more.
@@ -170,7 +168,8 @@ fn copiers(state: &State, snapshot: &Snapshot) -> Vec<NodeId> {
     let reached = holders().any(|node| node.liveness.is_alive());
     // What a node has that is being emptied counts as gone already.
     let live = holders().filter(|node| node.liveness.is_alive() && !node.draining);
-    let lacking = REPLICAS.saturating_sub(live.count());
+    let wanted = usize::try_from(state.settings().replicas).unwrap_or(usize::MAX);
+    let lacking = wanted.saturating_sub(live.count());
     let mut able: Vec<NodeId> = state
         .nodes()
         .filter(|node| node.liveness.is_alive() && !node.draining)

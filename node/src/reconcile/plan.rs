@@ -5,7 +5,7 @@
 //! | wanted running, `starting` | nothing | start |
 //! | wanted running, `starting` | ready | report running |
 //! | wanted running, `running` | nothing | report failed: its VMM is gone; one that is bound to the lease: start |
-//! | wanted running, `running` | ready, idle too long | stop for idleness |
+//! | wanted running, `running` | ready, idle too long | ask for a pause, or a stop, for idleness |
 //! | wanted running, `resuming` | nothing, ready | as `starting`, from what it rests as |
 //! | wanted paused, `pausing` | ready | seal |
 //! | wanted paused, `pausing` | sealed | report sealed |
@@ -69,8 +69,8 @@ pub enum Step {
         /// What was seen.
         report: Report,
     },
-    /// Ask the cluster to stop a sandbox that nobody used for too long.
-    StopIdle(SandboxId),
+    /// Ask the cluster to pause, or stop, a sandbox that nobody used for too long.
+    PutAway(SandboxId),
     /// Forget records that ended before an instant.
     Prune {
         /// Everything that ended earlier goes.
@@ -87,7 +87,7 @@ impl Step {
             | Self::Stop(id)
             | Self::Thaw(id)
             | Self::Forget(id)
-            | Self::StopIdle(id) => Some(*id),
+            | Self::PutAway(id) => Some(*id),
             Self::Report { id, .. } | Self::Seal { id, .. } => Some(*id),
             Self::Prune { .. } => None,
         }
@@ -197,11 +197,11 @@ fn for_record(
     }
 }
 
-/// A stop for idleness, or the wait until one.
+/// A pause or a stop for idleness, or the wait until one.
 fn idle(record: &Sandbox, seen: &Observed, look_again_in: &mut Option<Duration>) -> Option<Step> {
     let timeout = record.spec.idle_timeout?;
     match timeout.checked_sub(seen.idle_for) {
-        None | Some(Duration::ZERO) => Some(Step::StopIdle(record.id)),
+        None | Some(Duration::ZERO) => Some(Step::PutAway(record.id)),
         Some(left) => {
             sooner(look_again_in, left);
             None

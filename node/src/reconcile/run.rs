@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use proto::ids::{NodeId, SandboxId};
 use raft::command::{Command, Report, StopCause};
-use raft::state::HostLoss;
+use raft::state::{HostLoss, IdleAction};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{self, Instant};
@@ -152,7 +152,7 @@ impl Reconciler {
                 })
                 .await;
             }
-            Step::StopIdle(id) => self.stop_idle(id).await,
+            Step::PutAway(id) => self.put_away(id).await,
             Step::Prune { ended_before } => {
                 self.propose(Command::PruneSandboxes { ended_before }).await;
             }
@@ -202,15 +202,28 @@ impl Reconciler {
         });
     }
 
-    /// Stops a sandbox for idleness unless somebody has begun to use it since the plan was made.
-    async fn stop_idle(&self, id: SandboxId) {
+    /// Pauses or stops a sandbox for idleness unless somebody has begun to use it since the plan was
+    /// made. A pause that fails gives it out again, and counts as use.
+    async fn put_away(&self, id: SandboxId) {
         let state = self.view.state();
-        let timeout = state.sandbox(id).and_then(|it| it.spec.idle_timeout);
+        let Some(known) = state.sandbox(id) else {
+            return;
+        };
+        let timeout = known.spec.idle_timeout;
         if !timeout.is_some_and(|timeout| self.registry.withhold_idle(id, timeout)) {
             return;
         }
-        let cause = StopCause::Idle;
-        let told = self.propose(Command::StopSandbox { id, cause }).await;
+        let (epoch, cause) = (known.epoch, StopCause::Idle);
+        let told = self.propose(match known.spec.on_idle {
+            IdleAction::Pause => Command::PauseSandbox {
+                id,
+                epoch,
+                cause,
+                then_on: None,
+            },
+            IdleAction::Destroy => Command::StopSandbox { id, cause },
+        });
+        let told = told.await;
         if !told {
             self.registry.give_out_again(id);
         }

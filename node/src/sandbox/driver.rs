@@ -24,7 +24,7 @@ use super::spec::{Host, Origin, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::shim::client::ShimClient;
 use crate::shim::error::CallShimError;
-use crate::shim::exit::{ExitRecord, LEASE_LOST};
+use crate::shim::exit::{ExitRecord, LEASE_LOST, MEMORY_LOST};
 use crate::shim::saved::GuestStand;
 use crate::store::ImageDigest;
 
@@ -82,6 +82,7 @@ impl Driver {
 
     /// Takes over a sandbox whose VMM an earlier daemon started.
     pub(super) async fn adopt(self, mut held: Held) {
+        held.find_source(&self.host);
         // It may have thawed while no daemon could tell it the time: it is taken for frozen until
         // it was asked.
         let bound = held.shim.as_ref().map(|it| it.known_status().lease_bound);
@@ -407,6 +408,11 @@ pub(super) fn end_of(record: &ExitRecord) -> End {
     if record.reason == LEASE_LOST {
         return End::LeaseLost {
             reason: format!("{LEASE_LOST}: {}", record.explanation),
+        };
+    }
+    if record.reason == MEMORY_LOST {
+        return End::Failed {
+            reason: format!("{MEMORY_LOST}: {}", record.explanation),
         };
     }
     match (record.signal, record.code) {

@@ -8,6 +8,7 @@
 pub mod adopt;
 mod driver;
 mod error;
+pub mod paging;
 mod phase;
 mod record;
 mod registry;

@@ -112,7 +112,7 @@ struct Told {
     versions: GuestVersions,
     timings: Option<StartTimings>,
     last_used: Instant,
-    /// Whether a stop for idleness is under way, so that nobody may begin to use the guest.
+    /// Whether a pause or a stop for idleness is under way, so that nobody may begin to use the guest.
     withheld: bool,
     /// Whether the guest is frozen, and until its clock is right again after that.
     frozen: bool,
@@ -156,6 +156,7 @@ impl Shared {
         // While it was frozen nobody could use it.
         if matches!(phase, Phase::Ready) {
             told.last_used = Instant::now();
+            told.withheld = false;
         }
         told.phase = phase;
         drop(told);
@@ -364,15 +365,15 @@ impl Registry {
         }
     }
 
-    /// Before a stop for idleness: withholds the guest, so that nobody begins to use what is about
-    /// to end. `false` where somebody has used it within `timeout`.
+    /// Before a pause or a stop for idleness: withholds the guest, so that nobody begins to use what
+    /// is about to go. `false` where somebody has used it within `timeout`.
     #[must_use]
     pub fn withhold_idle(&self, id: SandboxId, timeout: Duration) -> bool {
         self.shared(id)
             .is_some_and(|shared| shared.withhold_idle(timeout))
     }
 
-    /// After a stop for idleness that did not come about.
+    /// After a pause or a stop for idleness that did not come about.
     pub fn give_out_again(&self, id: SandboxId) {
         if let Some(shared) = self.shared(id) {
             shared.told().withheld = false;

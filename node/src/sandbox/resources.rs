@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::error::AcquireError;
+use super::paging::Admitted;
 use super::record::{ReadyFacts, Record};
 use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::chain::chain;
@@ -57,6 +58,8 @@ pub(super) struct Held {
     pub(super) kept: Option<Kept>,
     /// Keeps what it goes on from.
     pub(super) source: Option<Kept>,
+    /// Has its pager answered.
+    pub(super) paged: Option<Admitted>,
     /// Breaks every stream to its guest, once it is being released.
     gone: CancellationToken,
 }
@@ -70,6 +73,7 @@ impl Held {
             shim: None,
             kept: None,
             source: None,
+            paged: None,
             gone: CancellationToken::new(),
         }
     }

@@ -9,7 +9,9 @@
 //! ```
 //!
 //! Memory and disk are read while the guest stands still: of the memory the pages that the shim lists,
-//! which today are all that exist, and the whole disk file. What is written is whatever chunk is new.
+//! which are those that were written since the guest was resumed, or all that exist of one that was
+//! booted, and the whole disk file. What is written is whatever chunk is new. The memory of a guest
+//! that is brought back comes while it runs ([`super::paging`]).
 
 use std::fs::File;
 use std::io;
@@ -20,13 +22,14 @@ use std::time::Duration;
 use proto::epoch::Epoch;
 use proto::ids::{SandboxId, SnapshotId};
 use proto::units::{MIB_BYTES, Mib};
-use raft::state::{Needs, Sealed};
+use raft::state::{Needs, SealTimes, Sealed};
 use tokio::task;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::driver::{Driver, start_failed};
 use super::error::AcquireError;
+use super::paging;
 use super::phase::Event;
 use super::record::ReadyFacts;
 use super::resources::{Held, blocking};
@@ -35,6 +38,7 @@ use crate::base::chain::chain;
 use crate::base::clock::{Clock as _, SystemClock};
 use crate::guest::{Generation, Guest, GuestError, Quiesce, QuiesceError, Restore};
 use crate::net::slot::{GATEWAY_ADDR, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX};
+use crate::pager::page_map::PageMapError;
 use crate::pager::region::Region;
 use crate::shim::dirty::{Basis, DirtyList, DirtyListError};
 use crate::shim::error::{CallShimError, ReadFileError};
@@ -63,7 +67,8 @@ const UNDO_AFTER: Duration = Duration::from_secs(180);
 const STATE_MOST: u64 = 64 << 20;
 /// A full overlay is larger than its disk by less than one part in so many.
 const OVERLAY_SHARE: u64 = 1024;
-/// The saved device state and memory, in the sandbox's directory, from which it is started.
+/// The saved device state, and memory where no pager serves, in the sandbox's directory, from which it
+/// is started.
 const STATE: &str = "resume-state";
 const MEMORY: &str = "resume-memory";
 /// Longest a guest that goes on may take to say so.
@@ -131,6 +136,9 @@ pub enum SnapshotError {
     /// Its disk could not be put on the image below it.
     #[error("put the sandbox's disk on its image")]
     Rebase(#[from] RebaseError),
+    /// Its memory cannot be described to a pager.
+    #[error("describe the sandbox's memory")]
+    Pages(#[from] PageMapError),
     /// What was just made of it cannot be read.
     #[error("read the device state")]
     Hash {
@@ -161,6 +169,8 @@ struct Job {
     saved: Saved,
     facts: Facts,
     pause: u64,
+    /// Of the steps that came before.
+    took: SealTimes,
 }
 
 /// What is known of it beside its bytes.
@@ -209,10 +219,17 @@ impl Driver {
             reclaim: false,
             undo_after: UNDO_AFTER,
         };
+        let mark = Instant::now();
         let quiesced = guest
             .quiesce(&quiesce, Instant::now() + QUIESCE_TIMEOUT)
             .await?;
+        let quiesce = mark.elapsed();
         let saved = shim.save(SAVE_TIMEOUT).await?;
+        let took = SealTimes {
+            quiesce_ms: millis(quiesce),
+            save_ms: millis(mark.elapsed().saturating_sub(quiesce)),
+            store_ms: 0,
+        };
         info!(?quiesced, stood_still = ?saved.state_took, "stands still");
         let job = Job {
             store: self.host.keeping.store.clone(),
@@ -221,6 +238,7 @@ impl Driver {
             saved,
             facts,
             pause,
+            took,
         };
         let sealed = task::spawn_blocking(move || job.run()).await;
         sealed.map_err(SealGuestError::Cut)?
@@ -294,6 +312,7 @@ impl Driver {
             held.record.base = Some(returning.base.to_string());
             held.record.parent = Some(from.to_string());
             held.save().await?;
+            held.admit_pager(&self.host, spec.id, from);
             timings.disk = mark.elapsed();
             let mark = Instant::now();
             let restore = Some(returning.restore.clone());
@@ -345,6 +364,7 @@ impl Driver {
         let deadline = began + self.host.boot_timeout;
         let restored = guest.restore(&restore, deadline).await?;
         info!(?restored, "the guest is itself again");
+        held.mark_ready().await;
         self.drop_files(held).await;
         timings.guest = began.elapsed();
         let answered = Instant::now();
@@ -357,12 +377,19 @@ impl Driver {
 }
 
 impl Driver {
-    /// Removes what a guest was started from, once it runs without: its memory is large.
+    /// Removes what a guest was started from, once it runs without. The map of its pages stays: a
+    /// pager that takes over reads it.
     async fn drop_files(&self, held: &Held) {
         let dir = held.paths.dir().to_owned();
         let removed = blocking(move || {
             let files = [STATE, MEMORY].map(|name| dir.join(name));
-            files.iter().try_for_each(std::fs::remove_file)
+            files
+                .iter()
+                .try_for_each(|file| match std::fs::remove_file(file) {
+                    // Memory is there only where no pager can serve.
+                    Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err),
+                    _ => Ok(()),
+                })
         });
         if let Ok(Err(err)) = removed.await {
             warn!(%err, "what the guest was started from stays until its end");
@@ -407,9 +434,21 @@ impl Returning {
         }
         image(manifest.disk, "disk", &paths.overlay())?;
         rebase(&paths.overlay(), &base, spec.disk)?;
-        let (state, memory) = (paths.dir().join(STATE), paths.dir().join(MEMORY));
+        let state = paths.dir().join(STATE);
         image(manifest.device_state, "device state", &state)?;
-        image(manifest.memory, "memory", &memory)?;
+        let memory = match &host.paging {
+            Some(_) => {
+                paging::describe(store, manifest, paths.dir())?;
+                MemoryImage::Paged {
+                    daemon: host.data.pager_socket(),
+                }
+            }
+            None => {
+                let memory = paths.dir().join(MEMORY);
+                image(manifest.memory, "memory", &memory)?;
+                MemoryImage::Flat(memory)
+            }
+        };
         let hashed = |source| SnapshotError::Hash { source };
         let digest = blake3::hash(&std::fs::read(&state).map_err(hashed)?);
         let machine = &manifest.machine;
@@ -424,7 +463,7 @@ impl Returning {
                     machine: machine.machine_type.clone(),
                     cpu: machine.cpu_model.clone(),
                 },
-                memory: MemoryImage::Flat(memory),
+                memory,
             },
             base: manifest.base,
             token: manifest.guest.token.clone(),
@@ -462,6 +501,7 @@ impl Held {
 impl Job {
     /// Reads everything into the store. Blocks.
     fn run(self) -> Result<(Sealed, Kept), SealGuestError> {
+        let mark = Instant::now();
         let opened = |what| move |source| SealGuestError::Open { what, source };
         let seal = self.store.begin();
         let memory = self.saved.memory.open().map_err(opened("memory"))?;
@@ -504,6 +544,10 @@ impl Job {
                 base: signed.manifest().base.0,
             },
             pause: self.pause,
+            took: SealTimes {
+                store_ms: millis(mark.elapsed()),
+                ..self.took
+            },
         };
         Ok((sealed, kept))
     }
@@ -580,6 +624,10 @@ fn check_sizes(manifest: &SnapshotManifest, spec: &StartSpec) -> Result<(), Snap
         }
     }
     Ok(())
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
 
 /// How much of an image is no hole.

@@ -9,6 +9,7 @@ use proto::ids::SandboxId;
 use proto::units::Mib;
 use transport::Identity;
 
+use super::paging::Paging;
 use crate::net::SlotPool;
 use crate::store::fetch::Holders;
 use crate::store::{DataPaths, ImageDigest, SnapshotDigest, Store};
@@ -65,6 +66,9 @@ pub struct Host {
     pub slots: SlotPool,
     /// How snapshots are kept.
     pub keeping: Keeping,
+    /// How the memory of guests comes that were resumed; `None` where no pager can serve, and it is
+    /// copied whole before they run.
+    pub paging: Option<Paging>,
     /// Guest kernel.
     pub kernel: PathBuf,
     /// Its release, for the record.

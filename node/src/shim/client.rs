@@ -27,7 +27,7 @@ use crate::shim::files::SocketPath;
 use crate::shim::main::{COMMAND, DIR_OPTION};
 use crate::shim::protocol::{self, FrameError};
 use crate::shim::restore::RESTORE_TIMEOUT;
-use crate::shim::saved::{GuestStand, RestoreTimings, Saved};
+use crate::shim::saved::{GuestStand, PagingStatus, RestoreTimings, Saved};
 use crate::shim::spec::ShimSpec;
 use crate::vmm::Hardware;
 
@@ -77,13 +77,15 @@ pub struct ShimStatus {
     pub hardware: Hardware,
     /// Of a guest that was restored: how long its memory and its devices took.
     pub restored: Option<RestoreTimings>,
+    /// Of a guest whose memory comes as it is touched: how.
+    pub paging: Option<PagingStatus>,
 }
 
 /// A shim that has answered.
 #[derive(Clone, Debug)]
 pub struct ShimClient {
     dir: Arc<Path>,
-    status: ShimStatus,
+    status: Arc<ShimStatus>,
 }
 
 /// Starts a shim in `dir` for `spec` and returns when its VMM runs. `wrenn` is our executable.
@@ -142,7 +144,7 @@ fn spawn_timeout(spec: &ShimSpec) -> Duration {
 /// See [`CallShimError`]; [`CallShimError::Gone`] when nobody listens.
 pub async fn connect(dir: &Path) -> Result<ShimClient, CallShimError> {
     let dir: Arc<Path> = dir.into();
-    let status = hello(&dir).await?;
+    let status = Arc::new(hello(&dir).await?);
     Ok(ShimClient { dir, status })
 }
 
@@ -249,6 +251,21 @@ impl ShimClient {
     pub async fn thaw(&self) -> Result<(), CallShimError> {
         let deadline = Instant::now() + THAW_TIMEOUT;
         match call_shim(&self.dir, Call::Thaw(wire::Thaw {}), deadline).await? {
+            Answer::Status(_) => Ok(()),
+            _ => Err(CallShimError::WrongAnswer {
+                dir: self.dir.to_path_buf(),
+            }),
+        }
+    }
+
+    /// Says that a guest that was restored is ready: what it has touched by now is its working set.
+    /// No harm to any other, nor if it is said twice.
+    ///
+    /// # Errors
+    /// See [`CallShimError`]. The guest goes on all the same, and its working set is not recorded.
+    pub async fn mark_ready(&self) -> Result<(), CallShimError> {
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        match call_shim(&self.dir, Call::Ready(wire::Ready {}), deadline).await? {
             Answer::Status(_) => Ok(()),
             _ => Err(CallShimError::WrongAnswer {
                 dir: self.dir.to_path_buf(),
@@ -363,6 +380,7 @@ async fn hello(dir: &Path) -> Result<ShimStatus, CallShimError> {
             cpu: said.cpu,
         },
         restored,
+        paging: said.paging.map(PagingStatus::from),
     })
 }
 

@@ -38,6 +38,7 @@ use proto::wire::shim::Status;
 
 use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
+use crate::pager::handle::Pager;
 use crate::pager::memory::GuestMemory;
 use crate::shim::console::{BoundedLog, pump, pump_keeping_tail};
 use crate::shim::dirty::{AllPresent, DirtyPages};
@@ -66,6 +67,8 @@ const VMM_UP_TIMEOUT: Duration = Duration::from_secs(15);
 const LONG_WAIT: Duration = Duration::from_secs(300);
 /// How long the ends of the VMM's streams are waited for after its own end. They are in the pipe.
 const STREAMS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the pager may take to end after its VMM: it waits for that, and has nothing to clean up.
+const PAGER_END_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long clients that are owed the exit may take to receive it.
 const LINGER: Duration = Duration::from_secs(2);
 /// How much of the VMM's complaints goes into the exit record.
@@ -155,6 +158,7 @@ struct Running {
     watchdog: Option<Arc<Watchdog>>,
     /// Of a guest whose memory comes as it is touched.
     loss: MemoryLoss,
+    pager: Option<Arc<Pager>>,
     complaints: Receiver<String>,
     console_ended: Receiver<()>,
     /// The right to be this directory's shim.
@@ -165,7 +169,9 @@ fn start(dir: &Path) -> Result<Running, RunShimError> {
     let lock = settle(dir)?;
     let spec = ShimSpec::read(dir)?;
     let lease = spec.lease.as_deref().map(Lease::read).transpose()?;
-    let restore = spec.restore.as_ref().map(Restore::open).transpose()?;
+    let restore = spec.restore.as_ref();
+    let restore = restore.map(|restore| Restore::open(restore, spec.sandbox, dir));
+    let restore = restore.transpose()?;
     let memory = Arc::new(GuestMemory::create(spec.vmm.memory)?);
     let started = start_vmm(&spec, restore.as_ref(), &memory, dir)?;
     let took = started.took;
@@ -283,9 +289,9 @@ impl Watched {
         dir: &Path,
     ) -> Result<Running, RunShimError> {
         let system = |doing| move |source| RunShimError::System { doing, source };
-        let (stand, dirty): (_, Box<dyn DirtyPages>) = match restored {
-            None => (Stand::Running, Box::new(AllPresent)),
-            Some(restored) => (Stand::Still, restored.dirty),
+        let (stand, dirty, pager): (_, Box<dyn DirtyPages>, _) = match restored {
+            None => (Stand::Running, Box::new(AllPresent), None),
+            Some(restored) => (Stand::Still, restored.dirty, restored.pager),
         };
         let guest = Saveable {
             vmm: Arc::clone(&self.vmm),
@@ -294,8 +300,8 @@ impl Watched {
             dirty,
             dir: dir.to_owned(),
         };
-        let server =
-            Server::new(status, Saver::new(guest, stand)).map_err(system("make a pipe"))?;
+        let server = Server::new(status, Saver::new(guest, stand), pager.clone());
+        let server = server.map_err(system("make a pipe"))?;
         let listener = listen(dir).map_err(system("listen on shim.sock"))?;
         let accepting = Arc::clone(&server);
         thread_result("accept", move || accepting.accept_all(&listener))
@@ -306,6 +312,7 @@ impl Watched {
             vmm: self.vmm,
             watchdog: self.watchdog,
             loss: self.loss,
+            pager,
             complaints: self.complaints,
             console_ended: self.console_ended,
             _lock: lock,
@@ -333,6 +340,10 @@ impl Running {
         let left = || deadline.saturating_duration_since(Instant::now());
         let complaint = self.complaints.recv_timeout(left()).unwrap_or_default();
         let _console_on_disk = self.console_ended.recv_timeout(left());
+        // It saw the end of the VMM as we did; one that hangs is killed.
+        if let Some(pager) = &self.pager {
+            pager.end(Instant::now() + PAGER_END_TIMEOUT);
+        }
         let asked = self.server.ending().asked();
         let mut record = ExitRecord::new(exit, asked, complaint, SystemClock.now());
         if let Some(lost_for) = self.lease_lost_for(&record) {

@@ -14,7 +14,7 @@
 //!
 //! A guest can be saved ([`save`]) and brought back elsewhere ([`restore`]): its device state is a
 //! file ([`state`]), the pages to be read of its memory are listed in another ([`dirty`]), and its
-//! memory comes back from a [`source`].
+//! memory comes back from a [`source`]: all of it before it runs, or page by page ([`paged`]).
 //!
 //! What a crash leaves: a killed daemon leaves shims running, to be found again by
 //! [`discover`]. A killed shim takes its VMM with it and leaves a directory without `exit.json`.
@@ -29,6 +29,7 @@ pub mod files;
 pub mod freeze;
 pub mod lease;
 pub mod main;
+pub mod paged;
 pub mod protocol;
 pub mod restore;
 pub mod save;

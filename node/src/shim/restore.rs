@@ -7,16 +7,23 @@
 //! Then the shim reports *up*, and the guest stands still until the daemon's `Thaw`: the daemon may
 //! die in between, and the next one must find a guest of which it is certain that it has not run.
 //! Before that nobody is told anything, and the first step that fails takes everything with it.
+//! *Memory in place* may mean that a pager serves, and that none of it is here yet ([`super::paged`]).
 //!
 //! Nothing of the old host matters: namespace, tap, paths, console and descriptors are this one's.
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use proto::ids::SandboxId;
+
+use crate::pager::handle::Pager;
 use crate::pager::memory::GuestMemory;
 use crate::shim::dirty::DirtyPages;
-use crate::shim::source::{Eager, MemoryLoss, MemorySource, MemorySourceError};
+use crate::shim::paged::Paged;
+use crate::shim::source::{Brought, Eager, MemoryLoss, MemorySource, MemorySourceError};
 use crate::shim::spec::{MemoryImage, RestoreSpec};
 use crate::shim::state::StateFileError;
 use crate::vmm::{Hardware, Vmm, VmmError};
@@ -48,6 +55,8 @@ pub struct Restore {
 pub struct Restored {
     /// Who knows what it writes.
     pub dirty: Box<dyn DirtyPages>,
+    /// Who brings its memory, where not all of it is here.
+    pub pager: Option<Arc<Pager>>,
     /// How long its memory took.
     pub memory: Duration,
     /// How long its state took.
@@ -55,18 +64,24 @@ pub struct Restored {
 }
 
 impl Restore {
-    /// Looks at what there is to bring back, before anything is started for it.
+    /// Looks at what there is to bring back to `sandbox` in `dir`, before anything is started for
+    /// it.
     ///
     /// # Errors
     /// See [`StateFileError`].
-    pub fn open(spec: &RestoreSpec) -> Result<Self, StateFileError> {
-        let source = match &spec.memory {
-            MemoryImage::Flat(image) => Eager::new(image),
+    pub fn open(
+        spec: &RestoreSpec,
+        sandbox: SandboxId,
+        dir: &Path,
+    ) -> Result<Self, StateFileError> {
+        let source: Box<dyn MemorySource> = match &spec.memory {
+            MemoryImage::Flat(image) => Box::new(Eager::new(image)),
+            MemoryImage::Paged { daemon } => Box::new(Paged::new(dir, daemon, sandbox)),
         };
         Ok(Self {
             state: spec.state.open(&spec.hardware)?,
             hardware: spec.hardware.clone(),
-            source: Box::new(source),
+            source,
         })
     }
 
@@ -89,11 +104,13 @@ impl Restore {
     ) -> Result<Restored, RestoreError> {
         let began = Instant::now();
         let deadline = began + RESTORE_TIMEOUT;
-        let dirty = self.source.prepare(vmm.pid(), memory, loss, deadline)?;
+        let brought = self.source.prepare(vmm.pid(), memory, loss, deadline)?;
+        let Brought { dirty, pager } = brought;
         let prepared = Instant::now();
         vmm.load_state(self.state.as_fd(), deadline)?;
         Ok(Restored {
             dirty,
+            pager,
             memory: prepared - began,
             load: prepared.elapsed(),
         })

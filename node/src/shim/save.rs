@@ -147,6 +147,12 @@ impl Saver {
         &self.guest.frozen
     }
 
+    /// How much of the guest's memory this host holds.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.guest.memory.resident_bytes().unwrap_or(0)
+    }
+
     /// What the guest does.
     #[must_use]
     pub fn stand(&self) -> Stand {

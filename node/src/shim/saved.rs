@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use proto::wire::shim as wire;
 
+use crate::pager::stats::Stats;
 use crate::shim::dirty::Basis;
 use crate::shim::files;
 use crate::shim::state::StateFile;
@@ -45,6 +46,101 @@ pub struct RestoreTimings {
     pub memory: Duration,
     /// Its devices.
     pub load: Duration,
+}
+
+/// How the memory of a guest comes that was restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PagingStatus {
+    /// The process that brings it.
+    pub pager_pid: u32,
+    /// How much of it this host holds.
+    pub resident_bytes: u64,
+    /// What that process has done so far; `None` while it is being replaced.
+    pub counters: Option<Stats>,
+}
+
+impl From<wire::Paging> for PagingStatus {
+    fn from(paging: wire::Paging) -> Self {
+        Self {
+            pager_pid: paging.pager_pid,
+            resident_bytes: paging.resident_bytes,
+            counters: paging.counters.map(Stats::from),
+        }
+    }
+}
+
+impl From<Stats> for wire::PagerCounters {
+    fn from(stats: Stats) -> Self {
+        let Stats {
+            faults,
+            hole_faults,
+            peer_faults,
+            discard_faults,
+            pushed_windows,
+            local_bytes,
+            peer_bytes,
+            zero_bytes,
+            p50_ns,
+            p99_ns,
+            max_ns,
+            stalled_questions,
+            pushing_done,
+            takeovers,
+        } = stats;
+        Self {
+            faults,
+            hole_faults,
+            peer_faults,
+            discard_faults,
+            pushed_windows,
+            local_bytes,
+            peer_bytes,
+            zero_bytes,
+            p50_ns,
+            p99_ns,
+            max_ns,
+            stalled_questions,
+            pushing_done,
+            takeovers,
+        }
+    }
+}
+
+impl From<wire::PagerCounters> for Stats {
+    fn from(counters: wire::PagerCounters) -> Self {
+        let wire::PagerCounters {
+            faults,
+            hole_faults,
+            peer_faults,
+            discard_faults,
+            pushed_windows,
+            local_bytes,
+            peer_bytes,
+            zero_bytes,
+            p50_ns,
+            p99_ns,
+            max_ns,
+            stalled_questions,
+            pushing_done,
+            takeovers,
+        } = counters;
+        Self {
+            faults,
+            hole_faults,
+            peer_faults,
+            discard_faults,
+            pushed_windows,
+            local_bytes,
+            peer_bytes,
+            zero_bytes,
+            p50_ns,
+            p99_ns,
+            max_ns,
+            stalled_questions,
+            pushing_done,
+            takeovers,
+        }
+    }
 }
 
 /// A guest that was saved and stands still, and where what makes it up can be read.

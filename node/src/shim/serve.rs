@@ -20,6 +20,7 @@ use proto::wire::shim::response::Answer;
 use proto::wire::shim::{self as wire, Request, Response};
 
 use crate::base::chain::chain;
+use crate::pager::handle::Pager;
 use crate::shim::error::StopError;
 use crate::shim::exit::ExitRecord;
 use crate::shim::protocol;
@@ -38,6 +39,9 @@ const MAX_GRACE: Duration = Duration::from_secs(600);
 const TELL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest wait for a killed VMM to be gone: freeing a large guest's memory takes a while.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for the pager's counters, which it tells within microseconds. One that is being
+/// replaced has none.
+const COUNTERS_TIMEOUT: Duration = Duration::from_millis(200);
 /// Pause after the kernel had no descriptor or thread for a new client.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// Stack of a client's thread: a frame is on the heap, and calls go a few levels deep.
@@ -136,6 +140,8 @@ impl Ending {
 pub struct Server {
     status: wire::Status,
     saver: Saver,
+    /// Of a guest whose memory comes as it is touched.
+    pager: Option<Arc<Pager>>,
     ending: Ending,
     clients: Mutex<Clients>,
     quiet: Condvar,
@@ -149,14 +155,19 @@ struct Clients {
 }
 
 impl Server {
-    /// A server that answers for the guest of `saver`.
+    /// A server that answers for the guest of `saver`, to whom `pager` may bring its memory.
     ///
     /// # Errors
     /// The kernel has no descriptors to give.
-    pub fn new(status: wire::Status, saver: Saver) -> io::Result<Arc<Self>> {
+    pub fn new(
+        status: wire::Status,
+        saver: Saver,
+        pager: Option<Arc<Pager>>,
+    ) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             status,
             saver,
+            pager,
             ending: Ending::new()?,
             clients: Mutex::default(),
             quiet: Condvar::new(),
@@ -234,7 +245,10 @@ impl Server {
             Some(Call::Hello(wire::Hello {})) if self.ending.record.get().is_some() => {
                 failure(ENDED)
             }
-            Some(Call::Hello(wire::Hello {})) => Answer::Status(self.status()),
+            Some(Call::Hello(wire::Hello {})) => Answer::Status(wire::Status {
+                paging: self.paging(),
+                ..self.status()
+            }),
             Some(Call::WaitFreeze(wire::WaitFreeze { frozen })) => {
                 self.wait_freeze(frozen, client)?
             }
@@ -253,6 +267,12 @@ impl Server {
             }
             Some(Call::Save(wire::Save { timeout_ms })) => self.save(timeout_ms),
             Some(Call::Thaw(wire::Thaw {})) => self.thaw(),
+            Some(Call::Ready(wire::Ready {})) => {
+                if let Some(pager) = &self.pager {
+                    pager.mark_ready();
+                }
+                Answer::Status(self.status())
+            }
             None => failure("this shim does not know the request"),
         })
     }
@@ -264,6 +284,17 @@ impl Server {
             stand: stand.into(),
             ..self.status.clone()
         }
+    }
+
+    /// How the guest's memory comes; `None` for one that has all of it.
+    fn paging(&self) -> Option<wire::Paging> {
+        let pager = self.pager.as_ref()?;
+        let told = pager.stats(Instant::now() + COUNTERS_TIMEOUT);
+        Some(wire::Paging {
+            pager_pid: pager.pid(),
+            resident_bytes: self.saver.resident_bytes(),
+            counters: told.ok().map(wire::PagerCounters::from),
+        })
     }
 
     fn save(&self, timeout_ms: u32) -> Answer {
@@ -398,7 +429,7 @@ mod tests {
             dir: "/nonexistent".into(),
         };
         let saver = Saver::new(guest, Stand::Running);
-        let server = Server::new(wire::Status::default(), saver).expect("pipes");
+        let server = Server::new(wire::Status::default(), saver, None).expect("pipes");
         let (main, theirs) = (server.clone(), vmm.clone());
         thread::spawn(move || {
             if let Ok(Some(exit)) = theirs.wait(Instant::now() + SOON) {

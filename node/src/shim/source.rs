@@ -2,8 +2,8 @@
 //!
 //! A source is asked once, when the VMM is there and waits for the guest's state: nobody has touched
 //! the memory yet, and from the moment the state is loaded it will be touched. Either everything is
-//! in place by then ([`Eager`]), or whoever brings it watches over the VMM's page faults by then.
-//! One that finds later that a part is nowhere to be had ends the guest ([`MemoryLoss`]): it would
+//! in place by then ([`Eager`]), or whoever brings it watches over the VMM's page faults by then
+//! ([`super::paged::Paged`]). One that finds later that a part is nowhere to be had ends the guest ([`MemoryLoss`]): it would
 //! wait for that page for ever.
 
 use std::fs::File;
@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use crate::pager::handle::{Pager, StartPagerError};
 use crate::pager::memory::GuestMemory;
 use crate::shim::dirty::{AllPresent, DirtyPages, present};
 use crate::vmm::Vmm;
@@ -42,6 +43,17 @@ pub enum MemorySourceError {
     /// It did not come in time.
     #[error("the memory was not there in time")]
     TimedOut,
+    /// Nobody came to serve the guest's page faults.
+    #[error("start the guest's pager")]
+    Pager(#[from] StartPagerError),
+}
+
+/// Memory that is in its place, or comes as it is touched.
+pub struct Brought {
+    /// Who knows which pages the guest writes from now on.
+    pub dirty: Box<dyn DirtyPages>,
+    /// Who brings the pages; `None` where all were brought.
+    pub pager: Option<Arc<Pager>>,
 }
 
 /// Ends a guest of whose memory a part is nowhere to be had.
@@ -77,9 +89,8 @@ impl MemoryLoss {
 
 /// Brings the memory of a guest that is restored.
 pub trait MemorySource: Send + Sync {
-    /// Sees to it that whatever the VMM `vmm_pid` reads of `memory` is the guest's. Returns who
-    /// knows from now on which pages the guest writes, and whatever else must live as long as it.
-    /// `loss` is for a part that later turns out not to be had.
+    /// Sees to it that whatever the VMM `vmm_pid` reads of `memory` is the guest's. What it returns
+    /// must live as long as the VMM. `loss` is for a part that later turns out not to be had.
     ///
     /// # Errors
     /// See [`MemorySourceError`]. The VMM is killed, and nothing of the source may be left.
@@ -89,7 +100,7 @@ pub trait MemorySource: Send + Sync {
         memory: &GuestMemory,
         loss: &MemoryLoss,
         deadline: Instant,
-    ) -> Result<Box<dyn DirtyPages>, MemorySourceError>;
+    ) -> Result<Brought, MemorySourceError>;
 }
 
 /// Copies a flat image, as long as the memory and with holes for zeros, before the guest runs. Its
@@ -123,7 +134,7 @@ impl MemorySource for Eager {
         memory: &GuestMemory,
         _loss: &MemoryLoss,
         deadline: Instant,
-    ) -> Result<Box<dyn DirtyPages>, MemorySourceError> {
+    ) -> Result<Brought, MemorySourceError> {
         let failed = |source| self.failed(source);
         let image = File::open(&self.image).map_err(failed)?;
         let (found, wanted) = (
@@ -149,7 +160,10 @@ impl MemorySource for Eager {
                 copy(&image, &into, start, length).map_err(failed)?;
             }
         }
-        Ok(Box::new(AllPresent))
+        Ok(Brought {
+            dirty: Box::new(AllPresent),
+            pager: None,
+        })
     }
 }
 
@@ -204,6 +218,7 @@ mod tests {
         let dirty = Eager::new(image.path()).prepare(0, &memory, &no_loss(), soon());
         let dirty = dirty
             .expect("copied")
+            .dirty
             .list(&memory, soon())
             .expect("listed");
         assert!(dirty.bytes() <= 3 * 64 * 1024, "{}", dirty.bytes());

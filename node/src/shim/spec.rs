@@ -2,7 +2,8 @@
 //!
 //! The file and the type in memory are apart, so that the type may change while shims of an older
 //! release still start from what a newer daemon wrote, or say by name that they cannot. So the file
-//! has the oldest version that says all of it: 1 for a guest that boots, 2 for one that is restored.
+//! has the oldest version that says all of it: 1 for a guest that boots, 2 for one whose memory is copied
+//! before it runs, 3 for one whose memory comes as it is touched.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ use crate::vmm::{Accelerator, Hardware, NetworkSpec, VmmSpec};
 const VERSION: u32 = 1;
 /// The layout for a guest that is restored: a release that knows only the first would boot it.
 const RESTORE_VERSION: u32 = 2;
+/// The layout for a guest whose memory a pager brings.
+const PAGED_VERSION: u32 = 3;
 
 /// One sandbox as its shim is told to run it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,8 +58,14 @@ pub struct RestoreSpec {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryImage {
     /// A file as long as the memory, with holes for zeros; all of it is copied before the guest
-    /// runs.
+    /// runs. For hosts on which no pager can serve.
     Flat(PathBuf),
+    /// A pager brings each page when it is touched, by the page map in the sandbox's directory
+    /// ([`crate::pager::handle::PAGES`]).
+    Paged {
+        /// Where the daemon answers for what is not on this node.
+        daemon: PathBuf,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -78,7 +87,7 @@ struct Written {
     /// refuses one that it could not obey.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lease: Option<PathBuf>,
-    /// In version 2, and only there.
+    /// From version 2 on, and only there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     restore: Option<WrittenRestore>,
 }
@@ -98,6 +107,7 @@ struct WrittenRestore {
 #[serde(rename_all = "snake_case")]
 enum WrittenMemory {
     Flat(PathBuf),
+    Paged { daemon: PathBuf },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -128,7 +138,8 @@ impl ShimSpec {
             .map_err(|source| ReadFileError::Disk { name, source })?
             .ok_or(ReadFileError::Missing { name })?;
         check_version(name, &content, VERSION)
-            .or_else(|_| check_version(name, &content, RESTORE_VERSION))?;
+            .or_else(|_| check_version(name, &content, RESTORE_VERSION))
+            .or_else(|_| check_version(name, &content, PAGED_VERSION))?;
         let written: Written = serde_json::from_slice(&content)
             .map_err(|source| ReadFileError::Malformed { name, source })?;
         Self::from_written(written)
@@ -159,9 +170,10 @@ impl ShimSpec {
     }
 
     fn version(&self) -> u32 {
-        match self.restore {
+        match self.restore.as_ref().map(|restore| &restore.memory) {
             None => VERSION,
-            Some(_) => RESTORE_VERSION,
+            Some(MemoryImage::Flat(_)) => RESTORE_VERSION,
+            Some(MemoryImage::Paged { .. }) => PAGED_VERSION,
         }
     }
 
@@ -210,6 +222,9 @@ impl RestoreSpec {
             cpu: self.hardware.cpu.clone(),
             memory: match &self.memory {
                 MemoryImage::Flat(path) => WrittenMemory::Flat(path.clone()),
+                MemoryImage::Paged { daemon } => WrittenMemory::Paged {
+                    daemon: daemon.clone(),
+                },
             },
         }
     }
@@ -228,6 +243,7 @@ impl RestoreSpec {
             },
             memory: match written.memory {
                 WrittenMemory::Flat(path) => MemoryImage::Flat(path),
+                WrittenMemory::Paged { daemon } => MemoryImage::Paged { daemon },
             },
         })
     }
@@ -312,9 +328,9 @@ mod tests {
 
     #[test]
     fn another_version_is_refused_by_name_even_with_unknown_fields() {
-        let err = read_changed("\"version\": 1", "\"version\": 3, \"new\": 0").expect_err("no");
+        let err = read_changed("\"version\": 1", "\"version\": 4, \"new\": 0").expect_err("no");
         assert!(
-            matches!(err, ReadFileError::UnknownVersion { found: 3, .. }),
+            matches!(err, ReadFileError::UnknownVersion { found: 4, .. }),
             "{err}"
         );
     }
@@ -337,6 +353,21 @@ mod tests {
             "{posing:?}"
         );
         assert!(read_changed("\"version\": 1", "\"version\": 2").is_err());
+    }
+
+    /// So that a release that knows no pager says so, instead of running a guest without memory.
+    #[test]
+    fn only_a_guest_that_is_paged_has_the_third_version() {
+        let mut paged = restoring();
+        if let Some(restore) = &mut paged.restore {
+            restore.memory = MemoryImage::Paged {
+                daemon: "/data/pager.sock".into(),
+            };
+        }
+        let read = read_changed_of(&paged, "\"version\": 3", "\"version\": 3");
+        assert_eq!(read.expect("read"), paged);
+        assert!(read_changed_of(&paged, "\"version\": 3", "\"version\": 2").is_err());
+        assert!(read_changed_of(&restoring(), "\"version\": 2", "\"version\": 3").is_err());
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Killing what a crash left running for one sandbox directory.
 //!
 //! No pid is remembered: processes are found in `/proc` by their command line, which names the
-//! directory (`wrenn shim --dir D`, or a VMM with `-name D`). Each is killed through a pidfd that
+//! directory (`wrenn shim --dir D`, `wrenn pager --dir D`, or a VMM with `-name D`). Each is killed through a pidfd that
 //! was opened *before* its command line was read once more, so a number that has passed to another
-//! process in between is never hit. The shim goes first: it could not start anything afterwards.
+//! process in between is never hit. The shim goes first: it could not start anything afterwards. The
+//! pager goes last: the VMM, which may wait for a page, does not need it to die.
 
 use std::fs;
 use std::io;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
 
+use crate::pager::main as pager;
 use crate::shim::error::SweepError;
 use crate::shim::main::{COMMAND, DIR_OPTION};
 use crate::vmm::jail::{pidfd_kill, pidfd_open};
@@ -27,9 +29,10 @@ const GONE_TIMEOUT: Duration = Duration::from_secs(10);
 enum Role {
     Shim,
     Vmm,
+    Pager,
 }
 
-/// Kills the shim and the VMM of `dir`, whether or not they answer, and waits until they are
+/// Kills the shim, the VMM and the pager of `dir`, whether or not they answer, and waits until they are
 /// gone. Returns the pids that were killed. Blocks: call it off the runtime's threads.
 ///
 /// # Errors
@@ -40,7 +43,7 @@ pub fn kill_leftovers(dir: &Path) -> Result<Vec<u32>, SweepError> {
         source,
     })?;
     let mut killed = Vec::new();
-    // Once more after the first round, for a VMM that its shim was just starting.
+    // Once more after the first round, for a process that its shim was just starting.
     loop {
         let mut found = processes_of(&dir).map_err(|source| SweepError::List { source })?;
         found.sort();
@@ -107,12 +110,17 @@ fn role_in(line: &[u8], dir: &Path) -> Option<Role> {
     let args: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
     let dir = dir.as_os_str().as_bytes();
     let rest = args.get(1..)?;
-    if let [command, option, named, ..] = rest
-        && *command == COMMAND.as_bytes()
-        && *option == DIR_OPTION.as_bytes()
-        && *named == dir
-    {
-        return Some(Role::Shim);
+    let is_ours = |(ours, with, role): (&str, &str, Role)| match rest {
+        [command, option, named, ..] => {
+            (*command == ours.as_bytes() && *option == with.as_bytes() && *named == dir)
+                .then_some(role)
+        }
+        _ => None,
+    };
+    let shim = is_ours((COMMAND, DIR_OPTION, Role::Shim));
+    let ours = shim.or_else(|| is_ours((pager::COMMAND, pager::DIR_OPTION, Role::Pager)));
+    if ours.is_some() {
+        return ours;
     }
     // As `qemu::args` writes it: commas doubled.
     let escaped = String::from_utf8_lossy(dir).replace(',', ",,");
@@ -130,13 +138,15 @@ mod tests {
     }
 
     #[test]
-    fn only_a_shim_and_a_vmm_of_this_very_directory_are_meant() {
+    fn only_processes_of_this_very_directory_are_meant() {
         assert_eq!(role("wrenn shim --dir /d/cl-1,a "), Some(Role::Shim));
         assert_eq!(
             role("qemu -nodefaults -name /d/cl-1,,a -m 1 "),
             Some(Role::Vmm)
         );
+        assert_eq!(role("wrenn pager --dir /d/cl-1,a "), Some(Role::Pager));
         for other in [
+            "wrenn pager --dir /d/cl-1,a2 ",
             "wrenn shim --dir /d/cl-1,a2 ",
             "wrenn node --dir /d/cl-1,a ",
             "qemu -name /d/cl-1,,a2 ",

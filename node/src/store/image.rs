@@ -125,15 +125,18 @@ impl Seal {
     ) -> Result<(), SealError> {
         let Range { start, end } = window.bytes;
         let in_file = end.min(len_bytes).saturating_sub(start);
+        // Looked for before anything is read: a page that arrives in between is the parent's, and
+        // after the read it would be no hole any more, with zeroes in the buffer.
+        let mut holes = Vec::new();
+        for unchanged in window.unchanged.iter().filter(|_| parent.is_some()) {
+            holes.extend(chunker::holes(file, unchanged.clone()).map_err(read_failed)?);
+        }
         buffer.clear();
         buffer.resize(length(end - start), 0);
         file.read_exact_at(&mut buffer[..length(in_file)], start)
             .map_err(read_failed)?;
-        let Some(parent) = parent else {
-            return Ok(());
-        };
-        for unchanged in &window.unchanged {
-            for hole in chunker::holes(file, unchanged.clone()).map_err(read_failed)? {
+        if let Some(parent) = parent {
+            for hole in holes {
                 self.read_parent(parent, hole, start, buffer)?;
             }
         }

@@ -10,6 +10,7 @@
 //!        net/             what the network pool must remember
 //!        store/           chunks and manifests of snapshots; see `engine`
 //!        templates/       root file systems in use, each under its digest
+//!        pager.sock       where pagers ask for what is not on this node
 //!        cache/           what can be computed again; may be deleted while no daemon runs
 //!        sandboxes/<id>/  shim.json shim.sock root.qcow2 console.log exit.json token
 //! ```
@@ -159,6 +160,13 @@ impl DataPaths {
     #[must_use]
     pub fn cache(&self) -> PathBuf {
         self.root.join("cache")
+    }
+
+    /// Where the daemon answers pagers. May be too long to bind as it is: go through the directory's
+    /// descriptor.
+    #[must_use]
+    pub fn pager_socket(&self) -> PathBuf {
+        self.root.join("pager.sock")
     }
 
     /// All sandboxes of this node.

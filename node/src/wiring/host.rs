@@ -12,6 +12,7 @@ use tracing::info;
 use super::{Chosen, RunError, disk};
 use crate::config::{AcceleratorChoice, Config};
 use crate::net::{SlotPool, SlotTag};
+use crate::sandbox::paging::Paging;
 use crate::sandbox::{Host, Keeping};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
@@ -90,11 +91,13 @@ pub(super) fn of(
     chosen: &Chosen,
     slots: SlotPool,
     keeping: Keeping,
+    paging: Option<Paging>,
 ) -> Result<Host, RunError> {
     let guest = catalog.guest();
     Ok(Host {
         data: paths.clone(),
         keeping,
+        paging,
         slots,
         kernel: guest.kernel.clone(),
         kernel_release: guest.kernel_release.clone(),

@@ -21,6 +21,7 @@ mod info;
 mod lease;
 mod member;
 mod membership;
+mod paging;
 mod peers;
 pub mod recover;
 mod snapshots;
@@ -59,6 +60,7 @@ use crate::cluster::{Cluster, Mesh, MeshLink, Proposer};
 use crate::config::Config;
 use crate::dashboard;
 use crate::net::{self, Cidr, NetConfig, SlotPool, SlotTag};
+use crate::pager;
 use crate::reconcile::Reconciler;
 use crate::relay::{QuicPeers, QuicRelay, Relay};
 use crate::sandbox::{Registry, adopt};
@@ -185,8 +187,9 @@ impl Running {
             .map_err(disk("look for sandboxes"))?;
         let (slots, slot_claim) = start_slots(&config, paths, &leftovers, &slot_tasks).await?;
         let keeping = snapshots::keeping(paths, &cluster, identity).await?;
+        let paging = paging::start(keeping.store.clone(), paths, &tasks).await?;
         let (shared, slots_too) = (keeping.clone(), slots.clone());
-        let host = host::of(&config, paths, &catalog, &chosen, slots_too, shared)?;
+        let host = host::of(&config, paths, &catalog, &chosen, slots_too, shared, paging)?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
         snapshots::share(keeping, &cluster, &tasks);
@@ -513,6 +516,15 @@ pub fn probe_accelerator(config: &Config) -> Result<String, RunError> {
         outcome.accelerator.name(),
         tried.join("; ")
     ))
+}
+
+/// Finds out how the memory of resumed guests comes on this machine, and says so in a sentence. For
+/// the command line.
+///
+/// # Errors
+/// No pager can serve: memory is copied before a guest runs.
+pub fn probe_paging() -> Result<String, pager::probe::ProbeError> {
+    paging::probe().map(paging::words)
 }
 
 /// The choice of hypervisor, and what led to it.

@@ -107,6 +107,10 @@ impl Holders for MeshHolders {
     }
 }
 
+/// Longest this node's copy of the state may lag behind that of a peer that asks, as for relayed
+/// calls.
+const LAG: Duration = Duration::from_secs(1);
+
 /// Hands out this node's snapshots.
 struct StoreStreams {
     store: Store,
@@ -124,7 +128,7 @@ impl StreamHandler for StoreStreams {
             return;
         };
         let digest = asked.digest;
-        if !self.may_have(&inbound.peer, digest) {
+        if !self.may_have(&inbound.peer, digest).await {
             inbound.refuse(format!("no snapshot {digest}")).await;
             return;
         }
@@ -153,14 +157,17 @@ impl StreamHandler for StoreStreams {
 }
 
 impl StoreStreams {
-    /// A host of one team sees that team's snapshots, and every other node all.
-    fn may_have(&self, peer: &NodeKey, digest: SnapshotDigest) -> bool {
-        let state = self.view.state();
-        let Some(snapshot) = by_digest(&state, digest) else {
+    /// A host of one team sees that team's snapshots, and every other node all. Who asks may have
+    /// applied the entry that names the snapshot before the node that sealed it has.
+    async fn may_have(&self, peer: &NodeKey, digest: SnapshotDigest) -> bool {
+        let deadline = Instant::now() + LAG;
+        let of_team = |state: &State| by_digest(state, digest).map(|it| it.team);
+        let Some(team) = self.view.wait_for(deadline, of_team).await else {
             return false;
         };
+        let state = self.view.state();
         let node = state.node_by_key(peer);
-        node.is_some_and(|node| node.team.is_none_or(|only| only == snapshot.team))
+        node.is_some_and(|node| node.team.is_none_or(|only| only == team))
     }
 }
 

@@ -100,13 +100,19 @@ impl State {
                 epoch,
                 node,
                 report,
-            } => self.report_sandbox(at, id, epoch, node, report),
-            Command::PauseSandbox { id, epoch } => self.pause_sandbox(at, index, id, epoch),
+            } => self.report_sandbox((at, index), id, epoch, node, report),
+            Command::PauseSandbox {
+                id,
+                epoch,
+                cause,
+                then_on,
+            } => self.pause_sandbox(at, index, (id, epoch), (cause, then_on)),
             Command::ResumeSandbox {
                 id,
                 snapshot,
+                to,
                 hints,
-            } => self.resume_sandbox(at, Epoch(index), id, snapshot, &hints),
+            } => self.resume_sandbox(at, Epoch(index), id, (snapshot, to), &hints),
             Command::HoldSnapshot { id, node, holds } => self.hold_snapshot(id, node, holds),
             Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
         }

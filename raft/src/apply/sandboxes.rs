@@ -7,7 +7,7 @@ use proto::units::Stamp;
 use super::Applied;
 use super::snapshots::resumed;
 use crate::command::{Receipt, Refusal, Report, StopCause};
-use crate::placement::{self, Lack, LoadHint};
+use crate::placement::{self, Lack, LoadHint, Source};
 use crate::state::{
     Desired, GuestVersions, HostLoss, Liveness, Phase, RowKey, Sandbox, SandboxSpec, State,
 };
@@ -43,7 +43,7 @@ impl State {
         if self.template(&spec.template).is_none() {
             return Applied::untouched(Err(Refusal::NoSuchTemplate(spec.template)));
         }
-        let owner = match placement::place(self, team, &spec, None, hints) {
+        let owner = match placement::place(self, team, &spec, Source::Template, hints) {
             Ok(owner) => owner,
             Err(lack) => return Applied::untouched(Err(Refusal::NoRoom(lack))),
         };
@@ -62,6 +62,7 @@ impl State {
             versions: GuestVersions::default(),
             snapshot: None,
             pause: 0,
+            bound_for: None,
         });
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
     }
@@ -73,10 +74,7 @@ impl State {
         if known.desired == Desired::Stopped || known.phase.is_ended() {
             return Applied::untouched(Ok(Receipt::Done(0)));
         }
-        let reason = match cause {
-            StopCause::Asked => String::new(),
-            StopCause::Idle => "inactivity timeout passed".into(),
-        };
+        let reason = cause.in_words().to_owned();
         // Its guest was killed with the lease, or there is none: nobody would report the end.
         let phase = if known.phase == Phase::Paused || self.guest_is_dead(&known) {
             Phase::Stopped
@@ -99,6 +97,9 @@ impl State {
     /// Puts the next record of a sandbox. What has ended rests on nothing any more.
     fn put_next(&mut self, mut next: Sandbox) -> Vec<RowKey> {
         let mut touched = vec![RowKey::Sandbox(next.id)];
+        if next.phase != Phase::Pausing {
+            next.bound_for = None;
+        }
         if next.phase.is_ended() {
             touched.extend(self.forget_snapshot(next.snapshot.take()));
         }
@@ -180,9 +181,9 @@ impl State {
     /// Another node for what was lost: from what it was sealed as last, or else from its template.
     fn place_again(&self, known: &Sandbox) -> Result<NodeId, Lack> {
         let Some(from) = known.snapshot else {
-            return placement::place(self, known.team, &known.spec, None, &[]);
+            return placement::place(self, known.team, &known.spec, Source::Template, &[]);
         };
-        self.place_resumed(known, from, &[])
+        self.place_resumed(known, from, None, &[])
             .map_err(|refusal| match refusal {
                 Refusal::NoRoom(lack) => lack,
                 other => Lack(other.to_string()),
@@ -211,7 +212,7 @@ impl State {
 
     pub(super) fn report_sandbox(
         &mut self,
-        at: Stamp,
+        (at, index): (Stamp, u64),
         id: SandboxId,
         epoch: Epoch,
         node: NodeId,
@@ -227,7 +228,7 @@ impl State {
         }
         let known = known.clone();
         let touched = match report {
-            Report::Sealed(sealed) => self.seal_sandbox(at, &known, sealed),
+            Report::Sealed(sealed) => self.seal_sandbox(at, Epoch(index), &known, sealed),
             report => after_report(at, &known, report).map(|next| self.put_next(next)),
         };
         let Some(touched) = touched else {

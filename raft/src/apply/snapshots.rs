@@ -10,17 +10,19 @@ use proto::ids::{NodeId, SandboxId, SnapshotId};
 use proto::units::Stamp;
 
 use super::Applied;
-use crate::command::{Receipt, Refusal};
-use crate::placement::{self, Lack, LoadHint};
-use crate::state::{Desired, GuestVersions, Phase, RowKey, Sandbox, Sealed, Snapshot, State};
+use crate::command::{Receipt, Refusal, StopCause};
+use crate::placement::{self, Lack, LoadHint, Source};
+use crate::state::{
+    Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, Sealed, Snapshot, State,
+};
 
 impl State {
     pub(super) fn pause_sandbox(
         &mut self,
         at: Stamp,
         index: u64,
-        id: SandboxId,
-        epoch: Epoch,
+        (id, epoch): (SandboxId, Epoch),
+        (cause, then_on): (StopCause, Option<NodeId>),
     ) -> Applied {
         let Some(known) = self.sandbox(id) else {
             return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
@@ -40,11 +42,17 @@ impl State {
         if let Some(why) = not_now {
             return Applied::untouched(Err(Refusal::Unfit(why.into())));
         }
+        if let Some(to) = then_on
+            && let Err(refusal) = self.could_go_on(known, to)
+        {
+            return Applied::untouched(Err(refusal));
+        }
         self.put_sandbox(Sandbox {
             desired: Desired::Paused,
             phase: Phase::Pausing,
             pause: index,
-            reason: String::new(),
+            bound_for: then_on,
+            reason: cause.in_words().to_owned(),
             updated_at: at,
             ..known.clone()
         });
@@ -56,7 +64,7 @@ impl State {
         at: Stamp,
         epoch: Epoch,
         id: SandboxId,
-        from: SnapshotId,
+        (from, to): (SnapshotId, Option<NodeId>),
         hints: &[LoadHint],
     ) -> Applied {
         let Some(known) = self.sandbox(id) else {
@@ -78,7 +86,7 @@ impl State {
         if let Some(why) = not_now {
             return Applied::untouched(Err(Refusal::Unfit(why.into())));
         }
-        let owner = match self.place_resumed(known, from, hints) {
+        let owner = match self.place_resumed(known, from, to, hints) {
             Ok(owner) => owner,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
@@ -91,6 +99,7 @@ impl State {
         &self,
         sandbox: &Sandbox,
         from: SnapshotId,
+        to: Option<NodeId>,
         hints: &[LoadHint],
     ) -> Result<NodeId, Refusal> {
         let snapshot = self
@@ -109,8 +118,8 @@ impl State {
             };
             return Err(Refusal::NoRoom(Lack(why)));
         }
-        placement::place(self, sandbox.team, &sandbox.spec, Some(snapshot), hints)
-            .map_err(Refusal::NoRoom)
+        let source = Source::Snapshot { snapshot, to };
+        placement::place(self, sandbox.team, &sandbox.spec, source, hints).map_err(Refusal::NoRoom)
     }
 
     pub(super) fn hold_snapshot(&mut self, id: SnapshotId, node: NodeId, holds: bool) -> Applied {
@@ -138,6 +147,7 @@ impl State {
     pub(super) fn seal_sandbox(
         &mut self,
         at: Stamp,
+        epoch: Epoch,
         known: &Sandbox,
         sealed: Sealed,
     ) -> Option<Vec<RowKey>> {
@@ -160,13 +170,74 @@ impl State {
             sealed_at: at,
             holders: BTreeSet::from([known.owner]),
         });
-        self.put_sandbox(Sandbox {
+        let paused = Sandbox {
             phase: Phase::Paused,
             snapshot: Some(id),
             updated_at: at,
+            bound_for: None,
             ..known.clone()
-        });
+        };
+        // Off its node first: its own reservation must not stand in its way.
+        self.put_sandbox(paused.clone());
+        if let Some(to) = known.bound_for {
+            let moved = self.go_on((at, epoch), paused, to);
+            self.put_sandbox(moved);
+        }
         Some(touched)
+    }
+
+    /// A sandbox that was paused in order to move: resumed there, or else wherever it can be.
+    fn go_on(&self, (at, epoch): (Stamp, Epoch), paused: Sandbox, to: NodeId) -> Sandbox {
+        let Some(from) = paused.snapshot else {
+            return paused;
+        };
+        let there = self.place_resumed(&paused, from, Some(to), &[]);
+        let why = match there {
+            Ok(owner) => return resumed(at, epoch, owner, paused),
+            Err(refusal) => format!("it could not be moved: {refusal}"),
+        };
+        let anywhere = self.place_resumed(&paused, from, None, &[]);
+        let next = match anywhere {
+            Ok(owner) => resumed(at, epoch, owner, paused),
+            Err(_) => paused,
+        };
+        Sandbox {
+            reason: why,
+            ..next
+        }
+    }
+
+    /// Whether a sandbox that runs could go on at `to`, as far as can be told before it is sealed: a
+    /// seal shows what its node shows guests.
+    fn could_go_on(&self, sandbox: &Sandbox, to: NodeId) -> Result<(), Refusal> {
+        let owner = self
+            .node(sandbox.owner)
+            .ok_or_else(|| Refusal::NoSuchNode(sandbox.owner.to_string()))?;
+        let template = self.template(&sandbox.spec.template);
+        let sealed = Sealed {
+            needs: Needs {
+                vmm: owner.vmm.clone(),
+                machine: owner.machine.clone(),
+                cpu: owner.cpu.clone(),
+                base: template.map(|it| it.digest).unwrap_or_default(),
+            },
+            ..Sealed::default()
+        };
+        let snapshot = Snapshot {
+            sealed,
+            team: sandbox.team,
+            sandbox: sandbox.id,
+            epoch: sandbox.epoch,
+            sealed_by: owner.id,
+            sealed_at: sandbox.updated_at,
+            holders: BTreeSet::new(),
+        };
+        let source = Source::Snapshot {
+            snapshot: &snapshot,
+            to: Some(to),
+        };
+        let placed = placement::place(self, sandbox.team, &sandbox.spec, source, &[]);
+        placed.map(drop).map_err(Refusal::NoRoom)
     }
 
     /// Drops a record that nothing rests on any more.

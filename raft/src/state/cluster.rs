@@ -100,7 +100,12 @@ pub struct Settings {
     pub lease_ttl: Duration,
     /// How long guests stay frozen after their lease before they are killed.
     pub lease_grace: Duration,
+    /// On how many nodes each snapshot shall lie.
+    pub replicas: u32,
 }
+
+/// One node and its disk may be lost.
+const DEFAULT_REPLICAS: u32 = 2;
 
 impl Default for Settings {
     /// The figures of the lease are reasoned about in the node's `cluster/lease.rs`.
@@ -110,6 +115,7 @@ impl Default for Settings {
             max_learners: 32,
             lease_ttl: Duration::from_secs(10),
             lease_grace: Duration::from_secs(60),
+            replicas: DEFAULT_REPLICAS,
         }
     }
 }
@@ -126,6 +132,8 @@ impl Settings {
         const MOST_GRACE: u32 = 9;
         /// Each learner costs the leader a stream; past this they belong behind mirrors.
         const MOST_LEARNERS: u32 = 64;
+        /// More are no safer than the cluster's own records, which lie on as many voters.
+        const MOST_REPLICAS: u32 = 7;
         if !matches!(self.max_voters, 1 | 3 | 5 | 7) {
             return Err(format!(
                 "max_voters is 1, 3, 5 or 7, not {}",
@@ -140,6 +148,9 @@ impl Settings {
         }
         if self.lease_grace > self.lease_ttl * MOST_GRACE {
             return Err("lease_grace is at most nine times lease_ttl".into());
+        }
+        if !(1..=MOST_REPLICAS).contains(&self.replicas) {
+            return Err(format!("replicas is 1 to {MOST_REPLICAS}"));
         }
         Ok(())
     }
@@ -202,6 +213,7 @@ impl From<Settings> for pb::Settings {
             max_learners: settings.max_learners,
             lease_ttl_ms: millis(settings.lease_ttl),
             lease_grace_ms: millis(settings.lease_grace),
+            replicas: settings.replicas,
         }
     }
 }
@@ -213,6 +225,10 @@ impl From<pb::Settings> for Settings {
             max_learners: wire.max_learners,
             lease_ttl: Duration::from_millis(wire.lease_ttl_ms.into()),
             lease_grace: Duration::from_millis(wire.lease_grace_ms.into()),
+            replicas: match wire.replicas {
+                0 => DEFAULT_REPLICAS,
+                asked => asked,
+            },
         }
     }
 }

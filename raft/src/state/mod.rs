@@ -24,8 +24,8 @@ pub use cluster::{Cluster, Former, Outlived, Settings};
 pub use keys::Key;
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};
-pub use sandboxes::{Desired, GuestVersions, HostLoss, Phase, Sandbox, SandboxSpec};
-pub use snapshots::{Needs, Sealed, Snapshot};
+pub use sandboxes::{Desired, GuestVersions, HostLoss, IdleAction, Phase, Sandbox, SandboxSpec};
+pub use snapshots::{Needs, SealTimes, Sealed, Snapshot};
 pub use templates::Template;
 pub use tokens::Token;
 

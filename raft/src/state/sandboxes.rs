@@ -44,6 +44,8 @@ pub struct Sandbox {
     /// The entry that asked for its last pause; 0 before the first. A seal made for an earlier one
     /// counts for nothing: the guest has gone on since.
     pub pause: u64,
+    /// While it is being paused in order to move: where it shall go on.
+    pub bound_for: Option<NodeId>,
 }
 
 /// What a sandbox asks for.
@@ -57,8 +59,10 @@ pub struct SandboxSpec {
     pub memory: Mib,
     /// Root disk.
     pub disk: Mib,
-    /// It is stopped after this long without activity; `None` keeps it.
+    /// It does not stay up for longer than this without activity; `None` keeps it.
     pub idle_timeout: Option<Duration>,
+    /// What becomes of it then.
+    pub on_idle: IdleAction,
     /// The client's own labels.
     pub metadata: BTreeMap<String, String>,
     /// What becomes of it when its node is lost.
@@ -67,6 +71,16 @@ pub struct SandboxSpec {
     pub node_tags: BTreeMap<String, String>,
     /// Only this node may run it.
     pub on_node: Option<NodeId>,
+}
+
+/// What becomes of a running sandbox that nobody uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IdleAction {
+    /// It is paused.
+    #[default]
+    Pause,
+    /// It ends.
+    Destroy,
 }
 
 /// What becomes of a running sandbox when its node is lost.
@@ -178,6 +192,7 @@ impl From<&Sandbox> for pb::SandboxRow {
             versions: Some((&sandbox.versions).into()),
             snapshot: sandbox.snapshot.map(|id| id.0.to_vec()).unwrap_or_default(),
             pause: sandbox.pause,
+            bound_for: sandbox.bound_for.map_or(0, |node| node.0),
         }
     }
 }
@@ -208,6 +223,7 @@ impl TryFrom<pb::SandboxRow> for Sandbox {
             versions: row.versions.unwrap_or_default().into(),
             snapshot: optional("snapshot id", &row.snapshot)?.map(SnapshotId),
             pause: row.pause,
+            bound_for: (row.bound_for != 0).then_some(NodeId(row.bound_for)),
         })
     }
 }
@@ -254,6 +270,7 @@ impl From<&SandboxSpec> for pb::SandboxSpec {
             memory_mib: spec.memory.0,
             disk_mib: spec.disk.0,
             idle_timeout_s: u32::try_from(idle_s).unwrap_or(u32::MAX),
+            destroy_when_idle: spec.on_idle == IdleAction::Destroy,
             metadata: spec.metadata.clone(),
             restart_on_host_loss: spec.on_host_loss == HostLoss::Restart,
             node_tags: spec.node_tags.clone(),
@@ -271,6 +288,10 @@ impl From<pb::SandboxSpec> for SandboxSpec {
             memory: Mib(row.memory_mib),
             disk: Mib(row.disk_mib),
             idle_timeout: (!idle.is_zero()).then_some(idle),
+            on_idle: match row.destroy_when_idle {
+                true => IdleAction::Destroy,
+                false => IdleAction::Pause,
+            },
             metadata: row.metadata,
             on_host_loss: if row.restart_on_host_loss {
                 HostLoss::Restart

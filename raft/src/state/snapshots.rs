@@ -52,6 +52,19 @@ pub struct Sealed {
     pub needs: Needs,
     /// The pause it was made for: [`super::Sandbox::pause`] as the sealer saw it.
     pub pause: u64,
+    /// How long it took.
+    pub took: SealTimes,
+}
+
+/// How long the steps of a seal took, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SealTimes {
+    /// Bringing the guest to a stop.
+    pub quiesce_ms: u32,
+    /// Saving the state of its devices.
+    pub save_ms: u32,
+    /// Storing it all, durably.
+    pub store_ms: u32,
 }
 
 /// What a node must offer to resume a snapshot: a guest's devices are those of its machine.
@@ -94,6 +107,9 @@ impl From<&Sealed> for pb::Sealed {
             cpu: sealed.needs.cpu.clone(),
             base: sealed.needs.base.to_vec(),
             pause: sealed.pause,
+            quiesce_ms: sealed.took.quiesce_ms,
+            save_ms: sealed.took.save_ms,
+            store_ms: sealed.took.store_ms,
         }
     }
 }
@@ -115,6 +131,11 @@ impl TryFrom<pb::Sealed> for Sealed {
                 base: array("image digest", &row.base)?,
             },
             pause: row.pause,
+            took: SealTimes {
+                quiesce_ms: row.quiesce_ms,
+                save_ms: row.save_ms,
+                store_ms: row.store_ms,
+            },
         })
     }
 }

@@ -115,6 +115,8 @@ pub enum Move {
     Pause {
         sandbox: Index,
         epoch_back: u64,
+        /// To go on there.
+        then_on: Option<Index>,
     },
     Resume {
         sandbox: Index,
@@ -229,9 +231,9 @@ fn about_sandboxes() -> impl Strategy<Value = Move> {
     prop_oneof![
         6 => (0..SANDBOXES, any_spec(), prop::collection::vec(0_u32..1500, 0..4))
             .prop_map(|(n, spec, busy)| Move::Create { n, spec, busy }),
-        3 => (0..SANDBOXES, any::<bool>()).prop_map(|(n, idle)| Move::Stop { n, idle }),
-        4 => (any::<Index>(), stale()).prop_map(
-            |(sandbox, epoch_back)| Move::Pause { sandbox, epoch_back }
+        4 => (0..SANDBOXES, any::<bool>()).prop_map(|(n, idle)| Move::Stop { n, idle }),
+        4 => (any::<Index>(), stale(), prop::option::weighted(0.3, any::<Index>())).prop_map(
+            |(sandbox, epoch_back, then_on)| Move::Pause { sandbox, epoch_back, then_on }
         ),
         5 => (
             any::<Index>(),
@@ -391,11 +393,18 @@ impl World {
             Move::Pause {
                 sandbox,
                 epoch_back,
+                then_on,
             } => self
                 .any_sandbox(*sandbox, &[Phase::Running])
                 .map(|known| Command::PauseSandbox {
                     id: known.id,
                     epoch: Epoch(known.epoch.0.saturating_sub(*epoch_back)),
+                    // Whichever: the record alone tells them apart.
+                    cause: match epoch_back % 2 {
+                        0 => StopCause::Asked,
+                        _ => StopCause::Idle,
+                    },
+                    then_on: then_on.and_then(|it| self.any_node(it)).map(|it| it.id),
                 }),
             Move::Resume {
                 sandbox,
@@ -408,6 +417,7 @@ impl World {
                     Some(Command::ResumeSandbox {
                         id: known.id,
                         snapshot: other.or(known.snapshot)?,
+                        to: None,
                         hints: self.hints(busy),
                     })
                 }),

@@ -18,8 +18,8 @@ use proto::units::{Mib, Stamp};
 use wrenn_raft::apply::Applied;
 use wrenn_raft::command::{Answer, Command, Proposal, Receipt, Report, StopCause, Verdict};
 use wrenn_raft::state::{
-    GuestVersions, HostLoss, Needs, Node, Resources, Sandbox, SandboxSpec, Sealed, Settings,
-    Snapshot, State, Template, Token,
+    GuestVersions, HostLoss, Needs, Node, Resources, Sandbox, SandboxSpec, SealTimes, Sealed,
+    Settings, Snapshot, State, Template, Token,
 };
 
 pub const FOUNDER: NodeId = NodeId(1);
@@ -63,6 +63,11 @@ pub fn sealed(n: u8, fits: bool) -> Sealed {
             base: [1; 32],
         },
         pause: 0,
+        took: SealTimes {
+            quiesce_ms: 20,
+            save_ms: 30,
+            store_ms: 400,
+        },
     }
 }
 
@@ -318,9 +323,23 @@ impl World {
     }
 
     pub fn pause(&mut self, n: u8) -> Answer {
+        self.pause_then(n, None)
+    }
+
+    /// Asks for a move.
+    pub fn pause_to(&mut self, n: u8, to: NodeId) -> Answer {
+        self.pause_then(n, Some(to))
+    }
+
+    fn pause_then(&mut self, n: u8, then_on: Option<NodeId>) -> Answer {
         let epoch = self.sandbox(n).epoch;
         let id = sandbox_id(n);
-        self.act(Command::PauseSandbox { id, epoch })
+        self.act(Command::PauseSandbox {
+            id,
+            epoch,
+            cause: StopCause::Asked,
+            then_on,
+        })
     }
 
     /// Pauses it as the snapshot `by`.
@@ -342,6 +361,7 @@ impl World {
         self.act(Command::ResumeSandbox {
             id: sandbox_id(n),
             snapshot: snapshot_id(from),
+            to: None,
             hints: vec![],
         })
     }

@@ -44,9 +44,13 @@ impl World {
         let known = state.sandbox(id);
         let nodes: Vec<NodeId> = state.nodes().map(|node| node.id).collect();
         let command = match known.map(|it| (it.phase, it.epoch, it.snapshot)) {
-            Some((Phase::Running, epoch, _)) if self.rng.chance(700) => {
-                Command::PauseSandbox { id, epoch }
-            }
+            Some((Phase::Running, epoch, _)) if self.rng.chance(700) => Command::PauseSandbox {
+                id,
+                epoch,
+                cause: StopCause::Asked,
+                // Some in order to move.
+                then_on: self.rng.chance(300).then(|| *self.rng.pick(&nodes)),
+            },
             Some((Phase::Paused, _, Some(snapshot))) if self.rng.chance(400) => {
                 Command::HoldSnapshot {
                     id: snapshot,
@@ -58,6 +62,7 @@ impl World {
                 Command::ResumeSandbox {
                     id,
                     snapshot,
+                    to: None,
                     hints: Vec::new(),
                 }
             }

@@ -308,7 +308,7 @@ fn an_idle_sandbox_is_stopped_when_its_timeout_has_passed_and_not_before() {
     assert_eq!(waiting.steps, []);
     assert_eq!(waiting.look_again_in, Some(Duration::from_secs(1)));
     let over = seen_under(Epoch(3), ready(), IDLE);
-    assert_eq!(steps(&state, &over), [Step::StopIdle(ID)]);
+    assert_eq!(steps(&state, &over), [Step::PutAway(ID)]);
 }
 
 #[test]
@@ -338,7 +338,12 @@ fn ended_records_are_pruned_after_their_retention_and_not_before() {
 
 fn pause() -> Command {
     let epoch = Epoch(3);
-    Command::PauseSandbox { id: ID, epoch }
+    Command::PauseSandbox {
+        id: ID,
+        epoch,
+        cause: StopCause::Asked,
+        then_on: None,
+    }
 }
 
 /// The entry that asks for the pause of a sandbox that was reported running before.
@@ -461,6 +466,7 @@ fn a_resumed_sandbox_is_started_and_reported_once_what_was_paused_here_is_gone()
     let resume = Command::ResumeSandbox {
         id: ID,
         snapshot: sealed().id,
+        to: None,
         hints: vec![],
     };
     let resuming = state_after(paused().into_iter().chain([resume]));

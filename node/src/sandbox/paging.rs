@@ -1,0 +1,473 @@
+//! The daemon's half of paging: what a guest's memory is made of, and answers for its pager.
+//!
+//! ```text
+//! resume    memory manifest, and where each chunk lies > D/pages; the guest is admitted
+//! it runs   pager.sock: "chunk C of sandbox S?" > in the store? > else brought into it > where it is
+//! restart   a guest that is retaken is admitted again, by the parent in its record
+//! ```
+//!
+//! A pager reads packs by itself. It asks only for what was not here when its map was written, for
+//! what a collection has moved since, and for what turned out damaged. As long as a guest is
+//! admitted the snapshot below it is kept. Nobody is given the place of a chunk that is not of its
+//! own guest's memory.
+//!
+//! One task a connection, which asks one thing at a time. A daemon that ends breaks them all; their
+//! pagers ask the next one again.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use nix::unistd::geteuid;
+use proto::ids::SandboxId;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task;
+use tokio::time;
+use tracing::{debug, info_span, warn};
+
+use super::resources::Held;
+use super::spec::Host;
+use crate::base::chain::chain;
+use crate::base::stop::Tasks;
+use crate::pager::ask::{self, Answer, AskError, Question};
+use crate::pager::handle::PAGES;
+use crate::pager::page_map::{self, MappedChunk, PageMap, PageMapError, Place};
+use crate::pager::region::{ImageOffset, Region};
+use crate::store::fetch::{FetchError, Holders};
+use crate::store::{
+    ChunkId, Content, Encoding, Location, Manifest, Pin, ReadChunkError, ReadManifestError,
+    SnapshotDigest, SnapshotManifest, Store,
+};
+
+/// Connections served at once. A pager keeps a handful, and drops what is closed on it.
+const CONNECTIONS: usize = 256;
+/// How long a connection without a question is kept: others may wait for its place.
+const IDLE: Duration = Duration::from_secs(10);
+/// Longest an answer may take. The pager gives up on the connection after 30 s, and asks again.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Pause after the kernel had no descriptor for a new connection.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Why a chunk was not brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotBrought {
+    /// Asking again may help.
+    NotNow(String),
+    /// Nobody has it any more: its guest cannot go on.
+    Gone(String),
+}
+
+/// Brings chunks of one snapshot into the store of this node.
+pub trait Bringer: fmt::Debug + Send + Sync + 'static {
+    /// Brings `chunk`. Dropping the future may give up what is under way.
+    fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>>;
+}
+
+/// The guests of this node whose memory comes as they touch it.
+#[derive(Clone)]
+pub struct Paging {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Store,
+    guests: Mutex<HashMap<SandboxId, Arc<Source>>>,
+}
+
+/// What one guest's memory comes from.
+#[derive(Debug)]
+struct Source {
+    snapshot: SnapshotDigest,
+    bringer: Arc<dyn Bringer>,
+    /// The chunks of its memory, in order; looked up when the first question comes.
+    chunks: OnceLock<Vec<ChunkId>>,
+}
+
+/// A guest whose pager is answered as long as this lives.
+#[derive(Debug)]
+pub struct Admitted {
+    paging: Paging,
+    sandbox: SandboxId,
+    source: Arc<Source>,
+}
+
+impl fmt::Debug for Paging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Paging").finish_non_exhaustive()
+    }
+}
+
+impl Paging {
+    /// Paging out of `store`. No guest is admitted yet.
+    #[must_use]
+    pub fn new(store: Store) -> Self {
+        let guests = Mutex::default();
+        Self {
+            shared: Arc::new(Shared { store, guests }),
+        }
+    }
+
+    /// Answers for the memory of `sandbox`, which comes from `snapshot`, from now on.
+    pub fn admit(
+        &self,
+        sandbox: SandboxId,
+        snapshot: SnapshotDigest,
+        bringer: Arc<dyn Bringer>,
+    ) -> Admitted {
+        let source = Arc::new(Source {
+            snapshot,
+            bringer,
+            chunks: OnceLock::new(),
+        });
+        self.guests().insert(sandbox, Arc::clone(&source));
+        Admitted {
+            paging: self.clone(),
+            sandbox,
+            source,
+        }
+    }
+
+    /// Answers pagers on `socket` until `tasks` are stopped.
+    ///
+    /// # Errors
+    /// The socket cannot be bound.
+    pub fn serve(&self, socket: &Path, tasks: &Tasks) -> io::Result<()> {
+        let listener = bind(socket)?;
+        let (paging, all) = (self.clone(), tasks.clone());
+        let stop = tasks.token().clone();
+        tasks.spawn(info_span!("pagers"), async move {
+            stop.run_until_cancelled(paging.accept_all(&listener, &all))
+                .await;
+        });
+        Ok(())
+    }
+
+    async fn accept_all(&self, listener: &UnixListener, tasks: &Tasks) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                return;
+            };
+            match listener.accept().await {
+                Ok((stream, _)) => self.spawn(stream, place, tasks),
+                Err(err) => {
+                    warn!(%err, "a pager could not be let in");
+                    time::sleep(ACCEPT_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    fn spawn(&self, mut stream: UnixStream, place: OwnedSemaphorePermit, tasks: &Tasks) {
+        match stream.peer_cred() {
+            Ok(peer) if peer.uid() == geteuid().as_raw() => {}
+            peer => {
+                warn!(?peer, "one who is no pager of ours was turned away");
+                return;
+            }
+        }
+        let (paging, stop) = (self.clone(), tasks.token().clone());
+        tasks.spawn(info_span!("pager"), async move {
+            let served = paging.answer_all(&mut stream);
+            if let Some(Err(err)) = stop.run_until_cancelled(served).await {
+                // It asks again, on another connection.
+                debug!(err = chain(&err), "a pager's connection broke");
+            }
+            drop(place);
+        });
+    }
+
+    async fn answer_all(&self, stream: &mut UnixStream) -> Result<(), AskError> {
+        loop {
+            let Ok(question) = time::timeout(IDLE, ask::next_question(stream)).await else {
+                return Ok(());
+            };
+            let Some(question) = question? else {
+                return Ok(());
+            };
+            let answer = self.answer(&question).await;
+            ask::answer(stream, &answer).await?;
+        }
+    }
+
+    async fn answer(&self, question: &Question) -> Answer {
+        let id = question.sandbox.parse();
+        let source = id.ok().and_then(|id| self.guests().get(&id).cloned());
+        let Some(source) = source else {
+            // It may be retaken in a moment, or be on its way out.
+            return Answer::NotNow("no such guest is known on this host".into());
+        };
+        let found = self.find(&source, question.chunk, question.spoiled);
+        match time::timeout(ANSWER_TIMEOUT, found).await {
+            Ok(Ok(location)) => Answer::At(place(location)),
+            Ok(Err(NotBrought::NotNow(why))) => Answer::NotNow(why),
+            Ok(Err(NotBrought::Gone(why))) => {
+                warn!(sandbox = question.sandbox, chunk = %question.chunk, why, "memory is lost");
+                Answer::Gone(why)
+            }
+            Err(_) => Answer::NotNow("it takes long to bring it".into()),
+        }
+    }
+
+    async fn find(
+        &self,
+        source: &Arc<Source>,
+        chunk: ChunkId,
+        spoiled: bool,
+    ) -> Result<Location, NotBrought> {
+        if let Some(location) = self.look(source, chunk, spoiled).await? {
+            return Ok(location);
+        }
+        source.bringer.bring(chunk).await?;
+        let location = self.look(source, chunk, false).await?;
+        // Collected in the same instant, or damaged again.
+        location.ok_or_else(|| NotBrought::NotNow("it was brought, and is not here".into()))
+    }
+
+    /// Where the chunk is on this node, if it is.
+    async fn look(
+        &self,
+        source: &Arc<Source>,
+        chunk: ChunkId,
+        spoiled: bool,
+    ) -> Result<Option<Location>, NotBrought> {
+        let (store, source) = (self.shared.store.clone(), Arc::clone(source));
+        let looked = task::spawn_blocking(move || {
+            if !source.has(&store, &chunk)? {
+                let gone = "it is not of this guest's memory";
+                return Err(NotBrought::Gone(gone.into()));
+            }
+            if spoiled {
+                check(&store, &chunk)?;
+            }
+            Ok(store.locate(&chunk))
+        });
+        let cut = |err| NotBrought::NotNow(format!("the host's daemon is ending: {err}"));
+        looked.await.map_err(cut)?
+    }
+
+    fn guests(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Source>>> {
+        let guests = &self.shared.guests;
+        guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads a chunk whose bytes someone found to be wrong: the place may have been an old one. What is
+/// damaged here is forgotten, so that it is brought again.
+fn check(store: &Store, chunk: &ChunkId) -> Result<(), NotBrought> {
+    match store.get(chunk) {
+        Ok(_) | Err(ReadChunkError::Missing { .. } | ReadChunkError::Corrupt { .. }) => Ok(()),
+        Err(err) => Err(NotBrought::NotNow(chain(&err))),
+    }
+}
+
+impl Source {
+    /// Whether the chunk is of this guest's memory. Blocks.
+    fn has(&self, store: &Store, chunk: &ChunkId) -> Result<bool, NotBrought> {
+        let chunks = match self.chunks.get() {
+            Some(chunks) => chunks,
+            None => {
+                let read = self.read_chunks(store);
+                let read = read.map_err(|err| NotBrought::NotNow(chain(&err)))?;
+                self.chunks.get_or_init(|| read)
+            }
+        };
+        Ok(chunks.binary_search(chunk).is_ok())
+    }
+
+    fn read_chunks(&self, store: &Store) -> Result<Vec<ChunkId>, ReadManifestError> {
+        let snapshot = store.snapshot(&self.snapshot)?;
+        let memory = store.image(&snapshot.manifest().memory.digest)?;
+        let mut chunks: Vec<ChunkId> = chunks_of(&memory).map(|(id, ..)| id).collect();
+        chunks.sort_unstable();
+        chunks.dedup();
+        Ok(chunks)
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let mut guests = self.paging.guests();
+        // A later life of the same sandbox may have been admitted.
+        let ours = guests.get(&self.sandbox);
+        if ours.is_some_and(|it| Arc::ptr_eq(it, &self.source)) {
+            guests.remove(&self.sandbox);
+        }
+    }
+}
+
+/// Brings what is missing of a snapshot by fetching all that is missing of it: nothing is, unless
+/// it was damaged here.
+#[derive(Debug)]
+pub struct Refetch {
+    store: Store,
+    holders: Arc<dyn Holders>,
+    snapshot: SnapshotDigest,
+    one: tokio::sync::Mutex<()>,
+}
+
+impl Refetch {
+    /// Brings chunks of `snapshot` from `holders`.
+    #[must_use]
+    pub fn new(store: Store, holders: Arc<dyn Holders>, snapshot: SnapshotDigest) -> Self {
+        let one = tokio::sync::Mutex::default();
+        Self {
+            store,
+            holders,
+            snapshot,
+            one,
+        }
+    }
+
+    async fn fetch(&self, chunk: ChunkId) -> Result<(), NotBrought> {
+        // Whoever waits here finds that what he wants has come with what another wanted.
+        let _one = self.one.lock().await;
+        if self.store.has(&chunk) {
+            return Ok(());
+        }
+        match self.store.fetch(self.snapshot, &*self.holders).await {
+            Ok(_) => Ok(()),
+            Err(err @ FetchError::NoHolder { .. })
+                if self.holders.holders(self.snapshot).is_empty() =>
+            {
+                Err(NotBrought::Gone(chain(&err)))
+            }
+            Err(err) => Err(NotBrought::NotNow(chain(&err))),
+        }
+    }
+}
+
+impl Bringer for Refetch {
+    fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
+        Box::pin(self.fetch(chunk))
+    }
+}
+
+impl Held {
+    /// Has the pager of `sandbox`, which goes on from `parent`, answered.
+    pub(super) fn admit_pager(&mut self, host: &Host, sandbox: SandboxId, parent: SnapshotDigest) {
+        let Some(paging) = &host.paging else {
+            return;
+        };
+        let (store, holders) = (host.keeping.store.clone(), host.keeping.holders.clone());
+        let bringer = Arc::new(Refetch::new(store, holders, parent));
+        self.paged = Some(paging.admit(sandbox, parent, bringer));
+    }
+
+    /// After a restart: keeps what the guest goes on from, and has its pager answered.
+    pub(super) fn find_source(&mut self, host: &Host) {
+        let parent = self.record.parent.as_deref().map(str::parse);
+        let Some(Ok(parent)) = parent else {
+            return;
+        };
+        self.source = Some(host.keeping.store.keep([Pin::Snapshot(parent)]));
+        let status = self.shim.as_ref().map(|shim| shim.known_status());
+        if let Some(sandbox) = status.filter(|it| it.paging.is_some()).map(|it| it.sandbox) {
+            self.admit_pager(host, sandbox, parent);
+        }
+    }
+
+    /// Ends the recording of the working set. A guest without one only comes up slower next time.
+    pub(super) async fn mark_ready(&self) {
+        if let Some(shim) = &self.shim
+            && let Err(err) = shim.mark_ready().await
+        {
+            warn!(err = chain(&err), "the working set is not recorded");
+        }
+    }
+}
+
+/// Writes down for the pager where the memory of `snapshot` lies. Blocks.
+pub(super) fn describe(
+    store: &Store,
+    snapshot: &SnapshotManifest,
+    dir: &Path,
+) -> Result<(), super::snapshot::SnapshotError> {
+    let memory = store.image(&snapshot.memory.digest)?;
+    map_of(store, &memory)?.write(&dir.join(PAGES))?;
+    Ok(())
+}
+
+/// The map of an image, with the places of those chunks that are here.
+///
+/// # Errors
+/// [`PageMapError::Wrong`]: the image is no guest's memory.
+pub fn map_of(store: &Store, memory: &Manifest) -> Result<PageMap, PageMapError> {
+    let no_memory = PageMapError::Wrong {
+        reason: "its size is no whole pages",
+    };
+    let region = Region::of_bytes(memory.image_bytes()).ok_or(no_memory)?;
+    // Of a chunk that is elsewhere no more is known than what the image needs of it.
+    let mut needed: HashMap<ChunkId, u64> = HashMap::new();
+    for (id, within, extent) in chunks_of(memory) {
+        let most = needed.entry(id).or_default();
+        *most = (*most).max(u64::from(within) + extent.len_bytes);
+    }
+    let mut map = PageMap::builder(region);
+    for (id, within, extent) in chunks_of(memory) {
+        let location = store.locate(&id);
+        let needed = needed.get(&id).copied().unwrap_or_default();
+        let chunk = MappedChunk {
+            id,
+            bytes: match &location {
+                Some(location) => location.chunk_bytes,
+                None => u32::try_from(needed).unwrap_or(u32::MAX),
+            },
+            place: location.map(place),
+        };
+        map.push(
+            ImageOffset(extent.start_bytes),
+            extent.len_bytes,
+            within,
+            chunk,
+        )?;
+    }
+    Ok(map.finish())
+}
+
+/// The extents of an image that lie in chunks: in which, from where on, and the extent.
+fn chunks_of(manifest: &Manifest) -> impl Iterator<Item = (ChunkId, u32, &crate::store::Extent)> {
+    let extents = manifest.extents().iter();
+    extents.filter_map(|extent| match extent.content {
+        Content::Hole => None,
+        Content::Chunk { id, within_bytes } => Some((id, within_bytes, extent)),
+    })
+}
+
+/// The same, as a pager says it.
+fn place(location: Location) -> Place {
+    Place {
+        pack: location.pack.into(),
+        offset: location.offset_bytes,
+        stored_bytes: location.stored_bytes,
+        encoding: match location.encoding {
+            Encoding::Raw => page_map::Encoding::Raw,
+            Encoding::Zstd => page_map::Encoding::Zstd,
+        },
+    }
+}
+
+/// Listens on `socket`, in the place of an earlier daemon.
+fn bind(socket: &Path) -> io::Result<UnixListener> {
+    let (Some(dir), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    match fs::remove_file(socket) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
+        _ => {}
+    }
+    // A socket's path may have 107 bytes, a data directory's may have more.
+    let dir = File::open(dir)?;
+    let through = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
+    UnixListener::bind(through.join(name))
+}
+
+#[cfg(test)]
+mod tests;

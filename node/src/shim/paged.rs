@@ -1,0 +1,102 @@
+//! The memory of a guest that a pager brings, page by page, while the guest runs.
+//!
+//! ```text
+//! prepare   pager up, the VMM's page faults are its own > (state loaded, guest goes on) > …
+//! list      what the kernel noted as written since, or, should it not tell, all that may differ
+//! end       the VMM's: the pager goes with it; or the pager's last word: the guest is ended
+//! ```
+//!
+//! A page that nobody has touched is not in the memory, and reads there as zero. So what is not
+//! listed is always as in the snapshot ([`Basis::Parent`]), and never "zero": a list of all that
+//! exists would lose whatever was not touched.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use proto::ids::SandboxId;
+
+use crate::base::chain::chain;
+use crate::pager::handle::{ListWrittenError, Pager, PagerEnd, PagerSpec};
+use crate::pager::memory::GuestMemory;
+use crate::pager::region::ImageOffset;
+use crate::shim::console::BoundedLog;
+use crate::shim::dirty::{Basis, DirtyList, DirtyPages, ListDirtyError};
+use crate::shim::files;
+use crate::shim::source::{Brought, MemoryLoss, MemorySource, MemorySourceError};
+
+/// Has a pager bring the memory.
+#[derive(Clone, Debug)]
+pub struct Paged {
+    dir: PathBuf,
+    daemon: PathBuf,
+    sandbox: SandboxId,
+}
+
+impl Paged {
+    /// A source by the page map in `dir`, the directory of `sandbox`; `daemon` is where the daemon
+    /// answers for chunks that are not on this node.
+    #[must_use]
+    pub fn new(dir: &Path, daemon: &Path, sandbox: SandboxId) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            daemon: daemon.to_owned(),
+            sandbox,
+        }
+    }
+}
+
+impl MemorySource for Paged {
+    fn prepare(
+        &self,
+        vmm_pid: u32,
+        memory: &GuestMemory,
+        loss: &MemoryLoss,
+        deadline: Instant,
+    ) -> Result<Brought, MemorySourceError> {
+        let sandbox = self.sandbox.to_string();
+        let spec = PagerSpec::new(&self.dir, vmm_pid, self.daemon.clone(), sandbox);
+        let loss = loss.clone();
+        let on_end = move |end| {
+            if let PagerEnd::Failed { reason } = end {
+                loss.end_guest(&reason);
+            }
+        };
+        let pager = Arc::new(Pager::start(spec, memory, deadline, on_end)?);
+        let written = Written {
+            pager: Arc::clone(&pager),
+            dir: self.dir.clone(),
+        };
+        Ok(Brought {
+            dirty: Box::new(written),
+            pager: Some(pager),
+        })
+    }
+}
+
+/// Knows which pages a guest has written since a pager began to bring them.
+struct Written {
+    pager: Arc<Pager>,
+    dir: PathBuf,
+}
+
+impl DirtyPages for Written {
+    fn list(&self, memory: &GuestMemory, _: Instant) -> Result<DirtyList, ListDirtyError> {
+        let pages = self.pager.written_since_parent().or_else(|err| {
+            let line = format!(
+                "which pages were written is not known, and all that exist are taken for written: {}\n",
+                chain(&err)
+            );
+            BoundedLog::new(&self.dir, files::LOG).append(line.as_bytes());
+            self.pager.may_differ()
+        });
+        let pages = pages.map_err(unlisted)?;
+        let bytes = |run: std::ops::Range<ImageOffset>| run.start.0..run.end.0;
+        let ranges = pages.into_iter().map(bytes).collect();
+        Ok(DirtyList::new(Basis::Parent, memory.region(), ranges)?)
+    }
+}
+
+fn unlisted(err: ListWrittenError) -> ListDirtyError {
+    ListDirtyError::Kernel(std::io::Error::other(err))
+}

@@ -1,0 +1,54 @@
+//! Decides how the memory of resumed guests comes, and has their pagers answered.
+
+use std::io;
+
+use tokio::task;
+use tracing::{info, warn};
+
+use super::{RunError, disk};
+use crate::base::chain::chain;
+use crate::base::stop::Tasks;
+use crate::pager::probe::{self, ProbeError};
+use crate::pager::uffd::Tracking;
+use crate::sandbox::paging::Paging;
+use crate::store::{DataPaths, Store};
+
+/// Answers pagers from now on; `None` where none can serve on this host. Pagers of an earlier daemon
+/// wait for nothing else, so it comes before anything that takes long.
+pub(super) async fn start(
+    store: Store,
+    paths: &DataPaths,
+    tasks: &Tasks,
+) -> Result<Option<Paging>, RunError> {
+    let probed = task::spawn_blocking(probe).await;
+    let probed = probed.map_err(|err| disk("try a pager")(io::Error::other(err)))?;
+    match probed {
+        Ok(tracking) => info!("resumed guests get their memory {}", words(tracking)),
+        Err(err) => {
+            let why = chain(&err);
+            warn!(
+                why,
+                "no pager can serve on this host: resumes copy all memory first"
+            );
+            return Ok(None);
+        }
+    }
+    let paging = Paging::new(store);
+    let served = paging.serve(&paths.pager_socket(), tasks);
+    served.map_err(disk("listen for pagers"))?;
+    Ok(Some(paging))
+}
+
+/// Tries a pager on a child of our own.
+pub(super) fn probe() -> Result<Tracking, ProbeError> {
+    probe::probe("/proc/self/exe")
+}
+
+/// How it will be, for people.
+pub(super) fn words(tracking: Tracking) -> String {
+    let writes = match tracking {
+        Tracking::WriteProtect => "the kernel notes what they write",
+        Tracking::Compare => "what they write is found by comparing: this kernel is older than 6.7",
+    };
+    format!("as they touch it; {writes}")
+}
