@@ -22,13 +22,14 @@
 //! | its team's keys | all, revoked ones too, so that a revocation arrives |
 //! | its team's sandboxes | all, on whichever node they are |
 //! | its team's snapshots | all, whoever holds them |
-//! | other nodes, join tokens, removed nodes, other teams' keys, sandboxes and snapshots | nothing |
+//! | who holds or sealed those | as voters, and the team; of a sealer that was removed its key and id |
+//! | other nodes, join tokens, other removed nodes, other teams' keys, sandboxes and snapshots | nothing |
 
 use std::collections::BTreeSet;
 
 use proto::ids::NodeId;
 
-use super::{BadRow, Change, Node, RowKey, State};
+use super::{BadRow, Change, Node, Removed, RowKey, Snapshot, State};
 
 impl State {
     /// What the host of one team `host` may see, or `None` where there is no such host (any more):
@@ -61,9 +62,31 @@ impl State {
             let rests_on = sandbox.snapshot.and_then(|id| self.snapshot(id));
             if let Some(snapshot) = rests_on {
                 slice.put_snapshot(snapshot.clone());
+                self.show_sources(snapshot, &mut slice);
             }
         }
         Some(slice)
+    }
+
+    /// Adds what fetching a snapshot takes: the way to those who have it, and the key of the one who
+    /// signed it.
+    fn show_sources(&self, snapshot: &Snapshot, slice: &mut Self) {
+        let sealer = snapshot.sealed_by;
+        for id in snapshot.holders.iter().copied().chain([sealer]) {
+            if let Some(node) = self.node(id).filter(|_| slice.node(id).is_none()) {
+                slice.put_node(Node {
+                    team: node.team,
+                    ..for_dialling(node)
+                });
+            }
+        }
+        let mut removed = self.removed();
+        if let Some(removed) = removed.find(|removed| removed.node == sealer) {
+            slice.put_removed(Removed {
+                name: String::new(),
+                ..removed.clone()
+            });
+        }
     }
 
     /// The rows by which this state differs from `older`, each with its value here or `None` where
