@@ -27,6 +27,7 @@ mod paging;
 mod peers;
 pub mod recover;
 mod snapshots;
+mod upkeep;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -194,6 +195,7 @@ impl Running {
         let host = host::of(&config, paths, &catalog, &chosen, slots_too, shared, paging)?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
+        snapshots::keep_up(&keeping, &cluster, paths, &tasks)?;
         snapshots::share(keeping, &cluster, &tasks);
 
         let announcement = Announcement::new(&config, here, &group, &catalog, &chosen)?;
