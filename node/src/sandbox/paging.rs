@@ -34,6 +34,7 @@ use tokio::task;
 use tokio::time;
 use tracing::{debug, info_span, warn};
 
+use super::coming::{Coming, Source};
 use super::resources::Held;
 use super::spec::Host;
 use crate::base::chain::chain;
@@ -43,7 +44,6 @@ use crate::pager::handle::{PAGES, WORKING_SET};
 use crate::pager::page_map::{self, MappedChunk, PageMap, PageMapError, Place};
 use crate::pager::region::{ImageOffset, Region};
 use crate::pager::working_set::{self, WorkingSet};
-use crate::store::fetch::{FetchError, Holders};
 use crate::store::{
     ChunkId, Content, Encoding, ImageRef, Location, Manifest, Pin, ReadChunkError,
     ReadManifestError, Seal, SealError, SnapshotDigest, SnapshotManifest, Store,
@@ -81,12 +81,12 @@ pub struct Paging {
 
 struct Shared {
     store: Store,
-    guests: Mutex<HashMap<SandboxId, Arc<Source>>>,
+    guests: Mutex<HashMap<SandboxId, Arc<Memory>>>,
 }
 
 /// What one guest's memory comes from.
 #[derive(Debug)]
-struct Source {
+struct Memory {
     snapshot: SnapshotDigest,
     bringer: Arc<dyn Bringer>,
     /// The chunks of its memory, in order; looked up when the first question comes.
@@ -98,7 +98,7 @@ struct Source {
 pub struct Admitted {
     paging: Paging,
     sandbox: SandboxId,
-    source: Arc<Source>,
+    source: Arc<Memory>,
 }
 
 impl fmt::Debug for Paging {
@@ -124,7 +124,7 @@ impl Paging {
         snapshot: SnapshotDigest,
         bringer: Arc<dyn Bringer>,
     ) -> Admitted {
-        let source = Arc::new(Source {
+        let source = Arc::new(Memory {
             snapshot,
             bringer,
             chunks: OnceLock::new(),
@@ -221,7 +221,7 @@ impl Paging {
 
     async fn find(
         &self,
-        source: &Arc<Source>,
+        source: &Arc<Memory>,
         chunk: ChunkId,
         spoiled: bool,
     ) -> Result<Location, NotBrought> {
@@ -237,7 +237,7 @@ impl Paging {
     /// Where the chunk is on this node, if it is.
     async fn look(
         &self,
-        source: &Arc<Source>,
+        source: &Arc<Memory>,
         chunk: ChunkId,
         spoiled: bool,
     ) -> Result<Option<Location>, NotBrought> {
@@ -256,7 +256,7 @@ impl Paging {
         looked.await.map_err(cut)?
     }
 
-    fn guests(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Source>>> {
+    fn guests(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Memory>>> {
         let guests = &self.shared.guests;
         guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -271,7 +271,7 @@ fn check(store: &Store, chunk: &ChunkId) -> Result<(), NotBrought> {
     }
 }
 
-impl Source {
+impl Memory {
     /// Whether the chunk is of this guest's memory. Blocks.
     fn has(&self, store: &Store, chunk: &ChunkId) -> Result<bool, NotBrought> {
         let chunks = match self.chunks.get() {
@@ -306,75 +306,32 @@ impl Drop for Admitted {
     }
 }
 
-/// Brings what is missing of a snapshot by fetching all that is missing of it: nothing is, unless
-/// it was damaged here.
-#[derive(Debug)]
-pub struct Refetch {
-    store: Store,
-    holders: Arc<dyn Holders>,
-    snapshot: SnapshotDigest,
-    one: tokio::sync::Mutex<()>,
-}
-
-impl Refetch {
-    /// Brings chunks of `snapshot` from `holders`.
-    #[must_use]
-    pub fn new(store: Store, holders: Arc<dyn Holders>, snapshot: SnapshotDigest) -> Self {
-        let one = tokio::sync::Mutex::default();
-        Self {
-            store,
-            holders,
-            snapshot,
-            one,
-        }
-    }
-
-    async fn fetch(&self, chunk: ChunkId) -> Result<(), NotBrought> {
-        // Whoever waits here finds that what he wants has come with what another wanted.
-        let _one = self.one.lock().await;
-        if self.store.has(&chunk) {
-            return Ok(());
-        }
-        match self.store.fetch(self.snapshot, &*self.holders).await {
-            Ok(_) => Ok(()),
-            Err(err @ FetchError::NoHolder { .. })
-                if self.holders.holders(self.snapshot).is_empty() =>
-            {
-                Err(NotBrought::Gone(chain(&err)))
-            }
-            Err(err) => Err(NotBrought::NotNow(chain(&err))),
-        }
-    }
-}
-
-impl Bringer for Refetch {
-    fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
-        Box::pin(self.fetch(chunk))
-    }
-}
-
 impl Held {
-    /// Has the pager of `sandbox`, which goes on from `parent`, answered.
+    /// Has the pager of `sandbox`, which goes on from `parent`, answered, if it has one.
     pub(super) fn admit_pager(&mut self, host: &Host, sandbox: SandboxId, parent: SnapshotDigest) {
-        let Some(paging) = &host.paging else {
-            return;
-        };
-        let (store, holders) = (host.keeping.store.clone(), host.keeping.holders.clone());
-        let bringer = Arc::new(Refetch::new(store, holders, parent));
-        self.paged = Some(paging.admit(sandbox, parent, bringer));
+        if let (Some(paging), Some(Source::Coming { coming, .. })) = (&host.paging, &self.source) {
+            self.paged = Some(paging.admit(sandbox, parent, Arc::new(coming.clone())));
+        }
     }
 
-    /// After a restart: keeps what the guest goes on from, and has its pager answered.
+    /// After a restart: keeps what the guest goes on from, has the rest of it follow, and has its pager
+    /// answered.
     pub(super) fn find_source(&mut self, host: &Host) {
         let parent = self.record.parent.as_deref().map(str::parse);
         let Some(Ok(parent)) = parent else {
             return;
         };
-        self.source = Some(host.keeping.store.keep([Pin::Snapshot(parent)]));
         let status = self.shim.as_ref().map(|shim| shim.known_status());
-        if let Some(sandbox) = status.filter(|it| it.paging.is_some()).map(|it| it.sandbox) {
-            self.admit_pager(host, sandbox, parent);
-        }
+        let paged = status.filter(|it| it.paging.is_some()).map(|it| it.sandbox);
+        let Some(sandbox) = paged else {
+            let kept = host.keeping.store.keep([Pin::Snapshot(parent)]);
+            self.source = Some(Source::Whole(kept));
+            return;
+        };
+        let mut source = Source::coming(Coming::new(&host.keeping, parent));
+        source.follow();
+        self.source = Some(source);
+        self.admit_pager(host, sandbox, parent);
     }
 
     /// Ends the recording of the working set. A guest without one only comes up slower next time.
