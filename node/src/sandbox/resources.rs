@@ -180,7 +180,7 @@ impl Held {
     ) -> Result<ReadyFacts, AcquireError> {
         let began = Instant::now();
         let health = guest.wait_ready(began + host.boot_timeout).await?;
-        timings.guest = began.elapsed();
+        timings.guest += began.elapsed();
         let answered = Instant::now();
         // A guest that was sealed has its name from its restore.
         guest.set_up(&self.first_setup()).await?;

@@ -78,6 +78,7 @@ fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
         vmm,
         guest,
         setup,
+        kept,
         way: _,
     } = timings;
     let named = [
@@ -88,6 +89,7 @@ fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
         ("vmm", vmm),
         ("guest", guest),
         ("setup", setup),
+        ("kept", kept),
     ];
     named.map(|(name, took)| (name.to_owned(), took)).into()
 }

@@ -538,7 +538,10 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
                 (Fate::Break(reason), _) => Report::Failed {
                     reason: reason.into(),
                 },
-                (Fate::Obey, Phase::Snapshotting) => Report::Sealed(checkpoint(sandbox.pause)),
+                (Fate::Obey, Phase::Snapshotting) if sandbox.checkpoint.is_some() => {
+                    Report::Sealed(checkpoint(sandbox.pause))
+                }
+                (Fate::Obey, Phase::Snapshotting) => Report::Running(sandbox.versions.clone()),
                 (Fate::Obey, Phase::Pausing) => {
                     guests.running.lock().unwrap().remove(&sandbox.id);
                     Report::Sealed(sealed(sandbox.epoch, sandbox.pause))
