@@ -13,6 +13,7 @@ mod drain;
 mod durability;
 mod fencing;
 mod flow;
+mod forks;
 mod moving;
 mod pausing;
 mod rolling;
