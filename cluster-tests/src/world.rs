@@ -453,7 +453,8 @@ impl World {
     }
 
     /// What this world has on the host beyond a daemon whose sandboxes are `live`: one shim, one
-    /// VMM, one directory and one network slot each, and the slots that are kept ready.
+    /// VMM, one directory and one network slot each, and the slots that are kept ready. One that was
+    /// resumed has a pager as well.
     ///
     /// # Panics
     /// When the daemon does not run.
@@ -465,6 +466,7 @@ impl World {
         for trace in self.footprint() {
             let of = awaited.iter_mut().find(|(id, _)| trace.contains(*id));
             match of {
+                Some(_) if trace.starts_with("process") && trace.contains(" pager ") => {}
                 Some((_, processes @ 1..)) if trace.starts_with("process") => *processes -= 1,
                 _ if trace.starts_with(&daemon) || trace.starts_with("nft") => {}
                 _ if trace.starts_with("mount") && self.has_own_disk => {}
