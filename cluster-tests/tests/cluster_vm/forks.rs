@@ -6,11 +6,13 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
 use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::contents::Contents;
 use wrenn_cluster_tests::world::{WARM_CREATE, World};
 
-use crate::pausing::Contents;
 use crate::{MEMORY_MB, PATIENCE, led_to, name, wait_voters};
 
+/// Size of each file in the guest: many chunks, and quickly made under emulation.
+const FILE_KIB: u32 = 1536;
 /// Where the capsule is made that everything else comes from.
 const ORIGIN: u16 = 1;
 /// Through which node everything is asked.
@@ -24,7 +26,7 @@ fn what_starts_from_another_capsule_goes_on_where_it_was_as_somebody_else() {
     wait_voters(&cluster, &[1, 2, 3], 3);
     let world = cluster.client(ASKED);
     let origin = led_to(&cluster, ORIGIN, &json!({ "memory_mb": MEMORY_MB }));
-    let contents = Contents::make(world, &origin);
+    let contents = Contents::make(world, &origin, FILE_KIB);
 
     let kept = taken(&cluster, &origin, "kept");
     assert_eq!(

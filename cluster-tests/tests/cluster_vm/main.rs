@@ -8,7 +8,9 @@
 mod any_node;
 mod clones;
 mod concurrent;
+mod cycles;
 mod drain;
+mod durability;
 mod fencing;
 mod flow;
 mod forks;

@@ -37,6 +37,7 @@ use super::resources::{Held, blocking};
 use super::spec::{Host, Origin, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::base::clock::{Clock as _, SystemClock};
+use crate::base::fault;
 use crate::guest::{Generation, Guest, GuestError, Quiesce, QuiesceError, Restore};
 use crate::net::slot::{GATEWAY_ADDR, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX};
 use crate::pager::page_map::PageMapError;
@@ -238,7 +239,9 @@ impl Driver {
             .quiesce(&quiesce, Instant::now() + QUIESCE_TIMEOUT)
             .await?;
         let quiesce = mark.elapsed();
+        fault::point("seal.quiesced");
         let saved = shim.save(SAVE_TIMEOUT).await?;
+        fault::point("seal.saved");
         let took = SealTimes {
             quiesce_ms: millis(quiesce),
             save_ms: millis(mark.elapsed().saturating_sub(quiesce)),
@@ -318,6 +321,7 @@ impl Driver {
             Ok(Err(err)) => return Some(start_failed(&err.into())),
             Err(over) => return over,
         }
+        fault::point("resume.fetched");
         let acquired: Result<Returning, AcquireError> = async {
             let mark = Instant::now();
             held.take_slot(&self.host).await?;
@@ -329,6 +333,7 @@ impl Driver {
             held.record.base = Some(returning.base.to_string());
             held.record.parent = Some(from.to_string());
             held.save().await?;
+            fault::point("resume.files");
             held.admit_pager(&self.host, spec.id, from);
             timings.disk = mark.elapsed();
             let mark = Instant::now();
@@ -366,6 +371,7 @@ impl Driver {
         if let Some(shim) = &held.shim {
             shim.thaw().await?;
         }
+        fault::point("resume.thawed");
         // It still demands the token that it was sealed with.
         let guest = held.guest_by(&returning.token)?;
         let guest = guest.ok_or(AcquireError::NoNetwork)?;
@@ -381,6 +387,7 @@ impl Driver {
         let deadline = began + self.host.boot_timeout;
         let restored = guest.restore(&restore, deadline).await?;
         info!(?restored, "the guest is itself again");
+        fault::point("resume.restored");
         if matches!(
             spec.origin,
             Origin::Fork {
@@ -400,6 +407,7 @@ impl Driver {
         let facts = held.ready_facts(&returning.agent);
         held.record.ready = Some(facts.clone());
         held.save().await?;
+        fault::point("resume.ready");
         timings.setup = answered.elapsed();
         Ok(facts)
     }
@@ -559,10 +567,13 @@ impl Job {
         let memory_bytes = data_bytes(&memory.manifest);
         let disk_bytes = data_bytes(&disk.manifest);
         let images = [memory.image, disk.image, state.image];
+        let working_set = paging::seal_working_set(&seal, self.paths.dir())?;
         let spec = ShimSpec::read(self.paths.dir())?;
-        let signed = self.signed(images, &spec.vmm)?;
+        let signed = self.signed(images, working_set, &spec.vmm)?;
         let new_bytes = seal.tally().written_bytes;
+        fault::point("seal.stored");
         let kept = seal.finish(Some(&signed))?;
+        fault::point("seal.finished");
         let machine = &signed.manifest().machine;
         let sealed = Sealed {
             id: SnapshotId(rand::random()),
@@ -595,6 +606,7 @@ impl Job {
     fn signed(
         &self,
         images: [ImageRef; 3],
+        working_set: Option<ImageRef>,
         vmm: &VmmSpec,
     ) -> Result<SignedSnapshot, SealGuestError> {
         let facts = &self.facts;
@@ -607,6 +619,7 @@ impl Job {
             memory,
             disk,
             device_state,
+            working_set,
             base: facts.base,
             machine: MachineFacts {
                 driver: "qemu".into(),

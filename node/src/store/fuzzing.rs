@@ -192,6 +192,7 @@ fn snapshot(images: &[Manifest; 3]) -> SnapshotManifest {
         memory,
         disk,
         device_state,
+        working_set: None,
         base: image(1 << 20, ChunkId([9; 32])).digest(),
         machine: MachineFacts {
             driver: "qemu".into(),
@@ -529,7 +530,7 @@ fn answers() -> Vec<Vec<u8>> {
         here(Encoding::Zstd, &[5; 40]),
         Answer::Lacks,
     ];
-    all.iter().map(|answer| said(answer)).collect()
+    all.iter().map(said).collect()
 }
 
 fn said(answer: &Answer) -> Vec<u8> {
