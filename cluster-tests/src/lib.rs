@@ -9,7 +9,9 @@
 
 pub mod client;
 pub mod cluster;
+pub mod contents;
 pub mod history;
 pub mod leaks;
+pub mod outside;
 pub mod sim;
 pub mod world;

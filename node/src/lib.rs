@@ -9,6 +9,9 @@ pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod dashboard;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod guest;
 pub mod net;
 pub mod pager;

@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 pub mod epoch;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod ids;
 pub mod units;
 pub mod version;

@@ -244,7 +244,7 @@ fn read_head(head: &[u8], total: Total) -> Result<Position, Doubt> {
     })
 }
 
-type Parts = BTreeMap<u16, sled::IVec>;
+pub(crate) type Parts = BTreeMap<u16, sled::IVec>;
 
 /// All entries, the parts of one value together.
 fn group_parts(db: &sled::Db) -> Result<Vec<(u8, Vec<u8>, Parts)>, Doubt> {
@@ -264,7 +264,7 @@ fn group_parts(db: &sled::Db) -> Result<Vec<(u8, Vec<u8>, Parts)>, Doubt> {
         .collect())
 }
 
-fn join_parts(kind: u8, key: &[u8], parts: Parts) -> Result<(Vec<u8>, u32), Doubt> {
+pub(crate) fn join_parts(kind: u8, key: &[u8], parts: Parts) -> Result<(Vec<u8>, u32), Doubt> {
     let first = parts
         .get(&0)
         .ok_or(Doubt::Wrong("a value without its head"))?;
@@ -299,7 +299,7 @@ fn part_key(kind: u8, key: &[u8], part: u16) -> Vec<u8> {
     bytes
 }
 
-fn checksum(kind: u8, key: &[u8], value: &[u8]) -> u32 {
+pub(crate) fn checksum(kind: u8, key: &[u8], value: &[u8]) -> u32 {
     let crc = crc32c::crc32c_append(u32::from(kind), &(key.len() as u64).to_le_bytes());
     crc32c::crc32c_append(crc32c::crc32c_append(crc, key), value)
 }

@@ -23,6 +23,9 @@ pub mod command;
 mod derived;
 pub mod disk;
 pub mod fault;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod group;
 mod identity;
 pub mod link;

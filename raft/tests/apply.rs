@@ -186,6 +186,28 @@ fn a_report_under_an_old_epoch_or_from_another_node_is_fenced() {
     assert_eq!(world.phase(1), Phase::Starting);
 }
 
+/// Found by `deploy/fuzz raft-apply`: a row says "never" by a zero, so a member that started again
+/// had another state than one that had not.
+#[test]
+fn what_happened_at_the_beginning_of_time_survives_as_rows() {
+    let mut world = World::with_node();
+    world.create(1).expect("there is room");
+    world.index += 1;
+    let running = Proposal {
+        at: Stamp(0),
+        command: Command::ReportSandbox {
+            id: sandbox_id(1),
+            epoch: Epoch(3),
+            node: NODE,
+            report: Report::Running(GuestVersions::default()),
+        },
+    };
+    let applied = world.state.apply(world.index, running);
+    assert_eq!(applied.answer, Ok(Receipt::Done(1)));
+    let again = State::from_rows(world.state.rows()).expect("own rows are readable");
+    assert!(again == world.state);
+}
+
 #[test]
 fn a_stop_frees_the_room_only_when_the_owner_says_everything_is_released() {
     let mut world = World::with_node();

@@ -194,7 +194,7 @@ fn a_client_that_goes_away_leaves_the_same(cluster: &ClusterWorld, id: &str) {
 }
 
 /// A command that is under way, and the connection of its client.
-fn begin_exec(world: &World, id: &str, seconds: &str) -> TcpStream {
+pub(crate) fn begin_exec(world: &World, id: &str, seconds: &str) -> TcpStream {
     let body = json!({ "cmd": "sleep", "args": [seconds], "timeout_sec": 600 }).to_string();
     let (key, length) = (world.key(), body.len());
     let address = world.url().replace("http://", "");

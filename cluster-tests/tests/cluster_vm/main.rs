@@ -6,10 +6,14 @@
 //! that it left nothing on the host. `WRENN_LONG=1` moves a whole gibibyte where 192 MiB do otherwise.
 
 mod any_node;
+mod clones;
 mod concurrent;
+mod cycles;
 mod drain;
+mod durability;
 mod fencing;
 mod flow;
+mod forks;
 mod moving;
 mod pausing;
 mod rolling;

@@ -1,19 +1,13 @@
 //! What a guest can and cannot reach, tried from inside of it.
-//!
-//! An outside world is made for it: a namespace behind a link, with a public address, a private
-//! one, and a private one that the operator allows. All of them answer to the host, so what does
-//! not answer to a guest was refused and is not merely absent.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
-use std::sync::mpsc;
 use std::thread;
 
-use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
+use wrenn_cluster_tests::outside::Outside;
 use wrenn_cluster_tests::world::World;
 
 use crate::PATIENCE;
@@ -27,102 +21,7 @@ const GUEST_PORT: u16 = 8123;
 /// What a listener says.
 const WORD: &str = "wrenn-outside";
 
-/// A namespace behind a link of the host.
-struct Outside {
-    name: String,
-    public: Ipv4Addr,
-    private: Ipv4Addr,
-    allowed: Ipv4Addr,
-}
-
-impl Outside {
-    fn new() -> Self {
-        // Names and addresses that another test program on this machine does not use.
-        let number = u8::try_from(std::process::id() % 250).expect("below 250");
-        let outside = Self {
-            name: format!("wrt{number}"),
-            public: Ipv4Addr::new(203, 0, 113, number),
-            private: Ipv4Addr::new(10, 213, number, 7),
-            allowed: Ipv4Addr::new(10, 213, number, 9),
-        };
-        let Self {
-            name,
-            public,
-            private,
-            allowed,
-        } = &outside;
-        let (here, there) = (
-            format!("198.51.100.{}", number & !1),
-            format!("198.51.100.{}", number | 1),
-        );
-        shell(&format!(
-            "ip netns add {name}
-             ip link add {name} type veth peer name uplink netns {name}
-             ip addr add {here}/31 dev {name}
-             ip link set {name} up
-             ip -n {name} addr add {there}/31 dev uplink
-             ip -n {name} link set uplink up
-             ip -n {name} link set lo up
-             ip -n {name} route add default via {here}"
-        ));
-        for address in [public, private, allowed] {
-            shell(&format!(
-                "ip -n {name} addr add {address}/32 dev lo
-                 ip route add {address}/32 via {there}"
-            ));
-        }
-        outside.listen();
-        outside
-    }
-
-    /// Answers on every address of the namespace, until this program ends.
-    fn listen(&self) {
-        let path = format!("/run/netns/{}", self.name);
-        let (ready, is_ready) = mpsc::channel();
-        thread::spawn(move || {
-            let netns = File::open(path).expect("the namespace");
-            setns(netns, CloneFlags::CLONE_NEWNET).expect("root may");
-            serve(bind(PORT), &ready);
-        });
-        is_ready.recv().expect("it listens");
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        // The link and the routes over it go with the namespace's end of it; the namespace itself
-        // would otherwise live as long as the listener in it.
-        let name = &self.name;
-        let done = Command::new("sh")
-            .args(["-c", &format!("ip link del {name}; ip netns del {name}")])
-            .status();
-        assert!(done.is_ok_and(|status| status.success()) || thread::panicking());
-    }
-}
-
-fn shell(line: &str) {
-    let done = Command::new("sh")
-        .args(["-ec", line])
-        .output()
-        .expect("a shell");
-    let errors = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{line}: {errors}");
-}
-
-fn bind(port: u16) -> TcpListener {
-    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("a free port")
-}
-
 /// Says [`WORD`], in a way that curl takes for an answer too, to whoever calls.
-fn serve(listener: TcpListener, ready: &mpsc::Sender<u16>) {
-    let port = listener.local_addr().expect("it is bound").port();
-    ready.send(port).expect("somebody waits");
-    for stream in listener.incoming().flatten() {
-        // A caller that never hangs up must not keep others waiting.
-        thread::spawn(move || answer(stream));
-    }
-}
-
 fn answer(mut stream: TcpStream) {
     let length = WORD.len();
     let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {length}\r\n\r\n");
@@ -134,9 +33,15 @@ fn answer(mut stream: TcpStream) {
 
 /// Listens on every address of the host; tells the port.
 fn serve_on_host() -> u16 {
-    let (ready, is_ready) = mpsc::channel();
-    thread::spawn(move || serve(bind(0), &ready));
-    is_ready.recv().expect("it listens")
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a free port");
+    let port = listener.local_addr().expect("it is bound").port();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // A caller that never hangs up must not keep others waiting.
+            thread::spawn(move || answer(stream));
+        }
+    });
+    port
 }
 
 /// Every IPv4 address of the host, loopback apart.
@@ -207,6 +112,7 @@ fn dialled_at(world: &World, id: &str) -> Ipv4Addr {
 #[test]
 fn a_guest_reaches_the_internet_and_what_the_operator_allows_and_nothing_else() {
     let outside = Outside::new();
+    outside.serve(PORT, answer);
     let mut world = World::asleep();
     world.arguments = vec!["--egress-allow".into(), format!("{}/32", outside.allowed)];
     world.start();

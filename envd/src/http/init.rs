@@ -6,6 +6,7 @@
 //! every spelling that existing hosts use; unknown fields are ignored.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ use crate::connections::ConnectionId;
 use crate::environment::Identity;
 use crate::log;
 use crate::log::chain;
+use crate::snapshot::identity::give_machine_id;
 use crate::sys::{self, MAX_ENTROPY_BYTES};
 
 /// How long a caller waits for another's `/init` to be applied.
@@ -205,8 +207,12 @@ fn apply_to_guest(body: &Body, seed: Option<&[u8]>) {
     {
         log!("{}", chain(&err));
     }
-    if let Err(err) = identity::publish(&body.identity()) {
-        log!("{}", chain(&err));
+    let published = identity::publish(&body.identity());
+    // After the seed: before it, a young guest may draw what its twin draws.
+    for done in [published, give_machine_id(Path::new("/"))] {
+        if let Err(err) = done {
+            log!("{}", chain(&err));
+        }
     }
 }
 

@@ -11,6 +11,8 @@ use crate::boot::BootError;
 
 /// Who this system is, to systemd and everything that asks it.
 const MACHINE_ID: &str = "etc/machine-id";
+/// A random UUID, anew for whoever reads it: a machine id but for its hyphens.
+const RANDOM_UUID: &str = "/proc/sys/kernel/random/uuid";
 /// The same for D-Bus: mostly a link to the former, sometimes a file of its own.
 const DBUS_MACHINE_ID: &str = "var/lib/dbus/machine-id";
 /// Where an SSH server keeps its keys.
@@ -41,6 +43,22 @@ pub fn renew_machine_id(root: &Path, machine_id: &str) -> Result<(), BootError> 
         write_plain(&dbus, &text)?;
     }
     Ok(())
+}
+
+/// Gives the system a machine id where its image has none, as templates should not: else every guest
+/// of a template would take itself for every other.
+///
+/// # Errors
+/// [`BootError::File`] names the file.
+pub fn give_machine_id(root: &Path) -> Result<(), BootError> {
+    let path = root.join(MACHINE_ID);
+    let has_one = fs::read_to_string(&path).is_ok_and(|text| is_machine_id(text.trim_end()));
+    if has_one {
+        return Ok(());
+    }
+    let uuid = fs::read_to_string(RANDOM_UUID);
+    let uuid = uuid.map_err(BootError::file("read", RANDOM_UUID))?;
+    renew_machine_id(root, &uuid.trim_end().replace('-', ""))
 }
 
 fn write_plain(path: &Path, text: &str) -> Result<(), BootError> {
@@ -109,6 +127,24 @@ mod tests {
         fs::write(&dbus, "old\n").expect("written");
         renew_machine_id(root.path(), ID).expect("renewed");
         assert_eq!(fs::read_to_string(&dbus).expect("read"), format!("{ID}\n"));
+    }
+
+    #[test]
+    fn only_a_system_without_a_machine_id_is_given_one() {
+        let root = root();
+        let path = root.path().join(MACHINE_ID);
+        let given = || {
+            give_machine_id(root.path()).expect("given");
+            fs::read_to_string(&path).expect("read")
+        };
+        let first = given();
+        assert!(is_machine_id(first.trim_end()), "{first}");
+        assert_eq!(given(), first);
+        for none in ["", "uninitialized\n"] {
+            fs::write(&path, none).expect("written");
+            let anew = given();
+            assert!(is_machine_id(anew.trim_end()) && anew != first, "{anew}");
+        }
     }
 
     #[test]

@@ -6,12 +6,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use proto::ids::NodeId;
 use proto::units::Stamp;
-use raft::state::{GuestVersions, HostLoss, IdleAction, Phase, Sandbox, Snapshot, State, Template};
+use raft::state::{
+    GuestVersions, HostLoss, IdleAction, Named, Phase, Sandbox, Snapshot, State, Template,
+};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::guest::{FileEntry, FileKind};
-use crate::relay::LocalFacts;
+use crate::relay::{LocalFacts, MemoryFacts};
 
 /// Labels that the server sets and clients may not.
 pub(super) const RESERVED_KEYS: [&str; 4] = [
@@ -30,7 +32,7 @@ pub(super) struct Capsule {
     /// Its id for life.
     #[schema(example = "cl-0000000000000000000000001")]
     pub(super) id: String,
-    /// `starting`, `running`, `pausing`, `paused`, `resuming`, `stopping`, `stopped`, `error`, or
+    /// `starting`, `running`, `pausing`, `paused`, `resuming`, `snapshotting`, `stopping`, `stopped`, `error`, or
     /// `missing` while its host cannot be reached.
     #[schema(value_type = String)]
     pub(super) status: &'static str,
@@ -86,9 +88,49 @@ pub(super) struct Capsule {
     /// Why it ended or broke.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) reason: String,
+    /// What its guest came from: `cold` (it booted), `warm` (one that had just booted), `fork` (another
+    /// capsule's snapshot) or `resumed` (its own).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) start: Option<String>,
     /// How long each stage of its start took, in milliseconds.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) start_ms: BTreeMap<String, f64>,
+    /// Of one that was resumed, how its memory has come so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<MemoryShape>,
+}
+
+/// How the memory of a resumed capsule has come so far.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct MemoryShape {
+    /// Bytes of it that its host holds.
+    resident_bytes: u64,
+    /// Bytes that came from the host's own store.
+    local_bytes: u64,
+    /// Bytes that came from other nodes.
+    peer_bytes: u64,
+    /// Page faults that were served.
+    faults: u64,
+    /// Of them, for what was not on the host.
+    peer_faults: u64,
+    /// Half of the faults took so many microseconds at most.
+    fault_p50_us: f64,
+    /// 99 of 100 took so many microseconds at most.
+    fault_p99_us: f64,
+}
+
+impl From<MemoryFacts> for MemoryShape {
+    fn from(facts: MemoryFacts) -> Self {
+        Self {
+            resident_bytes: facts.resident_bytes,
+            local_bytes: facts.local_bytes,
+            peer_bytes: facts.peer_bytes,
+            faults: facts.faults,
+            peer_faults: facts.peer_faults,
+            fault_p50_us: facts.fault_p50.as_secs_f64() * 1e6,
+            fault_p99_us: facts.fault_p99.as_secs_f64() * 1e6,
+        }
+    }
 }
 
 impl Capsule {
@@ -132,7 +174,9 @@ impl Capsule {
             replicas: rest.map(|it| it.holders.len()),
             snapshot: rest.map(|it| Rest::of(state, it)),
             reason: sandbox.reason.clone(),
+            start: None,
             start_ms: BTreeMap::new(),
+            memory: None,
         }
     }
 
@@ -143,7 +187,9 @@ impl Capsule {
         let in_ms = |(stage, took): (String, Duration)| (stage, took.as_secs_f64() * 1000.0);
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
+            start: facts.start,
             start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
+            memory: facts.memory.map(Into::into),
             ..Self::of(state, sandbox, facts.last_active)
         }
     }
@@ -160,6 +206,7 @@ pub(super) const fn status(phase: Phase) -> &'static str {
         Phase::Pausing => "pausing",
         Phase::Paused => "paused",
         Phase::Resuming => "resuming",
+        Phase::Snapshotting => "snapshotting",
     }
 }
 
@@ -248,6 +295,22 @@ pub(super) struct TemplateShape {
     pub(super) protected: bool,
     /// Labels.
     pub(super) metadata: BTreeMap<String, String>,
+}
+
+impl From<&Named> for TemplateShape {
+    fn from(named: &Named) -> Self {
+        Self {
+            name: named.name.clone(),
+            kind: "snapshot",
+            vcpus: Some(named.vcpus),
+            memory_mb: Some(named.memory.0),
+            size_bytes: named.size_bytes,
+            created_at: timestamp(named.created_at),
+            platform: false,
+            protected: false,
+            metadata: named.metadata.clone(),
+        }
+    }
 }
 
 impl From<&Template> for TemplateShape {

@@ -19,6 +19,8 @@ mod calls;
 mod desk;
 mod fake;
 mod feed;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod hearsay;
 pub mod join;
 mod keeper;

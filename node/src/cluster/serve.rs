@@ -107,7 +107,7 @@ impl ClusterCalls {
         let Some(team) = state.node(from).and_then(|node| node.team) else {
             return Ok(());
         };
-        if may_of_team(&state, from, team, &command) {
+        if may_of_team(&state, from, team, command) {
             return Ok(());
         }
         Err(RpcError::rejected("a host of one team may not change that"))
@@ -265,6 +265,8 @@ fn may_of_team(state: &State, from: NodeId, team: TeamId, command: &Command) -> 
             *node == from && state.snapshot(*id).is_some_and(|it| it.team == team)
         }
         Command::CreateSandbox { team: for_team, .. } => *for_team == team,
+        Command::CheckpointSandbox(asked) => is_ours(&asked.id),
+        Command::DropNamed(which) => which.team == team,
         _ => false,
     }
 }

@@ -14,6 +14,8 @@
 pub mod dial;
 mod error;
 mod files;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod http;
 mod process;
 mod quiesce;

@@ -218,6 +218,12 @@ fn read<T: for<'a> Deserialize<'a>>(
     })
 }
 
+/// Reads `text` as the answer to each order here.
+#[cfg(feature = "fuzzing")]
+pub(super) fn try_answers(status: StatusCode, text: &[u8], epoch: Epoch) {
+    let _refused = read::<Answer>(status, text, epoch).map(Quiesced::from);
+}
+
 /// What the agent says in a refusal.
 pub(super) fn words(status: StatusCode, text: &[u8]) -> String {
     GuestError::from_http(status, text).to_string()

@@ -249,6 +249,17 @@ fn judge(status: StatusCode, text: &[u8], epoch: Epoch) -> Attempt {
     }
 }
 
+/// Reads `text` as the answer to a restore.
+#[cfg(feature = "fuzzing")]
+pub(super) fn try_answer(status: StatusCode, text: &[u8], epoch: Epoch) {
+    if let Attempt::Done(answer) = judge(status, text, epoch) {
+        let warnings = printable(&answer.warnings);
+        assert!(warnings.len() <= WARNINGS);
+        let shown = warnings.iter().map(|text| text.chars().count());
+        assert!(shown.max() <= Some(WARNING_CHARS));
+    }
+}
+
 impl Restore {
     /// The order as the agent reads it, with the clock and the random bytes of this moment.
     fn body(&self) -> Vec<u8> {

@@ -30,6 +30,8 @@
 pub mod build;
 pub mod cidr;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod ledger;
 mod link;
 mod netlink;

@@ -63,7 +63,8 @@ impl SerialBook {
     }
 
     fn reserve(&mut self) -> io::Result<()> {
-        let until = self.next + BLOCK;
+        // A damaged file may say any number.
+        let until = self.next.saturating_add(BLOCK);
         if until > SERIAL_MAX {
             return Err(io::Error::other("no serials are left"));
         }
@@ -121,6 +122,18 @@ mod tests {
         let mut book = SerialBook::open(folder.path().join("net/serial"), None).unwrap();
         let all = take(&mut book, 2 * BLOCK + 3);
         assert_eq!(all, (0..2 * BLOCK + 3).collect::<Vec<_>>());
+    }
+
+    /// Found by `deploy/fuzz slot-serials`: the sum wrapped, and serials began at 0 again.
+    #[test]
+    fn a_book_that_says_more_than_there_are_hands_out_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial");
+        for next in [u64::MAX, u64::MAX - BLOCK + 1, SERIAL_MAX] {
+            write(&path, next).unwrap();
+            let mut book = SerialBook::open(path.clone(), None).unwrap();
+            assert!(book.take().is_err(), "{next}");
+        }
     }
 
     #[test]

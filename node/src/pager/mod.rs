@@ -21,6 +21,8 @@
 pub mod ask;
 mod control;
 pub mod dirty;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod handle;
 pub mod inject;
 pub mod layout;

@@ -11,7 +11,7 @@ use proto::wire::relay::answer::Answer;
 use proto::wire::relay::question::Ask;
 use tokio::task;
 
-use super::local::LocalFacts;
+use super::local::{LocalFacts, MemoryFacts, facts_of};
 use super::refusal::Refusal;
 use super::serve::Server;
 use super::wire;
@@ -47,7 +47,8 @@ impl Server {
             }
             Ask::Facts(ask) => {
                 let id = self.seen_by(from, &ask.sandbox)?;
-                Answer::Facts(self.local.facts(id).map(Into::into).unwrap_or_default())
+                let facts = facts_of(self.local.as_ref(), id).await;
+                Answer::Facts(facts.map(Into::into).unwrap_or_default())
             }
             Ask::Console(ask) => {
                 let id = self.seen_by(from, &ask.sandbox)?;
@@ -117,6 +118,39 @@ impl From<LocalFacts> for pb::FactsKnown {
             last_active_ms: facts.last_active.map(|at| at.0),
             disk_used_bytes: facts.disk_used_bytes,
             stages: facts.start_stages.into_iter().map(stage).collect(),
+            start: facts.start.unwrap_or_default(),
+            memory: facts.memory.map(Into::into),
+        }
+    }
+}
+
+impl From<MemoryFacts> for pb::Memory {
+    fn from(memory: MemoryFacts) -> Self {
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Self {
+            resident_bytes: memory.resident_bytes,
+            local_bytes: memory.local_bytes,
+            peer_bytes: memory.peer_bytes,
+            faults: memory.faults,
+            peer_faults: memory.peer_faults,
+            fault_p50_ns: nanos(memory.fault_p50),
+            fault_p99_ns: nanos(memory.fault_p99),
+            takeovers: memory.takeovers,
+        }
+    }
+}
+
+impl From<pb::Memory> for MemoryFacts {
+    fn from(memory: pb::Memory) -> Self {
+        Self {
+            resident_bytes: memory.resident_bytes,
+            local_bytes: memory.local_bytes,
+            peer_bytes: memory.peer_bytes,
+            faults: memory.faults,
+            peer_faults: memory.peer_faults,
+            fault_p50: Duration::from_nanos(memory.fault_p50_ns),
+            fault_p99: Duration::from_nanos(memory.fault_p99_ns),
+            takeovers: memory.takeovers,
         }
     }
 }
@@ -128,5 +162,7 @@ pub(super) fn facts_told(known: pb::FactsKnown) -> Option<LocalFacts> {
         last_active: known.last_active_ms.map(Stamp),
         disk_used_bytes: known.disk_used_bytes,
         start_stages: known.stages.into_iter().map(stage).collect(),
+        start: Some(known.start).filter(|word| !word.is_empty()),
+        memory: known.memory.map(Into::into),
     })
 }

@@ -1,11 +1,14 @@
 //! Guests on this node.
 
 use std::fmt;
+use std::future::ready;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
 use proto::units::Stamp;
+use tokio::time;
 
 use crate::guest::Guest;
 
@@ -30,6 +33,11 @@ pub trait LocalGuests: fmt::Debug + Send + Sync + 'static {
     /// What only the node that runs the sandbox knows of it.
     fn facts(&self, id: SandboxId) -> Option<LocalFacts>;
 
+    /// How its memory has come so far, of one whose memory comes as it touches it.
+    fn memory(&self, _: SandboxId) -> BoxFuture<'_, Option<MemoryFacts>> {
+        Box::pin(ready(None))
+    }
+
     /// The last `bytes` of what the guest's console showed; `None` where no log is kept. Reads a
     /// file, so call it where blocking is allowed.
     fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>>;
@@ -44,4 +52,44 @@ pub struct LocalFacts {
     pub disk_used_bytes: Option<u64>,
     /// How long each stage of its start took, where this daemon started it.
     pub start_stages: Vec<(String, Duration)>,
+    /// What its guest came from, in the word that clients know, where this daemon started it.
+    pub start: Option<String>,
+    /// Of a guest whose memory comes as it touches it: how it has come so far.
+    pub memory: Option<MemoryFacts>,
+}
+
+/// How the memory of a resumed guest has come so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryFacts {
+    /// Bytes of it that the host holds.
+    pub resident_bytes: u64,
+    /// Bytes that came from the host's own store.
+    pub local_bytes: u64,
+    /// Bytes that came from other nodes.
+    pub peer_bytes: u64,
+    /// Page faults that were served.
+    pub faults: u64,
+    /// Of them, for what was not on the host.
+    pub peer_faults: u64,
+    /// Half of the faults took this long at most.
+    pub fault_p50: Duration,
+    /// 99 of 100 took this long at most.
+    pub fault_p99: Duration,
+    /// How often its pager was replaced.
+    pub takeovers: u64,
+}
+
+/// Longest a shim may take to say how its guest's memory comes: it is less than anybody waits who
+/// wants to see a capsule.
+const MEMORY_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// All that this node knows of a sandbox of its own.
+pub(super) async fn facts_of(local: &dyn LocalGuests, id: SandboxId) -> Option<LocalFacts> {
+    let facts = local.facts(id)?;
+    // A shim that does not answer in time has nothing to tell.
+    let memory = time::timeout(MEMORY_TIMEOUT, local.memory(id)).await;
+    Some(LocalFacts {
+        memory: memory.ok().flatten(),
+        ..facts
+    })
 }

@@ -22,7 +22,7 @@ use tracing::debug;
 
 use super::answer::{CONSOLE_BYTES, facts_told};
 use super::error::RelayError;
-use super::local::{LocalFacts, LocalGuests};
+use super::local::{LocalFacts, LocalGuests, facts_of};
 use super::peers::{NoPeers, PeerError, Peers};
 use super::remote::{RemoteGuests, Slot, Target};
 use super::serve::Server;
@@ -163,7 +163,7 @@ impl Relay {
         let state = self.view.state();
         let sandbox = state.sandbox(id)?;
         if sandbox.owner == self.here {
-            return self.local.facts(id);
+            return facts_of(self.local.as_ref(), id).await;
         }
         let target = reachable(&state, sandbox).ok()?;
         let sandbox = id.0.to_vec();

@@ -15,6 +15,8 @@
 mod answer;
 mod error;
 mod fake;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod local;
 mod locate;
 mod peers;
@@ -28,7 +30,7 @@ mod wire;
 
 pub use error::RelayError;
 pub use fake::InProcessPeers;
-pub use local::{LocalFacts, LocalGuests};
+pub use local::{LocalFacts, LocalGuests, MemoryFacts};
 pub use locate::Relay;
 pub use peers::{NoPeers, PeerError, Peers};
 pub use quic::{QuicPeers, QuicRelay, Ways};

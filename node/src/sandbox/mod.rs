@@ -8,6 +8,9 @@
 pub mod adopt;
 mod driver;
 mod error;
+mod fork;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod paging;
 mod phase;
 mod record;
@@ -16,8 +19,10 @@ mod resources;
 mod seen;
 mod snapshot;
 mod spec;
+mod warm;
 
 pub use error::AcquireError;
 pub use phase::{End, Phase};
 pub use registry::{Observed, ObservedState, Registry};
-pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings};
+pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings, StartWay};
+pub use warm::{KeptWarm, WarmStarts};

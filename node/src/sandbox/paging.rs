@@ -1,7 +1,9 @@
 //! The daemon's half of paging: what a guest's memory is made of, and answers for its pager.
 //!
 //! ```text
-//! resume    memory manifest, and where each chunk lies > D/pages; the guest is admitted
+//! resume    memory manifest, and where each chunk lies > D/pages, working set > D/working-set; the
+//!           guest is admitted
+//! pause     D/working-set, as the pager has left it > the next snapshot
 //! it runs   pager.sock: "chunk C of sandbox S?" > in the store? > else brought into it > where it is
 //! restart   a guest that is retaken is admitted again, by the parent in its record
 //! ```
@@ -37,13 +39,14 @@ use super::spec::Host;
 use crate::base::chain::chain;
 use crate::base::stop::Tasks;
 use crate::pager::ask::{self, Answer, AskError, Question};
-use crate::pager::handle::PAGES;
+use crate::pager::handle::{PAGES, WORKING_SET};
 use crate::pager::page_map::{self, MappedChunk, PageMap, PageMapError, Place};
 use crate::pager::region::{ImageOffset, Region};
+use crate::pager::working_set::{self, WorkingSet};
 use crate::store::fetch::{FetchError, Holders};
 use crate::store::{
-    ChunkId, Content, Encoding, Location, Manifest, Pin, ReadChunkError, ReadManifestError,
-    SnapshotDigest, SnapshotManifest, Store,
+    ChunkId, Content, Encoding, ImageRef, Location, Manifest, Pin, ReadChunkError,
+    ReadManifestError, Seal, SealError, SnapshotDigest, SnapshotManifest, Store,
 };
 
 /// Connections served at once. A pager keeps a handful, and drops what is closed on it.
@@ -384,7 +387,8 @@ impl Held {
     }
 }
 
-/// Writes down for the pager where the memory of `snapshot` lies. Blocks.
+/// Writes down for the pager where the memory of `snapshot` lies, and what of it to bring first.
+/// Blocks.
 pub(super) fn describe(
     store: &Store,
     snapshot: &SnapshotManifest,
@@ -392,7 +396,38 @@ pub(super) fn describe(
 ) -> Result<(), super::snapshot::SnapshotError> {
     let memory = store.image(&snapshot.memory.digest)?;
     map_of(store, &memory)?.write(&dir.join(PAGES))?;
+    if let Some(set) = snapshot.working_set
+        && let Err(why) = lay_out_working_set(store, set, &dir.join(WORKING_SET))
+    {
+        warn!(why, "resumes without its working set");
+    }
     Ok(())
+}
+
+/// A guest comes up without it, so no reason is worth more than a word.
+fn lay_out_working_set(store: &Store, set: ImageRef, path: &Path) -> Result<(), String> {
+    if set.len_bytes > working_set::MAX_FILE_BYTES {
+        return Err(format!("it has {} bytes, which is too long", set.len_bytes));
+    }
+    let manifest = store.image(&set.digest).map_err(|err| chain(&err))?;
+    let made = store.assemble(&manifest, set.len_bytes, path);
+    made.map_err(|err| chain(&err))
+}
+
+/// Puts the working set that a pager has recorded in `dir` into `seal`, or the one that it was given;
+/// a guest that was never resumed has none. Blocks.
+pub(super) fn seal_working_set(seal: &Seal, dir: &Path) -> Result<Option<ImageRef>, SealError> {
+    let path = dir.join(WORKING_SET);
+    // One that no pager would take is not worth keeping.
+    let sound = WorkingSet::read(&path).is_ok_and(|set| !set.windows().is_empty());
+    let Ok(file) = File::open(&path) else {
+        return Ok(None);
+    };
+    let length = file.metadata().map_or(0, |it| it.len());
+    if !sound || length > working_set::MAX_FILE_BYTES {
+        return Ok(None);
+    }
+    Ok(Some(seal.image(&file, length)?.image))
 }
 
 /// The map of an image, with the places of those chunks that are here.

@@ -10,7 +10,7 @@ use std::{fmt, fs};
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
-use raft::state::{GuestVersions, Sealed};
+use raft::state::{GuestVersions, Sealed, Warm};
 use tokio::sync::{mpsc, watch};
 use tokio::task;
 use tokio::time::Instant;
@@ -23,10 +23,13 @@ use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
+use super::warm::KeptWarm;
 use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
+use crate::shim::client;
 use crate::shim::lease::{self, LeaseReader, LeaseTimes};
+use crate::shim::saved::PagingStatus;
 use crate::store::SandboxPaths;
 
 /// What this node sees of one of its sandboxes.
@@ -38,6 +41,8 @@ pub struct Observed {
     pub state: ObservedState,
     /// How long nobody has used it.
     pub idle_for: Duration,
+    /// Whether it was sealed when it had just booted, and the cluster was not told.
+    pub has_warm: bool,
 }
 
 /// Where a sandbox stands on this node.
@@ -116,6 +121,8 @@ struct Told {
     withheld: bool,
     /// Whether the guest is frozen, and until its clock is right again after that.
     frozen: bool,
+    /// What it was sealed as when it had just booted, until the cluster knows.
+    warm: Option<KeptWarm>,
 }
 
 impl fmt::Debug for Shared {
@@ -137,6 +144,7 @@ impl Shared {
             last_used: Instant::now(),
             withheld: false,
             frozen: false,
+            warm: None,
         };
         Self {
             epoch,
@@ -161,6 +169,10 @@ impl Shared {
         told.phase = phase;
         drop(told);
         self.changed.send_replace(());
+    }
+
+    pub(super) fn set_warm(&self, made: KeptWarm) {
+        self.told().warm = Some(made);
     }
 
     pub(super) fn set_timings(&self, timings: StartTimings) {
@@ -242,6 +254,7 @@ impl Shared {
             epoch: self.epoch,
             state,
             idle_for: told.last_used.elapsed(),
+            has_warm: told.warm.is_some(),
         }
     }
 }
@@ -328,6 +341,31 @@ impl Registry {
         }
     }
 
+    /// Whether guests here start from one that had just booted, where there is one.
+    #[must_use]
+    pub fn starts_warm(&self) -> bool {
+        self.host.warm.guest.is_some()
+    }
+
+    /// Whether a guest here would have become just that if it had booted.
+    #[must_use]
+    pub fn takes(&self, warm: &Warm) -> bool {
+        self.host.warm.takes(warm)
+    }
+
+    /// What a sandbox was sealed as when it had just booted, if the cluster is to be told.
+    #[must_use]
+    pub fn kept_warm(&self, id: SandboxId) -> Option<KeptWarm> {
+        self.shared(id)?.told().warm.clone()
+    }
+
+    /// The cluster was told. What it does not know by now is not kept.
+    pub fn forget_warm(&self, id: SandboxId) {
+        if let Some(shared) = self.shared(id) {
+            shared.told().warm = None;
+        }
+    }
+
     /// Drops what is remembered of a sandbox that is gone.
     pub fn forget(&self, id: SandboxId) {
         let mut table = self.table();
@@ -407,6 +445,13 @@ impl Registry {
         let timings = table.entries.values();
         let timings = timings.filter_map(|entry| entry.shared.told().timings);
         p95(timings.map(|timings| timings.total()).collect())
+    }
+
+    /// How the memory of a sandbox comes, if it comes as it is touched.
+    pub async fn paging(&self, id: SandboxId) -> Option<PagingStatus> {
+        let shared = self.shared(id)?;
+        let shim = client::connect(shared.paths.dir()).await.ok()?;
+        shim.known_status().paging.clone()
     }
 
     /// Bytes that a sandbox's disk occupies.

@@ -27,6 +27,8 @@ pub mod error;
 pub mod exit;
 pub mod files;
 pub mod freeze;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod lease;
 pub mod main;
 pub mod paged;

@@ -22,12 +22,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::chunk::ChunkId;
+use super::chunk::{CHUNK_BYTES, ChunkId};
 use super::codec::Encoding;
 use super::record::{self, Head};
 use guard::Guard;
 
-mod guard;
+pub(super) mod guard;
 
 /// sled's page cache. A store of 100 GiB has about 100 MiB of entries; a seal that adds to them
 /// touches pages all over, a resume finds most of its chunks side by side in nothing.
@@ -70,7 +70,7 @@ impl Place {
         record::record_bytes(self.stored_bytes)
     }
 
-    fn encode(&self) -> [u8; VALUE_BYTES] {
+    pub(super) fn encode(&self) -> [u8; VALUE_BYTES] {
         let mut bytes = [0; VALUE_BYTES];
         bytes[..4].copy_from_slice(&self.pack.to_le_bytes());
         bytes[4..8].copy_from_slice(&self.offset.to_le_bytes());
@@ -80,7 +80,7 @@ impl Place {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Result<Self, Doubt> {
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, Doubt> {
         let wrong = Doubt::Wrong("a garbled entry");
         let (numbers, rest) = bytes.as_chunks::<4>();
         let &[pack, offset, stored, chunk] = numbers else {
@@ -91,13 +91,19 @@ impl Place {
             [1] => Encoding::Zstd,
             _ => return Err(wrong),
         };
-        Ok(Self {
+        let place = Self {
             pack: u32::from_le_bytes(pack),
             offset: u32::from_le_bytes(offset),
             stored_bytes: u32::from_le_bytes(stored),
             chunk_bytes: u32::from_le_bytes(chunk),
             encoding,
-        })
+        };
+        // Whoever reads the chunk sets aside as much as is stored.
+        let longest = place.stored_bytes.max(place.chunk_bytes) as usize;
+        if longest > CHUNK_BYTES {
+            return Err(wrong);
+        }
+        Ok(place)
     }
 }
 

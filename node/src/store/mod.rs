@@ -29,6 +29,8 @@ pub mod error;
 mod exchange;
 pub mod extent;
 pub mod fetch;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod image;
 mod index;
 pub mod manifest;

@@ -177,7 +177,7 @@ impl FromStr for TemplateName {
 /// `template.json`, as written.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Description {
+pub(super) struct Description {
     name: String,
     disk_mib: u32,
 }
@@ -299,7 +299,7 @@ pub fn find_guest(images: &Path) -> Result<GuestImages, OpenCatalogError> {
     })
 }
 
-fn read_release(path: &Path) -> Result<String, OpenCatalogError> {
+pub(super) fn read_release(path: &Path) -> Result<String, OpenCatalogError> {
     let bytes = read_small(path).map_err(disk("read", path))?;
     let text = String::from_utf8_lossy(&bytes);
     let release = text.trim();
@@ -345,7 +345,7 @@ fn read_template(
     })
 }
 
-fn read_description(path: &Path) -> Result<Description, TemplateError> {
+pub(super) fn read_description(path: &Path) -> Result<Description, TemplateError> {
     let bytes = read_small(path).map_err(rootfs::disk("read", path))?;
     serde_json::from_slice(&bytes).map_err(|source| TemplateError::Description {
         path: path.to_owned(),

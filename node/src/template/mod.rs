@@ -8,6 +8,8 @@
 
 pub mod catalog;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod rootfs;
 
 pub use catalog::{Catalog, GuestImages, Template, TemplateName, find_guest};

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
 use proto::units::Stamp;
 
 use crate::base::clock::{Clock as _, SystemClock};
 use crate::guest::Guest;
-use crate::relay::{LocalFacts, LocalGuests};
+use crate::relay::{LocalFacts, LocalGuests, MemoryFacts};
 use crate::sandbox::{Registry, StartTimings};
 
 /// The registry as the relay sees it.
@@ -36,10 +37,30 @@ impl LocalGuests for RegistryGuests {
     }
 
     fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
+        let timings = self.0.timings(id);
         Some(LocalFacts {
             last_active: Some(self.last_active(id)?),
             disk_used_bytes: self.0.disk_used_bytes(id),
-            start_stages: self.0.timings(id).map(stages).unwrap_or_default(),
+            start: timings.map(|it| it.way.word().to_owned()),
+            start_stages: timings.map(stages).unwrap_or_default(),
+            memory: None,
+        })
+    }
+
+    fn memory(&self, id: SandboxId) -> BoxFuture<'_, Option<MemoryFacts>> {
+        Box::pin(async move {
+            let paging = self.0.paging(id).await?;
+            let told = paging.counters.unwrap_or_default();
+            Some(MemoryFacts {
+                resident_bytes: paging.resident_bytes,
+                local_bytes: told.local_bytes,
+                peer_bytes: told.peer_bytes,
+                faults: told.faults,
+                peer_faults: told.peer_faults,
+                fault_p50: Duration::from_nanos(told.p50_ns),
+                fault_p99: Duration::from_nanos(told.p99_ns),
+                takeovers: told.takeovers,
+            })
         })
     }
 
@@ -57,6 +78,7 @@ fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
         vmm,
         guest,
         setup,
+        way: _,
     } = timings;
     let named = [
         ("record", record),

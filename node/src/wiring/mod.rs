@@ -15,6 +15,8 @@
 
 mod error;
 mod facts;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod guests;
 mod host;
 mod info;

@@ -13,6 +13,8 @@
 //! Stopping: [`Log::stop`] lets the thread write and sync what is queued and joins it. Dropping the
 //! handle without it does the same, only unobserved.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod index;
 mod offline;
 mod record;

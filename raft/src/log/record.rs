@@ -162,7 +162,7 @@ pub(super) fn proves_synced(segment: u64, bytes: &[u8], bad: u32) -> bool {
         .any(|record| record.since > bad)
 }
 
-fn checksum(segment: u64, offset: u32, bytes: &[u8]) -> u32 {
+pub(super) fn checksum(segment: u64, offset: u32, bytes: &[u8]) -> u32 {
     let seed = crc32c::crc32c(&segment.to_le_bytes());
     let seed = crc32c::crc32c_append(seed, &offset.to_le_bytes());
     crc32c::crc32c_append(seed, bytes)

@@ -127,7 +127,7 @@ fn fill(path: &Path, number: u64, capacity: u32, disk: &dyn Disk) -> io::Result<
     Ok(file)
 }
 
-fn head(number: u64, capacity: u32) -> [u8; HEAD_BYTES as usize] {
+pub(super) fn head(number: u64, capacity: u32) -> [u8; HEAD_BYTES as usize] {
     let mut head = [0; HEAD_BYTES as usize];
     head[..8].copy_from_slice(MAGIC);
     head[8..12].copy_from_slice(&VERSION.to_le_bytes());

@@ -15,6 +15,9 @@
 
 mod client;
 pub mod frame;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hello;
 mod router;
 mod server;

@@ -21,8 +21,8 @@ const HASH_BYTES: usize = 32;
 /// What must still be true for an index to be trusted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Guard {
-    pub(super) entries: u64,
-    pub(super) sum: u64,
+    pub(in crate::store) entries: u64,
+    pub(in crate::store) sum: u64,
     /// Number and length of every pack.
     pub(crate) packs: BTreeMap<u32, u32>,
 }
@@ -38,7 +38,7 @@ impl Guard {
         fs::read(path).ok().and_then(|bytes| Self::decode(&bytes))
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(in crate::store) fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(VERSION.to_le_bytes());
         bytes.extend(self.entries.to_le_bytes());
@@ -52,7 +52,7 @@ impl Guard {
         bytes
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(in crate::store) fn decode(bytes: &[u8]) -> Option<Self> {
         let (bytes, hash) = bytes.split_last_chunk::<HASH_BYTES>()?;
         if blake3::hash(bytes) != *hash {
             return None;

@@ -41,6 +41,20 @@ fn both_kinds_of_index_keep_the_same_entries() {
     assert_eq!(entries(&sled).len(), 49);
 }
 
+/// Found by `deploy/fuzz index-row`: whoever read the chunk set aside as much as the row said.
+#[test]
+fn an_entry_longer_than_any_record_is_refused() {
+    for (stored_bytes, chunk_bytes) in [(u32::MAX, 4096), (100, u32::MAX), (65_537, 65_536)] {
+        let long = Place {
+            stored_bytes,
+            chunk_bytes,
+            ..place(1)
+        };
+        assert!(Place::decode(&long.encode()).is_err());
+    }
+    assert_eq!(Place::decode(&place(1).encode()).ok(), Some(place(1)));
+}
+
 #[test]
 fn a_closed_index_is_trusted_once() {
     let dir = tempfile::tempdir().unwrap();

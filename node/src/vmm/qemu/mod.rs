@@ -3,6 +3,8 @@
 //! running process as a [`Vmm`].
 
 pub mod args;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod machine;
 mod migrate;
 pub mod qmp;
