@@ -530,7 +530,7 @@ fn answers() -> Vec<Vec<u8>> {
         here(Encoding::Zstd, &[5; 40]),
         Answer::Lacks,
     ];
-    all.iter().map(|answer| said(answer)).collect()
+    all.iter().map(said).collect()
 }
 
 fn said(answer: &Answer) -> Vec<u8> {
