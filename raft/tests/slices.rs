@@ -20,7 +20,10 @@ fn voters(state: &State) -> BTreeSet<NodeId> {
 /// Whoever has, or sealed, what the team's sandboxes rest on.
 fn sources(state: &State, team: TeamId) -> BTreeSet<NodeId> {
     let of_team = state.sandboxes().filter(|it| it.team == team);
-    let rests_on = of_team.filter_map(|it| state.snapshot(it.snapshot?));
+    let needed = of_team.flat_map(|it| it.snapshots());
+    let named = state.named_by(team).map(|it| it.snapshot);
+    let rests_on = needed.chain(named).filter_map(|id| state.snapshot(id));
+    let rests_on = rests_on.filter(|it| it.team == team && it.warm.is_none());
     let sources = rests_on.flat_map(|it| it.holders.iter().copied().chain([it.sealed_by]));
     sources.collect()
 }
