@@ -267,8 +267,6 @@ fn may_of_team(state: &State, from: NodeId, team: TeamId, command: &Command) -> 
             *node == from && state.snapshot(*id).is_some_and(|it| it.team == team)
         }
         Command::CreateSandbox { team: for_team, .. } => *for_team == team,
-        Command::CheckpointSandbox(asked) => is_ours(&asked.id),
-        Command::DropNamed(which) => which.team == team,
         _ => false,
     }
 }
