@@ -9,6 +9,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod contents;
 pub mod history;
 pub mod leaks;
 pub mod outside;

@@ -32,6 +32,8 @@ const SLOT_POOL: u16 = 2;
 /// Worlds at once. Emulated guests want a core each, and some worlds mostly wait.
 const PLACES: usize = 3;
 
+/// Whether capsules start from a guest that had just booted; off in a world unless it says otherwise.
+pub const WARM_CREATE: &str = "WRENN_WARM_CREATE";
 /// The variable in which a daemon finds the token it joins with.
 const JOIN_TOKEN: &str = "WRENN_JOIN_TOKEN";
 
@@ -371,6 +373,8 @@ impl World {
             .args(["--slot-pool", &SLOT_POOL.to_string()])
             .args(&self.arguments)
             .env("NO_COLOR", "1")
+            // How a capsule starts must not depend on which ones were started before.
+            .env(WARM_CREATE, "false")
             .envs(self.environment.clone());
         command
     }

@@ -176,6 +176,21 @@ fn a_sealed_guest_that_goes_on_unasked_is_found() {
 }
 
 #[test]
+fn a_snapshot_that_is_dropped_while_others_need_it_is_found() {
+    finds(Bug::SnapshotGoesWithItsSandbox);
+}
+
+#[test]
+fn a_fork_that_goes_on_as_what_it_comes_from_is_found() {
+    finds(Bug::ForkKeepsItsOriginsName);
+}
+
+#[test]
+fn a_fork_under_the_ownership_of_what_it_comes_from_is_found() {
+    finds(Bug::ForkTakesItsOriginsEpoch);
+}
+
+#[test]
 fn a_leader_that_demotes_below_quorum_is_found() {
     finds(Bug::DemotesBelowQuorum);
 }

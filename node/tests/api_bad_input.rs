@@ -176,8 +176,6 @@ async fn routes_that_come_later_say_what_they_wait_for() {
             "streams",
         ),
         (Method::GET, format!("/v1/capsules/{ID}/pty"), "streams"),
-        (Method::POST, "/v1/snapshots".into(), "snapshots"),
-        (Method::DELETE, "/v1/snapshots/x".into(), "snapshots"),
         (Method::GET, "/v1/events/stream".into(), "event"),
         (Method::GET, "/v1/hosts".into(), "teams"),
         (Method::POST, "/v1/admin/builds/x/cancel".into(), "teams"),

@@ -63,6 +63,7 @@ impl RealAgent {
             token: SEALED_TOKEN.into(),
             sandbox_id: "cl-1".into(),
             template: "minimal".into(),
+            hostname: None,
         };
         let told = real.guest(SEALED_TOKEN).set_up(&setup).await;
         told.expect("set up");

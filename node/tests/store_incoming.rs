@@ -152,6 +152,9 @@ async fn streams_are_kept_open_between_questions() {
     assert_eq!(peer.opened(), opened + 1);
 }
 
+/// What a holder makes of what it ought to send.
+type Spoil = fn(Vec<u8>) -> Sent;
+
 #[tokio::test(start_paused = true)]
 async fn a_holder_that_does_a_guest_no_good_costs_it_little() {
     let hang = |_| Sent::Hangs(Vec::new());
@@ -163,7 +166,7 @@ async fn a_holder_that_does_a_guest_no_good_costs_it_little() {
         Sent::Bytes(bytes)
     };
     let trickles = |bytes| Sent::Trickle(Duration::from_secs(1), bytes);
-    let all: [(&str, fn(Vec<u8>) -> Sent); 5] = [
+    let all: [(&str, Spoil); 5] = [
         ("hangs", hang),
         ("dies", dies),
         ("lacks", lacks),

@@ -11,7 +11,8 @@ use proto::units::Stamp;
 
 use crate::placement::{Lack, LoadHint};
 use crate::state::{
-    GuestVersions, Key, Liveness, Node, SandboxSpec, Sealed, Settings, Template, Token,
+    Checkpoint, GuestVersions, Key, Liveness, Node, SandboxSpec, Sealed, Settings, Snapshot,
+    Template, Token,
 };
 
 /// A command and the proposer's clock when it was made.
@@ -136,6 +137,13 @@ pub enum Command {
         /// How busy nodes were when the proposer last heard.
         hints: Vec<LoadHint>,
     },
+    /// Seals a running sandbox, which goes on then, or takes what a paused one rests as: for a name,
+    /// or for others that start from it. Proposed again it is known by its ask.
+    CheckpointSandbox(CheckpointSandbox),
+    /// Takes a name off a snapshot.
+    DropNamed(DropNamed),
+    /// A node has sealed a guest that had just booted, for others to start from: [`Snapshot::warm`].
+    PutWarm(Snapshot),
     /// Whether a node has all of a snapshot; that node proposes it.
     HoldSnapshot {
         /// Which one.
@@ -161,6 +169,30 @@ pub enum Command {
         /// Everything that ended earlier goes.
         ended_before: Stamp,
     },
+}
+
+/// Of which sandbox a checkpoint is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointSandbox {
+    /// Which one.
+    pub id: SandboxId,
+    /// Which run of it, or the run before its rest.
+    pub epoch: Epoch,
+    /// What for.
+    pub checkpoint: Checkpoint,
+    /// How busy nodes were when the proposer last heard.
+    pub hints: Vec<LoadHint>,
+}
+
+/// Which name is to go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DropNamed {
+    /// Whose name.
+    pub team: TeamId,
+    /// Which.
+    pub name: String,
+    /// What it stands for; where it has come to stand for another, nothing happens.
+    pub snapshot: SnapshotId,
 }
 
 /// What the leader found out about a node's lease.
@@ -290,6 +322,9 @@ pub enum Refusal {
     /// It does not fit how things stand; the text says what does.
     #[error("{0}")]
     Unfit(String),
+    /// The team has given the name to something else.
+    #[error("the name {0:?} is taken")]
+    NameTaken(String),
     /// The id stands for something else already.
     #[error("the id {0} is taken")]
     IdTaken(String),

@@ -1,5 +1,6 @@
 //! Commands and answers as bytes: the log's own format, independent of any library's.
 
+mod named;
 mod snapshots;
 
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use proto::wire::raft as pb;
 
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
 use crate::placement::{Lack, LoadHint};
-use crate::state::{BadRow, Node, SandboxSpec, Settings};
+use crate::state::{BadRow, Node, SandboxSpec, Settings, Template};
 
 /// `bytes` as an id of fixed length.
 pub(crate) fn array<const N: usize>(what: &'static str, bytes: &[u8]) -> Result<[u8; N], BadRow> {
@@ -108,9 +109,7 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             node,
             declared_dead,
         } => removed_to_wire(*node, *declared_dead),
-        Command::PutTemplate(template) => Wire::PutTemplate(pb::PutTemplate {
-            template: Some(template.into()),
-        }),
+        Command::PutTemplate(template) => template_to_wire(template),
         Command::PutKey(key) => Wire::PutKey(pb::PutKey {
             key: Some(key.into()),
         }),
@@ -135,6 +134,9 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             hints,
         } => snapshots::resumed_to_wire((*id, *snapshot), *to, hints),
         Command::HoldSnapshot { id, node, holds } => snapshots::held_to_wire(*id, *node, *holds),
+        Command::CheckpointSandbox(asked) => named::checkpoint_to_wire(asked),
+        Command::DropNamed(which) => named::unnamed_to_wire(which),
+        Command::PutWarm(snapshot) => named::warm_to_wire(snapshot),
         Command::ReportSandbox {
             id,
             epoch,
@@ -145,6 +147,12 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             ended_before_ms: ended_before.0,
         }),
     }
+}
+
+fn template_to_wire(template: &Template) -> pb::proposal::Command {
+    pb::proposal::Command::PutTemplate(pb::PutTemplate {
+        template: Some(template.into()),
+    })
 }
 
 fn judged_to_wire(node: NodeId, incarnation: u64, verdict: Verdict) -> pb::proposal::Command {
@@ -325,6 +333,9 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::PauseSandbox(it) => snapshots::paused_from_wire(&it)?,
         Wire::ResumeSandbox(it) => snapshots::resumed_from_wire(it)?,
         Wire::HoldSnapshot(it) => snapshots::held_from_wire(&it)?,
+        Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(named::checkpoint_from_wire(it)?),
+        Wire::DropNamed(it) => Command::DropNamed(named::unnamed_from_wire(it)?),
+        Wire::PutWarm(it) => Command::PutWarm(some("snapshot", it.snapshot)?.try_into()?),
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,
@@ -420,6 +431,7 @@ fn refusal_to_wire(refusal: &Refusal) -> pb::Refusal {
         Refusal::NoSuchKey(id) => (Kind::NoSuchKey, id.clone(), 0),
         Refusal::NoRoom(lack) => (Kind::NoRoom, lack.0.clone(), 0),
         Refusal::IdTaken(id) => (Kind::IdTaken, id.clone(), 0),
+        Refusal::NameTaken(name) => (Kind::NameTaken, name.clone(), 0),
         Refusal::Fenced { newest } => (Kind::Fenced, String::new(), newest.0),
         Refusal::NoSuchNode(id) => (Kind::NoSuchNode, id.clone(), 0),
         Refusal::NoSuchToken(id) => (Kind::NoSuchToken, id.clone(), 0),
@@ -444,6 +456,7 @@ fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
         Kind::NoSuchKey => Refusal::NoSuchKey(wire.detail),
         Kind::NoRoom => Refusal::NoRoom(Lack(wire.detail)),
         Kind::IdTaken => Refusal::IdTaken(wire.detail),
+        Kind::NameTaken => Refusal::NameTaken(wire.detail),
         Kind::NoSuchNode => Refusal::NoSuchNode(wire.detail),
         Kind::NoSuchToken => Refusal::NoSuchToken(wire.detail),
         Kind::TokenExpired => Refusal::TokenExpired(wire.detail),

@@ -44,15 +44,23 @@ fn sum_of(state: &State, node: NodeId) -> Resources {
 
 /// Everything a node must be to be given a sandbox, spelled out once more.
 fn may_take(state: &State, node: &Node, sandbox: &Sandbox) -> bool {
-    let template = state.template(&sandbox.spec.template).expect("it is known");
     let spec = &sandbox.spec;
-    let fits = match sandbox.snapshot {
-        None => node.templates.get(&spec.template) == Some(&template.digest),
+    let boots = || {
+        let template = state.template(&spec.template).expect("it is known");
+        node.templates.get(&spec.template) == Some(&template.digest)
+    };
+    let fits = match sandbox.snapshot.or(sandbox.origin) {
+        None => boots(),
         Some(id) => {
-            let needs = &state.snapshot(id).expect("it rests on it").sealed.needs;
+            let snapshot = state.snapshot(id).expect("it needs it");
+            let needs = &snapshot.sealed.needs;
+            let warm = snapshot.warm.as_ref();
             (&needs.vmm, &needs.machine) == (&node.vmm, &node.machine)
                 && needs.cpu == node.cpu
                 && node.templates.values().any(|digest| *digest == needs.base)
+                && warm.is_none_or(|warm| {
+                    boots() && warm.fits(spec) && warm.version == node.version && !warm.retired
+                })
         }
     };
     node.liveness == Liveness::Alive
@@ -79,6 +87,7 @@ impl Step<'_> {
             *newest = sandbox.epoch;
         }
         self.check_snapshots();
+        self.check_names();
         self.check_nodes(memory);
         self.check_tokens(memory);
     }
@@ -92,6 +101,16 @@ impl Step<'_> {
             if sandbox.phase.is_ended() {
                 assert_eq!(sandbox.snapshot, None, "{} has ended", sandbox.id);
             }
+            let is_sealed = sandbox.phase == Phase::Snapshotting;
+            assert_eq!(sandbox.checkpoint.is_some(), is_sealed, "{sandbox:?}");
+            if let Some(id) = sandbox.origin {
+                let snapshot = self
+                    .after
+                    .snapshot(id)
+                    .expect("what it is made from is there");
+                assert_ne!(snapshot.sandbox, sandbox.id, "it is made from itself");
+                assert!(snapshot.warm.is_some() || snapshot.team == sandbox.team);
+            }
             if let Some(id) = sandbox.snapshot {
                 let snapshot = self.after.snapshot(id).expect("what it rests on is there");
                 assert_eq!(snapshot.sandbox, sandbox.id);
@@ -99,12 +118,36 @@ impl Step<'_> {
             }
         }
         for snapshot in self.after.snapshots() {
-            let of = self.after.sandbox(snapshot.sandbox);
-            let rests = of.and_then(|it| it.snapshot);
-            assert_eq!(rests, Some(snapshot.sealed.id), "nobody rests on it");
+            let id = snapshot.sealed.id;
+            let by_sandbox = self
+                .after
+                .sandboxes()
+                .any(|it| it.snapshots().any(|of| of == id));
+            let by_name = self.after.all_named().any(|it| it.snapshot == id);
+            let warm = snapshot.warm.as_ref().is_some_and(|it| !it.retired);
+            assert!(by_sandbox || by_name || warm, "nobody needs {snapshot:?}");
+            assert!(self.after.is_needed(id));
+            if warm {
+                let base = snapshot.sealed.needs.base;
+                assert!(self.after.templates().any(|it| it.digest == base));
+            }
             for holder in &snapshot.holders {
                 assert!(self.after.node(*holder).is_some(), "{holder} is gone");
             }
+        }
+    }
+
+    /// A name stands for a snapshot of its own team, of its shape.
+    fn check_names(&self) {
+        for named in self.after.all_named() {
+            let snapshot = self
+                .after
+                .snapshot(named.snapshot)
+                .expect("it stands for one");
+            assert_eq!(snapshot.team, named.team);
+            let found = self.after.named(named.team, &named.name);
+            assert_eq!(found, Some(named));
+            assert!(self.after.named_by(named.team).any(|it| it == named));
         }
     }
 
@@ -165,6 +208,13 @@ impl Step<'_> {
         }
         // Its ownership was given out by this command.
         assert_eq!(sandbox.epoch, Epoch(self.index));
+        if known.is_none() && sandbox.phase == Phase::Error {
+            assert!(
+                !sandbox.reason.is_empty(),
+                "a fork that found no room says so"
+            );
+            return;
+        }
         let owner = self.after.node(sandbox.owner).expect("given to a node");
         assert!(
             may_take(self.after, owner, sandbox),
@@ -384,8 +434,53 @@ proptest! {
     }
 }
 
+/// The word for what a seal was for.
+fn sealed_for(applied: &Applied) -> &'static str {
+    let is_name = |key: &RowKey| matches!(key, RowKey::Named(..));
+    let is_sandbox = |key: &&RowKey| matches!(key, RowKey::Sandbox(_));
+    if applied.touched.iter().any(is_name) {
+        return "named";
+    }
+    match applied.touched.iter().filter(is_sandbox).count() {
+        1 => "sealed",
+        _ => "forked",
+    }
+}
+
+/// The word for what a command about names, forks and new sandboxes came to.
+fn naming_event(world: &World, proposal: &Proposal, applied: &Applied) -> Option<&'static str> {
+    Some(match (&proposal.command, &applied.answer) {
+        (Command::CheckpointSandbox(_), Ok(Receipt::Done(1))) => {
+            let made = |key: &RowKey| !matches!(key, RowKey::Sandbox(_) | RowKey::Snapshot(_));
+            match applied.touched.iter().any(made) {
+                true => "named at rest",
+                false if applied.touched.len() > 1 => "forked at rest",
+                false => "snapshotting",
+            }
+        }
+        (Command::CheckpointSandbox(_), Ok(_)) => "checkpoint known",
+        (_, Err(Refusal::NameTaken(_))) => "name taken",
+        (Command::DropNamed(_), Ok(Receipt::Done(1))) => "name dropped",
+        (Command::PutWarm(_), Ok(Receipt::Done(1))) => "kept warm",
+        (Command::PutWarm(_), Err(_)) => "not kept warm",
+        (Command::CreateSandbox { id, .. }, Ok(_)) if !applied.touched.is_empty() => {
+            let made = world.state.sandbox(*id).expect("it was made");
+            let origin = made.origin.and_then(|id| world.state.snapshot(id));
+            match origin {
+                None => "placed",
+                Some(origin) if origin.warm.is_some() => "starts warm",
+                Some(_) => "starts from a name",
+            }
+        }
+        _ => return None,
+    })
+}
+
 /// The word for what a command came to.
 fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str {
+    if let Some(event) = naming_event(world, proposal, applied) {
+        return event;
+    }
     match (&proposal.command, &applied.answer) {
         (Command::JudgeNode { .. }, Ok(Receipt::Done(1))) => {
             let mut settled = applied.touched.iter().filter_map(|key| match key {
@@ -424,7 +519,7 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
             Ok(Receipt::Done(1)),
         ) => match world.state.sandbox(*id).map(|it| it.phase) {
             Some(Phase::Resuming) => "moved",
-            _ => "sealed",
+            _ => sealed_for(applied),
         },
         (
             Command::ReportSandbox {
@@ -472,7 +567,9 @@ fn the_histories_reach_what_they_are_about() {
                   let in, token expired, token used, no token, fenced, no room, id taken, \
                   may not join, may not be removed, pausing, sealed, moved, thawed, resumed, runs already, \
                   not resumed, not paused, cannot be resumed, holder told, resumed elsewhere, \
-                  back to its last pause";
+                  back to its last pause, snapshotting, named, named at rest, forked, forked at rest, \
+                  name taken, name dropped, kept warm, not kept warm, starts warm, \
+                  starts from a name";
     for event in wanted.split(", ") {
         let times = seen.get(event).copied().unwrap_or_default();
         assert!(times >= 5, "{event}: {times} times; all: {seen:?}");

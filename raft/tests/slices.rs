@@ -75,6 +75,12 @@ fn check_slice(state: &State, host: &Node, slice: &State, voters: &BTreeSet<Node
     let keys: Vec<_> = state.keys().filter(|it| it.team == team).collect();
     assert_eq!(slice.keys().collect::<Vec<_>>(), keys);
     assert!(slice.templates().eq(state.templates()));
+    assert!(slice.all_named().eq(state.named_by(team)));
+    assert!(
+        slice
+            .snapshots()
+            .all(|it| it.team == team && it.warm.is_none())
+    );
     for node in slice.nodes().filter(|it| it.id != host.id) {
         let known = state.node(node.id).expect("a node of the cluster");
         assert!(voters.contains(&node.id) && known.team.is_none());

@@ -33,6 +33,12 @@ pub enum Bug {
     DemotesBelowQuorum,
     /// A sealed guest goes on when the report of its seal is not answered at once.
     ThawsBeforeTheClusterKnows,
+    /// A snapshot goes with the rest of its sandbox, whoever else needs it.
+    SnapshotGoesWithItsSandbox,
+    /// A guest that starts from another one's snapshot goes on as that one.
+    ForkKeepsItsOriginsName,
+    /// A fork runs under the ownership of what it comes from.
+    ForkTakesItsOriginsEpoch,
     /// A node that lost its disk votes under its old id.
     WipedDiskVotes,
 }

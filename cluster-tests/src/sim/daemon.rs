@@ -472,7 +472,7 @@ impl Daemon {
                 };
                 self.send_to_leader(0, command, context);
             }
-            Step::PutAway(_) | Step::Prune { .. } => {}
+            Step::PutAway(_) | Step::TellWarm(_) | Step::Prune { .. } => {}
         }
     }
 
@@ -513,11 +513,15 @@ impl Daemon {
         }
         self.seen_epochs.insert(id, record.epoch);
         let ready_at = context.now + context.rng.within(200, 6000);
+        let origin = record.origin.and_then(|from| state.snapshot(from));
+        let keeps = context.has(Bug::ForkKeepsItsOriginsName) && record.snapshot.is_none();
+        let is = origin.filter(|_| keeps).map_or(id, |it| it.sandbox);
         let guest = Guest {
             epoch: record.epoch,
             bound,
             state: GuestState::Booting(ready_at),
             frozen: false,
+            is,
         };
         context.body.guests.insert(id, guest);
     }

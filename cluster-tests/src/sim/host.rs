@@ -32,6 +32,8 @@ pub(crate) struct Guest {
     pub(crate) bound: bool,
     pub(crate) state: GuestState,
     pub(crate) frozen: bool,
+    /// Who it takes itself for.
+    pub(crate) is: SandboxId,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -143,6 +145,7 @@ impl Body {
                 GuestState::Gone(end) => ObservedState::Gone(end.clone()),
             },
             idle_for: Duration::ZERO,
+            has_warm: false,
         };
         self.guests
             .iter()

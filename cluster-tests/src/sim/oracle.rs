@@ -4,10 +4,12 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use prost::Message as _;
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
+use proto::wire::raft as pb;
 use raft::command::{Command, Proposal, Receipt, Report};
-use raft::state::{Desired, Phase, Resources, State};
+use raft::state::{Desired, Phase, Resources, RowKey, State};
 
 use super::bugs::Bug;
 use super::log::{Body, Entry};
@@ -101,7 +103,10 @@ impl Oracle {
             let proposal = self.planted(&state, Proposal::clone(proposal));
             let command = proposal.command.clone();
             answer = state.apply(index, proposal).answer;
+            self.plant(&before, &mut state);
+            self.check_snapshots(&state);
             if answer.is_ok() {
+                self.check_new(index, &before, &state);
                 self.judge(&before, &state, &command);
             }
         }
@@ -121,6 +126,64 @@ impl Oracle {
             (*epoch, *node) = (known.epoch, known.owner);
         }
         proposal
+    }
+
+    /// What a broken state machine would have made of it.
+    fn plant(&self, before: &State, state: &mut State) {
+        let mut changes = Vec::new();
+        if self.bug == Some(Bug::SnapshotGoesWithItsSandbox) {
+            let rested = before
+                .sandboxes()
+                .filter_map(|it| Some((it.id, it.snapshot?)));
+            let over = rested.filter(|(id, was)| {
+                let rests = state.sandbox(*id).and_then(|it| it.snapshot);
+                rests != Some(*was)
+            });
+            changes.extend(over.map(|(_, was)| (RowKey::Snapshot(was).encode(), None)));
+        }
+        if self.bug == Some(Bug::ForkTakesItsOriginsEpoch) {
+            let new = state
+                .sandboxes()
+                .filter(|it| before.sandbox(it.id).is_none());
+            for fork in new {
+                let from = fork.origin.and_then(|id| state.snapshot(id));
+                let key = RowKey::Sandbox(fork.id);
+                let row = state.row(&key);
+                let row = row.and_then(|row| pb::SandboxRow::decode(&row[..]).ok());
+                if let (Some(from), Some(mut row)) = (from, row) {
+                    row.epoch = from.epoch.0;
+                    changes.push((key.encode(), Some(row.encode_to_vec())));
+                }
+            }
+        }
+        if let Err(err) = state.follow(changes) {
+            unreachable!("own rows are readable: {err}");
+        }
+    }
+
+    /// Whatever needs a snapshot finds it.
+    fn check_snapshots(&mut self, state: &State) {
+        for named in state.all_named() {
+            if state.snapshot(named.snapshot).is_none() {
+                let name = &named.name;
+                self.accuse(format!("the snapshot that {name:?} stands for is gone"));
+            }
+        }
+        for sandbox in state.sandboxes() {
+            if sandbox.snapshots().any(|id| state.snapshot(id).is_none()) {
+                self.accuse(format!("the snapshot that {} needs is gone", sandbox.id));
+            }
+        }
+    }
+
+    /// Every sandbox begins under an ownership of its own.
+    fn check_new(&mut self, index: u64, before: &State, after: &State) {
+        for sandbox in after.sandboxes() {
+            if before.sandbox(sandbox.id).is_none() && sandbox.epoch != Epoch(index) {
+                let (id, epoch) = (sandbox.id, sandbox.epoch);
+                self.accuse(format!("{id} begins under the old epoch {epoch}"));
+            }
+        }
     }
 
     /// What may never come of one command.

@@ -8,9 +8,12 @@
 mod any_node;
 mod clones;
 mod concurrent;
+mod cycles;
 mod drain;
+mod durability;
 mod fencing;
 mod flow;
+mod forks;
 mod moving;
 mod pausing;
 mod rolling;

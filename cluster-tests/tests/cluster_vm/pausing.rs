@@ -1,11 +1,10 @@
 //! Invariant I3, "what was paused is not lost": memory, disk and processes of a capsule go on from
 //! the instant of its pause, on another node, after the host that paused it died without a word.
 
-use std::time::{Duration, SystemTime};
-
 use serde_json::{Value, json};
 use wrenn_cluster_tests::client::{Answer, wait_for};
 use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::contents::Contents;
 use wrenn_cluster_tests::world::World;
 
 use crate::witness::vmms;
@@ -17,20 +16,15 @@ const DIES: u16 = 1;
 const ASKED: u16 = 2;
 /// The node that is neither.
 const THIRD: u16 = 3;
-/// How far the clock of a guest that was brought back may be off.
-const CLOCK_MARGIN: Duration = Duration::from_millis(500);
-/// Bytes of each random file: many chunks, and quickly made under emulation.
+/// KiB of each random file: many chunks, and quickly made under emulation.
 const FILE_KIB: u32 = 1536;
-/// A process that keeps its count nowhere but in its memory, and shows it.
-const COUNTER: &str = "i=0; while :; do i=$((i+1)); echo $$ $i > /dev/shm/shown; \
-                       mv /dev/shm/shown /dev/shm/count; sleep 0.1; done";
 
 #[test]
 fn i3_a_paused_capsule_goes_on_elsewhere_with_memory_and_disk_after_its_host_died() {
     let mut cluster = ClusterWorld::new(3);
     wait_voters(&cluster, &[1, 2, 3], 3);
     let id = led_to(&cluster, DIES, &json!({ "memory_mb": MEMORY_MB }));
-    let before = Contents::make(cluster.client(ASKED), &id);
+    let before = Contents::make(cluster.client(ASKED), &id, FILE_KIB);
     refuses(&cluster, &id, "resume", "running");
     assert!(cluster.client(ASKED).record(&id)["replicas"].is_null());
 
@@ -51,83 +45,6 @@ fn i3_a_paused_capsule_goes_on_elsewhere_with_memory_and_disk_after_its_host_die
 
     paused(&cluster, &id, fourth);
     destroyed_at_once(&cluster, &id);
-}
-
-/// What a guest has that must outlive its pauses.
-struct Contents {
-    hashes: String,
-    counter: u32,
-    count: u32,
-}
-
-impl Contents {
-    fn make(world: &World, id: &str) -> Self {
-        world.output(
-            id,
-            &format!(
-                "mkdir -p /dev/shm; grep -q ' /dev/shm tmpfs' /proc/mounts || \
-                 mount -t tmpfs tmpfs /dev/shm; \
-                 for file in /root/random /dev/shm/random; do \
-                 dd if=/dev/urandom of=$file bs=1024 count={FILE_KIB} 2>&1; done"
-            ),
-        );
-        let request =
-            json!({ "cmd": "/bin/sh", "args": ["-c", COUNTER], "background": true, "tag": "kept" });
-        let started = world.run(id, &request);
-        assert_eq!(started.status, 202, "{}", started.json());
-        let seen = wait_for(PATIENCE, || {
-            let seen = counted(world, id)?;
-            (seen.1 > 2).then_some(seen)
-        });
-        let (counter, count) = seen.expect("it counts");
-        Self {
-            hashes: hashes(world, id),
-            counter,
-            count,
-        }
-    }
-
-    /// The files are the same, the process is, and it goes on from where it was.
-    fn are_there(&self, world: &World, id: &str) {
-        assert_eq!(hashes(world, id), self.hashes);
-        let (counter, count) = counted(world, id).expect("its count is shown");
-        assert_eq!(counter, self.counter, "it is another process");
-        assert!(count >= self.count, "{count} after {}", self.count);
-        let goes_on = wait_for(PATIENCE, || (counted(world, id)?.1 > count).then_some(()));
-        assert!(goes_on.is_some(), "it stands still at {count}");
-        let listed = world.about("GET", id, "/processes", None).json();
-        assert_eq!(listed["processes"][0]["tag"], "kept", "{listed}");
-        let off = clock_off(world, id);
-        assert!(off <= CLOCK_MARGIN, "the clock is off by {off:?}");
-    }
-}
-
-fn hashes(world: &World, id: &str) -> String {
-    // From the disk itself, not from what is still in memory of it.
-    world.output(
-        id,
-        "sync; echo 1 > /proc/sys/vm/drop_caches; sha256sum /root/random /dev/shm/random",
-    )
-}
-
-/// The pid of the counting process and its count.
-fn counted(world: &World, id: &str) -> Option<(u32, u32)> {
-    let ran = world.exec(id, "cat /dev/shm/count");
-    let (pid, count) = ran["stdout"].as_str()?.trim_end().split_once(' ')?;
-    Some((pid.parse().ok()?, count.parse().ok()?))
-}
-
-/// How far the guest's clock was certainly outside the time in which it was read.
-fn clock_off(world: &World, id: &str) -> Duration {
-    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let asked = now().expect("after 1970");
-    let shown = world.output(id, "date +%s%N");
-    let answered = now().expect("after 1970");
-    let shown = Duration::from_nanos(shown.parse().expect("nanoseconds"));
-    println!("asked at {asked:?}, the guest's clock shows {shown:?}, answered at {answered:?}");
-    asked
-        .saturating_sub(shown)
-        .max(shown.saturating_sub(answered))
 }
 
 /// Pauses a capsule that runs on `host`, and waits until another node could take it over.
@@ -177,13 +94,9 @@ fn resumed(cluster: &ClusterWorld, id: &str) -> u16 {
 fn hop(cluster: &ClusterWorld, id: &str, host: u16) -> u16 {
     paused(cluster, id, host);
     let world = cluster.client(ASKED);
-    let order = |act: &str| {
-        let path = format!("/v1/nodes/{}/{act}", name(host));
-        assert_eq!(world.call("POST", &path, None).status, 200);
-    };
-    order("cordon");
+    order(world, host, "cordon");
     let next = resumed(cluster, id);
-    order("uncordon");
+    order(world, host, "uncordon");
     assert_ne!(next, host);
     next
 }
@@ -193,7 +106,13 @@ fn reserved(world: &World, number: u16) -> Value {
     told_of(world, number)["reserved"]["capsules"].clone()
 }
 
-fn act(world: &World, id: &str, act: &str) -> Answer {
+/// Tells the cluster what to do with a node.
+pub(crate) fn order(world: &World, number: u16, what: &str) {
+    let path = format!("/v1/nodes/{}/{what}", name(number));
+    assert_eq!(world.call("POST", &path, None).status, 200);
+}
+
+pub(crate) fn act(world: &World, id: &str, act: &str) -> Answer {
     world.about("POST", id, &format!("/{act}"), None)
 }
 

@@ -19,13 +19,13 @@ const AFTER_VMM: [&str; 2] = ["create.vmm", "create.guest"];
 const RELEASE: [&str; 2] = ["release.vmm", "release.slot"];
 
 /// Starts the daemon so that it aborts at `place`.
-fn arm(world: &mut World, place: &str) {
+pub(crate) fn arm(world: &mut World, place: &str) {
     world.environment = vec![(ABORT.to_owned(), place.to_owned())];
     world.start();
 }
 
 /// Waits until the daemon has aborted, and starts one that does not.
-fn recover(world: &mut World, place: &str) {
+pub(crate) fn recover(world: &mut World, place: &str) {
     let status = world.wait_end();
     assert!(!status.success(), "{place}: {status}");
     eprintln!("{place}: left {:#?}", world.footprint());

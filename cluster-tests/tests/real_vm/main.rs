@@ -10,6 +10,7 @@ mod death;
 mod egress;
 mod life;
 mod limits;
+mod pause_crash;
 mod restart;
 
 use std::time::Duration;

@@ -71,7 +71,7 @@ pub(super) async fn create(
         Duration::ZERO
     };
     let deadline = Instant::now() + patience;
-    let spec = request.into_spec(&api.view.state())?;
+    let spec = request.into_spec(&api.view.state(), caller.team)?;
     let id = SandboxId(rand::random());
     let team = caller.team;
     let command = Command::CreateSandbox {
@@ -100,7 +100,9 @@ pub(super) async fn create(
         Phase::Running => StatusCode::CREATED,
         Phase::Starting => StatusCode::ACCEPTED,
         // Somebody who listed it has paused it already: it did run.
-        Phase::Pausing | Phase::Paused | Phase::Resuming => StatusCode::CREATED,
+        Phase::Pausing | Phase::Paused | Phase::Resuming | Phase::Snapshotting => {
+            StatusCode::CREATED
+        }
         Phase::Stopping | Phase::Stopped | Phase::Error => return Err(not_started(sandbox)),
     };
     // Its guest came up a moment ago: nobody has used it, and its host need not be asked.

@@ -5,9 +5,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use proto::ids::NodeId;
+use proto::ids::{NodeId, TeamId};
 use proto::units::Mib;
-use raft::state::{HostLoss, IdleAction, SandboxSpec, State};
+use raft::state::{HostLoss, IdleAction, Named, SandboxSpec, State, Template};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -16,7 +16,7 @@ use super::nodes::{named, no_node};
 use super::wire::RESERVED_KEYS;
 
 /// The template of a request that names none.
-const DEFAULT_TEMPLATE: &str = "minimal";
+pub(super) const DEFAULT_TEMPLATE: &str = "minimal";
 /// What later versions of the specification call the default template.
 const DEFAULT_TEMPLATE_ALIAS: &str = "minimal-ubuntu";
 /// Processors of a request that names none.
@@ -87,8 +87,9 @@ pub(super) enum OnHostLoss {
 }
 
 impl CreateCapsule {
-    /// The checked request, with the template that `state` knows under its name.
-    pub(super) fn into_spec(self, state: &State) -> Result<SandboxSpec, ApiError> {
+    /// The checked request, with what `state` knows under the template's name: a snapshot of the
+    /// team's, whose shape is its own, or a template.
+    pub(super) fn into_spec(self, state: &State, team: TeamId) -> Result<SandboxSpec, ApiError> {
         let name = self.template.as_deref().unwrap_or(DEFAULT_TEMPLATE);
         check_name("template", name)?;
         let vcpus = size("vcpus", self.vcpus, DEFAULT_VCPUS, 1..=MAX_VCPUS)?;
@@ -97,7 +98,14 @@ impl CreateCapsule {
         let idle_timeout = idle_timeout(self.timeout_sec.unwrap_or(0))?;
         let metadata = self.metadata.unwrap_or_default();
         check_labels(&metadata)?;
-        let template = resolve(state, name)?;
+        let shape = match state.named(team, name) {
+            Some(named) => Shape::of(named),
+            None => Shape {
+                vcpus,
+                memory: Mib(memory),
+                ..Shape::from(resolve(state, name)?)
+            },
+        };
         let node_tags = self.node_tags.unwrap_or_default();
         check_tags("node_tags", &node_tags)?;
         let on_node = self.on_node.as_deref();
@@ -105,10 +113,10 @@ impl CreateCapsule {
             on_host_loss: on_host_loss(self.on_host_loss),
             node_tags,
             on_node: on_node.map(|name| node(state, name)).transpose()?,
-            disk: template.disk,
-            template: template.name.clone(),
-            vcpus,
-            memory: Mib(memory),
+            disk: shape.disk,
+            template: shape.template,
+            vcpus: shape.vcpus,
+            memory: shape.memory,
             idle_timeout,
             on_idle: match self.timeout_action {
                 None | Some(TimeoutAction::Pause) => IdleAction::Pause,
@@ -116,6 +124,37 @@ impl CreateCapsule {
             },
             metadata,
         })
+    }
+}
+
+/// What a template makes of a capsule.
+struct Shape {
+    template: String,
+    vcpus: u32,
+    memory: Mib,
+    disk: Mib,
+}
+
+impl Shape {
+    /// A guest that was sealed keeps what it had.
+    fn of(named: &Named) -> Self {
+        Self {
+            template: named.name.clone(),
+            vcpus: named.vcpus,
+            memory: named.memory,
+            disk: named.disk,
+        }
+    }
+}
+
+impl From<&Template> for Shape {
+    fn from(template: &Template) -> Self {
+        Self {
+            template: template.name.clone(),
+            vcpus: DEFAULT_VCPUS,
+            memory: DEFAULT_MEMORY,
+            disk: template.disk,
+        }
     }
 }
 
@@ -131,7 +170,7 @@ fn node(state: &State, name: &str) -> Result<NodeId, ApiError> {
     Ok(node.id)
 }
 
-fn resolve<'a>(state: &'a State, name: &str) -> Result<&'a raft::state::Template, ApiError> {
+fn resolve<'a>(state: &'a State, name: &str) -> Result<&'a Template, ApiError> {
     let is_alias = name == DEFAULT_TEMPLATE_ALIAS;
     let meant = || is_alias.then(|| state.template(DEFAULT_TEMPLATE)).flatten();
     state
@@ -144,7 +183,7 @@ fn resolve<'a>(state: &'a State, name: &str) -> Result<&'a raft::state::Template
 ///
 /// The rule keeps separators, control characters and `..` at the start out; a name that holds two
 /// dots further on is harmless as one path element.
-fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+pub(super) fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
     let mut chars = name.chars();
     let first = chars
         .next()
@@ -193,7 +232,7 @@ fn idle_timeout(asked: i64) -> Result<Option<Duration>, ApiError> {
         })
 }
 
-fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
+pub(super) fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
     if labels.len() > MAX_LABELS {
         return Err(ApiError::invalid(format!(
             "metadata may have {MAX_LABELS} keys at most, not {}",
@@ -242,12 +281,10 @@ pub(super) fn check_tags(what: &str, tags: &BTreeMap<String, String>) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use proptest::prelude::*;
     use proto::units::Stamp;
     use raft::command::{Command, Proposal};
-    use raft::state::Template;
-
-    use super::*;
 
     fn state() -> State {
         let mut state = State::default();
@@ -273,7 +310,7 @@ mod tests {
     fn spec(json: serde_json::Value) -> Result<SandboxSpec, ApiError> {
         serde_json::from_value::<CreateCapsule>(json)
             .expect("a request")
-            .into_spec(&state())
+            .into_spec(&state(), TeamId::default())
     }
 
     fn code(json: serde_json::Value) -> Code {
@@ -411,7 +448,7 @@ mod tests {
             let request = CreateCapsule {
                 template, vcpus, memory_mb, timeout_sec, metadata, ..CreateCapsule::default()
             };
-            if let Ok(spec) = request.into_spec(&state()) {
+            if let Ok(spec) = request.into_spec(&state(), TeamId::default()) {
                 prop_assert!((1..=MAX_VCPUS).contains(&spec.vcpus));
                 prop_assert!((MIN_MEMORY..=MAX_MEMORY).contains(&spec.memory));
                 prop_assert!(spec.idle_timeout.is_none_or(|it| it.as_secs() >= 60));

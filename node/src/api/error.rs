@@ -199,6 +199,10 @@ impl From<ProposeError> for ApiError {
             ProposeError::Refused(Refusal::NoRoom(_)) => {
                 Self::new(Code::NoHostsAvailable, err.to_string())
             }
+            ProposeError::Refused(Refusal::NameTaken(name)) => Self::new(
+                Code::Conflict,
+                format!("there is a snapshot called {name:?} already; ?overwrite=true replaces it"),
+            ),
             // With or without a known outcome: asking again once there is a quorum is right.
             ProposeError::Log(LogError::NoLeader { .. } | LogError::Unknown { .. }) => {
                 Self::new(Code::NoQuorum, err.to_string())

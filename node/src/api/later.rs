@@ -8,15 +8,12 @@ use super::auth::Caller;
 use super::error::{ApiError, Code};
 use super::state::ApiState;
 
-const SNAPSHOTS: &str = "snapshots of running capsules";
 const STREAMS: &str = "streams and terminals over WebSocket";
 const USAGE: &str = "usage records";
 const TEAMS: &str = "teams and accounts";
 
 /// Method, path and what the route waits for.
-const ROUTES: [(MethodFilter, &str, &str); 9] = [
-    (MethodFilter::POST, "/v1/snapshots", SNAPSHOTS),
-    (MethodFilter::DELETE, "/v1/snapshots/{name}", SNAPSHOTS),
+const ROUTES: [(MethodFilter, &str, &str); 7] = [
     (MethodFilter::GET, "/v1/capsules/{id}/exec/stream", STREAMS),
     (
         MethodFilter::GET,

@@ -16,9 +16,10 @@ use super::wire::status;
 use crate::base::telemetry::{REQUESTS, SANDBOXES};
 
 /// Every phase, in the order of a life.
-const PHASES: [Phase; 8] = [
+const PHASES: [Phase; 9] = [
     Phase::Starting,
     Phase::Running,
+    Phase::Snapshotting,
     Phase::Pausing,
     Phase::Paused,
     Phase::Resuming,

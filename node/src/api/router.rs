@@ -28,8 +28,8 @@ use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
 use super::{
-    capsules, cluster, exec, files, later, metrics, migrating, nodes, pausing, service, templates,
-    tokens, upload,
+    capsules, cluster, exec, files, fork, later, metrics, migrating, nodes, pausing, service,
+    snapshots, templates, tokens, upload,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
@@ -105,7 +105,9 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(files::remove))
         .routes(routes!(upload::write))
         .routes(routes!(upload::stream_write))
-        .routes(routes!(templates::list))
+        .routes(routes!(templates::list, snapshots::create))
+        .routes(routes!(snapshots::remove))
+        .routes(routes!(fork::fork))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::get, nodes::remove))
         .routes(routes!(nodes::cordon))

@@ -27,6 +27,8 @@ const CREATE_WAIT: Duration = Duration::from_secs(20);
 const DESTROY_WAIT: Duration = Duration::from_secs(10);
 /// Longest a pause or a resume waits: as for a create, what takes longer is polled for.
 const PAUSE_WAIT: Duration = Duration::from_secs(20);
+/// Longest the taking of a snapshot, and a fork, wait. Client libraries give up on it after 60 s.
+const CHECKPOINT_WAIT: Duration = Duration::from_secs(50);
 /// How often a call under way counts as activity: well inside the shortest inactivity timeout.
 const BUSY_INTERVAL: Duration = Duration::from_secs(20);
 /// Uploads that may lie in spool files at once. Each may take 100 MiB of disk.
@@ -61,6 +63,7 @@ pub struct ApiState {
     pub(super) create_wait: Duration,
     pub(super) destroy_wait: Duration,
     pub(super) pause_wait: Duration,
+    pub(super) checkpoint_wait: Duration,
 }
 
 impl fmt::Debug for ApiState {
@@ -93,6 +96,7 @@ impl ApiState {
             create_wait: CREATE_WAIT,
             destroy_wait: DESTROY_WAIT,
             pause_wait: PAUSE_WAIT,
+            checkpoint_wait: CHECKPOINT_WAIT,
         }
     }
 
@@ -111,13 +115,14 @@ impl ApiState {
         self
     }
 
-    /// Waits this long in a create, and in a destroy, a pause or a resume, before answering that
+    /// Waits this long in a create or a checkpoint, and in a destroy, a pause or a resume, before answering that
     /// work goes on.
     #[must_use]
     pub const fn with_waits(mut self, create: Duration, destroy: Duration) -> Self {
         self.create_wait = create;
         self.destroy_wait = destroy;
         self.pause_wait = destroy;
+        self.checkpoint_wait = create;
         self
     }
 

@@ -1,4 +1,5 @@
-//! The templates that capsules start from. Their route carries the name that clients know.
+//! The templates that capsules start from: the platform's, and what the team has sealed. Their route
+//! carries the name that clients know.
 
 use axum::Json;
 use axum::extract::State;
@@ -21,14 +22,14 @@ pub(super) struct TemplateQuery {
     kind: Option<String>,
 }
 
-/// Lists the templates, by name.
+/// Lists the platform's templates and the team's snapshots, by name.
 #[utoipa::path(
     get, path = "/v1/snapshots", tag = "templates", params(TemplateQuery, ReadQuery),
     responses((status = 200, body = Vec<TemplateShape>))
 )]
 pub(super) async fn list(
     State(api): State<ApiState>,
-    _: Caller,
+    caller: Caller,
     QueryOf(query): QueryOf<TemplateQuery>,
     reading: Reading,
 ) -> Result<Answered<Json<Vec<TemplateShape>>>, ApiError> {
@@ -39,7 +40,10 @@ pub(super) async fn list(
         return Err(ApiError::invalid("type must be base or snapshot"));
     }
     let all = api.view.state();
-    let shapes = all.templates().map(TemplateShape::from);
+    let own = all.named_by(caller.team).map(TemplateShape::from);
+    let shapes = all.templates().map(TemplateShape::from).chain(own);
     let wanted = shapes.filter(|shape| kind.as_deref().is_none_or(|kind| kind == shape.kind));
-    Ok(reading.answer(Json(wanted.collect())))
+    let mut wanted: Vec<TemplateShape> = wanted.collect();
+    wanted.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(reading.answer(Json(wanted)))
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use proto::ids::NodeId;
 use proto::units::Stamp;
-use raft::state::{GuestVersions, HostLoss, IdleAction, Phase, Sandbox, Snapshot, State, Template};
+use raft::state::{
+    GuestVersions, HostLoss, IdleAction, Named, Phase, Sandbox, Snapshot, State, Template,
+};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -30,7 +32,7 @@ pub(super) struct Capsule {
     /// Its id for life.
     #[schema(example = "cl-0000000000000000000000001")]
     pub(super) id: String,
-    /// `starting`, `running`, `pausing`, `paused`, `resuming`, `stopping`, `stopped`, `error`, or
+    /// `starting`, `running`, `pausing`, `paused`, `resuming`, `snapshotting`, `stopping`, `stopped`, `error`, or
     /// `missing` while its host cannot be reached.
     #[schema(value_type = String)]
     pub(super) status: &'static str,
@@ -86,6 +88,10 @@ pub(super) struct Capsule {
     /// Why it ended or broke.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(super) reason: String,
+    /// What its guest came from: `cold` (it booted), `warm` (one that had just booted), `fork` (another
+    /// capsule's snapshot) or `resumed` (its own).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) start: Option<String>,
     /// How long each stage of its start took, in milliseconds.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) start_ms: BTreeMap<String, f64>,
@@ -168,6 +174,7 @@ impl Capsule {
             replicas: rest.map(|it| it.holders.len()),
             snapshot: rest.map(|it| Rest::of(state, it)),
             reason: sandbox.reason.clone(),
+            start: None,
             start_ms: BTreeMap::new(),
             memory: None,
         }
@@ -180,6 +187,7 @@ impl Capsule {
         let in_ms = |(stage, took): (String, Duration)| (stage, took.as_secs_f64() * 1000.0);
         Self {
             disk_used_mb: used.map(|bytes| bytes.div_ceil(proto::units::MIB_BYTES)),
+            start: facts.start,
             start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
             memory: facts.memory.map(Into::into),
             ..Self::of(state, sandbox, facts.last_active)
@@ -198,6 +206,7 @@ pub(super) const fn status(phase: Phase) -> &'static str {
         Phase::Pausing => "pausing",
         Phase::Paused => "paused",
         Phase::Resuming => "resuming",
+        Phase::Snapshotting => "snapshotting",
     }
 }
 
@@ -286,6 +295,22 @@ pub(super) struct TemplateShape {
     pub(super) protected: bool,
     /// Labels.
     pub(super) metadata: BTreeMap<String, String>,
+}
+
+impl From<&Named> for TemplateShape {
+    fn from(named: &Named) -> Self {
+        Self {
+            name: named.name.clone(),
+            kind: "snapshot",
+            vcpus: Some(named.vcpus),
+            memory_mb: Some(named.memory.0),
+            size_bytes: named.size_bytes,
+            created_at: timestamp(named.created_at),
+            platform: false,
+            protected: false,
+            metadata: named.metadata.clone(),
+        }
+    }
 }
 
 impl From<&Template> for TemplateShape {

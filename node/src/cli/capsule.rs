@@ -14,7 +14,7 @@ use tokio::time::{self, Instant};
 
 use super::client::{Client, DEADLINE_EXCEEDED};
 use super::error::CliError;
-use super::{Global, copy, nodes, print, shell};
+use super::{Global, copy, fork, nodes, print, shell};
 use crate::config::Period;
 
 /// Exit code of a command whose time ran out, as of timeout(1).
@@ -91,6 +91,8 @@ pub(super) enum Command {
         #[arg(long, value_name = "NODE")]
         to: String,
     },
+    /// Start further capsules from where one is now, each as somebody else, and print their ids.
+    Fork(fork::Fork),
     /// Destroy capsules.
     Destroy {
         /// The capsules.
@@ -193,6 +195,7 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
             settle(global, &client, &ids, &RESUME, query.as_deref()).await?;
         }
         Command::Migrate { id, to } => migrate(global, &client, &id, &to).await?,
+        Command::Fork(request) => fork::run(global, &client, request).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -264,7 +267,7 @@ async fn until_running(
     }
 }
 
-async fn get(client: &Client, id: &str) -> Result<Value, CliError> {
+pub(super) async fn get(client: &Client, id: &str) -> Result<Value, CliError> {
     client.call(Method::GET, &path(id)?, None).await
 }
 

@@ -191,6 +191,7 @@ fn advice(path: &str, code: &str) -> Option<&'static str> {
         "unauthorized" => Some("give --api-key or WRENN_API_KEY; `wrenn dev env` prints them"),
         "not_found" if about_nodes => Some("`wrenn node ls` shows the nodes"),
         "not_found" if path.starts_with("/v1/tokens") => Some("`wrenn token ls` shows the tokens"),
+        "conflict" if path.starts_with("/v1/snapshots") => Some("--overwrite replaces it"),
         "not_found" => Some("`wrenn capsule ls`, `template ls` and `node ls` show what there is"),
         "invalid_state" if about_nodes => Some("`wrenn node ls` shows how the nodes are"),
         "invalid_state" => Some("`wrenn capsule get ID` shows where it stands"),

@@ -14,11 +14,13 @@ mod dev;
 mod doctor;
 mod error;
 mod find;
+mod fork;
 mod node;
 mod nodes;
 mod print;
 mod recover;
 mod shell;
+mod snapshot;
 mod store;
 mod template;
 mod token;
@@ -97,6 +99,9 @@ enum Command {
     /// Show templates.
     #[command(subcommand)]
     Template(template::Command),
+    /// Keep capsules as they are, for others to start from.
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Run a node, and care for the nodes of the cluster.
     #[command(subcommand)]
     Node(node::Command),
@@ -142,6 +147,7 @@ fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
         Command::Cluster(command) => wait_for(cluster::run(&global, command)),
         Command::Capsule(command) => wait_for(capsule::run(&global, command)),
         Command::Template(command) => wait_for(template::run(&global, command)),
+        Command::Snapshot(command) => wait_for(snapshot::run(&global, command)),
         Command::Dev(command) => wait_for(dev::run(hooks, &global, command)),
     }
 }

@@ -13,6 +13,7 @@ use super::{Global, Hooks, find, nodes, print, recover, wait_for};
 use crate::cluster::join::JoinError;
 use crate::config::{
     AcceleratorChoice, Cidr, Config, JoinToken, Period, Tag, VmmChoice, Written, WrittenCapacity,
+    WrittenWarm,
 };
 
 /// What to do with nodes.
@@ -137,6 +138,9 @@ pub(super) struct Settings {
     /// How long records of ended capsules are kept, e.g. 24h.
     #[arg(long, value_name = "TIME")]
     ended_retention: Option<Period>,
+    /// Whether new capsules start from a guest that had just booted, where there is one.
+    #[arg(long, value_name = "true|false")]
+    warm_create: Option<bool>,
     /// Leave the terminal's session; `wrenn dev` uses it.
     #[arg(long, hide = true)]
     detach: bool,
@@ -184,6 +188,9 @@ impl Settings {
             },
             boot_timeout: self.boot_timeout,
             ended_retention: self.ended_retention,
+            warm: WrittenWarm {
+                create: self.warm_create,
+            },
         };
         Ok(Config::load(flags, file.as_deref())?)
     }

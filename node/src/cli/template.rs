@@ -30,7 +30,7 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
     Ok(ExitCode::SUCCESS)
 }
 
-fn show(global: &Global, all: &Value) -> Result<(), CliError> {
+pub(super) fn show(global: &Global, all: &Value) -> Result<(), CliError> {
     if global.json {
         return print::json(all);
     }

@@ -81,11 +81,13 @@ impl ProposeError {
             Self::Refused(refusal) => match refusal {
                 Refusal::NoSuchSandbox(_)
                 | Refusal::NoSuchTemplate(_)
+                | Refusal::NoSuchSnapshot(_)
                 | Refusal::NoSuchKey(_)
                 | Refusal::NoSuchNode(_)
                 | Refusal::NoSuchToken(_) => Remedy::NotThere,
                 Refusal::NoRoom(_) => Remedy::RetryLater,
                 Refusal::IdTaken(_)
+                | Refusal::NameTaken(_)
                 | Refusal::Fenced { .. }
                 | Refusal::TokenExpired(_)
                 | Refusal::TokenUsed(_)

@@ -108,11 +108,14 @@ impl ClusterCalls {
             return Ok(());
         };
         let owns = |id| state.sandbox(id).is_some_and(|it| it.owner == from);
+        let is_its = |id| state.sandbox(id).is_some_and(|it| it.team == team);
         let fine = match command {
             Command::AdmitNode(node) => node.id == from,
             Command::ReportSandbox { id, node, .. } => node == from && owns(id),
-            Command::StopSandbox { id, .. } => state.sandbox(id).is_some_and(|it| it.team == team),
+            Command::StopSandbox { id, .. } => is_its(id),
             Command::CreateSandbox { team: for_team, .. } => for_team == team,
+            Command::CheckpointSandbox(asked) => is_its(asked.id),
+            Command::DropNamed(which) => which.team == team,
             _ => false,
         };
         if fine {

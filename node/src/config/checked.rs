@@ -74,6 +74,15 @@ pub struct Config {
     /// How long records of ended capsules are kept.
     #[serde(serialize_with = "as_period")]
     pub ended_retention: Duration,
+    /// Guests that start from one that had just booted.
+    pub warm: Warm,
+}
+
+/// When a new capsule skips its boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Warm {
+    /// Whether it starts from a guest that had just booted, where there is one.
+    pub create: bool,
 }
 
 /// What a node offers to capsules.
@@ -132,6 +141,9 @@ impl Config {
             capacity: capacity(written.capacity, machine)?,
             boot_timeout: boot_timeout(written.boot_timeout)?,
             ended_retention: retention(written.ended_retention)?,
+            warm: Warm {
+                create: written.warm.create.unwrap_or(defaults::WARM_CREATE),
+            },
             data_dir,
             listen,
             slot_base,

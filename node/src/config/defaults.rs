@@ -33,5 +33,7 @@ pub const MEMORY_PERCENT: u64 = 80;
 pub const DISK_PERCENT: u64 = 80;
 /// An emulated guest on a busy host needs most of a minute; twice that is broken.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// The first capsule of a shape is sealed once, and each later one skips seconds of booting.
+pub const WARM_CREATE: bool = true;
 /// Long enough to read the next day why a capsule ended.
 pub const ENDED_RETENTION: Duration = Duration::from_secs(24 * 3600);

@@ -56,6 +56,16 @@ pub struct Written {
     pub boot_timeout: Option<Period>,
     /// How long records of ended capsules are kept.
     pub ended_retention: Option<Period>,
+    /// Guests that start from one that had just booted.
+    pub warm: WrittenWarm,
+}
+
+/// When a new capsule skips its boot, as far as it is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WrittenWarm {
+    /// Whether it starts from a guest that had just booted, where there is one.
+    pub create: Option<bool>,
 }
 
 /// What a node offers, as far as it is written.
@@ -119,6 +129,9 @@ impl Written {
             },
             boot_timeout: env.parsed("WRENN_BOOT_TIMEOUT")?,
             ended_retention: env.parsed("WRENN_ENDED_RETENTION")?,
+            warm: WrittenWarm {
+                create: env.parsed("WRENN_WARM_CREATE")?,
+            },
         })
     }
 
@@ -150,6 +163,9 @@ impl Written {
             },
             boot_timeout: self.boot_timeout.or(below.boot_timeout),
             ended_retention: self.ended_retention.or(below.ended_retention),
+            warm: WrittenWarm {
+                create: self.warm.create.or(below.warm.create),
+            },
         }
     }
 }

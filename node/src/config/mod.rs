@@ -15,8 +15,8 @@ mod values;
 /// Lies in the data directory of a node that is a member of a cluster, and in no other.
 pub const MEMBER_FILE: &str = "member.json";
 
-pub use checked::{Capacity, Config};
+pub use checked::{Capacity, Config, Warm};
 pub use error::ConfigError;
-pub use file::{Written, WrittenCapacity};
+pub use file::{Written, WrittenCapacity, WrittenWarm};
 pub use machine::Machine;
 pub use values::{AcceleratorChoice, BadText, Cidr, JoinToken, Period, Tag, VmmChoice};

@@ -38,6 +38,8 @@ pub struct AgentSetup {
     pub sandbox_id: String,
     /// The name of its template.
     pub template: String,
+    /// The host name it goes by, where that is to change.
+    pub hostname: Option<String>,
 }
 
 impl fmt::Debug for AgentSetup {
@@ -86,6 +88,7 @@ impl Guest {
             "sandbox_id": setup.sandbox_id,
             "template_id": setup.template,
             "entropy": STANDARD.encode(entropy),
+            "hostname": setup.hostname,
         });
         let body = json.to_string().into_bytes();
         self.call(Method::POST, "/init", Some(body), SETUP_TIMEOUT)

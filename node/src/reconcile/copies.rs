@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use proto::ids::{NodeId, SnapshotId};
 use raft::command::Command;
-use raft::state::{Snapshot, State};
+use raft::state::{Sandbox, Snapshot, State};
 use tokio::task;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -186,8 +186,16 @@ fn copiers(state: &State, snapshot: &Snapshot) -> Vec<NodeId> {
             .is_some_and(|it| needs.are_met_by(it) && needs.has_base(it))
     };
     able.sort_by_key(|node| (!resumes(node), rank(snapshot.sealed.id, *node)));
-    // Of a snapshot that nobody can give there is nothing to copy.
-    able.truncate(if reached { lacking } else { 0 });
+    if !reached {
+        // Of a snapshot that nobody can give there is nothing to copy.
+        return Vec::new();
+    }
+    if snapshot.warm.as_ref().is_some_and(|warm| !warm.retired) {
+        // Capsules are started from it on every node that can, and should not wait for its bytes.
+        able.retain(resumes);
+    } else {
+        able.truncate(lacking);
+    }
     able
 }
 
@@ -200,9 +208,12 @@ fn rank(snapshot: SnapshotId, node: NodeId) -> [u8; 32] {
 
 /// What the store must keep: what this node is said to hold, and what its sandboxes go back to.
 fn pins(state: &State, here: NodeId) -> Vec<Pin> {
+    let own = state.sandboxes_on(here).flat_map(Sandbox::snapshots);
+    let own: BTreeSet<SnapshotId> = own.collect();
     let rests = |snapshot: &&Snapshot| {
         let of = state.sandbox(snapshot.sandbox);
-        snapshot.holders.contains(&here) || of.is_some_and(|it| it.owner == here)
+        let is_own = own.contains(&snapshot.sealed.id) || of.is_some_and(|it| it.owner == here);
+        is_own || snapshot.holders.contains(&here)
     };
     let kept = state.snapshots().filter(rests);
     kept.map(|it| Pin::Snapshot(SnapshotDigest(it.sealed.digest)))
@@ -215,7 +226,7 @@ mod tests {
     use proto::ids::{NodeKey, SandboxId, TeamId};
     use proto::units::Stamp;
     use raft::command::Proposal;
-    use raft::state::{Node, Sealed};
+    use raft::state::{Node, Sealed, Warm};
 
     use super::*;
 
@@ -256,6 +267,7 @@ mod tests {
             sealed_by: NodeId(1),
             sealed_at: Stamp(0),
             holders: holders.iter().map(|id| NodeId(*id)).collect(),
+            warm: None,
         }
     }
 
@@ -292,6 +304,30 @@ mod tests {
         let missing = judge(raft::command::Verdict::Missing);
         state.apply(9, missing).answer.expect("it is known");
         assert_eq!(copiers(&state, &snapshot(1, &[1, 3])), [NodeId(2)]);
+    }
+
+    #[test]
+    fn what_is_kept_warm_lies_on_every_node_that_starts_from_it() {
+        let mut state = state();
+        for n in [1, 2] {
+            let known = state.node(NodeId(n)).cloned().expect("known");
+            let templates = [("minimal".into(), [0; 32])].into();
+            state = with_node(&state, Node { templates, ..known });
+        }
+        let warm = |retired| Snapshot {
+            warm: Some(Warm {
+                retired,
+                ..Warm::default()
+            }),
+            ..snapshot(1, &[1])
+        };
+        assert_eq!(copiers(&state, &warm(false)), [NodeId(2)]);
+        let both = Snapshot {
+            holders: [NodeId(1), NodeId(2)].into(),
+            ..warm(false)
+        };
+        assert!(copiers(&state, &both).is_empty(), "the third has no image");
+        assert_eq!(copiers(&state, &warm(true)).len(), 1);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | wanted running, `starting` | nothing | start |
 //! | wanted running, `starting` | ready | report running |
+//! | wanted running, `running` | ready, was sealed when it had booted | tell of that |
 //! | wanted running, `running` | nothing | report failed: its VMM is gone; one that is bound to the lease: start |
 //! | wanted running, `running` | ready, idle too long | ask for a pause, or a stop, for idleness |
 //! | wanted running, `resuming` | nothing, ready | as `starting`, from what it rests as |
@@ -12,6 +13,9 @@
 //! | wanted paused, `pausing` | frozen: it could not be sealed | report thawed |
 //! | wanted paused, `pausing` | nothing | report failed: its VMM is gone |
 //! | wanted running, `running` | frozen | thaw |
+//! | wanted running, `snapshotting` | ready, sealed, frozen | as `pausing`; it goes on once the cluster knows |
+//! | wanted running, `snapshotting` | nothing | report failed; one that is bound to the lease: report thawed |
+//! | wanted running, `starting` | gone, its start was cut short | forget |
 //! | wanted stopped | starting or ready | stop |
 //! | wanted stopped | nothing | report stopped |
 //! | not ended | gone | report how it ended; one that is wanted and lost its lease: forget |
@@ -71,6 +75,8 @@ pub enum Step {
     },
     /// Ask the cluster to pause, or stop, a sandbox that nobody used for too long.
     PutAway(SandboxId),
+    /// Tell the cluster what a guest was sealed as when it had just booted.
+    TellWarm(SandboxId),
     /// Forget records that ended before an instant.
     Prune {
         /// Everything that ended earlier goes.
@@ -87,7 +93,8 @@ impl Step {
             | Self::Stop(id)
             | Self::Thaw(id)
             | Self::Forget(id)
-            | Self::PutAway(id) => Some(*id),
+            | Self::PutAway(id)
+            | Self::TellWarm(id) => Some(*id),
             Self::Report { id, .. } | Self::Seal { id, .. } => Some(*id),
             Self::Prune { .. } => None,
         }
@@ -157,6 +164,7 @@ fn for_record(
     };
     let wanted = record.desired != Desired::Stopped;
     let runs = record.desired == Desired::Running;
+    let goes_on = runs && record.phase != Phase::Snapshotting;
     let is_bound = record.spec.on_host_loss == HostLoss::Restart;
     let Some(seen) = seen else {
         return match record.phase {
@@ -164,6 +172,10 @@ fn for_record(
                 reason: String::new(),
             }),
             Phase::Starting | Phase::Resuming => Some(Step::Start(id)),
+            // First the checkpoint is over, then it begins again.
+            Phase::Snapshotting if is_bound => report(Report::Thawed {
+                reason: "it ended while a snapshot of it was taken".into(),
+            }),
             _ if is_bound && runs => Some(Step::Start(id)),
             _ => report(Report::Failed {
                 reason: "its VMM was gone when the host's daemon looked".into(),
@@ -173,24 +185,29 @@ fn for_record(
     match &seen.state {
         // It ended for want of a lease, and is still ours: it begins again with the next one.
         ObservedState::Gone(End::LeaseLost { .. }) if runs && is_bound => Some(Step::Forget(id)),
+        // Whoever began it told nobody: it may begin again.
+        ObservedState::Gone(End::Unfinished { .. }) if runs && record.phase == Phase::Starting => {
+            Some(Step::Forget(id))
+        }
         ObservedState::Gone(end) => report(ended_report(end)),
         ObservedState::Releasing => None,
         _ if !wanted => Some(Step::Stop(id)),
         ObservedState::Starting | ObservedState::Sealing => None,
         ObservedState::Ready(versions) => match record.phase {
             Phase::Starting | Phase::Resuming => report(Report::Running(versions.clone())),
-            Phase::Pausing => Some(Step::Seal {
+            Phase::Pausing | Phase::Snapshotting => Some(Step::Seal {
                 id,
                 pause: record.pause,
             }),
+            _ if seen.has_warm => Some(Step::TellWarm(id)),
             _ => idle(record, seen, look_again_in),
         },
         // While it is `running` again, or is paused anew, the report that it was not sealed came
         // first.
-        ObservedState::Sealed(_) if runs => Some(Step::Thaw(id)),
+        ObservedState::Sealed(_) if goes_on => Some(Step::Thaw(id)),
         ObservedState::Sealed(sealed) if sealed.pause != record.pause => Some(Step::Thaw(id)),
         ObservedState::Sealed(sealed) => report(Report::Sealed(sealed.clone())),
-        ObservedState::Frozen { .. } if runs => Some(Step::Thaw(id)),
+        ObservedState::Frozen { .. } if goes_on => Some(Step::Thaw(id)),
         ObservedState::Frozen { reason } => report(Report::Thawed {
             reason: bounded(reason),
         }),
@@ -251,9 +268,10 @@ fn ended_report(end: &End) -> Report {
         End::Stopped { reason } => Report::Stopped {
             reason: bounded(reason),
         },
-        End::Failed { reason } | End::LeaseLost { reason } => Report::Failed {
-            reason: bounded(reason),
-        },
+        End::Failed { reason } | End::Unfinished { reason } | End::LeaseLost { reason } => {
+            let reason = bounded(reason);
+            Report::Failed { reason }
+        }
     }
 }
 

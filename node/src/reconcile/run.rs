@@ -9,20 +9,21 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::ids::{NodeId, SandboxId};
+use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::units::Stamp;
 use raft::command::{Command, Report, StopCause};
-use raft::state::{HostLoss, IdleAction};
+use raft::state::{HostLoss, IdleAction, Sandbox, Snapshot, State, Warm};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, debug, error, info_span, warn};
+use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use super::backoff::{Attempts, Subject, Verdict};
 use super::plan::{Circumstances, Step, plan};
 use crate::base::clock::Clock;
 use crate::base::stop::Tasks;
-use crate::cluster::{Proposer, View};
+use crate::cluster::{ProposeError, Proposer, View};
 use crate::sandbox::{Origin, Registry, StartSpec};
 use crate::store::SnapshotDigest;
 use crate::template::Catalog;
@@ -153,6 +154,7 @@ impl Reconciler {
                 .await;
             }
             Step::PutAway(id) => self.put_away(id).await,
+            Step::TellWarm(id) => self.tell_warm(id).await,
             Step::Prune { ended_before } => {
                 self.propose(Command::PruneSandboxes { ended_before }).await;
             }
@@ -171,13 +173,8 @@ impl Reconciler {
         if lease_bound && !self.registry.holds_lease() {
             return debug!(%id, "not started: this node holds no lease");
         }
-        let wanted = &record.spec.template;
-        let held = wanted.parse().ok().and_then(|name| self.catalog.get(&name));
-        let rests_on = record.snapshot.and_then(|id| state.snapshot(id));
-        let from = rests_on.map(|it| SnapshotDigest(it.sealed.digest));
-        // What goes on from a snapshot has its image from there, whatever the name means now.
-        let boots = held.map(|template| Origin::Image(template.digest));
-        let Some(origin) = from.map(Origin::Snapshot).or(boots) else {
+        let Some(origin) = self.origin(&state, record) else {
+            let wanted = &record.spec.template;
             let reason = format!("this host does not hold the template {wanted:?}");
             let (epoch, node, report) = (record.epoch, self.here, Report::Failed { reason });
             self.propose(Command::ReportSandbox {
@@ -189,7 +186,9 @@ impl Reconciler {
             .await;
             return;
         };
+        let keep_warm = self.keeps_warm(&state, record, origin);
         self.registry.start(StartSpec {
+            keep_warm,
             id,
             epoch: record.epoch,
             template: record.spec.template.clone(),
@@ -200,6 +199,82 @@ impl Reconciler {
             disk: record.spec.disk,
             lease_bound,
         });
+    }
+
+    /// What a sandbox starts from here: what it rests as, what it is made from, or its template's image.
+    fn origin(&self, state: &State, record: &Sandbox) -> Option<Origin> {
+        // What goes on from a snapshot has its image from there, whatever the name means now.
+        if let Some(own) = record.snapshot.and_then(|id| state.snapshot(id)) {
+            return Some(Origin::Snapshot(SnapshotDigest(own.sealed.digest)));
+        }
+        let wanted = record.spec.template.parse().ok();
+        let held = wanted.and_then(|name| self.catalog.get(&name));
+        let image = held.map(|template| template.digest);
+        let origin = record.origin.and_then(|id| state.snapshot(id));
+        let usable = origin.filter(|it| {
+            it.warm
+                .as_ref()
+                .is_none_or(|warm| self.registry.takes(warm))
+        });
+        match usable {
+            Some(origin) => Some(Origin::Fork {
+                from: SnapshotDigest(origin.sealed.digest),
+                of: origin.sandbox,
+                or_boots: image.filter(|_| origin.warm.is_some()),
+            }),
+            None => image.map(Origin::Image),
+        }
+    }
+
+    /// Whether its guest, which boots, should be kept as it is then, for others to start from: nobody
+    /// has one like it, and this is not a host of one team, whose guests others would not trust.
+    fn keeps_warm(&self, state: &State, record: &Sandbox, origin: Origin) -> bool {
+        let Origin::Image(base) = origin else {
+            return false;
+        };
+        let Some(node) = state.node(self.here).filter(|node| node.team.is_none()) else {
+            return false;
+        };
+        let is_same = |it: &Snapshot| {
+            let warm = it.warm.as_ref();
+            let fits =
+                warm.is_some_and(|warm| warm.fits(&record.spec) && self.registry.takes(warm));
+            fits && it.is_warm_for(node) && it.sealed.needs.base == base.0
+        };
+        self.registry.starts_warm() && !state.warm().any(is_same)
+    }
+
+    /// Tells the cluster what a guest here was sealed as when it had just booted. Whatever the answer,
+    /// it is told once: another host may have been first.
+    async fn tell_warm(&self, id: SandboxId) {
+        let state = self.view.state();
+        let (Some(known), Some(made)) = (state.sandbox(id), self.registry.kept_warm(id)) else {
+            return;
+        };
+        let version = state.node(self.here).map(|node| node.version.clone());
+        let snapshot = Snapshot {
+            warm: Some(Warm {
+                vcpus: known.spec.vcpus,
+                memory: known.spec.memory,
+                disk: known.spec.disk,
+                version: version.unwrap_or_default(),
+                guest: made.guest,
+                retired: false,
+            }),
+            sealed: made.sealed,
+            team: TeamId::default(),
+            sandbox: id,
+            epoch: known.epoch,
+            sealed_by: self.here,
+            sealed_at: Stamp::default(),
+            holders: [self.here].into(),
+        };
+        match self.proposer.propose(Command::PutWarm(snapshot)).await {
+            Ok(_) => info!(sandbox = %id, "the next capsules of its kind start warm"),
+            Err(ProposeError::Refused(why)) => info!(%why, "a warm snapshot is not needed"),
+            Err(err) => return warn!(%err, "could not tell the cluster"),
+        }
+        self.registry.forget_warm(id);
     }
 
     /// Pauses or stops a sandbox for idleness unless somebody has begun to use it since the plan was

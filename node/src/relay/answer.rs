@@ -118,6 +118,7 @@ impl From<LocalFacts> for pb::FactsKnown {
             last_active_ms: facts.last_active.map(|at| at.0),
             disk_used_bytes: facts.disk_used_bytes,
             stages: facts.start_stages.into_iter().map(stage).collect(),
+            start: facts.start.unwrap_or_default(),
             memory: facts.memory.map(Into::into),
         }
     }
@@ -161,6 +162,7 @@ pub(super) fn facts_told(known: pb::FactsKnown) -> Option<LocalFacts> {
         last_active: known.last_active_ms.map(Stamp),
         disk_used_bytes: known.disk_used_bytes,
         start_stages: known.stages.into_iter().map(stage).collect(),
+        start: Some(known.start).filter(|word| !word.is_empty()),
         memory: known.memory.map(Into::into),
     })
 }

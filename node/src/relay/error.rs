@@ -180,6 +180,7 @@ const fn phase_word(phase: Phase) -> &'static str {
         Phase::Pausing => "pausing",
         Phase::Paused => "paused",
         Phase::Resuming => "resuming",
+        Phase::Snapshotting => "snapshotting",
     }
 }
 

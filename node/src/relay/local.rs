@@ -52,6 +52,8 @@ pub struct LocalFacts {
     pub disk_used_bytes: Option<u64>,
     /// How long each stage of its start took, where this daemon started it.
     pub start_stages: Vec<(String, Duration)>,
+    /// What its guest came from, in the word that clients know, where this daemon started it.
+    pub start: Option<String>,
     /// Of a guest whose memory comes as it touches it: how it has come so far.
     pub memory: Option<MemoryFacts>,
 }

@@ -66,6 +66,10 @@ impl Driver {
                 let first = match spec.origin {
                     Origin::Snapshot(from) => self.bring_back(&spec, from, &mut held, asked).await,
                     Origin::Image(base) => self.bring_up(&spec, base, &mut held, asked).await,
+                    Origin::Fork { from, or_boots, .. } => {
+                        self.start_fork(&spec, from, or_boots, &mut held, asked)
+                            .await
+                    }
                 };
                 self.drive(held, first).await;
             }
@@ -99,9 +103,9 @@ impl Driver {
                 other => other,
             }),
             // It may be running as its own twin: nobody has confirmed that it is not.
-            None if held.record.parent.is_some() => Some(Event::StartFailed {
+            None if held.record.parent.is_some() => Some(Event::VmmEnded(End::Unfinished {
                 reason: "the host's daemon ended while the guest was brought back".into(),
-            }),
+            })),
             // How long it took is not known: another daemon began it.
             None => {
                 self.await_guest(&mut held, &mut StartTimings::default())
@@ -121,7 +125,7 @@ impl Driver {
     }
 
     /// Every step of a start. `None` when the daemon is stopping.
-    async fn bring_up(
+    pub(super) async fn bring_up(
         &self,
         spec: &StartSpec,
         base: ImageDigest,
@@ -147,6 +151,11 @@ impl Driver {
         .await;
         if let Err(err) = acquired {
             return Some(start_failed(&err));
+        }
+        if spec.keep_warm
+            && let Some(over) = self.keep_warm(spec, base, held).await
+        {
+            return over;
         }
         let event = self.await_guest(held, &mut timings).await;
         if matches!(event, Some(Event::GuestReady)) {
@@ -380,7 +389,10 @@ fn failed(err: &AcquireError) -> End {
 
 fn words(end: &End) -> &str {
     match end {
-        End::Stopped { reason } | End::Failed { reason } | End::LeaseLost { reason } => reason,
+        End::Stopped { reason }
+        | End::Failed { reason }
+        | End::Unfinished { reason }
+        | End::LeaseLost { reason } => reason,
     }
 }
 

@@ -9,6 +9,7 @@ pub mod adopt;
 mod coming;
 mod driver;
 mod error;
+mod fork;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 pub mod paging;
@@ -19,8 +20,10 @@ mod resources;
 mod seen;
 mod snapshot;
 mod spec;
+mod warm;
 
 pub use error::AcquireError;
 pub use phase::{End, Phase};
 pub use registry::{Observed, ObservedState, Registry};
-pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings};
+pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings, StartWay};
+pub use warm::{KeptWarm, WarmStarts};

@@ -27,6 +27,11 @@ pub enum End {
         /// What broke.
         reason: String,
     },
+    /// Its start was cut short by the end of the daemon, and nothing of it was told to anybody.
+    Unfinished {
+        /// In a sentence for people.
+        reason: String,
+    },
     /// This node lost its lease, and ended it before another may start it.
     LeaseLost {
         /// In a sentence for people.

@@ -10,7 +10,7 @@ use std::{fmt, fs};
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
-use raft::state::{GuestVersions, Sealed};
+use raft::state::{GuestVersions, Sealed, Warm};
 use tokio::sync::{mpsc, watch};
 use tokio::task;
 use tokio::time::Instant;
@@ -23,6 +23,7 @@ use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
+use super::warm::KeptWarm;
 use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
@@ -40,6 +41,8 @@ pub struct Observed {
     pub state: ObservedState,
     /// How long nobody has used it.
     pub idle_for: Duration,
+    /// Whether it was sealed when it had just booted, and the cluster was not told.
+    pub has_warm: bool,
 }
 
 /// Where a sandbox stands on this node.
@@ -118,6 +121,8 @@ struct Told {
     withheld: bool,
     /// Whether the guest is frozen, and until its clock is right again after that.
     frozen: bool,
+    /// What it was sealed as when it had just booted, until the cluster knows.
+    warm: Option<KeptWarm>,
 }
 
 impl fmt::Debug for Shared {
@@ -139,6 +144,7 @@ impl Shared {
             last_used: Instant::now(),
             withheld: false,
             frozen: false,
+            warm: None,
         };
         Self {
             epoch,
@@ -163,6 +169,10 @@ impl Shared {
         told.phase = phase;
         drop(told);
         self.changed.send_replace(());
+    }
+
+    pub(super) fn set_warm(&self, made: KeptWarm) {
+        self.told().warm = Some(made);
     }
 
     pub(super) fn set_timings(&self, timings: StartTimings) {
@@ -244,6 +254,7 @@ impl Shared {
             epoch: self.epoch,
             state,
             idle_for: told.last_used.elapsed(),
+            has_warm: told.warm.is_some(),
         }
     }
 }
@@ -327,6 +338,31 @@ impl Registry {
         if let Some(entry) = self.table().entries.get(&id) {
             // Full: the same is waiting already, or the plan will say again what is to be done.
             let _waiting = entry.orders.try_send(order);
+        }
+    }
+
+    /// Whether guests here start from one that had just booted, where there is one.
+    #[must_use]
+    pub fn starts_warm(&self) -> bool {
+        self.host.warm.guest.is_some()
+    }
+
+    /// Whether a guest here would have become just that if it had booted.
+    #[must_use]
+    pub fn takes(&self, warm: &Warm) -> bool {
+        self.host.warm.takes(warm)
+    }
+
+    /// What a sandbox was sealed as when it had just booted, if the cluster is to be told.
+    #[must_use]
+    pub fn kept_warm(&self, id: SandboxId) -> Option<KeptWarm> {
+        self.shared(id)?.told().warm.clone()
+    }
+
+    /// The cluster was told. What it does not know by now is not kept.
+    pub fn forget_warm(&self, id: SandboxId) {
+        if let Some(shared) = self.shared(id) {
+            shared.told().warm = None;
         }
     }
 

@@ -182,7 +182,8 @@ impl Held {
         let health = guest.wait_ready(began + host.boot_timeout).await?;
         timings.guest = began.elapsed();
         let answered = Instant::now();
-        guest.set_up(&self.agent_setup()).await?;
+        // A guest that was sealed has its name from its restore.
+        guest.set_up(&self.first_setup()).await?;
         let facts = self.ready_facts(&health.version);
         self.record.ready = Some(facts.clone());
         self.save().await?;
@@ -218,11 +219,21 @@ impl Held {
         }
     }
 
-    fn agent_setup(&self) -> AgentSetup {
+    /// The same with the name that the guest goes by, until somebody in it changes that.
+    fn first_setup(&self) -> AgentSetup {
+        AgentSetup {
+            hostname: Some(self.record.id.clone()),
+            ..self.agent_setup()
+        }
+    }
+
+    /// What a guest is told that may have been told before.
+    pub(super) fn agent_setup(&self) -> AgentSetup {
         AgentSetup {
             token: self.record.token.clone(),
             sandbox_id: self.record.id.clone(),
             template: self.record.template.clone(),
+            hostname: None,
         }
     }
 

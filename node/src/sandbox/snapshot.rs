@@ -30,13 +30,15 @@ use tracing::{info, warn};
 use super::coming::{Coming, NotWholeError, Source};
 use super::driver::{Driver, start_failed};
 use super::error::AcquireError;
+use super::fork;
 use super::paging;
 use super::phase::Event;
 use super::record::ReadyFacts;
 use super::resources::{Held, blocking};
-use super::spec::{Host, StartSpec, StartTimings};
+use super::spec::{Host, Origin, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::base::clock::{Clock as _, SystemClock};
+use crate::base::fault;
 use crate::guest::{Generation, Guest, GuestError, Quiesce, QuiesceError, Restore};
 use crate::net::slot::{GATEWAY_ADDR, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX};
 use crate::pager::page_map::PageMapError;
@@ -179,7 +181,7 @@ struct Job {
 }
 
 /// What is known of it beside its bytes.
-struct Facts {
+pub(super) struct Facts {
     sandbox: SandboxId,
     epoch: Epoch,
     base: ImageDigest,
@@ -210,12 +212,25 @@ impl Driver {
     }
 
     async fn try_seal(&self, held: &Held, pause: u64) -> Result<(Sealed, Kept), SealGuestError> {
+        let ready = held.record.ready.as_ref();
+        let ready = ready.ok_or(SealGuestError::Unfit("it is not ready"))?;
+        let facts = held.facts(&self.host, &ready.agent, &held.record.token)?;
+        let guest = self.guest(held)?;
+        self.seal_as(held, &guest, facts, pause).await
+    }
+
+    /// Seals a guest whose agent is reached by `guest`.
+    pub(super) async fn seal_as(
+        &self,
+        held: &Held,
+        guest: &Guest,
+        facts: Facts,
+        pause: u64,
+    ) -> Result<(Sealed, Kept), SealGuestError> {
         let shim = held
             .shim
             .as_ref()
             .ok_or(SealGuestError::Unfit("it has no VMM"))?;
-        let facts = held.facts(&self.host)?;
-        let guest = self.guest(held)?;
         self.await_source(held).await?;
         let quiesce = Quiesce {
             epoch: facts.epoch,
@@ -230,7 +245,9 @@ impl Driver {
             .quiesce(&quiesce, Instant::now() + QUIESCE_TIMEOUT)
             .await?;
         let quiesce = mark.elapsed();
+        fault::point("seal.quiesced");
         let saved = shim.save(SAVE_TIMEOUT).await?;
+        fault::point("seal.saved");
         let took = SealTimes {
             quiesce_ms: millis(quiesce),
             save_ms: millis(mark.elapsed().saturating_sub(quiesce)),
@@ -269,19 +286,21 @@ impl Driver {
             warn!(reason, "will try again");
             return still(reason);
         }
-        let epoch = held.record.epoch();
         match self.guest(held) {
             Ok(guest) => {
-                let undone = guest
-                    .undo_quiesce(epoch, Instant::now() + UNDO_TIMEOUT)
-                    .await;
-                if let Err(err) = undone {
-                    // Its watchdog lets the workload go on by itself.
-                    warn!(err = chain(&err), "the guest was not told that it goes on");
-                }
+                self.undo_quiesce(held, &guest).await;
                 Event::Thawed
             }
             Err(err) => still(chain(&err)),
+        }
+    }
+
+    /// Tells a guest whose processors go on that it goes on.
+    pub(super) async fn undo_quiesce(&self, held: &Held, guest: &Guest) {
+        let deadline = Instant::now() + UNDO_TIMEOUT;
+        if let Err(err) = guest.undo_quiesce(held.record.epoch(), deadline).await {
+            // Its watchdog lets the workload go on by itself.
+            warn!(err = chain(&err), "the guest was not told that it goes on");
         }
     }
 }
@@ -297,6 +316,7 @@ impl Driver {
     ) -> Option<Event> {
         let mut timings = StartTimings {
             record: asked.elapsed(),
+            way: spec.origin.way(),
             ..StartTimings::default()
         };
         // It may take long, and nothing is acquired yet.
@@ -305,6 +325,7 @@ impl Driver {
             Ok(Err(err)) => return Some(start_failed(&err.into())),
             Err(over) => return over,
         }
+        fault::point("resume.fetched");
         let acquired: Result<Returning, AcquireError> = async {
             let mark = Instant::now();
             held.take_slot(&self.host).await?;
@@ -316,6 +337,7 @@ impl Driver {
             held.record.base = Some(returning.base.to_string());
             held.record.parent = Some(from.to_string());
             held.save().await?;
+            fault::point("resume.files");
             held.admit_pager(&self.host, spec.id, from);
             timings.disk = mark.elapsed();
             let mark = Instant::now();
@@ -382,6 +404,7 @@ impl Driver {
         if let Some(shim) = &held.shim {
             shim.thaw().await?;
         }
+        fault::point("resume.thawed");
         // It still demands the token that it was sealed with.
         let guest = held.guest_by(&returning.token)?;
         let guest = guest.ok_or(AcquireError::NoNetwork)?;
@@ -392,11 +415,24 @@ impl Driver {
             sandbox_id: held.record.id.clone(),
             template: held.record.template.clone(),
             env: None,
-            fork: None,
+            fork: fork::identity(spec),
         };
         let deadline = began + self.host.boot_timeout;
         let restored = guest.restore(&restore, deadline).await?;
         info!(?restored, "the guest is itself again");
+        fault::point("resume.restored");
+        if matches!(
+            spec.origin,
+            Origin::Fork {
+                or_boots: Some(_),
+                ..
+            }
+        ) {
+            // It was sealed before it was told what every guest is told.
+            if let Some(guest) = held.guest()? {
+                guest.set_up(&held.agent_setup()).await?;
+            }
+        }
         held.mark_ready().await;
         self.drop_files(held).await;
         timings.guest = began.elapsed();
@@ -404,6 +440,7 @@ impl Driver {
         let facts = held.ready_facts(&returning.agent);
         held.record.ready = Some(facts.clone());
         held.save().await?;
+        fault::point("resume.ready");
         timings.setup = answered.elapsed();
         Ok(facts)
     }
@@ -450,7 +487,7 @@ impl Returning {
         let store = &host.keeping.store;
         let signed = store.snapshot(&from)?;
         let manifest = signed.manifest();
-        if manifest.sandbox != spec.id {
+        if manifest.sandbox != spec.sealed_sandbox() {
             return Err(SnapshotError::Another(manifest.sandbox));
         }
         check_sizes(manifest, spec)?;
@@ -507,11 +544,15 @@ impl Returning {
 
 impl Held {
     /// What a snapshot of it says beside its bytes.
-    fn facts(&self, host: &Host) -> Result<Facts, SealGuestError> {
+    pub(super) fn facts(
+        &self,
+        host: &Host,
+        agent: &str,
+        token: &str,
+    ) -> Result<Facts, SealGuestError> {
         let unfit = SealGuestError::Unfit;
         let shim = self.shim.as_ref().ok_or(unfit("it has no VMM"))?;
         let status = shim.known_status();
-        let ready = self.record.ready.as_ref().ok_or(unfit("it is not ready"))?;
         let base = self.record.base.as_deref().and_then(|it| it.parse().ok());
         let base = base.ok_or(unfit("it was started by a release that could not pause"))?;
         if status.hardware.machine.is_empty() {
@@ -525,8 +566,8 @@ impl Held {
             hardware: status.hardware.clone(),
             vmm_version: status.vmm_version.clone(),
             accelerator: host.accelerator.name().to_owned(),
-            agent: ready.agent.clone(),
-            token: self.record.token.clone(),
+            agent: agent.to_owned(),
+            token: token.to_owned(),
         })
     }
 }
@@ -563,7 +604,9 @@ impl Job {
         let spec = ShimSpec::read(self.paths.dir())?;
         let signed = self.signed(images, working_set, &spec.vmm)?;
         let new_bytes = seal.tally().written_bytes;
+        fault::point("seal.stored");
         let kept = seal.finish(Some(&signed))?;
+        fault::point("seal.finished");
         let machine = &signed.manifest().machine;
         let sealed = Sealed {
             id: SnapshotId(rand::random()),

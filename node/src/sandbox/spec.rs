@@ -10,6 +10,7 @@ use proto::units::Mib;
 use transport::Identity;
 
 use super::paging::Paging;
+use super::warm::WarmStarts;
 use crate::net::SlotPool;
 use crate::store::fetch::Holders;
 use crate::store::{DataPaths, ImageDigest, SnapshotDigest, Store};
@@ -32,6 +33,8 @@ pub struct StartSpec {
     pub memory: Mib,
     /// Root disk.
     pub disk: Mib,
+    /// Whether its guest is to be kept as it is when it has booted, for others to start from.
+    pub keep_warm: bool,
     /// Whether it may run only under this node's lease, because the cluster may give its
     /// ownership out again without this node's word. The lease must have been written before.
     pub lease_bound: bool,
@@ -44,6 +47,26 @@ pub enum Origin {
     Image(ImageDigest),
     /// Its guest goes on where it was sealed.
     Snapshot(SnapshotDigest),
+    /// Its guest goes on where another one was sealed, as somebody else.
+    Fork {
+        /// What it was sealed as.
+        from: SnapshotDigest,
+        /// Which sandbox that was.
+        of: SandboxId,
+        /// The image on which it boots if it cannot: set where the fork is only the quicker start.
+        or_boots: Option<ImageDigest>,
+    },
+}
+
+impl StartSpec {
+    /// Whose snapshot it starts from.
+    #[must_use]
+    pub const fn sealed_sandbox(&self) -> SandboxId {
+        match self.origin {
+            Origin::Fork { of, .. } => of,
+            Origin::Image(_) | Origin::Snapshot(_) => self.id,
+        }
+    }
 }
 
 /// What keeping snapshots takes.
@@ -81,6 +104,8 @@ pub struct Host {
     pub accelerator: Accelerator,
     /// This program, for starting shims.
     pub wrenn: PathBuf,
+    /// Which guests start from one that had just booted.
+    pub warm: WarmStarts,
     /// Longest a guest may take from its VMM's start to its agent's answer.
     pub boot_timeout: Duration,
 }
@@ -102,6 +127,50 @@ pub struct StartTimings {
     pub guest: Duration,
     /// Agent told who it is, and that it is ready recorded.
     pub setup: Duration,
+    /// What it came from.
+    pub way: StartWay,
+}
+
+/// What a guest came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StartWay {
+    /// It booted.
+    #[default]
+    Cold,
+    /// It went on where another one had just booted.
+    Warm,
+    /// It went on where another one was sealed on purpose.
+    Fork,
+    /// It went on where it was sealed.
+    Resumed,
+}
+
+impl StartWay {
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Warm => "warm",
+            Self::Fork => "fork",
+            Self::Resumed => "resumed",
+        }
+    }
+}
+
+impl Origin {
+    /// What a guest that started from it came from.
+    #[must_use]
+    pub const fn way(self) -> StartWay {
+        match self {
+            Self::Image(_) => StartWay::Cold,
+            Self::Snapshot(_) => StartWay::Resumed,
+            Self::Fork { or_boots: None, .. } => StartWay::Fork,
+            Self::Fork {
+                or_boots: Some(_), ..
+            } => StartWay::Warm,
+        }
+    }
 }
 
 impl StartTimings {
@@ -116,6 +185,7 @@ impl StartTimings {
             vmm,
             guest,
             setup,
+            way: _,
         } = *self;
         record + slot + disk + shim + vmm + guest + setup
     }

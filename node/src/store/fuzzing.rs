@@ -1,31 +1,28 @@
 //! What lies in the store's directory and what comes from other stores, as fuzz targets.
 
-use std::convert::Infallible;
 use std::fs;
-use std::io::{self, Cursor};
+use std::io::Cursor;
 use std::net::Ipv4Addr;
 use std::path::Path;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
-use futures::future::BoxFuture;
 use proto::epoch::Epoch;
 use proto::fuzzing::{Target, scratch};
-use proto::ids::{NodeId, NodeKey, SandboxId};
+use proto::ids::SandboxId;
 use proto::units::{Mib, Stamp};
 use tempfile::TempDir;
 use transport::Identity;
 
 use super::codec::{Decoder, Encoder, Encoding};
 use super::disk::{Overlay, rebase};
+use super::exchange::{Answer, Asked, Carried, Wants, read_answer, write_answer};
 use super::extent::{Content, Extent};
-use super::fetch::{Holders, Wire};
 use super::index::Place;
 use super::index::guard::Guard;
 use super::manifest::{MAX_IMAGE_BYTES, Manifest};
 use super::pack::{Depth, FIRST_RECORD, Found, Pack};
 use super::packs::Limits;
 use super::record::{ALIGN, HEAD_BYTES, Head, MAX_RECORD_BYTES};
-use super::serve::{asked_for, header_for};
 use super::snapshot::{
     GuestFacts, ImageRef, MachineFacts, SignedSnapshot, SnapshotDigest, SnapshotManifest,
 };
@@ -81,7 +78,7 @@ pub(crate) const TARGETS: &[Target] = &[
     },
     Target {
         name: "store-header",
-        samples: || vec![header_for(SnapshotDigest([7; 32])).to_vec()],
+        samples: || vec![asked(Wants::Chunks).header()],
         run: header,
     },
     Target {
@@ -90,9 +87,9 @@ pub(crate) const TARGETS: &[Target] = &[
         run: serve,
     },
     Target {
-        name: "store-fetch",
-        samples: transcripts,
-        run: fetch,
+        name: "store-answer",
+        samples: answers,
+        run: answer,
     },
 ];
 
@@ -112,7 +109,6 @@ static IDENTITY: LazyLock<Identity> = LazyLock::new(|| Identity::ephemeral().exp
 struct Sealed {
     store: Store,
     signed: SignedSnapshot,
-    images: [Manifest; 3],
     chunks: Vec<(ChunkId, Vec<u8>)>,
     pack: Vec<u8>,
     _kept: Kept,
@@ -144,7 +140,6 @@ impl Sealed {
             pack: pack_in(dir.path()),
             store,
             signed,
-            images,
             chunks: chunks.into(),
             _kept: kept,
             _dir: dir,
@@ -485,9 +480,14 @@ fn overlay(bytes: &[u8]) {
     assert_eq!(features, [0; 4], "it wants what ours do not have");
 }
 
+fn asked(wants: Wants) -> Asked {
+    let digest = SnapshotDigest([7; 32]);
+    Asked { digest, wants }
+}
+
 fn header(bytes: &[u8]) {
-    if let Some(digest) = asked_for(bytes) {
-        assert_eq!(header_for(digest)[..], *bytes);
+    if let Some(asked) = Asked::read(bytes) {
+        assert_eq!(asked.header()[..], *bytes);
     }
 }
 
@@ -504,78 +504,48 @@ fn requests() -> Vec<Vec<u8>> {
 thread_local! {
     /// Kept from one input to the next: opening one takes longer than an input.
     static SERVED: Sealed = Sealed::new();
-    static FETCHING: (Store, TempDir) = {
-        let dir = tempfile::tempdir_in(scratch()).expect("a directory");
-        let store = Store::open(dir.path(), LIMITS).expect("a new store");
-        (store, dir)
-    };
 }
 
 fn serve(bytes: &[u8]) {
     SERVED.with(|sealed| {
-        let mut stream = tokio::io::join(Cursor::new(bytes.to_vec()), tokio::io::sink());
-        let _refused = now(sealed.store.serve(sealed.signed.digest(), &mut stream));
-    });
-}
-
-/// What a holder of the snapshot sends, from the signed manifest to the last chunk.
-fn transcripts() -> Vec<Vec<u8>> {
-    let sealed = Sealed::new();
-    let images = sealed.images.iter().map(Manifest::encode);
-    let parts = std::iter::once(sealed.signed.encode()).chain(images);
-    let parts = parts.chain([sealed.chunks[1].1.clone()]);
-    let framed = parts.flat_map(|part| {
-        let length = u32::try_from(part.len()).expect("a small part");
-        [&length.to_be_bytes()[..], &part].concat()
-    });
-    vec![framed.collect()]
-}
-
-/// A holder that sends these bytes and nothing else.
-#[derive(Debug)]
-struct Liar(Arc<Vec<u8>>);
-
-impl Holders for Liar {
-    fn holders(&self, _: SnapshotDigest) -> Vec<NodeId> {
-        vec![NodeId(9)]
-    }
-
-    fn open(&self, _: NodeId, _: Vec<u8>) -> BoxFuture<'static, io::Result<Box<dyn Wire>>> {
-        let bytes = Cursor::new(self.0.to_vec());
-        Box::pin(async move {
-            let wire: Box<dyn Wire> = Box::new(tokio::io::join(bytes, tokio::io::sink()));
-            Ok(wire)
-        })
-    }
-
-    fn may_seal(&self, key: &NodeKey) -> bool {
-        *key == IDENTITY.key()
-    }
-}
-
-/// Fetches the snapshot that the bytes name themselves by, so that damage to it gets further.
-fn fetch(bytes: &[u8]) {
-    FETCHING.with(|(store, _dir)| {
-        let signed = bytes.get(4..).unwrap_or_default();
-        let length = bytes.first_chunk().map_or(0, |it| u32::from_be_bytes(*it));
-        let signed = signed.get(..length as usize).unwrap_or_default();
-        let read = SignedSnapshot::decode(signed, |_| true);
-        let digest = read.map_or(SnapshotDigest([1; 32]), |read| read.digest());
-        let holders = Liar(Arc::new(bytes.to_vec()));
-        if let Ok(kept) = now(store.fetch(digest, &holders)) {
-            check_fetched(store, digest);
-            drop(kept);
+        for wants in [Wants::Manifests, Wants::Chunks, Wants::Urgent] {
+            let mut stream = tokio::io::join(Cursor::new(bytes.to_vec()), tokio::io::sink());
+            let digest = sealed.signed.digest();
+            let _refused = now(sealed.store.serve(Asked { digest, wants }, &mut stream));
         }
-        // What has arrived must not spare the next input its way.
-        let collected = store.collect(|| Ok::<_, Infallible>(Vec::new()));
-        collected.expect("the disk is well");
     });
 }
 
-fn check_fetched(store: &Store, digest: SnapshotDigest) {
-    let signed = store.snapshot(&digest).expect("it was fetched");
-    for image in signed.manifest().images() {
-        let manifest = store.image(&image.digest).expect("it was fetched");
-        assert_eq!(store.missing(&manifest), []);
+/// What a holder says to a name: a chunk as it lies in a pack, or that it lacks it.
+fn answers() -> Vec<Vec<u8>> {
+    let here = |encoding, stored: &[u8]| {
+        Answer::Here(Carried {
+            encoding,
+            chunk_bytes: 300,
+            stored: stored.to_vec(),
+        })
+    };
+    let all = [
+        here(Encoding::Raw, &[3; 300]),
+        here(Encoding::Zstd, &[5; 40]),
+        Answer::Lacks,
+    ];
+    all.iter().map(said).collect()
+}
+
+fn said(answer: &Answer) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    now(write_answer(&mut bytes, answer)).expect("memory takes all");
+    bytes
+}
+
+fn answer(bytes: &[u8]) {
+    let mut rest = bytes;
+    while let Ok(answer) = now(read_answer(&mut rest)) {
+        if let Answer::Here(carried) = &answer {
+            assert!(carried.stored.len() <= CHUNK_BYTES, "more than a chunk");
+        }
+        let again = now(read_answer(&mut &said(&answer)[..]));
+        assert_eq!(again.expect("it was just said"), answer);
     }
 }

@@ -37,10 +37,12 @@ impl LocalGuests for RegistryGuests {
     }
 
     fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
+        let timings = self.0.timings(id);
         Some(LocalFacts {
             last_active: Some(self.last_active(id)?),
             disk_used_bytes: self.0.disk_used_bytes(id),
-            start_stages: self.0.timings(id).map(stages).unwrap_or_default(),
+            start: timings.map(|it| it.way.word().to_owned()),
+            start_stages: timings.map(stages).unwrap_or_default(),
             memory: None,
         })
     }
@@ -76,6 +78,7 @@ fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
         vmm,
         guest,
         setup,
+        way: _,
     } = timings;
     let named = [
         ("record", record),

@@ -1,5 +1,6 @@
 //! What this host offers: the hypervisor that really runs guests, and how much room there is.
 
+use std::fs::File;
 use std::io;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -13,7 +14,7 @@ use super::{Chosen, RunError, disk};
 use crate::config::{AcceleratorChoice, Config};
 use crate::net::{SlotPool, SlotTag};
 use crate::sandbox::paging::Paging;
-use crate::sandbox::{Host, Keeping};
+use crate::sandbox::{Host, Keeping, WarmStarts};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
 use crate::vmm::Accelerator;
@@ -21,6 +22,8 @@ use crate::vmm::probe::{ProbeOutcome, ProbeRequest, probe};
 
 /// Digits of a slot tag, in base 36.
 const TAG_DIGITS: usize = 4;
+/// Digits of the hash by which guests of the same releases are told apart.
+const IMAGES_DIGITS: usize = 16;
 
 /// Decides what runs guests, by running one.
 pub(super) async fn choose_vmm(
@@ -105,8 +108,26 @@ pub(super) fn of(
         vmm_program: chosen.program.clone(),
         accelerator: chosen.accelerator,
         wrenn: std::env::current_exe().map_err(disk("find this program"))?,
+        warm: warm_starts(config, guest)?,
         boot_timeout: config.boot_timeout,
     })
+}
+
+/// Which guests start from one that had just booted: those that would have booted the same kernel
+/// and agent. Releases alone do not tell images apart that were built anew.
+fn warm_starts(config: &Config, guest: &GuestImages) -> Result<WarmStarts, RunError> {
+    if !config.warm.create {
+        return Ok(WarmStarts::default());
+    }
+    let mut images = blake3::Hasher::new();
+    for image in [&guest.kernel, &guest.initramfs] {
+        let hashed = File::open(image).and_then(|file| images.update_reader(file).map(drop));
+        hashed.map_err(disk("read the guest's kernel and initramfs"))?;
+    }
+    let (kernel, agent) = (&guest.kernel_release, &guest.agent_version);
+    let images = images.finalize().to_hex();
+    let named = format!("{kernel} {agent} {}", &images[..IMAGES_DIGITS]);
+    Ok(WarmStarts::new(Some(named)))
 }
 
 /// What this node offers to sandboxes.

@@ -161,13 +161,16 @@ impl StoreStreams {
     /// applied the entry that names the snapshot before the node that sealed it has.
     async fn may_have(&self, peer: &NodeKey, digest: SnapshotDigest) -> bool {
         let deadline = Instant::now() + LAG;
-        let of_team = |state: &State| by_digest(state, digest).map(|it| it.team);
-        let Some(team) = self.view.wait_for(deadline, of_team).await else {
+        let of_team =
+            |state: &State| by_digest(state, digest).map(|it| (it.team, it.warm.is_some()));
+        let Some((team, is_warm)) = self.view.wait_for(deadline, of_team).await else {
             return false;
         };
         let state = self.view.state();
         let node = state.node_by_key(peer);
-        node.is_some_and(|node| node.team.is_none_or(|only| only == team))
+        // What is kept warm is made for members alone.
+        let is_its = |only| only == team && !is_warm;
+        node.is_some_and(|node| node.team.is_none_or(is_its))
     }
 }
 

@@ -87,6 +87,7 @@ impl LocalGuests for Guests {
             last_active: self.active.lock().unwrap().get(&id).copied(),
             disk_used_bytes: Some((3 << 20) + 1),
             start_stages: Vec::new(),
+            start: None,
             memory: None,
         })
     }
@@ -499,6 +500,17 @@ fn sealed(epoch: Epoch, pause: u64) -> Sealed {
     }
 }
 
+/// What one checkpoint made.
+fn checkpoint(pause: u64) -> Sealed {
+    let mut id = [0xc; 16];
+    id[..8].copy_from_slice(&pause.to_be_bytes());
+    Sealed {
+        id: SnapshotId(id),
+        memory_bytes: 64 << 20,
+        ..sealed(Epoch(0), pause)
+    }
+}
+
 /// Does to every sandbox what the test says, as a reconciler and its reports would.
 async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketAddr) {
     let mut view = proposer.view();
@@ -514,18 +526,19 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
         for sandbox in todo {
             let fate = match sandbox.phase {
                 Phase::Starting | Phase::Resuming => &guests.start,
-                Phase::Pausing => &guests.pause,
+                Phase::Pausing | Phase::Snapshotting => &guests.pause,
                 _ => &guests.stop,
             };
             let fate = fate.lock().unwrap().clone().unwrap_or(Fate::Obey);
             let report = match (fate, sandbox.phase) {
                 (Fate::Hang, _) => continue,
-                (Fate::Break(reason), Phase::Pausing) => Report::Thawed {
+                (Fate::Break(reason), Phase::Pausing | Phase::Snapshotting) => Report::Thawed {
                     reason: reason.into(),
                 },
                 (Fate::Break(reason), _) => Report::Failed {
                     reason: reason.into(),
                 },
+                (Fate::Obey, Phase::Snapshotting) => Report::Sealed(checkpoint(sandbox.pause)),
                 (Fate::Obey, Phase::Pausing) => {
                     guests.running.lock().unwrap().remove(&sandbox.id);
                     Report::Sealed(sealed(sandbox.epoch, sandbox.pause))

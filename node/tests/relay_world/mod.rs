@@ -75,6 +75,7 @@ impl LocalGuests for Guests {
             last_active: Some(Stamp(7)),
             disk_used_bytes: Some(3 << 20),
             start_stages: vec![("vmm".into(), Duration::from_millis(5))],
+            start: None,
             memory: None,
         })
     }

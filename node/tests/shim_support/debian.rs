@@ -165,6 +165,7 @@ pub async fn boot(sandbox: &Sandbox, netns: &Netns) -> (ShimClient, Guest) {
         token: TOKEN.into(),
         sandbox_id: sandbox.id.to_string(),
         template: "minimal".into(),
+        hostname: None,
     };
     guest.set_up(&setup).await.expect("set up");
     run(

@@ -11,11 +11,14 @@
 //! Running -> Pausing -> Paused -> Resuming -> Running         sealed, and given out again
 //!    '----------' Thawed   ^---------' Failed                 what fails leads back
 //! Running | Pausing -> Paused                                the guest is lost: as at the last pause, if any
+//! Running -> Snapshotting -> Running                         a checkpoint, whatever comes of it
 //! ```
 //!
 //! `nodes` has the commands about nodes, tokens and the cluster, `sandboxes` those about sandboxes,
-//! `snapshots` those about pausing and resuming.
+//! `snapshots` those about pausing and resuming, `named` those about names, forks and what is kept
+//! warm.
 
+mod named;
 mod nodes;
 mod sandboxes;
 mod snapshots;
@@ -24,7 +27,7 @@ use proto::epoch::Epoch;
 use proto::ids::{KeyId, NodeId};
 use proto::units::Stamp;
 
-use self::sandboxes::NewSandbox;
+use self::sandboxes::{NewSandbox, Seen};
 use crate::command::{Answer, Command, Proposal, Receipt, Refusal};
 use crate::state::{Key, RowKey, State, Template};
 
@@ -104,7 +107,7 @@ impl State {
                 epoch,
                 node,
                 report,
-            } => self.report_sandbox((at, index), id, epoch, node, report),
+            } => self.report_sandbox(at, index, Seen { id, epoch, node }, report),
             Command::PauseSandbox {
                 id,
                 epoch,
@@ -117,6 +120,9 @@ impl State {
                 to,
                 hints,
             } => self.resume_sandbox(at, Epoch(index), id, (snapshot, to), &hints),
+            Command::CheckpointSandbox(asked) => self.checkpoint_sandbox(at, index, asked),
+            Command::DropNamed(which) => self.drop_name(&which),
+            Command::PutWarm(snapshot) => self.put_warm(at, snapshot),
             Command::HoldSnapshot { id, node, holds } => self.hold_snapshot(id, node, holds),
             Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
         }
@@ -126,9 +132,13 @@ impl State {
         template.created_at = self
             .template(&template.name)
             .map_or(at, |known| known.created_at);
-        let name = template.name.clone();
+        let mut touched = vec![RowKey::Template(template.name.clone())];
         self.put_template(template);
-        Applied::touched(Receipt::Done(1), RowKey::Template(name))
+        touched.extend(self.retire_warm());
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
     }
 
     fn add_key(&mut self, at: Stamp, mut key: Key) -> Applied {

@@ -1,16 +1,17 @@
 //! The commands about nodes, join tokens and the cluster itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, NodeId, TokenId};
+use proto::ids::{ClusterId, NodeId, SnapshotId, TokenId};
 use proto::units::Stamp;
 
 use super::Applied;
 use crate::command::{Receipt, Refusal, Verdict};
 use crate::state::{
-    Cluster, Former, Liveness, Node, Outlived, Removed, RowKey, Settings, Snapshot, State, Token,
+    Cluster, Former, Liveness, Node, Outlived, Removed, RowKey, Sandbox, Settings, Snapshot, State,
+    Token,
 };
 
 /// How long a token is remembered after its end, so that a late joiner is told what was wrong
@@ -292,9 +293,13 @@ impl State {
             None => return Applied::untouched(Err(Refusal::NoSuchNode(node.id.to_string()))),
         }
         node.incarnation = index;
-        let id = node.id;
+        let mut touched = vec![RowKey::Node(node.id)];
         self.put_node(node);
-        Applied::touched(Receipt::Done(1), RowKey::Node(id))
+        touched.extend(self.retire_warm());
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
     }
 
     pub(super) fn change_node(
@@ -380,6 +385,7 @@ impl State {
         let mut touched = self.forget_holder(id);
         touched.extend(self.settle_sandboxes(at, epoch, id, true, &why));
         self.drop_node(id);
+        touched.extend(self.retire_warm());
         touched.extend(self.remember_removed(Removed {
             key: known.key,
             node: id,
@@ -399,30 +405,42 @@ impl State {
         if node.team.is_none() && !others.any(|other| other.team.is_none()) {
             return Err("it is the last node of the cluster".into());
         }
-        let held = self
-            .reserved(node.id)
-            .sandboxes
-            .saturating_add(self.only_held_by(node.id));
-        if held == 0 {
+        let (at_rest, names) = self.only_held_by(node.id);
+        let held = self.reserved(node.id).sandboxes.saturating_add(at_rest);
+        let mut has = Vec::new();
+        for (count, one, many) in [
+            (held, "capsule", "capsules"),
+            (
+                names,
+                "snapshot that no other host holds",
+                "snapshots that no other host holds",
+            ),
+        ] {
+            match count {
+                0 => {}
+                1 => has.push(format!("1 {one}")),
+                count => has.push(format!("{count} {many}")),
+            }
+        }
+        if has.is_empty() {
             return Ok(());
         }
-        let name = &node.name;
-        let capsules = if held == 1 { "capsule" } else { "capsules" };
+        let (name, has) = (&node.name, has.join(" and "));
         match (declared_dead, node.liveness) {
             (false, _) => Err(format!(
-                "{name} has {held} {capsules}: drain it first, or, if the host is dead for good, \
+                "{name} has {has}: drain it first, or, if the host is dead for good, \
                  declare it dead with --force"
             )),
             (true, Liveness::Alive) => Err(format!(
-                "{name} is alive and has {held} {capsules}: drain it, or stop it first"
+                "{name} is alive and has {has}: drain it, or stop it first"
             )),
             (true, Liveness::Missing { .. } | Liveness::Lost { .. }) => Ok(()),
         }
     }
 
-    /// How many sandboxes rest, or could fall back, on what nobody but this node has. Those that it
-    /// runs are counted as such.
-    fn only_held_by(&self, id: NodeId) -> u32 {
+    /// How many sandboxes rest, could fall back, or live on what nobody but this node has, and how
+    /// many names stand for such. Sandboxes that it runs are counted as such.
+    fn only_held_by(&self, id: NodeId) -> (u32, u32) {
         let elsewhere = |holder: &NodeId| {
             let node = self.node(*holder).filter(|node| node.liveness.is_alive());
             *holder != id && node.is_some()
@@ -430,12 +448,14 @@ impl State {
         let only = |snapshot: &&Snapshot| {
             snapshot.holders.contains(&id) && !snapshot.holders.iter().any(elsewhere)
         };
-        let rests = |snapshot: &&Snapshot| {
-            let of = self.sandbox(snapshot.sandbox);
-            of.is_some_and(|it| it.owner != id || !it.phase.holds_resources())
-        };
-        let count = self.snapshots().filter(only).filter(rests).count();
-        u32::try_from(count).unwrap_or(u32::MAX)
+        let only = self.snapshots().filter(only).map(|it| it.sealed.id);
+        let only: BTreeSet<SnapshotId> = only.collect();
+        let away = |it: &&Sandbox| it.owner != id || !it.phase.holds_resources();
+        let needs = |it: &&Sandbox| it.snapshots().any(|id| only.contains(&id));
+        let sandboxes = self.sandboxes().filter(away).filter(needs).count();
+        let names = self.all_named().filter(|it| only.contains(&it.snapshot));
+        let count = |count| u32::try_from(count).unwrap_or(u32::MAX);
+        (count(sandboxes), count(names.count()))
     }
 
     fn remember_removed(&mut self, removed: Removed) -> Vec<RowKey> {

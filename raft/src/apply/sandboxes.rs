@@ -1,7 +1,7 @@
 //! The commands about sandboxes.
 
 use proto::epoch::Epoch;
-use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Stamp;
 
 use super::Applied;
@@ -14,6 +14,17 @@ use crate::state::{
 
 /// What is said of a sandbox whose guest is lost, and which was paused before.
 const AS_PAUSED: &str = "it is as it was when it was last paused";
+
+/// Whose report something is.
+#[derive(Clone, Copy)]
+pub(super) struct Seen {
+    /// Of which sandbox.
+    pub(super) id: SandboxId,
+    /// Under which ownership it was seen.
+    pub(super) epoch: Epoch,
+    /// Who saw it.
+    pub(super) node: NodeId,
+}
 
 /// A sandbox as it is asked for.
 pub(super) struct NewSandbox {
@@ -40,31 +51,44 @@ impl State {
             let taken = Refusal::IdTaken(id.to_string());
             return Applied::untouched(if same { Ok(placed) } else { Err(taken) });
         }
-        if self.template(&spec.template).is_none() {
-            return Applied::untouched(Err(Refusal::NoSuchTemplate(spec.template)));
-        }
-        let owner = match placement::place(self, team, &spec, Source::Template, hints) {
-            Ok(owner) => owner,
-            Err(lack) => return Applied::untouched(Err(Refusal::NoRoom(lack))),
+        let (owner, origin) = match self.place_new(team, &spec, hints) {
+            Ok(placed) => placed,
+            Err(refusal) => return Applied::untouched(Err(refusal)),
         };
         self.put_sandbox(Sandbox {
-            id,
-            team,
-            spec,
-            desired: Desired::Running,
-            phase: Phase::Starting,
-            reason: String::new(),
             owner,
             epoch,
-            created_at: at,
-            started_at: None,
-            updated_at: at,
-            versions: GuestVersions::default(),
-            snapshot: None,
-            pause: 0,
-            bound_for: None,
+            origin,
+            ..new_sandbox(at, NewSandbox { id, team, spec })
         });
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
+    }
+
+    /// Where a new sandbox starts, and from which snapshot, if any: that of its name, or one of a
+    /// guest that had just booted.
+    fn place_new(
+        &self,
+        team: TeamId,
+        spec: &SandboxSpec,
+        hints: &[LoadHint],
+    ) -> Result<(NodeId, Option<SnapshotId>), Refusal> {
+        if let Some(named) = self.named(team, &spec.template) {
+            if !named.fits(spec) {
+                let why = format!(
+                    "{:?} stands for another snapshot now: try again",
+                    named.name
+                );
+                return Err(Refusal::Unfit(why));
+            }
+            let owner = self.place_from(team, spec, (named.snapshot, spec.on_node), hints)?;
+            return Ok((owner, Some(named.snapshot)));
+        }
+        if self.template(&spec.template).is_none() {
+            return Err(Refusal::NoSuchTemplate(spec.template.clone()));
+        }
+        let owner =
+            placement::place(self, team, spec, Source::Template, hints).map_err(Refusal::NoRoom)?;
+        Ok((owner, self.warm_for(owner, spec)))
     }
 
     pub(super) fn stop_sandbox(&mut self, at: Stamp, id: SandboxId, cause: StopCause) -> Applied {
@@ -94,16 +118,24 @@ impl State {
         }
     }
 
-    /// Puts the next record of a sandbox. What has ended rests on nothing any more.
-    fn put_next(&mut self, mut next: Sandbox) -> Vec<RowKey> {
+    /// Puts the next record of a sandbox, and drops what nobody needs any more. What has ended rests on
+    /// nothing.
+    pub(super) fn put_next(&mut self, mut next: Sandbox) -> Vec<RowKey> {
         let mut touched = vec![RowKey::Sandbox(next.id)];
+        let known = self.sandbox(next.id);
+        let needed = known.into_iter().flat_map(Sandbox::snapshots);
+        let needed: Vec<SnapshotId> = needed.chain(next.snapshots()).collect();
         if next.phase != Phase::Pausing {
             next.bound_for = None;
         }
         if next.phase.is_ended() {
-            touched.extend(self.forget_snapshot(next.snapshot.take()));
+            (next.snapshot, next.origin) = (None, None);
+        }
+        if next.phase != Phase::Snapshotting {
+            next.checkpoint = None;
         }
         self.put_sandbox(next);
+        touched.extend(self.forget_snapshots(needed));
         touched
     }
 
@@ -145,6 +177,7 @@ impl State {
     ) -> Vec<RowKey> {
         // Off its node first: its own reservation must not stand in its way.
         self.drop_sandbox(sandbox.id);
+        let needed: Vec<SnapshotId> = sandbox.snapshots().collect();
         let wanted = sandbox.desired;
         let known = Sandbox {
             updated_at: at,
@@ -157,14 +190,15 @@ impl State {
             }
         } else if dead && (wanted == Desired::Running || known.snapshot.is_none()) {
             match self.place_again(&known) {
-                Ok(owner) if known.snapshot.is_some() => resumed(at, epoch, owner, known),
-                Ok(owner) => Sandbox {
+                Ok((owner, _)) if known.snapshot.is_some() => resumed(at, epoch, owner, known),
+                Ok((owner, origin)) => Sandbox {
                     desired: Desired::Running,
                     owner,
                     epoch,
                     phase: Phase::Starting,
                     started_at: None,
                     versions: GuestVersions::default(),
+                    origin,
                     ..known
                 },
                 Err(lack) => {
@@ -175,15 +209,27 @@ impl State {
         } else {
             self.given_up(known, why.to_owned())
         };
-        self.put_next(next)
+        let mut touched = self.put_next(next);
+        touched.extend(self.forget_snapshots(needed));
+        touched
     }
 
-    /// Another node for what was lost: from what it was sealed as last, or else from its template.
-    fn place_again(&self, known: &Sandbox) -> Result<NodeId, Lack> {
-        let Some(from) = known.snapshot else {
-            return placement::place(self, known.team, &known.spec, Source::Template, &[]);
+    /// Another node for what was lost, and what it is made from there: from what it was sealed as last,
+    /// or else anew, from its origin where that is more than a quicker boot.
+    fn place_again(&self, known: &Sandbox) -> Result<(NodeId, Option<SnapshotId>), Lack> {
+        let (team, spec) = (known.team, &known.spec);
+        let is_warm = |id| self.snapshot(id).is_some_and(|it| it.warm.is_some());
+        let origin = known.origin.filter(|id| !is_warm(*id));
+        let placed = match (known.snapshot, origin) {
+            (Some(from), _) => self.place_from(team, spec, (from, None), &[]),
+            (None, Some(from)) => self.place_from(team, spec, (from, spec.on_node), &[]),
+            (None, None) => {
+                let owner = placement::place(self, team, spec, Source::Template, &[])?;
+                return Ok((owner, self.warm_for(owner, spec)));
+            }
         };
-        self.place_resumed(known, from, None, &[])
+        placed
+            .map(|owner| (owner, origin))
             .map_err(|refusal| match refusal {
                 Refusal::NoRoom(lack) => lack,
                 other => Lack(other.to_string()),
@@ -212,12 +258,12 @@ impl State {
 
     pub(super) fn report_sandbox(
         &mut self,
-        (at, index): (Stamp, u64),
-        id: SandboxId,
-        epoch: Epoch,
-        node: NodeId,
+        at: Stamp,
+        index: u64,
+        seen: Seen,
         report: Report,
     ) -> Applied {
+        let Seen { id, epoch, node } = seen;
         let Some(known) = self.sandbox(id) else {
             return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
         };
@@ -228,6 +274,9 @@ impl State {
         }
         let known = known.clone();
         let touched = match report {
+            Report::Sealed(sealed) if known.phase == Phase::Snapshotting => {
+                self.seal_checkpoint(at, Epoch(index), known, sealed)
+            }
             Report::Sealed(sealed) => self.seal_sandbox(at, Epoch(index), &known, sealed),
             report => after_report(at, &known, report).map(|next| self.put_next(next)),
         };
@@ -258,6 +307,30 @@ impl State {
     }
 }
 
+/// The record of a sandbox that begins its life, but for who runs it.
+pub(super) fn new_sandbox(at: Stamp, new: NewSandbox) -> Sandbox {
+    let NewSandbox { id, team, spec } = new;
+    Sandbox {
+        id,
+        team,
+        spec,
+        desired: Desired::Running,
+        phase: Phase::Starting,
+        reason: String::new(),
+        owner: NodeId::default(),
+        epoch: Epoch::default(),
+        created_at: at,
+        started_at: None,
+        updated_at: at,
+        versions: GuestVersions::default(),
+        snapshot: None,
+        pause: 0,
+        bound_for: None,
+        origin: None,
+        checkpoint: None,
+    }
+}
+
 /// The record after its owner's report, or `None` where the report says nothing new.
 fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
     let next = |desired, phase, reason| {
@@ -284,7 +357,7 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
         (Phase::Stopping, Report::Running(_)) => None,
         (Phase::Running, Report::Running(versions)) if versions == known.versions => None,
         // The guest of a sandbox that is being paused runs until it is frozen.
-        (Phase::Pausing, Report::Running(_)) => None,
+        (Phase::Pausing | Phase::Snapshotting, Report::Running(_)) => None,
         (Phase::Starting | Phase::Running | Phase::Resuming, Report::Running(versions)) => {
             Some(Sandbox {
                 phase: Phase::Running,
@@ -294,7 +367,7 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
                 ..known.clone()
             })
         }
-        (Phase::Pausing, Report::Thawed { reason }) => {
+        (Phase::Pausing | Phase::Snapshotting, Report::Thawed { reason }) => {
             next(Desired::Running, Phase::Running, reason)
         }
         (_, Report::Thawed { .. } | Report::Sealed(_)) => None,
@@ -302,7 +375,7 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
         (Phase::Resuming, Report::Failed { reason }) => {
             next(Desired::Paused, Phase::Paused, reason)
         }
-        (Phase::Running | Phase::Pausing, Report::Failed { reason })
+        (Phase::Running | Phase::Pausing | Phase::Snapshotting, Report::Failed { reason })
             if known.snapshot.is_some() =>
         {
             next(

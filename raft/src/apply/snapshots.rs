@@ -6,14 +6,15 @@
 use std::collections::BTreeSet;
 
 use proto::epoch::Epoch;
-use proto::ids::{NodeId, SandboxId, SnapshotId};
+use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Stamp;
 
 use super::Applied;
+use super::named::BEING_SEALED;
 use crate::command::{Receipt, Refusal, StopCause};
 use crate::placement::{self, Lack, LoadHint, Source};
 use crate::state::{
-    Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, Sealed, Snapshot, State,
+    Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot, State,
 };
 
 impl State {
@@ -37,6 +38,7 @@ impl State {
             Phase::Starting | Phase::Resuming => {
                 Some("it does not run yet: try again once it does")
             }
+            Phase::Snapshotting => Some(BEING_SEALED),
             Phase::Stopping | Phase::Stopped | Phase::Error => Some("it is stopped for good"),
         };
         if let Some(why) = not_now {
@@ -74,7 +76,7 @@ impl State {
             Phase::Paused if known.snapshot == Some(from) => None,
             Phase::Paused => Some("it was paused anew meanwhile: look again"),
             Phase::Pausing => Some("it is being paused: try again once it is"),
-            Phase::Starting | Phase::Running | Phase::Resuming => {
+            Phase::Starting | Phase::Running | Phase::Resuming | Phase::Snapshotting => {
                 let placed = Receipt::Placed {
                     node: known.owner,
                     epoch: known.epoch,
@@ -86,7 +88,8 @@ impl State {
         if let Some(why) = not_now {
             return Applied::untouched(Err(Refusal::Unfit(why.into())));
         }
-        let owner = match self.place_resumed(known, from, to, hints) {
+        let placed = self.place_from(known.team, &known.spec, (from, to), hints);
+        let owner = match placed {
             Ok(owner) => owner,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
@@ -94,12 +97,12 @@ impl State {
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
     }
 
-    /// Where a sandbox can go on from a snapshot.
-    pub(super) fn place_resumed(
+    /// Where a sandbox can go on, or start as another one, from a snapshot.
+    pub(super) fn place_from(
         &self,
-        sandbox: &Sandbox,
-        from: SnapshotId,
-        to: Option<NodeId>,
+        team: TeamId,
+        spec: &SandboxSpec,
+        (from, to): (SnapshotId, Option<NodeId>),
         hints: &[LoadHint],
     ) -> Result<NodeId, Refusal> {
         let snapshot = self
@@ -119,7 +122,7 @@ impl State {
             return Err(Refusal::NoRoom(Lack(why)));
         }
         let source = Source::Snapshot { snapshot, to };
-        placement::place(self, sandbox.team, &sandbox.spec, source, hints).map_err(Refusal::NoRoom)
+        placement::place(self, team, spec, source, hints).map_err(Refusal::NoRoom)
     }
 
     pub(super) fn hold_snapshot(&mut self, id: SnapshotId, node: NodeId, holds: bool) -> Applied {
@@ -159,26 +162,19 @@ impl State {
             // An id stands for one snapshot; a sealer that gives one twice is not believed.
             return None;
         }
-        let mut touched = vec![RowKey::Sandbox(known.id), RowKey::Snapshot(id)];
-        touched.extend(self.forget_snapshot(known.snapshot));
-        self.put_snapshot(Snapshot {
-            sealed,
-            team: known.team,
-            sandbox: known.id,
-            epoch: known.epoch,
-            sealed_by: known.owner,
-            sealed_at: at,
-            holders: BTreeSet::from([known.owner]),
-        });
+        self.put_snapshot(sealed_by_owner(at, known, sealed));
         let paused = Sandbox {
             phase: Phase::Paused,
             snapshot: Some(id),
+            // All that its guest had from there is in what it was just sealed as.
+            origin: None,
             updated_at: at,
             bound_for: None,
             ..known.clone()
         };
         // Off its node first: its own reservation must not stand in its way.
-        self.put_sandbox(paused.clone());
+        let mut touched = self.put_next(paused.clone());
+        touched.push(RowKey::Snapshot(id));
         if let Some(to) = known.bound_for {
             let moved = self.go_on((at, epoch), paused, to);
             self.put_sandbox(moved);
@@ -191,13 +187,13 @@ impl State {
         let Some(from) = paused.snapshot else {
             return paused;
         };
-        let there = self.place_resumed(&paused, from, Some(to), &[]);
+        let place = |to| self.place_from(paused.team, &paused.spec, (from, to), &[]);
+        let there = place(Some(to));
         let why = match there {
             Ok(owner) => return resumed(at, epoch, owner, paused),
             Err(refusal) => format!("it could not be moved: {refusal}"),
         };
-        let anywhere = self.place_resumed(&paused, from, None, &[]);
-        let next = match anywhere {
+        let next = match place(None) {
             Ok(owner) => resumed(at, epoch, owner, paused),
             Err(_) => paused,
         };
@@ -213,25 +209,19 @@ impl State {
         let owner = self
             .node(sandbox.owner)
             .ok_or_else(|| Refusal::NoSuchNode(sandbox.owner.to_string()))?;
-        let template = self.template(&sandbox.spec.template);
+        let made_from = sandbox.snapshots().find_map(|id| self.snapshot(id));
+        let template = self.template(&sandbox.spec.template).map(|it| it.digest);
+        let base = made_from.map(|it| it.sealed.needs.base).or(template);
         let sealed = Sealed {
             needs: Needs {
                 vmm: owner.vmm.clone(),
                 machine: owner.machine.clone(),
                 cpu: owner.cpu.clone(),
-                base: template.map(|it| it.digest).unwrap_or_default(),
+                base: base.unwrap_or_default(),
             },
             ..Sealed::default()
         };
-        let snapshot = Snapshot {
-            sealed,
-            team: sandbox.team,
-            sandbox: sandbox.id,
-            epoch: sandbox.epoch,
-            sealed_by: owner.id,
-            sealed_at: sandbox.updated_at,
-            holders: BTreeSet::new(),
-        };
+        let snapshot = sealed_by_owner(sandbox.updated_at, sandbox, sealed);
         let source = Source::Snapshot {
             snapshot: &snapshot,
             to: Some(to),
@@ -240,13 +230,19 @@ impl State {
         placed.map(drop).map_err(Refusal::NoRoom)
     }
 
-    /// Drops a record that nothing rests on any more.
-    pub(super) fn forget_snapshot(&mut self, id: Option<SnapshotId>) -> Vec<RowKey> {
-        let Some(id) = id.filter(|id| self.snapshot(*id).is_some()) else {
-            return Vec::new();
-        };
-        self.drop_snapshot(id);
-        vec![RowKey::Snapshot(id)]
+    /// Drops those of these records that nobody needs any more.
+    pub(super) fn forget_snapshots(
+        &mut self,
+        ids: impl IntoIterator<Item = SnapshotId>,
+    ) -> Vec<RowKey> {
+        let mut touched = Vec::new();
+        for id in ids {
+            if self.snapshot(id).is_some() && !self.is_needed(id) {
+                self.drop_snapshot(id);
+                touched.push(RowKey::Snapshot(id));
+            }
+        }
+        touched
     }
 
     /// A node that is no more holds nothing.
@@ -260,6 +256,20 @@ impl State {
             self.put_snapshot(snapshot);
         }
         touched
+    }
+}
+
+/// The record of what a sandbox's owner has sealed.
+pub(super) fn sealed_by_owner(at: Stamp, known: &Sandbox, sealed: Sealed) -> Snapshot {
+    Snapshot {
+        sealed,
+        team: known.team,
+        sandbox: known.id,
+        epoch: known.epoch,
+        sealed_by: known.owner,
+        sealed_at: at,
+        holders: BTreeSet::from([known.owner]),
+        warm: None,
     }
 }
 

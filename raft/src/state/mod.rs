@@ -7,6 +7,7 @@
 
 mod cluster;
 mod keys;
+mod named;
 mod nodes;
 mod rows;
 mod sandboxes;
@@ -18,14 +19,15 @@ mod tokens;
 
 use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::Stamp;
-use rpds::{HashTrieMapSync, RedBlackTreeMapSync};
+use rpds::{HashTrieMapSync, RedBlackTreeMapSync, RedBlackTreeSetSync};
 
 pub use cluster::{Cluster, Former, Outlived, Settings};
 pub use keys::Key;
+pub use named::{Checkpoint, Named, Purpose};
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};
 pub use sandboxes::{Desired, GuestVersions, HostLoss, IdleAction, Phase, Sandbox, SandboxSpec};
-pub use snapshots::{Needs, SealTimes, Sealed, Snapshot};
+pub use snapshots::{Needs, SealTimes, Sealed, Snapshot, Warm};
 pub use templates::Template;
 pub use tokens::Token;
 
@@ -43,6 +45,9 @@ pub struct State {
     sandboxes: RedBlackTreeMapSync<SandboxId, Sandbox>,
     tally: Tally,
     snapshots: RedBlackTreeMapSync<SnapshotId, Snapshot>,
+    /// Those of `snapshots` that creates look through.
+    warm: RedBlackTreeSetSync<SnapshotId>,
+    named: RedBlackTreeMapSync<(TeamId, String), Named>,
     tokens: RedBlackTreeMapSync<TokenId, Token>,
     removed: RedBlackTreeMapSync<NodeKey, Removed>,
 }
@@ -158,6 +163,36 @@ impl State {
         self.snapshots.get(&id)
     }
 
+    /// The snapshots of guests that had just booted, by id.
+    pub fn warm(&self) -> impl Iterator<Item = &Snapshot> {
+        self.warm.iter().filter_map(|id| self.snapshots.get(id))
+    }
+
+    /// Whether anything needs this snapshot: a sandbox that rests on it or was made from it, a name,
+    /// or the next create.
+    #[must_use]
+    pub fn is_needed(&self, id: SnapshotId) -> bool {
+        self.warm.contains(&id) || self.tally.is_used(id)
+    }
+
+    /// Every snapshot with a name, by team and name.
+    pub fn all_named(&self) -> impl Iterator<Item = &Named> {
+        self.named.values()
+    }
+
+    /// The snapshots that one team has given a name, by name.
+    pub fn named_by(&self, team: TeamId) -> impl Iterator<Item = &Named> {
+        let from = self.named.range((team, String::new())..);
+        from.take_while(move |((whose, _), _)| *whose == team)
+            .map(|(_, named)| named)
+    }
+
+    /// The snapshot to which a team has given this name.
+    #[must_use]
+    pub fn named(&self, team: TeamId, name: &str) -> Option<&Named> {
+        self.named.get(&(team, name.to_owned()))
+    }
+
     /// Every API key, by id.
     pub fn keys(&self) -> impl Iterator<Item = &Key> {
         self.keys.values()
@@ -237,11 +272,33 @@ impl State {
     }
 
     pub(crate) fn put_snapshot(&mut self, snapshot: Snapshot) {
-        self.snapshots.insert_mut(snapshot.sealed.id, snapshot);
+        let id = snapshot.sealed.id;
+        if snapshot.warm.as_ref().is_some_and(|it| !it.retired) {
+            self.warm.insert_mut(id);
+        } else {
+            self.warm.remove_mut(&id);
+        }
+        self.snapshots.insert_mut(id, snapshot);
     }
 
     pub(crate) fn drop_snapshot(&mut self, id: SnapshotId) {
+        self.warm.remove_mut(&id);
         self.snapshots.remove_mut(&id);
+    }
+
+    pub(crate) fn put_named(&mut self, named: Named) {
+        self.drop_named(named.team, &named.name);
+        self.tally.use_snapshot(named.snapshot);
+        let key = (named.team, named.name.clone());
+        self.named.insert_mut(key, named);
+    }
+
+    pub(crate) fn drop_named(&mut self, team: TeamId, name: &str) {
+        let key = (team, name.to_owned());
+        if let Some(old) = self.named.get(&key) {
+            self.tally.let_go_of_snapshot(old.snapshot);
+            self.named.remove_mut(&key);
+        }
     }
 
     /// Inserts or replaces a sandbox and moves its reservation along.

@@ -1,10 +1,10 @@
 //! The state as rows: what snapshots and the state database store.
 
 use prost::Message;
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TokenId};
+use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::wire::raft as pb;
 
-use super::{Key, Node, Removed, Sandbox, Snapshot, State, Template, Token};
+use super::{Key, Named, Node, Removed, Sandbox, Snapshot, State, Template, Token};
 use crate::wire::array;
 
 /// Where a row lies: a table and the object's id.
@@ -26,7 +26,12 @@ pub enum RowKey {
     Sandbox(SandboxId),
     /// A snapshot.
     Snapshot(SnapshotId),
+    /// A team's name for a snapshot.
+    Named(TeamId, String),
 }
+
+/// Bytes of a team's id, which come first in the key of a name.
+const TEAM_BYTES: usize = 16;
 
 /// An encoded key and value.
 pub type Row = (Vec<u8>, Vec<u8>);
@@ -68,6 +73,7 @@ impl RowKey {
             Self::Template(name) => (b't', name.as_bytes().to_vec()),
             Self::Sandbox(id) => (b's', id.0.to_vec()),
             Self::Snapshot(id) => (b'p', id.0.to_vec()),
+            Self::Named(team, name) => (b'm', [&team.0, name.as_bytes()].concat()),
         };
         [vec![table], id].concat()
     }
@@ -90,6 +96,11 @@ impl RowKey {
             }
             b's' => Self::Sandbox(SandboxId(array("sandbox id", id)?)),
             b'p' => Self::Snapshot(SnapshotId(array("snapshot id", id)?)),
+            b'm' => {
+                let (team, name) = id.split_at_checked(TEAM_BYTES).ok_or(BadRow::Garbled)?;
+                let name = std::str::from_utf8(name).map_err(|_| BadRow::Garbled)?;
+                Self::Named(TeamId(array("team id", team)?), name.to_owned())
+            }
             _ => return Err(BadRow::Unknown("table")),
         })
     }
@@ -124,6 +135,9 @@ impl State {
             RowKey::Snapshot(id) => self
                 .snapshot(*id)
                 .map(|snapshot| pb::SnapshotRow::from(snapshot).encode_to_vec()),
+            RowKey::Named(team, name) => self
+                .named(*team, name)
+                .map(|named| pb::NamedRow::from(named).encode_to_vec()),
         }
     }
 
@@ -139,6 +153,8 @@ impl State {
             .map(|template| RowKey::Template(template.name.clone()));
         let sandboxes = self.sandboxes().map(|sandbox| RowKey::Sandbox(sandbox.id));
         let snapshots = self.snapshots().map(|it| RowKey::Snapshot(it.sealed.id));
+        let named = self.all_named();
+        let named = named.map(|it| RowKey::Named(it.team, it.name.clone()));
         cluster
             .into_iter()
             .chain(nodes)
@@ -148,6 +164,7 @@ impl State {
             .chain(templates)
             .chain(sandboxes)
             .chain(snapshots)
+            .chain(named)
     }
 
     /// Every row there is.
@@ -201,6 +218,11 @@ impl State {
             RowKey::Snapshot(id) => {
                 let snapshot: Snapshot = decode::<pb::SnapshotRow, _>(value)?;
                 self.put_snapshot(in_place(snapshot.sealed.id == id, snapshot)?);
+            }
+            RowKey::Named(team, name) => {
+                let named: Named = decode::<pb::NamedRow, _>(value)?;
+                let same = named.team == team && named.name == name;
+                self.put_named(in_place(same, named)?);
             }
         }
         Ok(())

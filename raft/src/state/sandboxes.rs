@@ -8,6 +8,7 @@ use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::{Mib, Stamp};
 use proto::wire::raft as pb;
 
+use super::named::Checkpoint;
 use super::nodes::Resources;
 use super::rows::BadRow;
 use crate::wire::{array, optional, some};
@@ -41,11 +42,23 @@ pub struct Sandbox {
     pub versions: GuestVersions,
     /// What it was sealed as last: what it rests as while it is paused.
     pub snapshot: Option<SnapshotId>,
-    /// The entry that asked for its last pause; 0 before the first. A seal made for an earlier one
-    /// counts for nothing: the guest has gone on since.
+    /// The entry that asked for its last pause or checkpoint; 0 before the first. A seal made for an
+    /// earlier one counts for nothing: the guest has gone on since.
     pub pause: u64,
     /// While it is being paused in order to move: where it shall go on.
     pub bound_for: Option<NodeId>,
+    /// What its guest was made from as another one, until it is paused itself: its pages may still
+    /// come from there. Not what it falls back to.
+    pub origin: Option<SnapshotId>,
+    /// What it is being sealed for while it is [`Phase::Snapshotting`].
+    pub checkpoint: Option<Checkpoint>,
+}
+
+impl Sandbox {
+    /// The snapshots it needs: what it goes back to, and what its guest was made from.
+    pub fn snapshots(&self) -> impl Iterator<Item = SnapshotId> + use<> {
+        self.snapshot.into_iter().chain(self.origin)
+    }
 }
 
 /// What a sandbox asks for.
@@ -138,6 +151,8 @@ pub enum Phase {
     Paused,
     /// Given out again; the guest does not answer yet.
     Resuming,
+    /// A checkpoint was asked for; the guest is frozen, and goes on whatever comes of it.
+    Snapshotting,
 }
 
 impl Phase {
@@ -145,9 +160,12 @@ impl Phase {
     #[must_use]
     pub const fn holds_resources(self) -> bool {
         match self {
-            Self::Starting | Self::Running | Self::Stopping | Self::Pausing | Self::Resuming => {
-                true
-            }
+            Self::Starting
+            | Self::Running
+            | Self::Stopping
+            | Self::Pausing
+            | Self::Resuming
+            | Self::Snapshotting => true,
             Self::Stopped | Self::Error | Self::Paused => false,
         }
     }
@@ -193,6 +211,8 @@ impl From<&Sandbox> for pb::SandboxRow {
             snapshot: sandbox.snapshot.map(|id| id.0.to_vec()).unwrap_or_default(),
             pause: sandbox.pause,
             bound_for: sandbox.bound_for.map_or(0, |node| node.0),
+            origin: sandbox.origin.map(|id| id.0.to_vec()).unwrap_or_default(),
+            checkpoint: sandbox.checkpoint.as_ref().map(Into::into),
         }
     }
 }
@@ -224,6 +244,8 @@ impl TryFrom<pb::SandboxRow> for Sandbox {
             snapshot: optional("snapshot id", &row.snapshot)?.map(SnapshotId),
             pause: row.pause,
             bound_for: (row.bound_for != 0).then_some(NodeId(row.bound_for)),
+            origin: optional("snapshot id", &row.origin)?.map(SnapshotId),
+            checkpoint: row.checkpoint.map(TryInto::try_into).transpose()?,
         })
     }
 }
@@ -239,6 +261,7 @@ impl From<Phase> for pb::Phase {
             Phase::Pausing => Self::Pausing,
             Phase::Paused => Self::Paused,
             Phase::Resuming => Self::Resuming,
+            Phase::Snapshotting => Self::Snapshotting,
         }
     }
 }
@@ -256,6 +279,7 @@ impl TryFrom<pb::Phase> for Phase {
             pb::Phase::Pausing => Ok(Self::Pausing),
             pb::Phase::Paused => Ok(Self::Paused),
             pb::Phase::Resuming => Ok(Self::Resuming),
+            pb::Phase::Snapshotting => Ok(Self::Snapshotting),
             pb::Phase::Unspecified => Err(BadRow::Unknown("phase")),
         }
     }

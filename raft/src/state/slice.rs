@@ -21,14 +21,15 @@
 //! | templates | all: they belong to the platform |
 //! | its team's keys | all, revoked ones too, so that a revocation arrives |
 //! | its team's sandboxes | all, on whichever node they are |
-//! | its team's snapshots | all, whoever holds them |
+//! | its team's snapshots | those that its sandboxes need or that have a name, whoever holds them |
+//! | its team's names of snapshots | all |
 //! | other nodes, join tokens, removed nodes, other teams' keys, sandboxes and snapshots | nothing |
 
 use std::collections::BTreeSet;
 
-use proto::ids::NodeId;
+use proto::ids::{NodeId, SnapshotId, TeamId};
 
-use super::{BadRow, Change, Node, RowKey, State};
+use super::{BadRow, Change, Node, RowKey, Snapshot, State};
 
 impl State {
     /// What the host of one team `host` may see, or `None` where there is no such host (any more):
@@ -58,12 +59,23 @@ impl State {
         }
         for sandbox in self.sandboxes_of(team) {
             slice.put_sandbox(sandbox.clone());
-            let rests_on = sandbox.snapshot.and_then(|id| self.snapshot(id));
-            if let Some(snapshot) = rests_on {
-                slice.put_snapshot(snapshot.clone());
+            for id in sandbox.snapshots() {
+                slice.take_snapshot(self, id, team);
             }
         }
+        for named in self.named_by(team) {
+            slice.put_named(named.clone());
+            slice.take_snapshot(self, named.snapshot, team);
+        }
         Some(slice)
+    }
+
+    /// Takes over a snapshot of a team's. One that is kept warm is nobody's.
+    fn take_snapshot(&mut self, from: &Self, id: SnapshotId, team: TeamId) {
+        let is_its = |it: &&Snapshot| it.team == team && it.warm.is_none();
+        if let Some(snapshot) = from.snapshot(id).filter(is_its) {
+            self.put_snapshot(snapshot.clone());
+        }
     }
 
     /// The rows by which this state differs from `older`, each with its value here or `None` where
@@ -104,6 +116,7 @@ impl State {
             RowKey::Template(name) => self.template(name) == other.template(name),
             RowKey::Sandbox(id) => self.sandbox(*id) == other.sandbox(*id),
             RowKey::Snapshot(id) => self.snapshot(*id) == other.snapshot(*id),
+            RowKey::Named(team, name) => self.named(*team, name) == other.named(*team, name),
         }
     }
 
@@ -117,6 +130,7 @@ impl State {
             RowKey::Template(name) => self.template(name).is_some(),
             RowKey::Sandbox(id) => self.sandbox(*id).is_some(),
             RowKey::Snapshot(id) => self.snapshot(*id).is_some(),
+            RowKey::Named(team, name) => self.named(*team, name).is_some(),
         }
     }
 
@@ -130,6 +144,7 @@ impl State {
             RowKey::Template(name) => self.drop_template(name),
             RowKey::Sandbox(id) => self.drop_sandbox(*id),
             RowKey::Snapshot(id) => self.drop_snapshot(*id),
+            RowKey::Named(team, name) => self.drop_named(*team, name),
         }
     }
 }

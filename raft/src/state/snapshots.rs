@@ -3,17 +3,18 @@
 //! The record says what a node must be to resume one and who has its bytes; the bytes themselves, and
 //! the manifest that names them, lie in the nodes' stores. A sandbox rests on one snapshot from its
 //! first pause on, and keeps it while it runs: its pages may still come from there, and it is what is
-//! left if its host is lost. The record goes when the sandbox is sealed anew or ends.
+//! left if its host is lost. The record goes when nobody needs it any more: no sandbox rests on it or
+//! was made from it, no name stands for it, and it is not kept warm.
 
 use std::collections::BTreeSet;
 
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
-use proto::units::Stamp;
+use proto::units::{Mib, Stamp};
 use proto::wire::raft as pb;
 
-use super::Node;
 use super::rows::BadRow;
+use super::{Node, SandboxSpec};
 use crate::wire::{array, some};
 
 /// A snapshot as the cluster knows it.
@@ -33,6 +34,47 @@ pub struct Snapshot {
     pub sealed_at: Stamp,
     /// Every node that has all of it.
     pub holders: BTreeSet<NodeId>,
+    /// Set where its guest had just booted, for others to start from.
+    pub warm: Option<Warm>,
+}
+
+/// What a guest that had just booted was given, beside what [`Needs`] says: a sandbox that asks for
+/// the same may start as another one of it, and skip the boot. It was sealed before it was told who
+/// it is, so it holds nothing of anybody's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Warm {
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Guest memory.
+    pub memory: Mib,
+    /// Root disk.
+    pub disk: Mib,
+    /// Release of the node that made it.
+    pub version: String,
+    /// Guest kernel and agent, as that node calls them.
+    pub guest: String,
+    /// Nobody starts from it any more; it stays as long as those that did need it.
+    pub retired: bool,
+}
+
+impl Warm {
+    /// Whether `spec` asks for just that.
+    #[must_use]
+    pub fn fits(&self, spec: &SandboxSpec) -> bool {
+        (self.vcpus, self.memory, self.disk) == (spec.vcpus, spec.memory, spec.disk)
+    }
+}
+
+impl Snapshot {
+    /// Whether `node` may start others from it: it runs what is needed, and has the image below.
+    #[must_use]
+    pub fn is_warm_for(&self, node: &Node) -> bool {
+        let needs = &self.sealed.needs;
+        // A host of one team is sent nothing of others', and no warm snapshot is its team's.
+        let may = node.team.is_none() && needs.are_met_by(node) && needs.has_base(node);
+        let made_by = |warm: &Warm| !warm.retired && warm.version == node.version;
+        may && self.warm.as_ref().is_some_and(made_by)
+    }
 }
 
 /// A snapshot as the node that sealed it reports it.
@@ -150,6 +192,7 @@ impl From<&Snapshot> for pb::SnapshotRow {
             sealed_by: snapshot.sealed_by.0,
             sealed_at_ms: snapshot.sealed_at.0,
             holders: snapshot.holders.iter().map(|node| node.0).collect(),
+            warm: snapshot.warm.as_ref().map(Into::into),
         }
     }
 }
@@ -166,6 +209,33 @@ impl TryFrom<pb::SnapshotRow> for Snapshot {
             sealed_by: NodeId(row.sealed_by),
             sealed_at: Stamp(row.sealed_at_ms),
             holders: row.holders.into_iter().map(NodeId).collect(),
+            warm: row.warm.map(Into::into),
         })
+    }
+}
+
+impl From<&Warm> for pb::Warm {
+    fn from(warm: &Warm) -> Self {
+        Self {
+            vcpus: warm.vcpus,
+            memory_mib: warm.memory.0,
+            disk_mib: warm.disk.0,
+            version: warm.version.clone(),
+            guest: warm.guest.clone(),
+            retired: warm.retired,
+        }
+    }
+}
+
+impl From<pb::Warm> for Warm {
+    fn from(row: pb::Warm) -> Self {
+        Self {
+            vcpus: row.vcpus,
+            memory: Mib(row.memory_mib),
+            disk: Mib(row.disk_mib),
+            version: row.version,
+            guest: row.guest,
+            retired: row.retired,
+        }
     }
 }

@@ -1,10 +1,10 @@
-//! What follows from the sandboxes and is never stored: who holds how much, and shorter ways to
-//! some of them than through all.
+//! What follows from the sandboxes and names and is never stored: who holds how much, how many need
+//! a snapshot, and shorter ways to some sandboxes than through all.
 //!
 //! Every sandbox is in `teams`, and besides in `held` if it holds resources and in `ended` if it has
 //! ended; a paused one is in neither.
 
-use proto::ids::{NodeId, SandboxId, TeamId};
+use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Stamp;
 use rpds::{RedBlackTreeMapSync, RedBlackTreeSetSync};
 
@@ -17,6 +17,8 @@ pub(super) struct Tally {
     held: RedBlackTreeSetSync<(NodeId, SandboxId)>,
     ended: RedBlackTreeSetSync<(Stamp, SandboxId)>,
     teams: RedBlackTreeSetSync<(TeamId, SandboxId)>,
+    /// How many sandboxes and names need each snapshot.
+    uses: RedBlackTreeMapSync<SnapshotId, u32>,
 }
 
 /// The ends of a range over all ids.
@@ -26,6 +28,9 @@ const LAST: SandboxId = SandboxId([u8::MAX; 16]);
 impl Tally {
     pub(super) fn add(&mut self, sandbox: &Sandbox) {
         self.teams.insert_mut((sandbox.team, sandbox.id));
+        for id in sandbox.snapshots() {
+            self.use_snapshot(id);
+        }
         if sandbox.phase.holds_resources() {
             let sum = self.reserved(sandbox.owner).plus(sandbox.spec.resources());
             self.reserved.insert_mut(sandbox.owner, sum);
@@ -38,6 +43,9 @@ impl Tally {
     pub(super) fn remove(&mut self, sandbox: &Sandbox) {
         self.teams.remove_mut(&(sandbox.team, sandbox.id));
         self.ended.remove_mut(&(sandbox.updated_at, sandbox.id));
+        for id in sandbox.snapshots() {
+            self.let_go_of_snapshot(id);
+        }
         if !sandbox.phase.holds_resources() {
             return;
         }
@@ -48,6 +56,24 @@ impl Tally {
         } else {
             self.reserved.insert_mut(sandbox.owner, rest);
         }
+    }
+
+    pub(super) fn use_snapshot(&mut self, id: SnapshotId) {
+        let count = self.uses.get(&id).copied().unwrap_or_default();
+        self.uses.insert_mut(id, count + 1);
+    }
+
+    pub(super) fn let_go_of_snapshot(&mut self, id: SnapshotId) {
+        match self.uses.get(&id).copied() {
+            Some(count @ 2..) => self.uses.insert_mut(id, count - 1),
+            Some(_) | None => {
+                self.uses.remove_mut(&id);
+            }
+        }
+    }
+
+    pub(super) fn is_used(&self, id: SnapshotId) -> bool {
+        self.uses.contains_key(&id)
     }
 
     pub(super) fn reserved(&self, node: NodeId) -> Resources {

@@ -11,16 +11,18 @@ use proptest::sample::Index;
 use proto::epoch::Epoch;
 use proto::ids::{KeyId, NodeId, TeamId};
 use proto::units::{Mib, Stamp};
-use wrenn_raft::command::{Command, Proposal, Report, StopCause, Verdict};
+use wrenn_raft::command::{
+    CheckpointSandbox, Command, DropNamed, Proposal, Report, StopCause, Verdict,
+};
 use wrenn_raft::placement::LoadHint;
 use wrenn_raft::state::{
-    GuestVersions, HostLoss, Key, Liveness, Node, Phase, Resources, Sandbox, SandboxSpec, Sealed,
-    Settings, Token,
+    Checkpoint, GuestVersions, HostLoss, Key, Liveness, Named, Node, Phase, Resources, Sandbox,
+    SandboxSpec, Sealed, Settings, Token,
 };
 
 use super::{
-    HOUR_MS, World, bound, cordon, mark, node, node_key, redeem, remove, sandbox_id, sealed,
-    snapshot_id, template, token, token_id,
+    HOUR_MS, World, bound, cordon, fork, mark, name, node, node_key, redeem, remove, sandbox_id,
+    sealed, snapshot_id, template, token, token_id, warm,
 };
 
 /// Teams there are; the first is the platform.
@@ -31,6 +33,10 @@ const TOKENS: u8 = 6;
 const SANDBOXES: u8 = 24;
 const SNAPSHOTS: u8 = 200;
 const TEMPLATES: [&str; 2] = ["debian", "minimal"];
+/// Names that snapshots get.
+const NAMES: u8 = 3;
+/// Forks have ids from here on.
+const FORKS: u8 = 40;
 
 pub fn team(n: u8) -> TeamId {
     match n % TEAMS {
@@ -123,6 +129,29 @@ pub enum Move {
         /// Another snapshot than the one it rests as.
         other: Option<u8>,
         busy: Vec<u32>,
+    },
+    Checkpoint {
+        sandbox: Index,
+        epoch_back: u64,
+        ask: u8,
+        /// A name, or else forks.
+        named: bool,
+        overwrite: bool,
+    },
+    DropName {
+        named: Index,
+        /// Another snapshot than the one it stands for.
+        other: Option<u8>,
+    },
+    CreateFrom {
+        n: u8,
+        named: Index,
+        other_shape: bool,
+    },
+    Warm {
+        n: u8,
+        node: Index,
+        memory: u32,
     },
     Hold {
         snapshot: Index,
@@ -241,6 +270,23 @@ fn about_sandboxes() -> impl Strategy<Value = Move> {
             prop::collection::vec(0_u32..1500, 0..4),
         )
             .prop_map(|(sandbox, other, busy)| Move::Resume { sandbox, other, busy }),
+        5 => (
+            any::<Index>(),
+            stale(),
+            0..SNAPSHOTS,
+            prop::bool::weighted(0.6),
+            any::<bool>(),
+        )
+            .prop_map(|(sandbox, epoch_back, ask, named, overwrite)| {
+                Move::Checkpoint { sandbox, epoch_back, ask, named, overwrite }
+            }),
+        1 => (any::<Index>(), prop::option::weighted(0.2, 0..SNAPSHOTS))
+            .prop_map(|(named, other)| Move::DropName { named, other }),
+        4 => (0..SANDBOXES, any::<Index>(), prop::bool::weighted(0.1)).prop_map(
+            |(n, named, other_shape)| Move::CreateFrom { n, named, other_shape }
+        ),
+        2 => (0..SNAPSHOTS, any::<Index>(), prop::sample::select(vec![1_u32, 256, 256]))
+            .prop_map(|(n, node, memory)| Move::Warm { n, node, memory }),
         3 => (any::<Index>(), any::<Index>(), prop::bool::weighted(0.7)).prop_map(
             |(snapshot, node, holds)| Move::Hold { snapshot, node, holds }
         ),
@@ -259,7 +305,7 @@ pub fn any_move() -> impl Strategy<Value = (i64, Move)> {
     ];
     let what = prop_oneof![
         2 => about_the_cluster(),
-        5 => about_nodes(),
+        6 => about_nodes(),
         10 => about_sandboxes(),
     ];
     (pause, what)
@@ -426,8 +472,90 @@ impl World {
                 node,
                 holds,
             } => self.hold_command(*snapshot, *node, *holds),
+            Move::Checkpoint { .. }
+            | Move::DropName { .. }
+            | Move::CreateFrom { .. }
+            | Move::Warm { .. } => self.naming_command(what),
             _ => return None,
         })
+    }
+
+    fn naming_command(&self, what: &Move) -> Option<Command> {
+        match what {
+            Move::Checkpoint {
+                sandbox,
+                epoch_back,
+                ask,
+                named,
+                overwrite,
+            } => {
+                let known = self.any_sandbox(*sandbox, &[Phase::Running, Phase::Paused])?;
+                let purpose = if *named {
+                    name(&format!("name-{}", ask % NAMES), *overwrite)
+                } else {
+                    let first = FORKS + ask / 2;
+                    fork(first..=first + ask % 2)
+                };
+                Some(Command::CheckpointSandbox(CheckpointSandbox {
+                    id: known.id,
+                    epoch: Epoch(known.epoch.0.saturating_sub(*epoch_back)),
+                    checkpoint: Checkpoint {
+                        ask: snapshot_id(*ask),
+                        purpose,
+                    },
+                    hints: vec![],
+                }))
+            }
+            Move::DropName { named, other } => {
+                let known = self.any_named(*named)?;
+                Some(Command::DropNamed(DropNamed {
+                    team: known.team,
+                    name: known.name.clone(),
+                    snapshot: other.map_or(known.snapshot, snapshot_id),
+                }))
+            }
+            Move::CreateFrom {
+                n,
+                named,
+                other_shape,
+            } => {
+                let Some(known) = self.any_named(*named) else {
+                    return Some(Self::create_as_usual(*n));
+                };
+                Some(Command::CreateSandbox {
+                    id: sandbox_id(*n),
+                    team: known.team,
+                    spec: SandboxSpec {
+                        template: known.name.clone(),
+                        vcpus: known.vcpus + u32::from(*other_shape),
+                        memory: known.memory,
+                        disk: known.disk,
+                        ..bound(1)
+                    },
+                    hints: vec![],
+                })
+            }
+            Move::Warm { n, node, memory } => {
+                let node = self.any_node(*node)?;
+                Some(Command::PutWarm(warm(*n, node.id, *memory)))
+            }
+            _ => None,
+        }
+    }
+
+    /// What most people ask for, and so what is kept warm.
+    fn create_as_usual(n: u8) -> Command {
+        Command::CreateSandbox {
+            id: sandbox_id(n),
+            team: team(n),
+            spec: bound(256),
+            hints: vec![],
+        }
+    }
+
+    fn any_named(&self, pick: Index) -> Option<&Named> {
+        let all: Vec<_> = self.state.all_named().collect();
+        (!all.is_empty()).then(|| *pick.get(&all))
     }
 
     fn hold_command(&self, snapshot: Index, node: Index, holds: bool) -> Option<Command> {
@@ -555,7 +683,7 @@ impl World {
         report: Report,
     ) -> Option<Command> {
         let likely: &[Phase] = match &report {
-            Report::Sealed(_) | Report::Thawed { .. } => &[Phase::Pausing],
+            Report::Sealed(_) | Report::Thawed { .. } => &[Phase::Pausing, Phase::Snapshotting],
             Report::Running(_) => &[Phase::Starting, Phase::Resuming],
             Report::Stopped { .. } | Report::Failed { .. } => &[],
         };

@@ -9,17 +9,19 @@
 
 pub mod history;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::epoch::Epoch;
 use proto::ids::{ClusterId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::{Mib, Stamp};
 use wrenn_raft::apply::Applied;
-use wrenn_raft::command::{Answer, Command, Proposal, Receipt, Report, StopCause, Verdict};
+use wrenn_raft::command::{
+    Answer, CheckpointSandbox, Command, Proposal, Receipt, Report, StopCause, Verdict,
+};
 use wrenn_raft::state::{
-    GuestVersions, HostLoss, Needs, Node, Resources, Sandbox, SandboxSpec, SealTimes, Sealed,
-    Settings, Snapshot, State, Template, Token,
+    Checkpoint, GuestVersions, HostLoss, Named, Needs, Node, Purpose, Resources, Sandbox,
+    SandboxSpec, SealTimes, Sealed, Settings, Snapshot, State, Template, Token, Warm,
 };
 
 pub const FOUNDER: NodeId = NodeId(1);
@@ -68,6 +70,44 @@ pub fn sealed(n: u8, fits: bool) -> Sealed {
             save_ms: 30,
             store_ms: 400,
         },
+    }
+}
+
+/// What a node made of a guest that had just booted with this much memory.
+pub fn warm(n: u8, by: NodeId, memory: u32) -> Snapshot {
+    let spec = waiting(memory);
+    Snapshot {
+        sealed: sealed(n, true),
+        team: TEAM,
+        sandbox: sandbox_id(n),
+        epoch: Epoch(1),
+        sealed_by: by,
+        sealed_at: Stamp(0),
+        holders: BTreeSet::from([by]),
+        warm: Some(Warm {
+            vcpus: spec.vcpus,
+            memory: spec.memory,
+            disk: spec.disk,
+            version: node(1).version,
+            guest: "6.1".into(),
+            retired: false,
+        }),
+    }
+}
+
+/// A checkpoint for a name.
+pub fn name(name: &str, overwrite: bool) -> Purpose {
+    Purpose::Name {
+        name: name.into(),
+        overwrite,
+        metadata: BTreeMap::new(),
+    }
+}
+
+/// A checkpoint for forks.
+pub fn fork(ids: impl IntoIterator<Item = u8>) -> Purpose {
+    Purpose::Fork {
+        ids: ids.into_iter().map(sandbox_id).collect(),
     }
 }
 
@@ -364,6 +404,31 @@ impl World {
             to: None,
             hints: vec![],
         })
+    }
+
+    /// Asks for a checkpoint of it by the ask `ask`.
+    pub fn checkpoint(&mut self, n: u8, ask: u8, purpose: Purpose) -> Answer {
+        let epoch = self.sandbox(n).epoch;
+        self.act(Command::CheckpointSandbox(CheckpointSandbox {
+            id: sandbox_id(n),
+            epoch,
+            checkpoint: Checkpoint {
+                ask: snapshot_id(ask),
+                purpose,
+            },
+            hints: vec![],
+        }))
+    }
+
+    /// A checkpoint of it, as the snapshot `by`, that is done.
+    pub fn checkpointed(&mut self, n: u8, by: u8, purpose: Purpose) {
+        assert_eq!(self.checkpoint(n, by, purpose), Ok(Receipt::Done(1)));
+        let sealed = self.seal(n, by, true);
+        assert_eq!(self.report(n, sealed), Ok(Receipt::Done(1)));
+    }
+
+    pub fn named(&self, name: &str) -> Option<&Named> {
+        self.state.named(TEAM, name)
     }
 
     pub fn hold(&mut self, by: u8, node: NodeId, holds: bool) -> Answer {

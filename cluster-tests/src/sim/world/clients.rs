@@ -1,13 +1,19 @@
 //! Clients: they ask any node, and ask another one until they are answered.
 
-use proto::ids::{NodeId, SandboxId, TeamId};
+use std::collections::BTreeMap;
+
+use proto::epoch::Epoch;
+use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Mib;
-use raft::command::{Answer, Command, Receipt, StopCause};
-use raft::state::{HostLoss, Phase, SandboxSpec};
+use raft::command::{Answer, CheckpointSandbox, Command, Receipt, StopCause};
+use raft::state::{Checkpoint, HostLoss, Phase, Purpose, SandboxSpec};
 
 use super::{CLIENT_PATIENCE, Event, Pending, World, template};
 use crate::sim::bugs::Bug;
 use crate::sim::oracle::{Promise, Wish};
+
+/// Names that clients give to snapshots.
+const NAMES: u64 = 3;
 
 impl World {
     /// A client asks for something, as long as faults fall.
@@ -38,12 +44,16 @@ impl World {
         self.after(wait, Event::Client);
     }
 
-    /// A pause of what runs, a resume of what rests, another holder for it; or a stop.
+    /// A checkpoint or a pause of what runs, a checkpoint or a resume of what rests, another holder for
+    /// it; or a stop.
     fn change(&mut self, id: SandboxId) -> Pending {
         let state = self.oracle.newest();
         let known = state.sandbox(id);
         let nodes: Vec<NodeId> = state.nodes().map(|node| node.id).collect();
         let command = match known.map(|it| (it.phase, it.epoch, it.snapshot)) {
+            Some((Phase::Running | Phase::Paused, epoch, _)) if self.rng.chance(250) => {
+                self.checkpoint(id, epoch)
+            }
             Some((Phase::Running, epoch, _)) if self.rng.chance(700) => Command::PauseSandbox {
                 id,
                 epoch,
@@ -82,10 +92,40 @@ impl World {
         }
     }
 
-    fn new_sandbox(&mut self, request: u64) -> Pending {
+    /// For a name, or for a fork.
+    fn checkpoint(&mut self, id: SandboxId, epoch: Epoch) -> Command {
+        let purpose = if self.rng.chance(500) {
+            Purpose::Name {
+                name: format!("kept-{}", self.rng.within(0, NAMES)),
+                overwrite: self.rng.chance(500),
+                metadata: BTreeMap::new(),
+            }
+        } else {
+            let fork = SandboxId(self.any_id());
+            if let Some(of) = self.oracle.wishes.get(&id).cloned() {
+                self.requests += 1;
+                let request = self.requests;
+                self.oracle.wishes.insert(fork, Wish { request, ..of });
+            }
+            Purpose::Fork { ids: vec![fork] }
+        };
+        let ask = SnapshotId(self.any_id());
+        Command::CheckpointSandbox(CheckpointSandbox {
+            id,
+            epoch,
+            checkpoint: Checkpoint { ask, purpose },
+            hints: Vec::new(),
+        })
+    }
+
+    fn any_id(&mut self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.rng.next().to_be_bytes());
-        let id = SandboxId(bytes);
+        bytes
+    }
+
+    fn new_sandbox(&mut self, request: u64) -> Pending {
+        let id = SandboxId(self.any_id());
         let on_host_loss = if self.rng.chance(700) {
             HostLoss::Restart
         } else {
@@ -100,6 +140,13 @@ impl World {
             on_host_loss,
             ..SandboxSpec::default()
         };
+        let state = self.oracle.newest();
+        let named: Vec<_> = state.named_by(TeamId::default()).collect();
+        if !named.is_empty() && self.rng.chance(300) {
+            let from = *self.rng.pick(&named);
+            spec.template.clone_from(&from.name);
+            (spec.vcpus, spec.memory, spec.disk) = (from.vcpus, from.memory, from.disk);
+        }
         let resources = spec.resources();
         self.oracle.wishes.insert(id, Wish { request, resources });
         if self.setup.bug == Some(Bug::ReservationsIgnored) {

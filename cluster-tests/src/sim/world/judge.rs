@@ -10,7 +10,7 @@ use super::World;
 use crate::sim::host::{Guest, GuestState};
 
 impl World {
-    /// At most one guest of a sandbox runs, and none whose end was committed.
+    /// At most one guest runs that takes itself for a sandbox, and none whose end was committed.
     pub(super) fn check_guests(&mut self, looked_at: NodeId) {
         let looked_at = self.machines.get(&looked_at);
         let idle = looked_at.is_none_or(|machine| machine.body.guests.is_empty());
@@ -19,10 +19,11 @@ impl World {
         }
         let mut running: BTreeMap<SandboxId, NodeId> = BTreeMap::new();
         for (node, machine) in &self.machines {
-            for (id, _) in machine.body.guests.iter().filter(|(_, guest)| guest.runs()) {
-                if let Some(other) = running.insert(*id, *node) {
+            for guest in machine.body.guests.values().filter(|guest| guest.runs()) {
+                if let Some(other) = running.insert(guest.is, *node) {
+                    let is = guest.is;
                     self.oracle
-                        .accuse(format!("{id} runs on {other} and on {node}"));
+                        .accuse(format!("{is} runs on {other} and on {node}"));
                 }
             }
         }
@@ -59,7 +60,11 @@ impl World {
             let well = match sandbox.phase {
                 Phase::Running => sandbox.desired == Desired::Running && ready,
                 Phase::Stopped | Phase::Error | Phase::Paused => !guest.is_some_and(Guest::runs),
-                Phase::Starting | Phase::Stopping | Phase::Pausing | Phase::Resuming => false,
+                Phase::Starting
+                | Phase::Stopping
+                | Phase::Pausing
+                | Phase::Resuming
+                | Phase::Snapshotting => false,
             };
             if !well {
                 let (id, phase, owner) = (sandbox.id, sandbox.phase, sandbox.owner);

@@ -3,8 +3,10 @@
 use proptest::prelude::*;
 use proto::ids::{NodeKey, SnapshotId, TeamId};
 use proto::units::Mib;
-use raft::command::{Command, Proposal, StopCause};
-use raft::state::{GuestVersions, Needs, Node, Resources, SandboxSpec, Sealed, Template};
+use raft::command::{CheckpointSandbox, Command, Proposal, StopCause};
+use raft::state::{
+    Checkpoint, GuestVersions, Needs, Node, Purpose, Resources, SandboxSpec, Sealed, Template,
+};
 
 use super::*;
 
@@ -122,6 +124,7 @@ fn seen_under(
             epoch,
             state,
             idle_for,
+            has_warm: false,
         },
     )])
 }
@@ -512,6 +515,97 @@ fn a_guest_that_is_being_paused_is_not_stopped_for_idleness() {
     assert_eq!(steps(&pausing, &idle), [SEAL]);
 }
 
+fn checkpoint() -> Command {
+    Command::CheckpointSandbox(CheckpointSandbox {
+        id: ID,
+        epoch: Epoch(3),
+        checkpoint: Checkpoint {
+            ask: SnapshotId([8; 16]),
+            purpose: Purpose::Name {
+                name: "mine".into(),
+                overwrite: false,
+                metadata: BTreeMap::new(),
+            },
+        },
+        hints: vec![],
+    })
+}
+
+#[test]
+fn a_guest_that_was_sealed_for_a_checkpoint_goes_on_once_the_cluster_knows() {
+    let snapshotting = state_after([running(), checkpoint()]);
+    assert_eq!(steps(&snapshotting, &seen(ready())), [SEAL]);
+    let seen_sealed = seen(ObservedState::Sealed(sealed()));
+    let told = Report::Sealed(sealed());
+    let step = reported(told.clone());
+    assert_eq!(steps(&snapshotting, &seen_sealed), [step]);
+    let known = state_after([running(), checkpoint(), report(told)]);
+    assert_eq!(steps(&known, &seen_sealed), [Step::Thaw(ID)]);
+}
+
+#[test]
+fn a_checkpoint_that_failed_is_told_before_the_guest_goes_on() {
+    let snapshotting = state_after([running(), checkpoint()]);
+    let told = Report::Thawed {
+        reason: "full".into(),
+    };
+    let step = reported(told.clone());
+    assert_eq!(steps(&snapshotting, &seen(frozen("full"))), [step]);
+    let known = state_after([running(), checkpoint(), report(told)]);
+    assert_eq!(steps(&known, &seen(frozen("full"))), [Step::Thaw(ID)]);
+}
+
+#[test]
+fn a_guest_that_vanished_during_its_checkpoint_is_lost_and_a_bound_one_starts_again_after_it() {
+    let nothing = BTreeMap::new();
+    let lost = steps(&state_after([running(), checkpoint()]), &nothing);
+    assert!(
+        matches!(
+            &lost[..],
+            [Step::Report {
+                report: Report::Failed { .. },
+                ..
+            }]
+        ),
+        "{lost:?}"
+    );
+    let bound = steps(&bound_after([running(), checkpoint()]), &nothing);
+    let [Step::Report { report: told, .. }] = &bound[..] else {
+        panic!("{bound:?}");
+    };
+    let known = bound_after([running(), checkpoint(), report(told.clone())]);
+    assert_eq!(steps(&known, &nothing), [Step::Start(ID)]);
+}
+
+#[test]
+fn a_start_that_the_end_of_a_daemon_cut_short_begins_again() {
+    let unfinished = || {
+        seen(ObservedState::Gone(End::Unfinished {
+            reason: "the daemon ended".into(),
+        }))
+    };
+    let starting = state_after([]);
+    assert_eq!(steps(&starting, &unfinished()), [Step::Forget(ID)]);
+    assert_eq!(steps(&starting, &BTreeMap::new()), [Step::Start(ID)]);
+    let unwanted = steps(&state_after([stop()]), &unfinished());
+    assert!(
+        matches!(&unwanted[..], [Step::Report { .. }]),
+        "{unwanted:?}"
+    );
+}
+
+#[test]
+fn what_was_kept_of_a_boot_is_told_once_the_guest_is_known_to_run() {
+    let mut kept = seen(ready());
+    kept.get_mut(&ID).expect("it is seen").has_warm = true;
+    let first = steps(&state_after([]), &kept);
+    assert!(matches!(&first[..], [Step::Report { .. }]), "{first:?}");
+    assert_eq!(
+        steps(&state_after([running()]), &kept),
+        [Step::TellWarm(ID)]
+    );
+}
+
 fn any_state() -> impl Strategy<Value = ObservedState> {
     prop_oneof![
         Just(ObservedState::Starting),
@@ -519,6 +613,9 @@ fn any_state() -> impl Strategy<Value = ObservedState> {
         Just(ObservedState::Sealing),
         Just(ObservedState::Sealed(sealed())),
         Just(frozen("full")),
+        Just(ObservedState::Gone(End::Unfinished {
+            reason: "cut".into()
+        })),
         Just(ObservedState::Releasing),
         Just(gone()),
     ]
@@ -529,12 +626,13 @@ proptest! {
     /// step is planned for a sandbox.
     #[test]
     fn at_most_one_step_is_planned_for_a_sandbox_that_is_seen_under_its_epoch(
-        state in any_state(), stopped: bool, ran: bool, pauses: bool, idle in 0_u64..200,
+        state in any_state(), stopped: bool, ran: bool, pauses: bool, seals: bool, idle in 0_u64..200,
     ) {
         let mut commands = Vec::new();
         if ran {
             commands.push(running());
             commands.extend(pauses.then(pause));
+            commands.extend((seals && !pauses).then(checkpoint));
         }
         if stopped {
             commands.push(stop());

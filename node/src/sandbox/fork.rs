@@ -1,0 +1,64 @@
+//! Starting a sandbox as another one of what was sealed.
+//!
+//! It is brought back as a guest of its own would be, but as somebody else: before its workload runs
+//! it has another token, host name, machine id and ssh host keys, and its kernel other random numbers.
+//! A guest that does not confirm that is ended. Where the fork is only the quicker start, whatever
+//! fails before it runs is undone, and the guest boots instead.
+
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::driver::{Driver, start_failed};
+use super::phase::Event;
+use super::resources::Held;
+use super::spec::{Origin, StartSpec};
+use crate::base::chain::chain;
+use crate::guest::Fork;
+use crate::store::{ImageDigest, SnapshotDigest};
+
+/// Who a guest is to be from now on, if it is not who it was.
+pub(super) fn identity(spec: &StartSpec) -> Option<Fork> {
+    match spec.origin {
+        // Ids are lower-case letters, digits and a dash, and shorter than a host name may be.
+        Origin::Fork { .. } => Some(Fork::named(spec.id.to_string())),
+        Origin::Image(_) | Origin::Snapshot(_) => None,
+    }
+}
+
+impl Driver {
+    /// Every step of a start as another one. `None` when the daemon is stopping.
+    pub(super) async fn start_fork(
+        &self,
+        spec: &StartSpec,
+        from: SnapshotDigest,
+        or_boots: Option<ImageDigest>,
+        held: &mut Held,
+        asked: Instant,
+    ) -> Option<Event> {
+        let event = self.bring_back(spec, from, held, asked).await?;
+        let (Event::StartFailed { reason }, Some(base)) = (&event, or_boots) else {
+            return Some(event);
+        };
+        warn!(reason, "could not start warm; boots instead");
+        match held.begin_again(&self.host, spec).await {
+            Ok(()) => self.bring_up(spec, base, held, Instant::now()).await,
+            Err(err) => {
+                warn!(err = chain(&err), "could not undo the warm start");
+                Some(start_failed(&err))
+            }
+        }
+    }
+}
+
+impl Held {
+    /// Gives everything back and holds what a new sandbox holds.
+    async fn begin_again(
+        &mut self,
+        host: &super::spec::Host,
+        spec: &StartSpec,
+    ) -> Result<(), super::error::AcquireError> {
+        self.release(host).await?;
+        *self = Self::create(host, spec).await?;
+        Ok(())
+    }
+}
