@@ -29,10 +29,12 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use transport::Identity;
 use wrenn_node::base::stop::Tasks;
-use wrenn_node::guest::Guest;
+use wrenn_node::guest::{Guest, ProcessCommand};
 use wrenn_node::net::{NetConfig, SlotPool};
 use wrenn_node::sandbox::paging::Paging;
-use wrenn_node::sandbox::{End, Host, Keeping, ObservedState, Origin, Registry, StartSpec, adopt};
+use wrenn_node::sandbox::{
+    End, Host, Keeping, ObservedState, Origin, Registry, StartSpec, WarmStarts, adopt,
+};
 use wrenn_node::shim::client;
 use wrenn_node::shim::saved::PagingStatus;
 use wrenn_node::store::fetch::{Holders, Wire};
@@ -187,6 +189,7 @@ impl Place {
                 identity: Arc::new(Identity::ephemeral().unwrap()),
             },
             paging: Some(paging),
+            warm: WarmStarts::default(),
             slots: slots.clone(),
             kernel: images().join("kernel/vmlinuz"),
             kernel_release: "test".into(),
@@ -234,6 +237,7 @@ impl Node {
             memory: Mib(256),
             disk: Mib(5 * 1024),
             lease_bound: false,
+            keep_warm: false,
         });
         self.guest().await
     }
@@ -361,7 +365,13 @@ fn a_guest_whose_memory_nobody_has_any_more_is_ended_and_its_end_says_so() {
         let guest = node.start(Origin::Snapshot(snapshot)).await;
         assert_eq!(sum(&guest, 1).await, sums[0]);
         here.holders.lose();
-        let asking = tokio::spawn(async move { sum(&guest, 2).await });
+        // It never hears of this.
+        let command = ProcessCommand {
+            cmd: "sha256sum".into(),
+            args: vec!["/dev/shm/2".into()],
+            ..ProcessCommand::default()
+        };
+        let asking = tokio::spawn(async move { guest.run(command, Some(LOST)).await });
         let gone = || matches!(node.state(), ObservedState::Gone(_));
         node.await_that(LOST, gone).await;
         asking.abort();
