@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use proto::epoch::Epoch;
-use proto::ids::{NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{ClusterId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
 use proto::units::{Mib, Stamp};
 use raft::command::{Command, Receipt, Report, StopCause};
 use raft::state::{GuestVersions, Node, Resources, SandboxSpec, Sealed as Told, Template, Token};
@@ -225,6 +225,24 @@ async fn a_node_whose_store_is_gone_is_no_holder_until_it_has_a_new_copy() {
     pair.wait_for_holders([HERE, OTHER]).await;
     pair.tasks.stop_and_join().await;
     pair.world.assert_whole_after_restart();
+}
+
+/// A guest was started from it here, and the rest came while it ran.
+#[tokio::test(start_paused = true)]
+async fn a_copy_that_came_piecemeal_is_told_once_it_is_whole() {
+    let pair = Pair::new().await;
+    let mut settings = pair.proposer.view().state().settings();
+    settings.replicas = 1;
+    // Nobody need copy it.
+    let id = ClusterId([1; 16]);
+    pair.act(Command::FoundCluster { id, settings }).await;
+    pair.start();
+    let digest = pair.world.sealed.digest();
+    let peers = Arc::new(pair.peers.clone());
+    let incoming = pair.world.store.fetch_lazily(digest, peers).await.unwrap();
+    drop(incoming.complete().await.unwrap());
+    pair.wait_for_holders([HERE, OTHER]).await;
+    pair.tasks.stop_and_join().await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -133,6 +133,8 @@ async fn a_chunk_is_brought_past_all_that_is_on_its_way() {
     );
     assert!(!rest.is_finished());
     rest.await.unwrap().unwrap();
+    let asked = peers.asked().into_iter().filter(|id| *id == last);
+    assert_eq!(asked.count(), 1, "the rest need not bring what has come");
 }
 
 #[tokio::test(start_paused = true)]

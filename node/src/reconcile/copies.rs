@@ -4,8 +4,8 @@
 //! which too few live copies are left, those that come first by a hash of both fetch one, and tell the
 //! cluster once they have all of it. What no record names any more is collected a while later.
 //!
-//! What the cluster believes of this node is compared with what is here after a start, and whenever
-//! a chunk turned out damaged. A copy of which a little is missing is mended at once; one that
+//! What the cluster believes of this node is compared with what is here after a start, whenever a
+//! chunk turned out damaged, and when a snapshot that a guest was started from is whole. A copy of which a little is missing is mended at once; one that
 //! cannot be, or is gone, is said not to be here, and made again by whomever that falls to.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,7 +69,7 @@ impl Copies {
         let mut collect_at = Some(Instant::now() + COLLECT_AFTER);
         let mut named = BTreeSet::new();
         let mut failed: BTreeMap<SnapshotId, Instant> = BTreeMap::new();
-        let mut damage = self.store.damage();
+        let (mut damage, mut completed) = (self.store.damage(), self.store.completed());
         let mut audit_at = Some(Instant::now());
         while !stop.is_cancelled() {
             if audit_at.is_some_and(|at| at <= Instant::now()) {
@@ -101,6 +101,7 @@ impl Copies {
             tokio::select! {
                 alive = view.changed() => if !alive { break },
                 Ok(()) = damage.changed() => audit_at = Some(Instant::now()),
+                Ok(()) = completed.changed() => audit_at = Some(Instant::now()),
                 () = time::sleep_until(due) => {}
             }
         }
