@@ -58,7 +58,7 @@ pub(crate) const TARGETS: &[Target] = &[
     },
     Target {
         name: "signed-snapshot",
-        samples: || vec![Sealed::new().signed.encode()],
+        samples: signed_snapshots,
         run: signed_snapshot,
     },
     Target {
@@ -389,6 +389,15 @@ fn manifest(bytes: &[u8]) {
         reached = extent.end_bytes();
     }
     assert_eq!(reached, read.image_bytes());
+}
+
+/// One of each version: the second names a working set.
+fn signed_snapshots() -> Vec<Vec<u8>> {
+    let first = Sealed::new().signed;
+    let mut manifest = first.manifest().clone();
+    manifest.working_set = Some(manifest.device_state);
+    let second = SignedSnapshot::sign(manifest, &IDENTITY).expect("it is sound");
+    vec![first.encode(), second.encode()]
 }
 
 /// Reads it as it came, and its body signed anew by a node that may seal.

@@ -140,6 +140,7 @@ fn seal(store: &Store, memory: ImageRef, identity: &Identity) -> Outcome<Snapsho
         disk: small,
         device_state: small,
         base: small.digest,
+        working_set: None,
         machine: MachineFacts {
             driver: text("qemu"),
             driver_version: text("7.2"),

@@ -1,8 +1,10 @@
-//! A resume whose memory comes as it is touched, beside one that copies all of it before.
+//! A resume whose memory comes as it is touched, beside memory copied whole before.
 //!
-//! One capsule, paused and resumed in turns by the same daemon started in two ways: as it is, and
-//! told to go on as where no pager can serve, which is to copy whole images. Before each resume the
-//! daemon is started anew, so neither has an advantage. Page cache is warm for both.
+//! Each round a fresh capsule, paused and resumed in three ways in turns. *Lazy*: what it touches on
+//! its way up is known from no earlier resume. *Working set*: the resume before has recorded it, and
+//! it is pushed ahead. *Eager*: the same daemon, told to go on as where no pager can serve, which is
+//! to copy whole images. Before each resume the daemon is started anew, so none has an advantage.
+//! Page cache is warm for all.
 //!
 //! *First answer* is from the request to the end of a first command. *Read all* is from the request
 //! until the guest has read all that was filled: with the copy that is there, without it comes
@@ -73,11 +75,15 @@ impl Way {
 /// Measures rounds.
 pub(crate) fn run(run: &Run) -> Outcome {
     let mut world = World::new();
-    let mut capsule = Capsule::create(&world, run.memory_mib)?;
-    capsule.fill(filled_mib(run))?;
-    capsule.pause()?;
-    let mut ways = [Way::new("lazy", false), Way::new("eager", true)];
+    let mut ways = [
+        Way::new("lazy", false),
+        Way::new("working_set", false),
+        Way::new("eager", true),
+    ];
     for round in 1..=rounds(run) {
+        let mut capsule = Capsule::create(&world, run.memory_mib)?;
+        capsule.fill(filled_mib(run))?;
+        capsule.pause()?;
         for way in &mut ways {
             run.go_on()?;
             world.stop();
@@ -91,19 +97,25 @@ pub(crate) fn run(run: &Run) -> Outcome {
             measure(run, &world, &mut capsule, way)?;
             run.note(&format!("round {round}, {}", way.name));
         }
+        capsule.destroy()?;
     }
-    capsule.destroy()?;
+    print(run, &ways);
+    Ok(())
+}
+
+fn print(run: &Run, ways: &[Way; 3]) {
     figure("resume_memory", run.memory_mib.into(), "MiB");
     ways.iter().for_each(Way::print);
-    let [lazy, eager] = &ways;
-    let over = |name: &str, of: fn(&Way) -> &Samples, goal| {
-        let name = format!("resume_{name}_lazy_over_eager");
-        ratio(&name, of(lazy).p50(), of(eager).p50(), goal);
-    };
-    over("first_answer", |way| &way.first_answer, FIRST_GOAL);
-    over("read_all", |way| &way.read_all, 1.0);
-    over("held", |way| &way.held, HELD_GOAL);
-    Ok(())
+    let [lazy, working_set, eager] = ways;
+    for way in [lazy, working_set] {
+        let over = |what: &str, of: fn(&Way) -> &Samples, goal| {
+            let name = format!("resume_{what}_{}_over_eager", way.name);
+            ratio(&name, of(way).p50(), of(eager).p50(), goal);
+        };
+        over("first_answer", |way| &way.first_answer, FIRST_GOAL);
+        over("read_all", |way| &way.read_all, 1.0);
+        over("held", |way| &way.held, HELD_GOAL);
+    }
 }
 
 fn measure(run: &Run, world: &World, capsule: &mut Capsule, way: &mut Way) -> Outcome {
