@@ -327,9 +327,7 @@ impl Driver {
             held.take_slot(&self.host).await?;
             timings.slot = mark.elapsed();
             let mark = Instant::now();
-            let (host, paths, asked) = (Arc::clone(&self.host), held.paths.clone(), spec.clone());
-            let files = blocking(move || Returning::put_together(&host, &paths, &asked, from));
-            let returning = files.await??;
+            let returning = self.put_together(spec, from, held).await?;
             held.record.base = Some(returning.base.to_string());
             held.record.parent = Some(from.to_string());
             held.save().await?;
@@ -435,7 +433,7 @@ impl Driver {
 }
 
 /// A sandbox whose files are in place again, and what is needed to start it.
-struct Returning {
+pub(super) struct Returning {
     restore: RestoreSpec,
     base: ImageDigest,
     token: String,
@@ -445,7 +443,7 @@ struct Returning {
 impl Returning {
     /// Makes the files of the sandbox `spec` from the snapshot `from`, of which nothing is believed
     /// that the record does not say. Blocks.
-    fn put_together(
+    pub(super) fn put_together(
         host: &Host,
         paths: &SandboxPaths,
         spec: &StartSpec,
