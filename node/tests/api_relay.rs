@@ -13,6 +13,7 @@ use http_body_util::BodyExt as _;
 use proto::units::Stamp;
 use raft::command::{Command, Verdict};
 use serde_json::json;
+use wrenn_node::relay::Transfer;
 
 #[tokio::test]
 async fn commands_run_through_another_node_with_one_connection_and_one_question() {
@@ -105,11 +106,26 @@ async fn what_only_the_owner_knows_is_shown_by_every_node() {
     world.guests.active.lock().unwrap().insert(parsed, used);
     *world.guests.console.lock().unwrap() = Some(b"one\ntwo\n".to_vec());
 
+    let transfer = Transfer {
+        bytes_done: 5,
+        bytes_total: 9,
+        sources: 2,
+    };
+    *world.guests.transfer.lock().unwrap() = Some(transfer);
     let shown = world
         .get(&format!("/v1/capsules/{id}"))
         .await
         .is(200)
         .json();
+    let expected = json!({ "bytes_done": 5, "bytes_total": 9, "sources": 2 });
+    assert_eq!(shown["transfer"], expected);
+    *world.guests.transfer.lock().unwrap() = None;
+    let shown = world
+        .get(&format!("/v1/capsules/{id}"))
+        .await
+        .is(200)
+        .json();
+    assert!(shown.get("transfer").is_none());
     assert_eq!(shown["last_active_at"], "2023-11-14T22:15:23Z");
     assert_eq!(shown["disk_used_mb"], 4);
     let logs = world.get(&format!("/v1/capsules/{id}/logs?tail=1")).await;

@@ -297,6 +297,32 @@ fn a_spoiled_pack_is_reported_and_the_right_bytes_are_served() {
     assert_eq!((asked.len(), asked[0].spoiled), (1, true));
 }
 
+/// A process that lives and does nothing, as one does whose disk hangs.
+#[test]
+fn a_pager_that_is_stopped_is_replaced_and_its_guest_goes_on() {
+    let world = World::new(Elsewhere::None);
+    let pager = world.start(world.spec());
+    assert_eq!(world.vmm.hash(0, 16), world.image.hash(0, 16));
+    let old = pager.pid();
+    let raw = i32::try_from(old).expect("a pid");
+    kill(Pid::from_raw(raw), Signal::SIGSTOP).expect("it is there");
+    let stopped = Instant::now();
+    assert!(eventually(3 * SOON, || pager.pid() != old), "it was let be");
+    println!("another serves {:?} after the stop", stopped.elapsed());
+    assert_eq!(world.vmm.hash(0, PAGES), world.image.hash(0, PAGES));
+    assert_eq!(stats(&pager).takeovers, 1);
+}
+
+#[test]
+fn a_pager_that_hangs_at_its_end_is_killed() {
+    let world = World::new(Elsewhere::None);
+    let pager = world.start(world.spec());
+    let raw = i32::try_from(pager.pid()).expect("a pid");
+    kill(Pid::from_raw(raw), Signal::SIGSTOP).expect("it is there");
+    pager.end(Instant::now() + Duration::from_millis(100));
+    assert!(kill(Pid::from_raw(raw), None).is_err(), "it is still there");
+}
+
 #[test]
 fn a_pager_ends_with_its_vmm() {
     let mut world = World::new(Elsewhere::None);

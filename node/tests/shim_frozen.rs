@@ -27,7 +27,9 @@ use wrenn_node::base::clock::BootInstant;
 use wrenn_node::base::stop::Tasks;
 use wrenn_node::guest::{Guest, ProcessCommand};
 use wrenn_node::net::{NetConfig, SlotPool};
-use wrenn_node::sandbox::{End, Host, Keeping, ObservedState, Origin, Registry, StartSpec, adopt};
+use wrenn_node::sandbox::{
+    End, Host, Keeping, ObservedState, Origin, Registry, StartSpec, WarmStarts, adopt,
+};
 use wrenn_node::shim::lease::{self, LeaseTimes, LeaseWriter};
 use wrenn_node::store::fetch::NoHolders;
 use wrenn_node::store::{DataPaths, ImageDigest, Limits, Store, durable};
@@ -122,6 +124,7 @@ impl World {
                 identity: Arc::new(Identity::ephemeral().unwrap()),
             },
             paging: None,
+            warm: WarmStarts::default(),
             slots: slots.clone(),
             kernel: images.join("kernel/vmlinuz"),
             kernel_release: "test".into(),
@@ -165,6 +168,7 @@ impl Node {
             memory: Mib(256),
             disk: Mib(5 * 1024),
             lease_bound: true,
+            keep_warm: false,
         });
         self.await_that(2 * BOOT, |it| it.guest().is_some()).await;
         self.guest().unwrap()

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use shim_support::debian::{Netns, SUMS, boot, count, debian, run};
-use shim_support::{SOON, Sandbox, WRENN, eventually, runs, signal};
+use shim_support::{BOOT, SOON, Sandbox, WRENN, eventually, runs, signal};
 use tokio::time::Instant;
 use wrenn_node::base::stop::Tasks;
 use wrenn_node::pager::handle::{PAGES, WORKING_SET};
@@ -23,7 +23,7 @@ use wrenn_node::shim::dirty::{Basis, DirtyList};
 use wrenn_node::shim::saved::{GuestStand, PagingStatus, Saved};
 use wrenn_node::shim::spec::{MemoryImage, RestoreSpec, ShimSpec};
 use wrenn_node::shim::sweep::kill_leftovers;
-use wrenn_node::store::{Kept, Limits, Manifest, Store};
+use wrenn_node::store::{Content, Kept, Limits, Manifest, Store};
 use wrenn_node::vmm::{Hardware, NetworkSpec};
 
 /// A daemon, as far as a resume needs one.
@@ -238,5 +238,76 @@ async fn a_killed_shim_leaves_no_pager_even_of_one_that_is_stopped() {
     signal(shim.known_status().shim_pid, Signal::SIGKILL);
     assert!(eventually(SOON, || !runs(pager)), "its pager outlived it");
     assert!(eventually(SOON, || !runs(shim.known_status().vmm_pid)));
+    daemon.tasks.stop_and_join().await;
+}
+
+/// Bytes that are written and given back: several of the blocks of 2 MiB that a guest reports.
+const GIVEN_BACK: u64 = 48 << 20;
+
+fn data_bytes(memory: &Manifest) -> u64 {
+    let data = memory.extents().iter();
+    data.filter(|extent| extent.content != Content::Hole)
+        .map(|extent| extent.len_bytes)
+        .sum()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "boots a real guest"]
+async fn what_a_guest_gives_back_leaves_the_host_and_the_next_snapshot_and_comes_back_as_zero() {
+    let daemon = Daemon::start();
+    let (here, there) = (Sandbox::new(), Sandbox::new());
+    let (home, away) = (Netns::new("tap0"), Netns::new("pgb1"));
+    let (shim, guest) = boot(&here, &home).await;
+    let hardware = shim.known_status().hardware.clone();
+    let loaded = run(&guest, "ls -d /sys/module/virtio_balloon || true").await;
+    assert!(!loaded.is_empty(), "deploy/images/initramfs is of before");
+    let sums = run(&guest, SUMS).await;
+    let saved = shim.save(SOON).await.expect("saved");
+    let first = daemon.seal(&saved, &here, None);
+    daemon.carry_over(&saved, &first, &here, &there);
+    shim.stop(Duration::ZERO).await.expect("stopped");
+
+    let spec = daemon.spec(&saved, &hardware, &there, away.spec());
+    let shim = bring_back(&spec, &there).await;
+    shim.thaw().await.expect("goes on");
+    let guest = away.guest();
+    guest
+        .wait_ready(Instant::now() + SOON)
+        .await
+        .expect("ready");
+    let fill = format!("head -c {GIVEN_BACK} /dev/urandom > /dev/shm/big; sha256sum /dev/shm/big");
+    run(&guest, &fill).await;
+    let full = paging(&shim).await;
+    // A guest reports blocks, of which some of these pages are parts: the more, the better in order.
+    let give_back = "rm /dev/shm/big; echo 1 > /proc/sys/vm/compact_memory";
+    run(&guest, give_back).await;
+    let deadline = Instant::now() + BOOT;
+    let left = loop {
+        let left = paging(&shim).await;
+        if left.resident_bytes + GIVEN_BACK / 4 < full.resident_bytes {
+            break left;
+        }
+        assert!(Instant::now() < deadline, "{full:?}, {left:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    };
+    println!(
+        "{} of {} bytes are left",
+        left.resident_bytes, full.resident_bytes
+    );
+
+    let saved = shim.save(SOON).await.expect("saved");
+    let next = daemon.seal(&saved, &there, Some(&first.memory));
+    shim.thaw().await.expect("goes on");
+    let (before, after) = (data_bytes(&first.memory), data_bytes(&next.memory));
+    println!("{before} bytes of memory in the first snapshot, {after} in the second");
+    let given_back = full.resident_bytes - left.resident_bytes;
+    assert!(after < before + GIVEN_BACK - given_back / 2);
+    // Used again, by a file that must not have anything of the old one.
+    let written = run(&guest, &fill).await;
+    let zeroed = paging(&shim).await.counters.expect("told").discard_faults;
+    assert!(zeroed > 0, "nothing that was given back was used again");
+    assert_eq!(run(&guest, "sha256sum /dev/shm/big").await, written);
+    assert_eq!(run(&guest, SUMS).await, sums);
+    shim.stop(Duration::ZERO).await.expect("stopped");
     daemon.tasks.stop_and_join().await;
 }

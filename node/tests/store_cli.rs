@@ -96,7 +96,7 @@ fn without_a_running_node_nothing_is_dropped() {
 }
 
 #[test]
-fn a_store_in_use_is_left_alone_and_the_reader_is_told_what_to_do() {
+fn a_store_in_use_by_what_does_not_answer_is_left_alone_and_the_reader_is_told_what_to_do() {
     let (dir, _) = stopped();
     let data = dir.path().join("data");
     let _daemon = DataDir::open(&data).unwrap();

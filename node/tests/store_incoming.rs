@@ -20,6 +20,9 @@ use wrenn_node::store::{BringError, CHUNK_BYTES, Incoming, Limits, SealError, St
 /// How long everybody must have lacked a chunk before it is called gone.
 const GONE_AFTER: Duration = Duration::from_secs(60);
 
+/// What becomes of every chunk that a holder sends.
+type Spoils = fn(Vec<u8>) -> Sent;
+
 async fn lazily(world: &World, peers: &Peers) -> Incoming {
     let peers = Arc::new(peers.clone());
     let fetched = world.store.fetch_lazily(world.sealed.digest(), peers);
@@ -130,6 +133,8 @@ async fn a_chunk_is_brought_past_all_that_is_on_its_way() {
     );
     assert!(!rest.is_finished());
     rest.await.unwrap().unwrap();
+    let asked = peers.asked().into_iter().filter(|id| *id == last);
+    assert_eq!(asked.count(), 1, "the rest need not bring what has come");
 }
 
 #[tokio::test(start_paused = true)]
@@ -152,9 +157,6 @@ async fn streams_are_kept_open_between_questions() {
     assert_eq!(peer.opened(), opened + 1);
 }
 
-/// What a holder makes of what it ought to send.
-type Spoil = fn(Vec<u8>) -> Sent;
-
 #[tokio::test(start_paused = true)]
 async fn a_holder_that_does_a_guest_no_good_costs_it_little() {
     let hang = |_| Sent::Hangs(Vec::new());
@@ -166,7 +168,7 @@ async fn a_holder_that_does_a_guest_no_good_costs_it_little() {
         Sent::Bytes(bytes)
     };
     let trickles = |bytes| Sent::Trickle(Duration::from_secs(1), bytes);
-    let all: [(&str, Spoil); 5] = [
+    let all: [(&str, Spoils); 5] = [
         ("hangs", hang),
         ("dies", dies),
         ("lacks", lacks),

@@ -101,6 +101,12 @@ fn a_checkpoint_asked_for_again_is_known_by_its_ask() {
         Ok(Receipt::Done(0)),
         "it is there"
     );
+    assert_eq!(
+        world.sandbox(1).phase,
+        Phase::Snapshotting,
+        "it stands still"
+    );
+    world.run(1);
     assert_eq!(world.sandbox(1).phase, Phase::Running);
 }
 
@@ -143,6 +149,8 @@ fn a_name_that_was_taken_meanwhile_is_left_to_its_owner() {
     world.checkpointed(2, 8, name(NAME, false));
     let late = world.seal(1, 7, true);
     world.report(1, late).expect("heard");
+    assert_eq!(world.sandbox(1).reason, "the name \"mine\" is taken");
+    world.run(1);
     let sandbox = world.sandbox(1);
     assert_eq!(sandbox.phase, Phase::Running);
     assert_eq!(sandbox.reason, "the name \"mine\" is taken");
@@ -265,6 +273,7 @@ fn forks_of_a_running_sandbox_all_start_from_one_checkpoint() {
         );
         assert_eq!(made.spec, world.sandbox(1).spec);
     }
+    world.run(1);
     assert_eq!(world.sandbox(1).phase, Phase::Running);
     assert_eq!(world.checkpoint(1, 7, fork([11, 12])), Ok(Receipt::Done(0)));
     for n in [11, 12] {

@@ -17,6 +17,17 @@ fn voters(state: &State) -> BTreeSet<NodeId> {
     state.nodes().map(|node| node.id).take(3).collect()
 }
 
+/// Whoever has, or sealed, what the team's sandboxes rest on.
+fn sources(state: &State, team: TeamId) -> BTreeSet<NodeId> {
+    let of_team = state.sandboxes().filter(|it| it.team == team);
+    let needed = of_team.flat_map(|it| it.snapshots());
+    let named = state.named_by(team).map(|it| it.snapshot);
+    let rests_on = needed.chain(named).filter_map(|id| state.snapshot(id));
+    let rests_on = rests_on.filter(|it| it.team == team && it.warm.is_none());
+    let sources = rests_on.flat_map(|it| it.holders.iter().copied().chain([it.sealed_by]));
+    sources.collect()
+}
+
 /// Byte strings that must not be sent to `host`.
 fn secrets(state: &State, host: &Node, voters: &BTreeSet<NodeId>) -> Vec<Vec<u8>> {
     let team = host.team.expect("a host of a team");
@@ -37,7 +48,11 @@ fn secrets(state: &State, host: &Node, voters: &BTreeSet<NodeId>) -> Vec<Vec<u8>
     for token in state.tokens() {
         secrets.extend([token.id.0.to_vec(), token.public_key.to_vec()]);
     }
-    secrets.extend(state.removed().map(|removed| removed.key.0.to_vec()));
+    let sources = sources(state, team);
+    let others = state
+        .removed()
+        .filter(|removed| !sources.contains(&removed.node));
+    secrets.extend(others.map(|removed| removed.key.0.to_vec()));
     for node in state.nodes().filter(|node| node.id != host.id) {
         secrets.extend([node.disk.to_vec(), node.api_url.clone().into()]);
         let asked_for = state
@@ -46,7 +61,8 @@ fn secrets(state: &State, host: &Node, voters: &BTreeSet<NodeId>) -> Vec<Vec<u8>
         if !asked_for {
             secrets.push(tag_of(machine_of(node)).into());
         }
-        if !voters.contains(&node.id) || node.team.is_some() {
+        let is_voter = voters.contains(&node.id) && node.team.is_none();
+        if !is_voter && !sources.contains(&node.id) {
             secrets.extend([node.key.0.to_vec(), node.cluster_address.clone().into()]);
         }
     }
@@ -69,7 +85,11 @@ fn check_slice(state: &State, host: &Node, slice: &State, voters: &BTreeSet<Node
     let team = host.team.expect("a host of a team");
     assert_eq!(slice.cluster(), state.cluster());
     assert_eq!(slice.node(host.id), Some(host));
-    assert!(slice.tokens().next().is_none() && slice.removed().next().is_none());
+    assert!(slice.tokens().next().is_none());
+    let sources = sources(state, team);
+    for removed in slice.removed() {
+        assert!(sources.contains(&removed.node) && removed.name.is_empty());
+    }
     let of_team: Vec<_> = state.sandboxes().filter(|it| it.team == team).collect();
     assert_eq!(slice.sandboxes().collect::<Vec<_>>(), of_team);
     let keys: Vec<_> = state.keys().filter(|it| it.team == team).collect();
@@ -83,7 +103,9 @@ fn check_slice(state: &State, host: &Node, slice: &State, voters: &BTreeSet<Node
     );
     for node in slice.nodes().filter(|it| it.id != host.id) {
         let known = state.node(node.id).expect("a node of the cluster");
-        assert!(voters.contains(&node.id) && known.team.is_none());
+        let is_voter = voters.contains(&node.id) && known.team.is_none();
+        assert!(is_voter || sources.contains(&node.id));
+        assert_eq!(node.team, known.team);
         assert_eq!(
             (node.key, &node.cluster_address),
             (known.key, &known.cluster_address)

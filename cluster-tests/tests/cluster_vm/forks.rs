@@ -22,7 +22,7 @@ const THIRD: u16 = 3;
 
 #[test]
 fn what_starts_from_another_capsule_goes_on_where_it_was_as_somebody_else() {
-    let cluster = ClusterWorld::new(3);
+    let cluster = ClusterWorld::with(3, |_, world| has_room(world));
     wait_voters(&cluster, &[1, 2, 3], 3);
     let world = cluster.client(ASKED);
     let origin = led_to(&cluster, ORIGIN, &json!({ "memory_mb": MEMORY_MB }));
@@ -45,14 +45,20 @@ fn what_starts_from_another_capsule_goes_on_where_it_was_as_somebody_else() {
     let all: Vec<&String> = [&origin, &started].into_iter().chain(&forks).collect();
     nothing_is_shared(world, &all);
 
+    // Emulated guests that wait for a processor for seconds lose track of the time.
+    for fork in &forks {
+        world.destroy(fork);
+    }
     apart_from_now_on(world, &origin, &started);
     the_name_goes_and_its_guests_stay(&cluster, &started, &contents);
+    world.destroy(&started);
     a_paused_capsule_gives_as_well(&cluster, &origin, &contents);
 }
 
 #[test]
 fn the_second_capsule_of_a_kind_skips_its_boot_and_shares_nothing() {
     let cluster = ClusterWorld::with(2, |_, world| {
+        has_room(world);
         world.environment.push((WARM_CREATE.into(), "true".into()));
     });
     wait_voters(&cluster, &[1, 2], 1);
@@ -88,6 +94,12 @@ fn the_second_capsule_of_a_kind_skips_its_boot_and_shares_nothing() {
     assert!(matches!(resumed.status, 200 | 202), "{}", resumed.json());
     world.wait_status(&warm, "running");
     assert_eq!(world.output(&warm, "hostname"), warm);
+}
+
+/// What its capsules would take if they filled their disks, which they do not.
+fn has_room(world: &mut World) {
+    let disk = ("WRENN_DISK_MIB".into(), "65536".into());
+    world.environment.push(disk);
 }
 
 /// Keeps a capsule under a name; it goes on, or stays paused.
@@ -198,5 +210,5 @@ fn a_paused_capsule_gives_as_well(cluster: &ClusterWorld, id: &str, contents: &C
     contents.are_there(world, &started);
     assert_eq!(world.output(&started, "cat /root/mine"), "mine");
     world.destroy(id);
-    contents.are_there(world, &started);
+    assert_eq!(world.output(&started, "cat /dev/shm/mine"), "mine");
 }

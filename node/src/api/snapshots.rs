@@ -148,10 +148,13 @@ async fn taken(api: &ApiState, id: SandboxId, ask: SnapshotId, deadline: Instant
     seen.await.unwrap_or_else(|| api.view.state())
 }
 
-/// Whether a checkpoint is being taken.
+/// Whether a checkpoint is being taken, or its guest is about to go on.
 pub(super) fn is_under_way(state: &Replicated, id: SandboxId, ask: SnapshotId) -> bool {
-    let known = state.sandbox(id).and_then(|it| it.checkpoint.as_ref());
-    known.is_some_and(|checkpoint| checkpoint.ask == ask)
+    let known = state
+        .sandbox(id)
+        .filter(|it| it.phase == Phase::Snapshotting);
+    let is_it = |of: &Checkpoint| of.ask == ask;
+    known.is_some_and(|it| it.checkpoint.as_ref().is_none_or(is_it))
 }
 
 /// Why a checkpoint has come to nothing, or not yet; `look` is where its outcome shows.

@@ -13,7 +13,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::guest::{FileEntry, FileKind};
-use crate::relay::{LocalFacts, MemoryFacts};
+use crate::relay::{LocalFacts, MemoryFacts, Transfer};
 
 /// Labels that the server sets and clients may not.
 pub(super) const RESERVED_KEYS: [&str; 4] = [
@@ -98,6 +98,30 @@ pub(super) struct Capsule {
     /// Of one that was resumed, how its memory has come so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) memory: Option<MemoryShape>,
+    /// How far what it is resumed from has come to its host, while it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) transfer: Option<Transferred>,
+}
+
+/// How far a snapshot has come to a host.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+pub(super) struct Transferred {
+    /// Bytes that are there.
+    bytes_done: u64,
+    /// Bytes in all.
+    bytes_total: u64,
+    /// Hosts that give some of it at the moment.
+    sources: u32,
+}
+
+impl From<Transfer> for Transferred {
+    fn from(transfer: Transfer) -> Self {
+        Self {
+            bytes_done: transfer.bytes_done,
+            bytes_total: transfer.bytes_total,
+            sources: transfer.sources,
+        }
+    }
 }
 
 /// How the memory of a resumed capsule has come so far.
@@ -177,6 +201,7 @@ impl Capsule {
             start: None,
             start_ms: BTreeMap::new(),
             memory: None,
+            transfer: None,
         }
     }
 
@@ -190,6 +215,7 @@ impl Capsule {
             start: facts.start,
             start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
             memory: facts.memory.map(Into::into),
+            transfer: facts.transfer.map(Into::into),
             ..Self::of(state, sandbox, facts.last_active)
         }
     }

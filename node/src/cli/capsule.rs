@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -25,6 +26,8 @@ const NO_CODE: u8 = 255;
 const EXEC_GRACE: Duration = Duration::from_secs(15);
 /// Pause between two looks at a capsule that is starting.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// Cells of the bar that shows how far a transfer has come.
+const BAR_CELLS: u64 = 20;
 
 /// What to do with capsules.
 #[derive(Debug, Subcommand)]
@@ -299,7 +302,13 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
     let fields = capsule.as_object().into_iter().flatten();
     let rows: Vec<_> = fields
         .filter(|(_, value)| !value.is_null())
-        .map(|(key, _)| vec![key.clone(), print::text(capsule, key)])
+        .map(|(key, value)| {
+            let shown = transfer(value).filter(|_| key == "transfer");
+            vec![
+                key.clone(),
+                shown.unwrap_or_else(|| print::text(capsule, key)),
+            ]
+        })
         .collect();
     print::table(&["FIELD", "VALUE"], &rows)
 }
@@ -414,12 +423,14 @@ async fn settle(
     let routes: Vec<String> = ids.iter().map(|id| path(id)).collect::<Result<_, _>>()?;
     let mut capsules = Vec::new();
     for (id, route) in ids.iter().zip(routes) {
+        let seen = Seen::default();
         let moved = async {
             let asked = format!("{route}/{}{}", how.route, query.unwrap_or_default());
             client.call(Method::POST, &asked, None).await?;
-            arrival(client, id, &[how.on_the_way]).await
+            arrival(client, id, &[how.on_the_way], &seen).await
         };
-        let capsule = print::progress(&format!("{} {id}", how.doing), moved).await?;
+        let label = || format!("{} {id}{}", how.doing, seen.text());
+        let capsule = print::progress_of(label, moved).await?;
         let reason = capsule["reason"].as_str().unwrap_or_default();
         // What comes to rest as it should has no reason: one that was lost on the way rests as it did
         // before, and says so.
@@ -446,10 +457,49 @@ fn node_query(node: &str) -> Result<String, CliError> {
     Ok(format!("?node={node}"))
 }
 
+/// What was last seen of what is on its way to a capsule's host.
+#[derive(Debug, Default)]
+struct Seen(Mutex<String>);
+
+impl Seen {
+    fn note(&self, capsule: &Value) {
+        let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *text = transfer(&capsule["transfer"]).map_or_else(String::new, |bar| format!(" {bar}"));
+    }
+
+    fn text(&self) -> String {
+        let text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        text.clone()
+    }
+}
+
+/// How far a transfer has come, for people.
+fn transfer(value: &Value) -> Option<String> {
+    let (done, total) = (
+        value["bytes_done"].as_u64()?,
+        value["bytes_total"].as_u64()?,
+    );
+    let full = done.saturating_mul(BAR_CELLS).checked_div(total)?;
+    let full = usize::try_from(full.min(BAR_CELLS)).ok()?;
+    let empty = usize::try_from(BAR_CELLS).ok()? - full;
+    let (bar, rest) = ("#".repeat(full), ".".repeat(empty));
+    let (done, total) = (done >> 20, total >> 20);
+    let sources = value["sources"].as_u64().unwrap_or_default();
+    Some(format!(
+        "[{bar}{rest}] {done} of {total} MiB from {sources}"
+    ))
+}
+
 /// The capsule once it is in none of these states any more.
-async fn arrival(client: &Client, id: &str, on_the_way: &[&str]) -> Result<Value, CliError> {
+async fn arrival(
+    client: &Client,
+    id: &str,
+    on_the_way: &[&str],
+    seen: &Seen,
+) -> Result<Value, CliError> {
     loop {
         let capsule = get(client, id).await?;
+        seen.note(&capsule);
         if !on_the_way.contains(&capsule["status"].as_str().unwrap_or_default()) {
             return Ok(capsule);
         }
@@ -459,12 +509,14 @@ async fn arrival(client: &Client, id: &str, on_the_way: &[&str]) -> Result<Value
 
 async fn migrate(global: &Global, client: &Client, id: &str, to: &str) -> Result<(), CliError> {
     let route = format!("{}/migrate", path(id)?);
+    let seen = Seen::default();
     let moved = async {
         let asked = client.call(Method::POST, &route, Some(json!({ "node": to })));
         asked.await?;
-        arrival(client, id, &["pausing", "resuming"]).await
+        arrival(client, id, &["pausing", "resuming"], &seen).await
     };
-    let capsule = print::progress(&format!("moving {id} to {to}"), moved).await?;
+    let label = || format!("moving {id} to {to}{}", seen.text());
+    let capsule = print::progress_of(label, moved).await?;
     let is_there = capsule["node"] == to || capsule["node_id"] == to;
     if capsule["status"] != "running" || !is_there {
         let (status, node) = (
@@ -548,6 +600,19 @@ mod tests {
         let code = |code: i64| format!("{:?}", exit_code(&json!({"exit_code": code})));
         assert_eq!(code(-1), format!("{:?}", ExitCode::from(255)));
         assert_eq!(code(42), format!("{:?}", ExitCode::from(42)));
+    }
+
+    #[test]
+    fn a_transfer_is_a_bar_and_what_is_none_is_nothing() {
+        let of = |done: u64, total: u64| {
+            transfer(&json!({"bytes_done": done, "bytes_total": total, "sources": 2}))
+        };
+        let half = "[##########..........] 512 of 1024 MiB from 2";
+        assert_eq!(of(512 << 20, 1 << 30).as_deref(), Some(half));
+        let over = of(u64::MAX, 1).expect("a bar");
+        assert!(over.starts_with("[####################]"), "{over}");
+        assert_eq!(of(0, 0), None);
+        assert_eq!(transfer(&Value::Null), None);
     }
 
     #[test]

@@ -1,22 +1,24 @@
 //! `wrenn store`: looks at the chunks and snapshots a node has on its disk.
 //!
-//! The node itself owns its store while it runs, so these work on a stopped node's. What may be
-//! dropped is known only to the cluster's state, never to a disk alone: without a node that
-//! answers, `gc` drops nothing.
+//! The node itself owns its store while it runs, so then its daemon is asked, by a socket in the data
+//! directory. A stopped node's store is opened here. What may be dropped is known only to the
+//! cluster's state, never to a disk alone: without a daemon that answers, `gc` drops nothing.
 
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
 
 use super::error::CliError;
 use super::node::STOP_FIRST;
 use super::{Global, print};
 use crate::config::defaults;
-use crate::store::{
-    Checked, Collected, DataDir, Limits, OpenDataDirError, OpenStoreError, Pin, Stats, Store,
-};
+use crate::store::report::{CheckReport, Chore, StatsReport, Told};
+use crate::store::{DataDir, DataPaths, Limits, OpenDataDirError, OpenStoreError, Store};
 
 /// Exit code where damage was found.
 const DAMAGED: u8 = 1;
@@ -37,117 +39,152 @@ pub(super) enum Command {
 /// Whose store.
 #[derive(Debug, Args)]
 pub(super) struct Place {
-    /// Where the stopped node keeps its state.
+    /// Where the node, running or stopped, keeps its state.
     #[arg(long, value_name = "DIR", default_value = defaults::DATA_DIR)]
     data_dir: PathBuf,
 }
 
 /// Does it.
 pub(super) fn run(global: &Global, command: &Command) -> Result<ExitCode, CliError> {
-    match command {
-        Command::Check(place) => check(global, &Offline::open(&place.data_dir)?.store),
-        Command::Gc(place) => gc(global, &Offline::open(&place.data_dir)?.store, None),
-        Command::Stats(place) => stats(global, &Offline::open(&place.data_dir)?.store),
-    }
-}
-
-/// A stopped node's store. The node cannot start meanwhile.
-struct Offline {
-    /// Dropped before the directory is unlocked.
-    store: Store,
-    _dir: DataDir,
-}
-
-impl Offline {
-    fn open(data_dir: &Path) -> Result<Self, CliError> {
-        // Opening would make a directory where there is none.
-        if !data_dir.join("version").exists() {
-            let err = CliError::new(format!(
-                "{} is no data directory of a node",
-                data_dir.display()
-            ));
-            return Err(err.hint("name the one that the node was started with, by --data-dir"));
-        }
-        let doing = "open the data directory";
-        let dir = DataDir::open(data_dir).map_err(|err| {
-            let told = CliError::from_error(doing, &err);
-            match err {
-                OpenDataDirError::InUse { .. } => told.hint(STOP_FIRST),
-                _ => told,
-            }
-        })?;
-        let opened = Store::open(&dir.paths().store(), Limits::default());
-        let store = opened.map_err(|err| {
-            let told = CliError::from_error("open the store", &err);
-            match err {
-                OpenStoreError::InUse { .. } => told.hint(STOP_FIRST),
-                _ => told,
-            }
-        })?;
-        Ok(Self { store, _dir: dir })
-    }
-}
-
-fn check(global: &Global, store: &Store) -> Result<ExitCode, CliError> {
-    let checked = store.check();
-    let checked = checked.map_err(|err| CliError::from_error("check the store", &err))?;
-    if global.json {
-        print::json(&checked_json(&checked))?;
-    } else {
-        show_checked(&checked)?;
-    }
-    if checked.is_sound() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    print::note(
-        "what was damaged has been set aside; the node fetches it again from another holder",
-    );
-    Ok(ExitCode::from(DAMAGED))
-}
-
-/// Drops what `pins` do not need; without pins, nothing.
-fn gc(global: &Global, store: &Store, pins: Option<Vec<Pin>>) -> Result<ExitCode, CliError> {
-    let Some(pins) = pins else {
-        let err = CliError::new(
-            "which snapshots exist is known to the cluster, not to this disk; nothing was dropped",
-        );
-        return Err(err.hint("start the node: only a running node can tell what is still needed"));
+    let (chore, place) = match command {
+        Command::Check(place) => (Chore::Check, place),
+        Command::Gc(place) => (Chore::Gc, place),
+        Command::Stats(place) => (Chore::Stats, place),
     };
-    let collected = store.collect(|| Ok::<_, std::convert::Infallible>(pins));
-    let collected = collected.map_err(|err| CliError::from_error("collect", &err))?;
-    if global.json {
-        print::json(&collected_json(&collected))?;
-    } else {
-        print::line(&format!(
+    let told = match open_data(&place.data_dir)? {
+        Some(dir) => {
+            let store = open_store(dir.paths())?;
+            carry_out(chore, &store)?
+        }
+        None => ask_daemon(chore, &place.data_dir)?,
+    };
+    show(global, &told)
+}
+
+/// The directory of a stopped node, which cannot start meanwhile; `None` where one runs.
+fn open_data(data_dir: &Path) -> Result<Option<DataDir>, CliError> {
+    // Opening would make a directory where there is none.
+    if !data_dir.join("version").exists() {
+        let err = CliError::new(format!(
+            "{} is no data directory of a node",
+            data_dir.display()
+        ));
+        return Err(err.hint("name the one that the node was started with, by --data-dir"));
+    }
+    match DataDir::open(data_dir) {
+        Ok(dir) => Ok(Some(dir)),
+        Err(OpenDataDirError::InUse { .. }) => Ok(None),
+        Err(err) => Err(CliError::from_error("open the data directory", &err)),
+    }
+}
+
+fn open_store(paths: &DataPaths) -> Result<Store, CliError> {
+    let opened = Store::open(&paths.store(), Limits::default());
+    opened.map_err(|err| {
+        let told = CliError::from_error("open the store", &err);
+        match err {
+            OpenStoreError::InUse { .. } => told.hint(STOP_FIRST),
+            _ => told,
+        }
+    })
+}
+
+fn carry_out(chore: Chore, store: &Store) -> Result<Told, CliError> {
+    match chore {
+        Chore::Check => {
+            let checked = store.check();
+            let checked = checked.map_err(|err| CliError::from_error("check the store", &err))?;
+            Ok(Told::Check((&checked).into()))
+        }
+        Chore::Stats => {
+            let counted = store.stats();
+            let counted =
+                counted.map_err(|err| CliError::from_error("count what is in the store", &err))?;
+            Ok(Told::Stats((&counted).into()))
+        }
+        Chore::Gc => {
+            let err = CliError::new(
+                "which snapshots exist is known to the cluster, not to this disk; nothing was \
+                 dropped",
+            );
+            Err(err.hint("start the node: only a running node can tell what is still needed"))
+        }
+    }
+}
+
+/// Has the daemon do it. A check takes as long as it takes; a daemon that dies closes the socket.
+fn ask_daemon(chore: Chore, data_dir: &Path) -> Result<Told, CliError> {
+    let asked = exchange(chore, data_dir);
+    let answer = asked.map_err(|err| {
+        let told = CliError::from_error("ask the daemon that has the data directory in use", &err);
+        told.hint(format!(
+            "it may be starting, be of an earlier version or of another user: try again, as root, \
+             or {STOP_FIRST}"
+        ))
+    })?;
+    match serde_json::from_slice(&answer) {
+        Ok(Told::Failed(why)) => Err(CliError::new(format!("the daemon could not: {why}"))),
+        Ok(told) => Ok(told),
+        Err(_) => Err(CliError::new("the daemon ended before it had answered")),
+    }
+}
+
+fn exchange(chore: Chore, data_dir: &Path) -> io::Result<Vec<u8>> {
+    // A socket's path may have 107 bytes, a data directory's may have more.
+    let dir = File::open(data_dir)?;
+    let through = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
+    let socket = DataPaths::new(&through).store_socket();
+    let mut stream = UnixStream::connect(socket)?;
+    let mut question = serde_json::to_vec(&chore)?;
+    question.push(b'\n');
+    stream.write_all(&question)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+fn show(global: &Global, told: &Told) -> Result<ExitCode, CliError> {
+    match told {
+        Told::Check(checked) => {
+            match global.json {
+                true => print::json(&as_json(checked)?)?,
+                false => show_checked(checked)?,
+            }
+            if !checked.sound {
+                print::note(
+                    "what was damaged has been set aside; the node fetches it again from another \
+                     holder",
+                );
+                return Ok(ExitCode::from(DAMAGED));
+            }
+        }
+        Told::Gc(collected) if global.json => print::json(&as_json(collected)?)?,
+        Told::Gc(collected) => print::line(&format!(
             "freed {}: {} packs, {} manifests",
             bytes(collected.freed_bytes),
             collected.packs,
             collected.manifests
-        ))?;
+        ))?,
+        Told::Stats(stats) if global.json => print::json(&as_json(stats)?)?,
+        Told::Stats(stats) => show_stats(stats)?,
+        Told::Failed(why) => return Err(CliError::new(why.clone())),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn stats(global: &Global, store: &Store) -> Result<ExitCode, CliError> {
-    let stats = store.stats();
-    let stats = stats.map_err(|err| CliError::from_error("count what is in the store", &err))?;
-    if global.json {
-        print::json(&stats_json(&stats))?;
-    } else {
-        show_stats(&stats)?;
-    }
-    Ok(ExitCode::SUCCESS)
+fn as_json(report: &impl serde::Serialize) -> Result<serde_json::Value, CliError> {
+    serde_json::to_value(report).map_err(|err| CliError::from_error("write JSON", &err))
 }
 
-fn show_checked(checked: &Checked) -> Result<(), CliError> {
+fn show_checked(checked: &CheckReport) -> Result<(), CliError> {
     print::line(&format!(
         "{} chunks and {} manifests are sound",
         checked.chunks, checked.manifests
     ))?;
-    list("damaged chunk", checked.damaged.iter())?;
-    list("damaged manifest of", checked.bad_manifests.iter())?;
+    list("damaged chunk", checked.damaged_chunks.iter())?;
+    list("damaged manifest of", checked.damaged_manifests.iter())?;
     list("unreadable pack", checked.unreadable_packs.iter())?;
-    let incomplete = checked.incomplete.keys();
+    let incomplete = checked.incomplete.iter().map(|it| &it.of);
     list("not all here of", incomplete)?;
     if checked.garbled_bytes > 0 {
         let garbled = bytes(checked.garbled_bytes);
@@ -167,7 +204,7 @@ fn list(what: &str, names: impl ExactSizeIterator<Item = impl ToString>) -> Resu
     Ok(())
 }
 
-fn show_stats(stats: &Stats) -> Result<(), CliError> {
+fn show_stats(stats: &StatsReport) -> Result<(), CliError> {
     let rows = [
         (
             "packs",
@@ -190,7 +227,7 @@ fn show_stats(stats: &Stats) -> Result<(), CliError> {
                 stats.images,
                 bytes(stats.image_bytes),
                 bytes(stats.unique_bytes),
-                stats.dedup_ratio()
+                stats.dedup_ratio
             ),
         ),
         (
@@ -198,7 +235,7 @@ fn show_stats(stats: &Stats) -> Result<(), CliError> {
             format!(
                 "{} ({:.0} % of the packs)",
                 bytes(stats.garbage_bytes),
-                stats.garbage_share() * 100.0
+                stats.garbage_share * 100.0
             ),
         ),
     ];
@@ -217,53 +254,4 @@ fn bytes(count: u64) -> String {
         KIB..MIB => format!("{} KiB", count / KIB),
         MIB.. => format!("{} MiB", count / MIB),
     }
-}
-
-fn checked_json(checked: &Checked) -> Value {
-    let incomplete = checked.incomplete.iter();
-    let incomplete =
-        incomplete.map(|(pin, lacks)| json!({ "of": pin.to_string(), "lacks": lacks }));
-    json!({
-        "sound": checked.is_sound(),
-        "chunks": checked.chunks,
-        "manifests": checked.manifests,
-        "damaged_chunks": names(&checked.damaged),
-        "damaged_manifests": names(&checked.bad_manifests),
-        "unreadable_packs": checked.unreadable_packs,
-        "garbled_bytes": checked.garbled_bytes,
-        "incomplete": incomplete.collect::<Vec<_>>(),
-    })
-}
-
-fn names<'a>(all: impl IntoIterator<Item = &'a (impl ToString + 'a)>) -> Vec<String> {
-    all.into_iter().map(ToString::to_string).collect()
-}
-
-fn collected_json(collected: &Collected) -> Value {
-    json!({
-        "manifests": collected.manifests,
-        "packs": collected.packs,
-        "chunks": collected.chunks,
-        "copied_bytes": collected.copied_bytes,
-        "freed_bytes": collected.freed_bytes,
-        "absent": collected.absent,
-        "damaged": collected.damaged,
-    })
-}
-
-fn stats_json(stats: &Stats) -> Value {
-    json!({
-        "packs": stats.packs,
-        "pack_bytes": stats.pack_bytes,
-        "chunks": stats.chunks,
-        "chunk_bytes": stats.chunk_bytes,
-        "stored_bytes": stats.stored_bytes,
-        "images": stats.images,
-        "snapshots": stats.snapshots,
-        "image_bytes": stats.image_bytes,
-        "unique_bytes": stats.unique_bytes,
-        "garbage_bytes": stats.garbage_bytes,
-        "dedup_ratio": stats.dedup_ratio(),
-        "garbage_share": stats.garbage_share(),
-    })
 }

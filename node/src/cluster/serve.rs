@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use proto::ids::{NodeId, NodeKey};
+use proto::ids::{NodeId, NodeKey, SandboxId, TeamId};
 use proto::wire::mesh as wire;
 use raft::command::{Command, Proposal};
 use raft::group::{EntriesError, Group, ProposeError};
@@ -82,7 +82,7 @@ impl ClusterCalls {
         // there.
         let proposal = Proposal::decode(&request.proposal)
             .map_err(|err| RpcError::rejected(err.to_string()))?;
-        self.permit(from, proposal.command)?;
+        self.permit(from, &proposal.command)?;
         let (index, answer) = if request.last_hop {
             let deadline = Instant::now() + patience;
             let proposed = self.group.propose(request.proposal, deadline.into_std());
@@ -99,26 +99,15 @@ impl ClusterCalls {
 
     /// A host of one team may speak for itself and its own sandboxes only; nobody may tell a leader
     /// what only a leader finds out, or what is decided before there are others.
-    fn permit(&self, from: NodeId, command: Command) -> Result<(), RpcError> {
+    fn permit(&self, from: NodeId, command: &Command) -> Result<(), RpcError> {
         let state = self.replica.state();
-        if is_local(&command) {
+        if is_local(command) {
             return Err(RpcError::rejected("this is for the leader itself to say"));
         }
         let Some(team) = state.node(from).and_then(|node| node.team) else {
             return Ok(());
         };
-        let owns = |id| state.sandbox(id).is_some_and(|it| it.owner == from);
-        let is_its = |id| state.sandbox(id).is_some_and(|it| it.team == team);
-        let fine = match command {
-            Command::AdmitNode(node) => node.id == from,
-            Command::ReportSandbox { id, node, .. } => node == from && owns(id),
-            Command::StopSandbox { id, .. } => is_its(id),
-            Command::CreateSandbox { team: for_team, .. } => for_team == team,
-            Command::CheckpointSandbox(asked) => is_its(asked.id),
-            Command::DropNamed(which) => which.team == team,
-            _ => false,
-        };
-        if fine {
+        if may_of_team(&state, from, team, command) {
             return Ok(());
         }
         Err(RpcError::rejected("a host of one team may not change that"))
@@ -260,6 +249,28 @@ impl ClusterCalls {
     }
 }
 
+/// Whether a host of `team` may propose that: what concerns itself, and what its team may want.
+fn may_of_team(state: &State, from: NodeId, team: TeamId, command: &Command) -> bool {
+    let known = |id: &SandboxId| state.sandbox(*id);
+    let is_ours = |id| known(id).is_some_and(|it| it.team == team);
+    match command {
+        Command::AdmitNode(node) => node.id == from,
+        Command::ReportSandbox { id, node, .. } => {
+            *node == from && known(id).is_some_and(|it| it.owner == from)
+        }
+        Command::StopSandbox { id, .. }
+        | Command::PauseSandbox { id, .. }
+        | Command::ResumeSandbox { id, .. } => is_ours(id),
+        Command::CheckpointSandbox(asked) => is_ours(&asked.id),
+        Command::DropNamed(which) => which.team == team,
+        Command::HoldSnapshot { id, node, .. } => {
+            *node == from && state.snapshot(*id).is_some_and(|it| it.team == team)
+        }
+        Command::CreateSandbox { team: for_team, .. } => *for_team == team,
+        _ => false,
+    }
+}
+
 /// What a proposer may change depends on what it is, which this node may not have applied yet: it
 /// was told at its own join whom to let in, and not what they are.
 fn check_listed(state: &State, from: NodeId) -> Result<(), RpcError> {
@@ -311,9 +322,11 @@ const fn is_local(command: &Command) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use proto::ids::{TeamId, TokenId};
-    use proto::units::Stamp;
-    use raft::state::{Node, Token};
+    use proto::epoch::Epoch;
+    use proto::ids::{SnapshotId, TokenId};
+    use proto::units::{Mib, Stamp};
+    use raft::command::{Report, StopCause};
+    use raft::state::{GuestVersions, Node, Resources, SandboxSpec, Sealed, Template, Token};
 
     use super::*;
 
@@ -354,6 +367,119 @@ mod tests {
             applied.answer.expect("the command fits");
         }
         state
+    }
+
+    const TEAM: TeamId = TeamId([7; 16]);
+    const HOST_ID: NodeId = NodeId(3);
+
+    /// Admits node 1 with room, and has a sandbox of each of two teams paused there.
+    fn with_paused() -> State {
+        let mut state = state();
+        let mut index = 10;
+        let mut act = |command| {
+            index += 1;
+            let at = Stamp(index);
+            let applied = state.apply(index, Proposal { at, command });
+            applied.answer.expect("the command fits");
+            index
+        };
+        let member = Node {
+            id: NodeId(1),
+            key: FULL,
+            capacity: Resources {
+                vcpus: 8,
+                memory: Mib(4096),
+                disk: Mib(9000),
+                sandboxes: 8,
+            },
+            templates: [("minimal".into(), [0; 32])].into(),
+            ..Node::default()
+        };
+        act(Command::AdmitNode(member));
+        act(Command::PutTemplate(Template {
+            name: "minimal".into(),
+            digest: [0; 32],
+            disk: Mib(1),
+            size_bytes: 1,
+            created_at: Stamp(0),
+        }));
+        for (n, team) in [(1, TEAM), (2, TeamId([8; 16]))] {
+            let id = SandboxId([n; 16]);
+            let spec = SandboxSpec {
+                template: "minimal".into(),
+                vcpus: 1,
+                memory: Mib(256),
+                disk: Mib(1),
+                ..SandboxSpec::default()
+            };
+            let hints = Vec::new();
+            let epoch = Epoch(act(Command::CreateSandbox {
+                id,
+                team,
+                spec,
+                hints,
+            }));
+            let report = |report| Command::ReportSandbox {
+                id,
+                epoch,
+                node: NodeId(1),
+                report,
+            };
+            act(report(Report::Running(GuestVersions::default())));
+            let pause = act(Command::PauseSandbox {
+                id,
+                epoch,
+                cause: StopCause::Asked,
+                then_on: None,
+            });
+            act(report(Report::Sealed(Sealed {
+                id: SnapshotId([n; 16]),
+                pause,
+                ..Sealed::default()
+            })));
+        }
+        state
+    }
+
+    #[test]
+    fn a_host_pauses_and_resumes_what_is_its_teams_and_nothing_else() {
+        let state = with_paused();
+        for (n, fine) in [(1, true), (2, false), (9, false)] {
+            let id = SandboxId([n; 16]);
+            let pause = Command::PauseSandbox {
+                id,
+                epoch: Epoch(1),
+                cause: StopCause::Asked,
+                then_on: None,
+            };
+            let resume = Command::ResumeSandbox {
+                id,
+                snapshot: SnapshotId([n; 16]),
+                to: None,
+                hints: Vec::new(),
+            };
+            for command in [pause, resume] {
+                let may = may_of_team(&state, HOST_ID, TEAM, &command);
+                assert_eq!(may, fine, "{command:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_host_speaks_of_its_own_copies_of_its_teams_snapshots() {
+        let state = with_paused();
+        let hold = |n: u8, node, holds| Command::HoldSnapshot {
+            id: SnapshotId([n; 16]),
+            node,
+            holds,
+        };
+        for holds in [true, false] {
+            let may = |command: &Command| may_of_team(&state, HOST_ID, TEAM, command);
+            assert!(may(&hold(1, HOST_ID, holds)));
+            assert!(!may(&hold(1, NodeId(1), holds)), "of another node");
+            assert!(!may(&hold(2, HOST_ID, holds)), "of another team");
+            assert!(!may(&hold(9, HOST_ID, holds)), "of nothing");
+        }
     }
 
     /// Else a host could change anything by way of a node that has just joined.

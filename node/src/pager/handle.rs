@@ -11,6 +11,10 @@
 //!
 //! The page states live here, so that they outlive every pager, and so that written pages can be
 //! listed without one.
+//!
+//! One that lives and does nothing is as bad as none. It is asked for a sign every [`BEAT`], and
+//! killed after [`MAX_SILENCE`] without; it ends itself when one fault keeps it for too long
+//! ([`super::main`]).
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -54,6 +58,11 @@ const DEATHS_WITHIN: Duration = Duration::from_secs(10);
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest a killed pager may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a silent pager is asked for a sign.
+const BEAT: Duration = Duration::from_secs(2);
+/// Longest silence of one that lives. It answers from a thread that does nothing else, so only a host
+/// that is out of processor time is as slow, and a new one costs no more than some milliseconds.
+const MAX_SILENCE: Duration = Duration::from_secs(6);
 /// The pause after one that did not come to serve: the host may be short of something.
 const REPLACE_PAUSE: Duration = Duration::from_millis(100);
 /// Stack of the thread that watches: it parses one message at a time.
@@ -475,13 +484,27 @@ impl Shared {
         }
     }
 
-    /// Takes what the pager says, until it says no more.
+    /// Takes what the pager says, until it says no more. One that is silent is killed.
     fn listen(&self, channel: &Channel) {
-        while let Ok(Some((message, _))) = channel.receive() {
-            if let FromPager::Told(stats) = message {
-                self.state().stats = Some(stats);
-                self.told.notify_all();
+        let mut heard = Instant::now();
+        loop {
+            match wait_readable(channel, Instant::now() + BEAT) {
+                Ok(()) => match channel.receive() {
+                    Ok(Some((FromPager::Told(stats), _))) => {
+                        self.state().stats = Some(stats);
+                        self.told.notify_all();
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) | Err(_) => return,
+                },
+                Err(StartPagerError::TooSlow) if heard.elapsed() < MAX_SILENCE => {
+                    // One that cannot be told is gone, which is heard next.
+                    let _unheard = channel.send(&ToPager::Tell, &[]);
+                    continue;
+                }
+                Err(_) => return self.kill(),
             }
+            heard = Instant::now();
         }
     }
 

@@ -12,7 +12,7 @@
 //! | exit code | what it means | what the shim does |
 //! |---|---|---|
 //! | 0 | the VMM or the shim has ended | nothing |
-//! | 1 | something broke; [`FAILURE`] says what | starts another |
+//! | 1 | something broke, or one fault took [`STUCK`]; [`FAILURE`] says what | starts another |
 //! | 3 | the guest cannot go on; [`FAILURE`] says why | stops the guest |
 
 use std::ffi::OsString;
@@ -58,6 +58,9 @@ pub const GONE: u8 = 3;
 /// Where a test may end the process in the middle of an injection.
 pub const INJECTING: &str = "pager-injecting";
 
+/// Longest that one fault whose window lies on this node may take: a disk that is slow, not one that
+/// hangs. Whoever takes over begins the fault anew.
+const STUCK: Duration = Duration::from_secs(15);
 /// Longest time the VMM's thread may take to stop. It waits for an event, and stops at once.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
 /// `CAP_DAC_READ_SEARCH`: packs may lie below a directory that only a person may enter.
@@ -291,7 +294,13 @@ impl Pager {
             }
             match self.channel.receive()? {
                 Some((ToPager::Ready, _)) => self.save_working_set(),
-                Some((ToPager::Tell, _)) => self.tell(),
+                Some((ToPager::Tell, _)) => {
+                    if let Some(since) = self.server.serving_for().filter(|it| *it >= STUCK) {
+                        let reason = format!("one page fault took {since:?}");
+                        return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
+                    }
+                    self.tell();
+                }
                 Some((ToPager::Setup(_), _)) => {}
                 None => return Ok(()),
             }

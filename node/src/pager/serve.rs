@@ -112,8 +112,10 @@ pub struct Server {
     /// Each window at most once, since its pages are won before it is put here.
     fetches: Mutex<VecDeque<Fetch>>,
     fetch_there: Condvar,
-    /// Faults that are being served right now.
+    /// Since when the fault that is being served right now is, in ms from `started`, plus one; zero
+    /// if none is.
     urgent: AtomicU64,
+    started: Instant,
     pushing_done: AtomicBool,
     on_failure: OnFailure,
 }
@@ -139,6 +141,7 @@ impl Server {
             fetches: Mutex::default(),
             fetch_there: Condvar::new(),
             urgent: AtomicU64::new(0),
+            started: Instant::now(),
             pushing_done: AtomicBool::new(false),
             on_failure,
         }
@@ -218,6 +221,14 @@ impl Server {
         self.urgent.load(Ordering::Relaxed) > 0
     }
 
+    /// How long the fault that is being served on this node has been; `None` if none is.
+    #[must_use]
+    pub fn serving_for(&self) -> Option<Duration> {
+        let since = self.urgent.load(Ordering::Relaxed).checked_sub(1)?;
+        let since = Duration::from_millis(since);
+        Some(self.started.elapsed().saturating_sub(since))
+    }
+
     /// True once all that was to be pushed has been.
     #[must_use]
     pub fn pushing_done(&self) -> bool {
@@ -266,8 +277,9 @@ impl Server {
                 self.uffd.wait().map_err(kernel("wait for page faults"))?;
                 continue;
             }
-            self.urgent.store(1, Ordering::Relaxed);
             for &address in &found[..count] {
+                let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+                self.urgent.store(now.saturating_add(1), Ordering::Relaxed);
                 self.serve(Hva(address), since, &mut scratch)?;
             }
             self.urgent.store(0, Ordering::Relaxed);

@@ -20,7 +20,7 @@ const VERSION: u32 = 1;
 /// is better served as it goes.
 pub const MAX_WINDOWS: usize = 16 * 1024;
 /// The longest file there is.
-const MAX_FILE_BYTES: u64 = 16 + 4 * MAX_WINDOWS as u64 + 32;
+pub const MAX_FILE_BYTES: u64 = 16 + 4 * MAX_WINDOWS as u64 + 32;
 
 /// Why a working set cannot be used. A guest resumes without one all the same.
 #[derive(Debug, thiserror::Error)]

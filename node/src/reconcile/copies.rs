@@ -3,6 +3,10 @@
 //! Every node decides for itself by the replicated state: of the nodes that could hold a snapshot of
 //! which too few live copies are left, those that come first by a hash of both fetch one, and tell the
 //! cluster once they have all of it. What no record names any more is collected a while later.
+//!
+//! What the cluster believes of this node is compared with what is here after a start, whenever a
+//! chunk turned out damaged, and when a snapshot that a guest was started from is whole. A copy of which a little is missing is mended at once; one that
+//! cannot be, or is gone, is said not to be here, and made again by whomever that falls to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -10,7 +14,7 @@ use std::time::Duration;
 
 use proto::ids::{NodeId, SnapshotId};
 use raft::command::Command;
-use raft::state::{Sandbox, Snapshot, State};
+use raft::state::{Snapshot, State};
 use tokio::task;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -20,7 +24,7 @@ use crate::base::chain::chain;
 use crate::base::stop::Tasks;
 use crate::cluster::{LogError, Proposer, View};
 use crate::store::fetch::Holders;
-use crate::store::{Pin, SnapshotDigest, Store};
+use crate::store::{CollectError, Collected, Holding, Pin, SnapshotDigest, Store};
 
 /// Pause after a copy that could not be made: its holder may be back by then.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -29,6 +33,9 @@ const COPY_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 /// How long chunks are left alone after the last record that named them went: several pauses of one
 /// sandbox are collected at once.
 const COLLECT_AFTER: Duration = Duration::from_secs(60);
+/// Longest the mending of a damaged copy may take before the cluster is told that this node has
+/// none: some chunks take a second, and a copy of which more is missing is no copy.
+const MEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to look away when nothing is due. Every change wakes the loop anyway.
 const NOTHING_DUE: Duration = Duration::from_secs(3600);
 
@@ -62,7 +69,13 @@ impl Copies {
         let mut collect_at = Some(Instant::now() + COLLECT_AFTER);
         let mut named = BTreeSet::new();
         let mut failed: BTreeMap<SnapshotId, Instant> = BTreeMap::new();
+        let (mut damage, mut completed) = (self.store.damage(), self.store.completed());
+        let mut audit_at = Some(Instant::now());
         while !stop.is_cancelled() {
+            if audit_at.is_some_and(|at| at <= Instant::now()) {
+                let done = self.audit().await;
+                audit_at = (!done).then(|| Instant::now() + AGAIN);
+            }
             let state = self.view.state();
             let names: BTreeSet<_> = state.snapshots().map(|it| it.sealed.id).collect();
             if !named.is_subset(&names) {
@@ -82,11 +95,57 @@ impl Copies {
                 let done = self.collect().await;
                 collect_at = (!done).then(|| Instant::now() + COLLECT_AFTER);
             }
-            let due = failed.values().copied().chain(collect_at).min();
+            let due = failed.values().copied().chain(collect_at).chain(audit_at);
+            let due = due.min();
             let due = due.unwrap_or_else(|| Instant::now() + NOTHING_DUE);
             tokio::select! {
                 alive = view.changed() => if !alive { break },
+                Ok(()) = damage.changed() => audit_at = Some(Instant::now()),
+                Ok(()) = completed.changed() => audit_at = Some(Instant::now()),
                 () = time::sleep_until(due) => {}
+            }
+        }
+    }
+
+    /// Tells the cluster where it is wrong about this node. Says whether it knows all now.
+    async fn audit(&self) -> bool {
+        // A record that this node has not seen yet is none that it is wrong about.
+        if let Err(err) = self.proposer.linearize().await {
+            warn!(%err, "did not look what is held here: the cluster's newest state is not known");
+            return false;
+        }
+        let (store, state, here) = (self.store.clone(), self.view.state(), self.here);
+        let looked = task::spawn_blocking(move || wrong_about(&store, &state, here)).await;
+        let mut told = true;
+        for (id, digest, holding) in looked.unwrap_or_default() {
+            let holds = match holding {
+                Holding::Whole => true,
+                Holding::Part => self.mend(digest).await,
+                Holding::Nothing => false,
+            };
+            if !(holds && holding == Holding::Part) {
+                warn!(snapshot = %id, ?holding, "the cluster is wrong about this node's copy");
+                told &= self.tell(id, holds).await;
+            }
+        }
+        told
+    }
+
+    /// Brings what is missing of a damaged copy; says whether it is whole again.
+    async fn mend(&self, digest: SnapshotDigest) -> bool {
+        let fetched = self.store.fetch(digest, self.holders.as_ref());
+        match time::timeout(MEND_TIMEOUT, fetched).await {
+            Ok(Ok(_)) => {
+                info!(%digest, "mended a damaged copy");
+                true
+            }
+            Ok(Err(err)) => {
+                warn!(%digest, err = chain(&err), "could not mend a damaged copy");
+                false
+            }
+            Err(_) => {
+                warn!(%digest, "a damaged copy takes long to mend");
+                false
             }
         }
     }
@@ -107,20 +166,19 @@ impl Copies {
                 return false;
             }
         };
-        let told = self.tell(id).await;
+        let told = self.tell(id, true).await;
         drop(kept);
         told
     }
 
-    async fn tell(&self, id: SnapshotId) -> bool {
+    async fn tell(&self, id: SnapshotId, holds: bool) -> bool {
         let node = self.here;
-        let holds = true;
         let told = self
             .proposer
             .propose(Command::HoldSnapshot { id, node, holds });
         match told.await {
             Ok(_) => {
-                info!(snapshot = %id, "holds a copy");
+                info!(snapshot = %id, holds, "told of a copy");
                 true
             }
             // Gone meanwhile, for one.
@@ -133,25 +191,65 @@ impl Copies {
 
     /// Says whether it came about.
     async fn collect(&self) -> bool {
-        // Not by an old copy of the state: a record that is not seen is a snapshot that is lost.
-        if let Err(err) = self.proposer.linearize().await {
-            warn!(%err, "did not collect: the cluster's newest state is not known");
-            return false;
+        let collected = collect(&self.store, &self.proposer).await;
+        match &collected {
+            Ok(collected) => info!(?collected, "collected"),
+            Err(err) => warn!(err = chain(err), "could not collect"),
         }
-        let (store, view, here) = (self.store.clone(), self.view.clone(), self.here);
-        let collected = task::spawn_blocking(move || {
-            store.collect(|| Ok::<_, LogError>(pins(&view.state(), here)))
-        });
-        match collected.await {
-            Ok(Ok(collected)) => {
-                info!(?collected, "collected");
-                return true;
-            }
-            Ok(Err(err)) => warn!(err = chain(&err), "could not collect"),
-            Err(err) => warn!(%err, "could not collect"),
-        }
-        false
+        collected.is_ok()
     }
+}
+
+/// Why nothing was collected, or not all.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum UpkeepError {
+    /// A record that is not seen is a snapshot that is lost: not by an old copy of the state.
+    #[error("learn the cluster's newest state")]
+    State(#[source] LogError),
+    /// The store failed.
+    #[error("collect")]
+    Collect(#[source] CollectError),
+    /// The work was cut short.
+    #[error("finish collecting")]
+    Cut(#[source] task::JoinError),
+}
+
+/// Drops from the store what no record of the cluster names.
+///
+/// # Errors
+/// See [`UpkeepError`].
+pub async fn collect(store: &Store, proposer: &Proposer) -> Result<Collected, UpkeepError> {
+    proposer.linearize().await.map_err(UpkeepError::State)?;
+    let (store, view) = (store.clone(), proposer.view());
+    let collected =
+        task::spawn_blocking(move || store.collect(|| Ok::<_, LogError>(pins(&view.state()))));
+    let collected = collected.await.map_err(UpkeepError::Cut)?;
+    collected.map_err(UpkeepError::Collect)
+}
+
+/// The snapshots of which this node has more or less than the cluster believes, and how much.
+/// Reads manifests.
+fn wrong_about(
+    store: &Store,
+    state: &State,
+    here: NodeId,
+) -> Vec<(SnapshotId, SnapshotDigest, Holding)> {
+    let all = state.snapshots().map(|snapshot| {
+        let digest = SnapshotDigest(snapshot.sealed.digest);
+        (snapshot, digest, store.holding(digest))
+    });
+    let wrong = all.filter(|(snapshot, _, holding)| {
+        let said = snapshot.holders.contains(&here);
+        said != (*holding == Holding::Whole)
+    });
+    let wrong = wrong.filter(|(snapshot, _, holding)| {
+        // What has come of one that is still on its way here is no news.
+        *holding == Holding::Whole || snapshot.holders.contains(&here)
+    });
+    wrong
+        .map(|(snapshot, digest, holding)| (snapshot.sealed.id, digest, holding))
+        .collect()
 }
 
 /// The snapshots of which this node should make a copy.
@@ -206,17 +304,12 @@ fn rank(snapshot: SnapshotId, node: NodeId) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// What the store must keep: what this node is said to hold, and what its sandboxes go back to.
-fn pins(state: &State, here: NodeId) -> Vec<Pin> {
-    let own = state.sandboxes_on(here).flat_map(Sandbox::snapshots);
-    let own: BTreeSet<SnapshotId> = own.collect();
-    let rests = |snapshot: &&Snapshot| {
-        let of = state.sandbox(snapshot.sandbox);
-        let is_own = own.contains(&snapshot.sealed.id) || of.is_some_and(|it| it.owner == here);
-        is_own || snapshot.holders.contains(&here)
-    };
-    let kept = state.snapshots().filter(rests);
-    kept.map(|it| Pin::Snapshot(SnapshotDigest(it.sealed.digest)))
+/// What the store must keep: whatever has a record. What this node is not said to hold may be on its
+/// way here, and is worth more than its room while it may be asked for.
+fn pins(state: &State) -> Vec<Pin> {
+    state
+        .snapshots()
+        .map(|it| Pin::Snapshot(SnapshotDigest(it.sealed.digest)))
         .collect()
 }
 

@@ -13,7 +13,7 @@
 //! | wanted paused, `pausing` | frozen: it could not be sealed | report thawed |
 //! | wanted paused, `pausing` | nothing | report failed: its VMM is gone |
 //! | wanted running, `running` | frozen | thaw |
-//! | wanted running, `snapshotting` | ready, sealed, frozen | as `pausing`; it goes on once the cluster knows |
+//! | wanted running, `snapshotting` | ready, sealed, frozen | as `pausing`; once the cluster knows: thaw, then report running |
 //! | wanted running, `snapshotting` | nothing | report failed; one that is bound to the lease: report thawed |
 //! | wanted running, `starting` | gone, its start was cut short | forget |
 //! | wanted stopped | starting or ready | stop |
@@ -164,7 +164,7 @@ fn for_record(
     };
     let wanted = record.desired != Desired::Stopped;
     let runs = record.desired == Desired::Running;
-    let goes_on = runs && record.phase != Phase::Snapshotting;
+    let goes_on = runs && record.checkpoint.is_none();
     let is_bound = record.spec.on_host_loss == HostLoss::Restart;
     let Some(seen) = seen else {
         return match record.phase {
@@ -195,6 +195,9 @@ fn for_record(
         ObservedState::Starting | ObservedState::Sealing => None,
         ObservedState::Ready(versions) => match record.phase {
             Phase::Starting | Phase::Resuming => report(Report::Running(versions.clone())),
+            Phase::Snapshotting if record.checkpoint.is_none() => {
+                report(Report::Running(versions.clone()))
+            }
             Phase::Pausing | Phase::Snapshotting => Some(Step::Seal {
                 id,
                 pause: record.pause,

@@ -11,7 +11,7 @@ use proto::wire::relay::answer::Answer;
 use proto::wire::relay::question::Ask;
 use tokio::task;
 
-use super::local::{LocalFacts, MemoryFacts, facts_of};
+use super::local::{LocalFacts, MemoryFacts, Transfer, facts_of};
 use super::refusal::Refusal;
 use super::serve::Server;
 use super::wire;
@@ -120,6 +120,11 @@ impl From<LocalFacts> for pb::FactsKnown {
             stages: facts.start_stages.into_iter().map(stage).collect(),
             start: facts.start.unwrap_or_default(),
             memory: facts.memory.map(Into::into),
+            transfer: facts.transfer.map(|it| pb::Transfer {
+                bytes_done: it.bytes_done,
+                bytes_total: it.bytes_total,
+                sources: it.sources,
+            }),
         }
     }
 }
@@ -164,5 +169,10 @@ pub(super) fn facts_told(known: pb::FactsKnown) -> Option<LocalFacts> {
         start_stages: known.stages.into_iter().map(stage).collect(),
         start: Some(known.start).filter(|word| !word.is_empty()),
         memory: known.memory.map(Into::into),
+        transfer: known.transfer.map(|it| Transfer {
+            bytes_done: it.bytes_done,
+            bytes_total: it.bytes_total,
+            sources: it.sources,
+        }),
     })
 }

@@ -56,6 +56,19 @@ pub struct LocalFacts {
     pub start: Option<String>,
     /// Of a guest whose memory comes as it touches it: how it has come so far.
     pub memory: Option<MemoryFacts>,
+    /// How far what it rests on has come here, while it does.
+    pub transfer: Option<Transfer>,
+}
+
+/// How far a snapshot has come to the node that resumes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transfer {
+    /// Bytes that are there.
+    pub bytes_done: u64,
+    /// Bytes in all.
+    pub bytes_total: u64,
+    /// Nodes that give some at the moment.
+    pub sources: u32,
 }
 
 /// How the memory of a resumed guest has come so far.

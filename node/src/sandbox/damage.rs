@@ -52,12 +52,10 @@ impl Driver {
     }
 
     async fn mend(&self, from: SnapshotDigest, held: &mut Held) -> Result<(), AcquireError> {
-        let keeping = &self.host.keeping;
-        let store = keeping.store.clone();
+        let store = self.host.keeping.store.clone();
         blocking(move || forget_what_is_damaged(&store, from)).await??;
-        let whole = keeping.store.fetch(from, keeping.holders.as_ref());
-        if let Ok(whole) = time::timeout(MEND_TIMEOUT, whole).await {
-            held.source = Some(whole?);
+        if let Ok(source) = time::timeout(MEND_TIMEOUT, self.fetch(from)).await {
+            held.source = Some(source?);
         }
         Ok(())
     }

@@ -106,6 +106,10 @@ impl Driver {
             None if held.record.parent.is_some() => Some(Event::VmmEnded(End::Unfinished {
                 reason: "the host's daemon ended while the guest was brought back".into(),
             })),
+            // It was being kept as it had booted, and stands still.
+            None if stand != Some(GuestStand::Running) => Some(Event::VmmEnded(End::Unfinished {
+                reason: "the host's daemon ended while the guest was kept for others".into(),
+            })),
             // How long it took is not known: another daemon began it.
             None => {
                 self.await_guest(&mut held, &mut StartTimings::default())
@@ -153,7 +157,7 @@ impl Driver {
             return Some(start_failed(&err));
         }
         if spec.keep_warm
-            && let Some(over) = self.keep_warm(spec, base, held).await
+            && let Some(over) = self.keep_warm(spec, base, held, &mut timings).await
         {
             return over;
         }

@@ -6,6 +6,7 @@
 //! cluster: a sandbox is handed its epoch and never asks for one.
 
 pub mod adopt;
+mod coming;
 mod damage;
 mod driver;
 mod error;

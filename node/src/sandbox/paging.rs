@@ -1,7 +1,9 @@
 //! The daemon's half of paging: what a guest's memory is made of, and answers for its pager.
 //!
 //! ```text
-//! resume    memory manifest, and where each chunk lies > D/pages; the guest is admitted
+//! resume    memory manifest, and where each chunk lies > D/pages, working set > D/working-set; the
+//!           guest is admitted
+//! pause     D/working-set, as the pager has left it > the next snapshot
 //! it runs   pager.sock: "chunk C of sandbox S?" > in the store? > else brought into it > where it is
 //! restart   a guest that is retaken is admitted again, by the parent in its record
 //! ```
@@ -32,18 +34,19 @@ use tokio::task;
 use tokio::time;
 use tracing::{debug, info_span, warn};
 
+use super::coming::{Coming, Source};
 use super::resources::Held;
 use super::spec::Host;
 use crate::base::chain::chain;
 use crate::base::stop::Tasks;
 use crate::pager::ask::{self, Answer, AskError, Question};
-use crate::pager::handle::PAGES;
+use crate::pager::handle::{PAGES, WORKING_SET};
 use crate::pager::page_map::{self, MappedChunk, PageMap, PageMapError, Place};
 use crate::pager::region::{ImageOffset, Region};
-use crate::store::fetch::{FetchError, Holders};
+use crate::pager::working_set::{self, WorkingSet};
 use crate::store::{
-    ChunkId, Content, Encoding, Location, Manifest, Pin, ReadChunkError, ReadManifestError,
-    SnapshotDigest, SnapshotManifest, Store,
+    ChunkId, Content, Encoding, ImageRef, Location, Manifest, Pin, ReadChunkError,
+    ReadManifestError, Seal, SealError, SnapshotDigest, SnapshotManifest, Store,
 };
 
 /// Connections served at once. A pager keeps a handful, and drops what is closed on it.
@@ -78,12 +81,12 @@ pub struct Paging {
 
 struct Shared {
     store: Store,
-    guests: Mutex<HashMap<SandboxId, Arc<Source>>>,
+    guests: Mutex<HashMap<SandboxId, Arc<Memory>>>,
 }
 
 /// What one guest's memory comes from.
 #[derive(Debug)]
-struct Source {
+struct Memory {
     snapshot: SnapshotDigest,
     bringer: Arc<dyn Bringer>,
     /// The chunks of its memory, in order; looked up when the first question comes.
@@ -95,7 +98,7 @@ struct Source {
 pub struct Admitted {
     paging: Paging,
     sandbox: SandboxId,
-    source: Arc<Source>,
+    source: Arc<Memory>,
 }
 
 impl fmt::Debug for Paging {
@@ -121,7 +124,7 @@ impl Paging {
         snapshot: SnapshotDigest,
         bringer: Arc<dyn Bringer>,
     ) -> Admitted {
-        let source = Arc::new(Source {
+        let source = Arc::new(Memory {
             snapshot,
             bringer,
             chunks: OnceLock::new(),
@@ -218,7 +221,7 @@ impl Paging {
 
     async fn find(
         &self,
-        source: &Arc<Source>,
+        source: &Arc<Memory>,
         chunk: ChunkId,
         spoiled: bool,
     ) -> Result<Location, NotBrought> {
@@ -234,7 +237,7 @@ impl Paging {
     /// Where the chunk is on this node, if it is.
     async fn look(
         &self,
-        source: &Arc<Source>,
+        source: &Arc<Memory>,
         chunk: ChunkId,
         spoiled: bool,
     ) -> Result<Option<Location>, NotBrought> {
@@ -253,7 +256,7 @@ impl Paging {
         looked.await.map_err(cut)?
     }
 
-    fn guests(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Source>>> {
+    fn guests(&self) -> MutexGuard<'_, HashMap<SandboxId, Arc<Memory>>> {
         let guests = &self.shared.guests;
         guests.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -268,7 +271,7 @@ fn check(store: &Store, chunk: &ChunkId) -> Result<(), NotBrought> {
     }
 }
 
-impl Source {
+impl Memory {
     /// Whether the chunk is of this guest's memory. Blocks.
     fn has(&self, store: &Store, chunk: &ChunkId) -> Result<bool, NotBrought> {
         let chunks = match self.chunks.get() {
@@ -303,75 +306,32 @@ impl Drop for Admitted {
     }
 }
 
-/// Brings what is missing of a snapshot by fetching all that is missing of it: nothing is, unless
-/// it was damaged here.
-#[derive(Debug)]
-pub struct Refetch {
-    store: Store,
-    holders: Arc<dyn Holders>,
-    snapshot: SnapshotDigest,
-    one: tokio::sync::Mutex<()>,
-}
-
-impl Refetch {
-    /// Brings chunks of `snapshot` from `holders`.
-    #[must_use]
-    pub fn new(store: Store, holders: Arc<dyn Holders>, snapshot: SnapshotDigest) -> Self {
-        let one = tokio::sync::Mutex::default();
-        Self {
-            store,
-            holders,
-            snapshot,
-            one,
-        }
-    }
-
-    async fn fetch(&self, chunk: ChunkId) -> Result<(), NotBrought> {
-        // Whoever waits here finds that what he wants has come with what another wanted.
-        let _one = self.one.lock().await;
-        if self.store.has(&chunk) {
-            return Ok(());
-        }
-        match self.store.fetch(self.snapshot, &*self.holders).await {
-            Ok(_) => Ok(()),
-            Err(err @ FetchError::NoHolder { .. })
-                if self.holders.holders(self.snapshot).is_empty() =>
-            {
-                Err(NotBrought::Gone(chain(&err)))
-            }
-            Err(err) => Err(NotBrought::NotNow(chain(&err))),
-        }
-    }
-}
-
-impl Bringer for Refetch {
-    fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
-        Box::pin(self.fetch(chunk))
-    }
-}
-
 impl Held {
-    /// Has the pager of `sandbox`, which goes on from `parent`, answered.
+    /// Has the pager of `sandbox`, which goes on from `parent`, answered, if it has one.
     pub(super) fn admit_pager(&mut self, host: &Host, sandbox: SandboxId, parent: SnapshotDigest) {
-        let Some(paging) = &host.paging else {
-            return;
-        };
-        let (store, holders) = (host.keeping.store.clone(), host.keeping.holders.clone());
-        let bringer = Arc::new(Refetch::new(store, holders, parent));
-        self.paged = Some(paging.admit(sandbox, parent, bringer));
+        if let (Some(paging), Some(Source::Coming { coming, .. })) = (&host.paging, &self.source) {
+            self.paged = Some(paging.admit(sandbox, parent, Arc::new(coming.clone())));
+        }
     }
 
-    /// After a restart: keeps what the guest goes on from, and has its pager answered.
+    /// After a restart: keeps what the guest goes on from, has the rest of it follow, and has its pager
+    /// answered.
     pub(super) fn find_source(&mut self, host: &Host) {
         let parent = self.record.parent.as_deref().map(str::parse);
         let Some(Ok(parent)) = parent else {
             return;
         };
-        self.source = Some(host.keeping.store.keep([Pin::Snapshot(parent)]));
         let status = self.shim.as_ref().map(|shim| shim.known_status());
-        if let Some(sandbox) = status.filter(|it| it.paging.is_some()).map(|it| it.sandbox) {
-            self.admit_pager(host, sandbox, parent);
-        }
+        let paged = status.filter(|it| it.paging.is_some()).map(|it| it.sandbox);
+        let Some(sandbox) = paged else {
+            let kept = host.keeping.store.keep([Pin::Snapshot(parent)]);
+            self.source = Some(Source::Whole(kept));
+            return;
+        };
+        let mut source = Source::coming(Coming::new(&host.keeping, parent));
+        source.follow();
+        self.source = Some(source);
+        self.admit_pager(host, sandbox, parent);
     }
 
     /// Ends the recording of the working set. A guest without one only comes up slower next time.
@@ -384,7 +344,8 @@ impl Held {
     }
 }
 
-/// Writes down for the pager where the memory of `snapshot` lies. Blocks.
+/// Writes down for the pager where the memory of `snapshot` lies, and what of it to bring first.
+/// Blocks.
 pub(super) fn describe(
     store: &Store,
     snapshot: &SnapshotManifest,
@@ -392,7 +353,38 @@ pub(super) fn describe(
 ) -> Result<(), super::snapshot::SnapshotError> {
     let memory = store.image(&snapshot.memory.digest)?;
     map_of(store, &memory)?.write(&dir.join(PAGES))?;
+    if let Some(set) = snapshot.working_set
+        && let Err(why) = lay_out_working_set(store, set, &dir.join(WORKING_SET))
+    {
+        warn!(why, "resumes without its working set");
+    }
     Ok(())
+}
+
+/// A guest comes up without it, so no reason is worth more than a word.
+fn lay_out_working_set(store: &Store, set: ImageRef, path: &Path) -> Result<(), String> {
+    if set.len_bytes > working_set::MAX_FILE_BYTES {
+        return Err(format!("it has {} bytes, which is too long", set.len_bytes));
+    }
+    let manifest = store.image(&set.digest).map_err(|err| chain(&err))?;
+    let made = store.assemble(&manifest, set.len_bytes, path);
+    made.map_err(|err| chain(&err))
+}
+
+/// Puts the working set that a pager has recorded in `dir` into `seal`, or the one that it was given;
+/// a guest that was never resumed has none. Blocks.
+pub(super) fn seal_working_set(seal: &Seal, dir: &Path) -> Result<Option<ImageRef>, SealError> {
+    let path = dir.join(WORKING_SET);
+    // One that no pager would take is not worth keeping.
+    let sound = WorkingSet::read(&path).is_ok_and(|set| !set.windows().is_empty());
+    let Ok(file) = File::open(&path) else {
+        return Ok(None);
+    };
+    let length = file.metadata().map_or(0, |it| it.len());
+    if !sound || length > working_set::MAX_FILE_BYTES {
+        return Ok(None);
+    }
+    Ok(Some(seal.image(&file, length)?.image))
 }
 
 /// The map of an image, with the places of those chunks that are here.

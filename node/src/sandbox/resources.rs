@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::coming::Source;
 use super::error::AcquireError;
 use super::paging::Admitted;
 use super::record::{ReadyFacts, Record};
@@ -57,7 +58,7 @@ pub(super) struct Held {
     /// Keeps what it was sealed as, until the cluster knows of it.
     pub(super) kept: Option<Kept>,
     /// Keeps what it goes on from.
-    pub(super) source: Option<Kept>,
+    pub(super) source: Option<Source>,
     /// Has its pager answered.
     pub(super) paged: Option<Admitted>,
     /// Breaks every stream to its guest, once it is being released.
@@ -179,7 +180,7 @@ impl Held {
     ) -> Result<ReadyFacts, AcquireError> {
         let began = Instant::now();
         let health = guest.wait_ready(began + host.boot_timeout).await?;
-        timings.guest = began.elapsed();
+        timings.guest += began.elapsed();
         let answered = Instant::now();
         // A guest that was sealed has its name from its restore.
         guest.set_up(&self.first_setup()).await?;

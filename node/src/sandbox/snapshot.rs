@@ -27,6 +27,7 @@ use tokio::task;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::coming::{Coming, NotWholeError, Source};
 use super::driver::{Driver, start_failed};
 use super::error::AcquireError;
 use super::fork;
@@ -49,6 +50,7 @@ use crate::shim::spec::{MemoryImage, RestoreSpec, ShimSpec};
 use crate::shim::state::StateFile;
 use crate::store::disk::rebase;
 use crate::store::error::RebaseError;
+use crate::store::fetch::FetchError;
 use crate::store::snapshot::{GuestFacts, MachineFacts};
 use crate::store::{
     AssembleError, Content, DecodeSnapshotError, ImageDigest, ImageRef, Kept, Manifest,
@@ -83,6 +85,9 @@ pub(super) enum SealGuestError {
     /// It cannot be sealed at all.
     #[error("{0}")]
     Unfit(&'static str),
+    /// What it goes on from is not all here yet, and the snapshot would lack what is not.
+    #[error("wait for the rest of the snapshot that it goes on from")]
+    NotWhole(#[from] NotWholeError),
     /// Its agent could not be reached.
     #[error("reach the guest's agent")]
     Guest(#[from] GuestError),
@@ -226,6 +231,7 @@ impl Driver {
             .shim
             .as_ref()
             .ok_or(SealGuestError::Unfit("it has no VMM"))?;
+        self.await_source(held).await?;
         let quiesce = Quiesce {
             epoch: facts.epoch,
             // Memory and disk are of one instant: what the guest has not written out is in memory.
@@ -314,10 +320,8 @@ impl Driver {
             ..StartTimings::default()
         };
         // It may take long, and nothing is acquired yet.
-        let keeping = &self.host.keeping;
-        let whole = keeping.store.fetch(from, keeping.holders.as_ref());
-        match self.unless_over(None, whole).await {
-            Ok(Ok(whole)) => held.source = Some(whole),
+        match self.unless_over(None, self.fetch(from)).await {
+            Ok(Ok(source)) => held.source = Some(source),
             Ok(Err(err)) => return Some(start_failed(&err.into())),
             Err(over) => return over,
         }
@@ -350,10 +354,39 @@ impl Driver {
         let outcome = self.unless_over(shim.as_ref(), restored).await;
         let event = self.is_up(held, outcome);
         if matches!(event, Some(Event::GuestReady)) {
+            if let Some(source) = &mut held.source {
+                source.follow();
+            }
             info!(?timings, "resumed");
             self.set_timings(timings);
         }
         event
+    }
+
+    /// As much of a snapshot as has to be here before its guest runs.
+    pub(super) async fn fetch(&self, from: SnapshotDigest) -> Result<Source, FetchError> {
+        let keeping = &self.host.keeping;
+        if self.host.paging.is_none() {
+            let whole = keeping.store.fetch(from, keeping.holders.as_ref());
+            return whole.await.map(Source::Whole);
+        }
+        let coming = Coming::new(keeping, from);
+        coming.open().await?;
+        Ok(Source::coming(coming))
+    }
+
+    /// Waits until all of what the guest goes on from is here, unless it is to end before. The guest
+    /// runs on meanwhile.
+    async fn await_source(&self, held: &Held) -> Result<(), SealGuestError> {
+        let Some(source) = &held.source else {
+            return Ok(());
+        };
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(SealGuestError::Unfit("it is to end")),
+            () = self.detach.cancelled() => Err(SealGuestError::Unfit("the host's daemon is ending")),
+            whole = source.whole() => Ok(whole?),
+        }
     }
 
     /// Lets the guest's processors go on and tells its agent who and when it is, before anybody else
@@ -565,8 +598,9 @@ impl Job {
         let memory_bytes = data_bytes(&memory.manifest);
         let disk_bytes = data_bytes(&disk.manifest);
         let images = [memory.image, disk.image, state.image];
+        let working_set = paging::seal_working_set(&seal, self.paths.dir())?;
         let spec = ShimSpec::read(self.paths.dir())?;
-        let signed = self.signed(images, &spec.vmm)?;
+        let signed = self.signed(images, working_set, &spec.vmm)?;
         let new_bytes = seal.tally().written_bytes;
         fault::point("seal.stored");
         let kept = seal.finish(Some(&signed))?;
@@ -603,6 +637,7 @@ impl Job {
     fn signed(
         &self,
         images: [ImageRef; 3],
+        working_set: Option<ImageRef>,
         vmm: &VmmSpec,
     ) -> Result<SignedSnapshot, SealGuestError> {
         let facts = &self.facts;
@@ -615,6 +650,7 @@ impl Job {
             memory,
             disk,
             device_state,
+            working_set,
             base: facts.base,
             machine: MachineFacts {
                 driver: "qemu".into(),

@@ -127,6 +127,8 @@ pub struct StartTimings {
     pub guest: Duration,
     /// Agent told who it is, and that it is ready recorded.
     pub setup: Duration,
+    /// Sealed as it had booted, for others to start from.
+    pub kept: Duration,
     /// What it came from.
     pub way: StartWay,
 }
@@ -185,8 +187,9 @@ impl StartTimings {
             vmm,
             guest,
             setup,
+            kept,
             way: _,
         } = *self;
-        record + slot + disk + shim + vmm + guest + setup
+        record + slot + disk + shim + vmm + guest + setup + kept
     }
 }

@@ -21,7 +21,7 @@ use super::error::AcquireError;
 use super::phase::Event;
 use super::resources::Held;
 use super::snapshot::SealGuestError;
-use super::spec::StartSpec;
+use super::spec::{StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::store::{ImageDigest, Kept};
 
@@ -100,12 +100,14 @@ impl Driver {
         spec: &StartSpec,
         base: ImageDigest,
         held: &mut Held,
+        timings: &mut StartTimings,
     ) -> Option<Option<Event>> {
         let guest = self.host.warm.guest.clone()?;
         let kind = (base, spec.vcpus, spec.memory.0, spec.disk.0);
         let _claim = self.host.warm.claim(kind)?;
         let shim = held.shim.clone();
-        let sealed = self.seal_booted(held);
+        let began = Instant::now();
+        let sealed = self.seal_booted(held, timings);
         match self.unless_over(shim.as_ref(), sealed).await {
             Ok(Ok((sealed, kept))) => {
                 info!(bytes = sealed.new_bytes, "kept as it has booted");
@@ -119,21 +121,23 @@ impl Driver {
             Ok(Err(err)) => warn!(err = chain(&err), "could not be kept as it has booted"),
             Err(over) => return Some(over),
         }
-        match self.go_on(held).await {
-            Ok(()) => None,
-            Err(err) => Some(Some(start_failed(&err))),
-        }
+        let gone_on = self.go_on(held).await;
+        timings.kept = began.elapsed().saturating_sub(timings.guest);
+        gone_on.err().map(|err| Some(start_failed(&err)))
     }
 
-    async fn seal_booted(&self, held: &Held) -> Result<(Sealed, Kept), SealGuestError> {
+    async fn seal_booted(
+        &self,
+        held: &Held,
+        timings: &mut StartTimings,
+    ) -> Result<(Sealed, Kept), SealGuestError> {
         let began = Instant::now();
         let guest = held.guest_by(NO_TOKEN).ok().flatten();
         let guest = guest.ok_or(SealGuestError::Unfit("it has no network"))?;
         let health = guest.wait_ready(began + self.host.boot_timeout).await?;
+        timings.guest = began.elapsed();
         let facts = held.facts(&self.host, &health.version, NO_TOKEN)?;
-        let sealed = self.seal_as(held, &guest, facts, NO_PAUSE).await?;
-        info!(took = ?began.elapsed(), "sealed after its boot");
-        Ok(sealed)
+        self.seal_as(held, &guest, facts, NO_PAUSE).await
     }
 
     /// Lets a guest go on that may stand still.

@@ -28,8 +28,10 @@ use crate::shim::spec::{MemoryImage, RestoreSpec};
 use crate::shim::state::StateFileError;
 use crate::vmm::{Hardware, Vmm, VmmError};
 
-/// Longest time for the memory and the state to be in place, counted from the VMM's first answer.
-/// A flat image comes at 1 GiB/s where the disk can.
+/// Longest time for the memory and the state to be in place, counted from the VMM's first answer. A
+/// pager serves within milliseconds, and loading the state touches a few pages; each of those may
+/// have to be brought from another node, of which one answer may take 20 s. A flat image comes at
+/// 1 GiB/s where the disk can.
 pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why a saved guest was not brought back.

@@ -91,6 +91,8 @@ pub(super) struct Core {
     pub(super) transfers: Transfers,
     /// How many chunks turned out damaged since the store was opened.
     damage: watch::Sender<u64>,
+    /// How many snapshots that came piecemeal have become whole since.
+    pub(super) completed: watch::Sender<u64>,
     /// One collection or check at a time.
     pub(super) collecting: Mutex<()>,
     /// Dropped, and with it released, last.
@@ -134,6 +136,7 @@ impl Store {
             helper: Helper::default(),
             transfers: Transfers::default(),
             damage: watch::Sender::default(),
+            completed: watch::Sender::default(),
             collecting: Mutex::default(),
             _lock: lock,
         };
@@ -216,6 +219,12 @@ impl Store {
     #[must_use]
     pub fn damage(&self) -> watch::Receiver<u64> {
         self.core.damage.subscribe()
+    }
+
+    /// How many snapshots whose memory came last have become whole here since the store was opened.
+    #[must_use]
+    pub fn completed(&self) -> watch::Receiver<u64> {
+        self.core.completed.subscribe()
     }
 
     /// Keeps these, and all they need, from every collection that begins while the answer lives.

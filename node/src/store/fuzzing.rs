@@ -58,7 +58,7 @@ pub(crate) const TARGETS: &[Target] = &[
     },
     Target {
         name: "signed-snapshot",
-        samples: || vec![Sealed::new().signed.encode()],
+        samples: signed_snapshots,
         run: signed_snapshot,
     },
     Target {
@@ -192,6 +192,7 @@ fn snapshot(images: &[Manifest; 3]) -> SnapshotManifest {
         memory,
         disk,
         device_state,
+        working_set: None,
         base: image(1 << 20, ChunkId([9; 32])).digest(),
         machine: MachineFacts {
             driver: "qemu".into(),
@@ -390,6 +391,15 @@ fn manifest(bytes: &[u8]) {
     assert_eq!(reached, read.image_bytes());
 }
 
+/// One of each version: the second names a working set.
+fn signed_snapshots() -> Vec<Vec<u8>> {
+    let first = Sealed::new().signed;
+    let mut manifest = first.manifest().clone();
+    manifest.working_set = Some(manifest.device_state);
+    let second = SignedSnapshot::sign(manifest, &IDENTITY).expect("it is sound");
+    vec![first.encode(), second.encode()]
+}
+
 /// Reads it as it came, and its body signed anew by a node that may seal.
 fn signed_snapshot(bytes: &[u8]) {
     if let Ok(read) = SignedSnapshot::decode(bytes, |_| true) {
@@ -529,7 +539,7 @@ fn answers() -> Vec<Vec<u8>> {
         here(Encoding::Zstd, &[5; 40]),
         Answer::Lacks,
     ];
-    all.iter().map(|answer| said(answer)).collect()
+    all.iter().map(said).collect()
 }
 
 fn said(answer: &Answer) -> Vec<u8> {

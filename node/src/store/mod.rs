@@ -40,6 +40,7 @@ mod packs;
 pub mod paths;
 mod pin;
 mod record;
+pub mod report;
 mod scrub;
 mod seal;
 pub mod serve;
@@ -59,7 +60,7 @@ pub use error::{
 };
 pub use extent::{Content, Extent};
 pub use fetch::progress::Progress;
-pub use fetch::{BringError, FetchError, Incoming};
+pub use fetch::{BringError, FetchError, Holding, Incoming};
 pub use image::SealedImage;
 pub use manifest::{ImageDigest, Manifest};
 pub use packs::Limits;

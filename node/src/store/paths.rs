@@ -11,6 +11,7 @@
 //!        store/           chunks and manifests of snapshots; see `engine`
 //!        templates/       root file systems in use, each under its digest
 //!        pager.sock       where pagers ask for what is not on this node
+//!        store.sock       where `wrenn store` asks a running daemon
 //!        cache/           what can be computed again; may be deleted while no daemon runs
 //!        sandboxes/<id>/  shim.json shim.sock root.qcow2 console.log exit.json token
 //! ```
@@ -167,6 +168,12 @@ impl DataPaths {
     #[must_use]
     pub fn pager_socket(&self) -> PathBuf {
         self.root.join("pager.sock")
+    }
+
+    /// Where the daemon answers questions about its store; as [`Self::pager_socket`].
+    #[must_use]
+    pub fn store_socket(&self) -> PathBuf {
+        self.root.join("store.sock")
     }
 
     /// All sandboxes of this node.

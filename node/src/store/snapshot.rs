@@ -2,7 +2,8 @@
 //! it.
 //!
 //! A snapshot is named by the BLAKE3 hash of its manifest, so a manifest has exactly one encoding:
-//! fixed fields in a fixed order, all integers little-endian, no field left out. The node that
+//! fixed fields in a fixed order, all integers little-endian, and a version that says whether the one
+//! at the end that may be missing is there. The node that
 //! sealed it signs the hash, with its purpose in front, by its Ed25519 key; the key travels along,
 //! and the reader decides whether that node may seal.
 //!
@@ -16,6 +17,7 @@
 //!           texts: kernel, initramfs, agent
 //!           6 bytes MAC  4 bytes address  u8 prefix  4 bytes gateway
 //!           text: the agent's token
+//!           in version 2, and only there: 32 bytes digest  u64 bytes       the working set
 //! text      u8 length  UTF-8 without control characters
 //! signed    "wrenn-ss"  u32 version  32 bytes public key  64 bytes signature  body
 //! ```
@@ -39,8 +41,10 @@ use super::error::DecodeSnapshotError;
 use super::extent::BLOCK_BYTES;
 use super::manifest::{ImageDigest, MAX_IMAGE_BYTES};
 
-/// Version of the encoding, body and signature.
+/// Version of the encoding: of the signature, and of a body without a working set.
 pub const SNAPSHOT_VERSION: u32 = 1;
+/// Version of a body with a working set.
+const WORKING_SET_VERSION: u32 = 2;
 /// Longest text in a manifest: version strings of programs and kernels.
 pub const MAX_TEXT_BYTES: usize = 255;
 /// No signed manifest is longer: nine texts of the greatest length and 500 bytes of the rest.
@@ -146,6 +150,9 @@ pub struct SnapshotManifest {
     pub disk: ImageRef,
     /// What the VMM wrote about its devices.
     pub device_state: ImageRef,
+    /// Which parts of the memory the guest needed first when it was resumed last, as a pager writes
+    /// it down. Helps the next resume, and nothing depends on it.
+    pub working_set: Option<ImageRef>,
     /// The image below the overlay.
     pub base: ImageDigest,
     /// What ran it.
@@ -155,11 +162,13 @@ pub struct SnapshotManifest {
 }
 
 impl SnapshotManifest {
-    /// The images it consists of. The one below the overlay is none of them: templates are kept and
-    /// pinned on their own.
+    /// The images it consists of: memory, disk, device state, and the working set if it has one. The
+    /// one below the overlay is none of them: templates are kept and pinned on their own.
     #[must_use]
-    pub fn images(&self) -> [ImageRef; 3] {
-        [self.memory, self.disk, self.device_state]
+    pub fn images(&self) -> Vec<ImageRef> {
+        let mut images = vec![self.memory, self.disk, self.device_state];
+        images.extend(self.working_set);
+        images
     }
 
     /// The name of this snapshot.
@@ -178,7 +187,11 @@ impl SnapshotManifest {
         self.check()?;
         let mut bytes = Vec::with_capacity(MAX_SIGNED_BYTES / 2);
         bytes.extend(BODY_MAGIC);
-        bytes.extend(SNAPSHOT_VERSION.to_le_bytes());
+        let version = match self.working_set {
+            None => SNAPSHOT_VERSION,
+            Some(_) => WORKING_SET_VERSION,
+        };
+        bytes.extend(version.to_le_bytes());
         bytes.extend(self.sandbox.0);
         bytes.extend(self.epoch.0.to_le_bytes());
         bytes.extend(self.created_at.0.to_le_bytes());
@@ -189,9 +202,8 @@ impl SnapshotManifest {
                 bytes.extend(parent.0);
             }
         }
-        for image in self.images() {
-            bytes.extend(image.digest.0);
-            bytes.extend(image.len_bytes.to_le_bytes());
+        for image in [self.memory, self.disk, self.device_state] {
+            put_image(&mut bytes, image);
         }
         bytes.extend(self.base.0);
         let machine = &self.machine;
@@ -211,6 +223,9 @@ impl SnapshotManifest {
         bytes.push(guest.prefix);
         bytes.extend(guest.gateway.octets());
         put_text(&mut bytes, &guest.token);
+        if let Some(working_set) = self.working_set {
+            put_image(&mut bytes, working_set);
+        }
         Ok(bytes)
     }
 
@@ -220,8 +235,8 @@ impl SnapshotManifest {
     /// Any of [`DecodeSnapshotError`] but those of signatures.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeSnapshotError> {
         let mut reader = Reader { all: bytes, at: 0 };
-        reader.begin(BODY_MAGIC)?;
-        let manifest = Self {
+        let version = reader.begin(BODY_MAGIC, WORKING_SET_VERSION)?;
+        let mut manifest = Self {
             sandbox: SandboxId(reader.array()?),
             epoch: Epoch(reader.u64()?),
             created_at: Stamp(reader.u64()?),
@@ -229,6 +244,7 @@ impl SnapshotManifest {
             memory: reader.image()?,
             disk: reader.image()?,
             device_state: reader.image()?,
+            working_set: None,
             base: ImageDigest(reader.array()?),
             machine: MachineFacts {
                 driver: reader.text("driver")?,
@@ -250,6 +266,9 @@ impl SnapshotManifest {
                 token: reader.text("token")?,
             },
         };
+        if version == WORKING_SET_VERSION {
+            manifest.working_set = Some(reader.image()?);
+        }
         if reader.at != bytes.len() {
             return Err(reader.wrong_length());
         }
@@ -371,7 +390,7 @@ impl SignedSnapshot {
         if bytes.len() > MAX_SIGNED_BYTES {
             return Err(reader.wrong_length());
         }
-        reader.begin(SIGNED_MAGIC)?;
+        reader.begin(SIGNED_MAGIC, SNAPSHOT_VERSION)?;
         let public = reader.array()?;
         let signature = reader.array()?;
         let body = bytes.get(reader.at..).unwrap_or_default();
@@ -414,6 +433,11 @@ fn is_sound_text(text: &str) -> bool {
     text.len() <= MAX_TEXT_BYTES && !text.chars().any(char::is_control)
 }
 
+fn put_image(bytes: &mut Vec<u8>, image: ImageRef) {
+    bytes.extend(image.digest.0);
+    bytes.extend(image.len_bytes.to_le_bytes());
+}
+
 /// Texts were checked: their lengths fit one byte.
 fn put_text(bytes: &mut Vec<u8>, text: &str) {
     bytes.push(u8::try_from(text.len()).unwrap_or(u8::MAX));
@@ -427,15 +451,16 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn begin(&mut self, magic: [u8; 8]) -> Result<(), DecodeSnapshotError> {
+    /// The version, which is `newest` at most.
+    fn begin(&mut self, magic: [u8; 8], newest: u32) -> Result<u32, DecodeSnapshotError> {
         if self.array()? != magic {
             return Err(DecodeSnapshotError::Magic);
         }
         match self.u32()? {
-            SNAPSHOT_VERSION => Ok(()),
+            version if (SNAPSHOT_VERSION..=newest).contains(&version) => Ok(version),
             found => Err(DecodeSnapshotError::Version {
                 found,
-                ours: SNAPSHOT_VERSION,
+                ours: newest,
             }),
         }
     }

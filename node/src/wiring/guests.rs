@@ -9,47 +9,71 @@ use proto::ids::SandboxId;
 use proto::units::Stamp;
 
 use crate::base::clock::{Clock as _, SystemClock};
+use crate::cluster::View;
 use crate::guest::Guest;
-use crate::relay::{LocalFacts, LocalGuests, MemoryFacts};
+use crate::relay::{LocalFacts, LocalGuests, MemoryFacts, Transfer};
 use crate::sandbox::{Registry, StartTimings};
+use crate::store::{SnapshotDigest, Store};
 
-/// The registry as the relay sees it.
+/// The registry as the relay sees it, and what is on its way to it.
 #[derive(Debug)]
-pub(super) struct RegistryGuests(pub(super) Arc<Registry>);
+pub(super) struct RegistryGuests {
+    pub(super) registry: Arc<Registry>,
+    pub(super) store: Store,
+    pub(super) view: View,
+}
+
+impl RegistryGuests {
+    /// How far what the sandbox rests on has come here.
+    fn transfer(&self, id: SandboxId) -> Option<Transfer> {
+        let state = self.view.state();
+        let rests_on = state.snapshot(state.sandbox(id)?.snapshot?)?;
+        let progress = self
+            .store
+            .transfer(SnapshotDigest(rests_on.sealed.digest))?;
+        Some(Transfer {
+            bytes_done: progress.bytes_done,
+            bytes_total: progress.bytes_total,
+            sources: progress.sources,
+        })
+    }
+}
 
 impl LocalGuests for RegistryGuests {
     fn guest(&self, id: SandboxId, epoch: Epoch) -> Option<Guest> {
-        self.0.guest(id, epoch)
+        self.registry.guest(id, epoch)
     }
 
     fn is_frozen(&self, id: SandboxId) -> bool {
-        self.0.frozen(id)
+        self.registry.frozen(id)
     }
 
     fn touch(&self, id: SandboxId) {
-        self.0.touch(id);
+        self.registry.touch(id);
     }
 
     fn last_active(&self, id: SandboxId) -> Option<Stamp> {
-        let idle = self.0.idle_for(id)?;
+        let idle = self.registry.idle_for(id)?;
         let idle_ms = u64::try_from(idle.as_millis()).unwrap_or(u64::MAX);
         Some(Stamp(SystemClock.now().0.saturating_sub(idle_ms)))
     }
 
     fn facts(&self, id: SandboxId) -> Option<LocalFacts> {
-        let timings = self.0.timings(id);
-        Some(LocalFacts {
-            last_active: Some(self.last_active(id)?),
-            disk_used_bytes: self.0.disk_used_bytes(id),
+        let timings = self.registry.timings(id);
+        let (last_active, transfer) = (self.last_active(id), self.transfer(id));
+        (last_active.is_some() || transfer.is_some()).then(|| LocalFacts {
+            last_active,
+            disk_used_bytes: self.registry.disk_used_bytes(id),
             start: timings.map(|it| it.way.word().to_owned()),
             start_stages: timings.map(stages).unwrap_or_default(),
             memory: None,
+            transfer,
         })
     }
 
     fn memory(&self, id: SandboxId) -> BoxFuture<'_, Option<MemoryFacts>> {
         Box::pin(async move {
-            let paging = self.0.paging(id).await?;
+            let paging = self.registry.paging(id).await?;
             let told = paging.counters.unwrap_or_default();
             Some(MemoryFacts {
                 resident_bytes: paging.resident_bytes,
@@ -65,7 +89,7 @@ impl LocalGuests for RegistryGuests {
     }
 
     fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>> {
-        self.0.console_tail(id, bytes)
+        self.registry.console_tail(id, bytes)
     }
 }
 
@@ -78,6 +102,7 @@ fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
         vmm,
         guest,
         setup,
+        kept,
         way: _,
     } = timings;
     let named = [
@@ -88,6 +113,7 @@ fn stages(timings: StartTimings) -> Vec<(String, Duration)> {
         ("vmm", vmm),
         ("guest", guest),
         ("setup", setup),
+        ("kept", kept),
     ];
     named.map(|(name, took)| (name.to_owned(), took)).into()
 }

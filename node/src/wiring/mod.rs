@@ -27,6 +27,7 @@ mod paging;
 mod peers;
 pub mod recover;
 mod snapshots;
+mod upkeep;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -67,7 +68,7 @@ use crate::reconcile::Reconciler;
 use crate::relay::{QuicPeers, QuicRelay, Relay};
 use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
-use crate::store::{DataDir, DataPaths, durable};
+use crate::store::{DataDir, DataPaths, Store, durable};
 use crate::template::Catalog;
 use crate::vmm::Accelerator;
 
@@ -194,6 +195,8 @@ impl Running {
         let host = host::of(&config, paths, &catalog, &chosen, slots_too, shared, paging)?;
         let registry = Arc::new(Registry::new(Arc::new(host), tasks.clone()));
         adopt::take_over(&registry, leftovers).await;
+        snapshots::keep_up(&keeping, &cluster, paths, &tasks)?;
+        let store = keeping.store.clone();
         snapshots::share(keeping, &cluster, &tasks);
 
         let announcement = Announcement::new(&config, here, &group, &catalog, &chosen)?;
@@ -210,7 +213,7 @@ impl Running {
             api_tasks,
             data,
         };
-        running.serve(&config, registry, catalog, clock, listener)?;
+        running.serve(&config, registry, store, catalog, clock, listener)?;
         Ok(running)
     }
 
@@ -219,6 +222,7 @@ impl Running {
         &self,
         config: &Config,
         registry: Arc<Registry>,
+        store: Store,
         catalog: Arc<Catalog>,
         clock: Arc<dyn Clock>,
         listener: TcpListener,
@@ -241,7 +245,13 @@ impl Running {
         }
         .spawn(&self.tasks);
 
-        let guests = Arc::new(guests::RegistryGuests(registry));
+        let view = proposer.view();
+        let guests = guests::RegistryGuests {
+            registry,
+            store,
+            view,
+        };
+        let guests = Arc::new(guests);
         let ways = Arc::new(MeshWays(cluster.mesh().clone()));
         let peers = QuicPeers::new(Arc::clone(&self.transport), ways.clone());
         let relay = Relay::new(here, proposer.view(), guests).with_peers(Arc::new(peers));

@@ -13,6 +13,10 @@ use crate::pager::uffd::Tracking;
 use crate::sandbox::paging::Paging;
 use crate::store::{DataPaths, Store};
 
+/// Set for a benchmark that compares with it: resumes copy all memory first, as where no pager can
+/// serve. Guests that were resumed with a pager before would wait for this daemon in vain.
+const COPY_MEMORY: &str = "WRENN_BENCH_COPY_MEMORY";
+
 /// Answers pagers from now on; `None` where none can serve on this host. Pagers of an earlier daemon
 /// wait for nothing else, so it comes before anything that takes long.
 pub(super) async fn start(
@@ -20,6 +24,10 @@ pub(super) async fn start(
     paths: &DataPaths,
     tasks: &Tasks,
 ) -> Result<Option<Paging>, RunError> {
+    if std::env::var_os(COPY_MEMORY).is_some() {
+        warn!("{COPY_MEMORY} is set: resumes copy all memory first");
+        return Ok(None);
+    }
     let probed = task::spawn_blocking(probe).await;
     let probed = probed.map_err(|err| disk("try a pager")(io::Error::other(err)))?;
     match probed {

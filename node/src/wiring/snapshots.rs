@@ -14,7 +14,7 @@ use tracing::debug;
 use transport::streams::{Inbound, StreamHandler};
 use transport::{Identity, Lane, Service};
 
-use super::{RunError, disk};
+use super::{RunError, disk, upkeep};
 use crate::base::chain::chain;
 use crate::base::stop::Tasks;
 use crate::cluster::{Cluster, Mesh, View};
@@ -50,6 +50,18 @@ pub(super) async fn keeping(
         }),
         identity,
     })
+}
+
+/// Answers `wrenn store` from now on.
+pub(super) fn keep_up(
+    keeping: &Keeping,
+    cluster: &Cluster,
+    paths: &DataPaths,
+    tasks: &Tasks,
+) -> Result<(), RunError> {
+    let (store, proposer) = (keeping.store.clone(), cluster.proposer().clone());
+    let served = upkeep::serve(store, proposer, &paths.store_socket(), tasks);
+    served.map_err(disk("listen for questions about the store"))
 }
 
 /// Hands snapshots out from now on, and copies those of others.

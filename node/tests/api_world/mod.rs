@@ -36,7 +36,7 @@ use wrenn_node::base::clock::HandClock;
 use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, TcpDial};
-use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay};
+use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay, Transfer};
 
 /// The key of team 1, and the one of team 2.
 pub const KEY: &str = "wrn_00000000000000000000000000000001";
@@ -66,6 +66,7 @@ pub struct Guests {
     pub touched: Mutex<Vec<SandboxId>>,
     pub active: Mutex<HashMap<SandboxId, Stamp>>,
     pub console: Mutex<Option<Vec<u8>>>,
+    pub transfer: Mutex<Option<Transfer>>,
     /// Cancelled when the guests die.
     pub gone: CancellationToken,
     pub start: Mutex<Option<Fate>>,
@@ -89,6 +90,7 @@ impl LocalGuests for Guests {
             start_stages: Vec::new(),
             start: None,
             memory: None,
+            transfer: *self.transfer.lock().unwrap(),
         })
     }
 
@@ -538,7 +540,10 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
                 (Fate::Break(reason), _) => Report::Failed {
                     reason: reason.into(),
                 },
-                (Fate::Obey, Phase::Snapshotting) => Report::Sealed(checkpoint(sandbox.pause)),
+                (Fate::Obey, Phase::Snapshotting) if sandbox.checkpoint.is_some() => {
+                    Report::Sealed(checkpoint(sandbox.pause))
+                }
+                (Fate::Obey, Phase::Snapshotting) => Report::Running(sandbox.versions.clone()),
                 (Fate::Obey, Phase::Pausing) => {
                     guests.running.lock().unwrap().remove(&sandbox.id);
                     Report::Sealed(sealed(sandbox.epoch, sandbox.pause))

@@ -25,7 +25,7 @@ use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, GuestStream, TcpDial};
 use wrenn_node::relay::{
     InProcessPeers, LocalFacts, LocalGuests, PeerError, Peers, QuicPeers, QuicRelay, Relay, Server,
-    Ways,
+    Transfer, Ways,
 };
 
 /// No test waits longer than this for anything.
@@ -77,6 +77,11 @@ impl LocalGuests for Guests {
             start_stages: vec![("vmm".into(), Duration::from_millis(5))],
             start: None,
             memory: None,
+            transfer: Some(Transfer {
+                bytes_done: 5,
+                bytes_total: 9,
+                sources: 2,
+            }),
         })
     }
 

@@ -66,6 +66,7 @@ impl Sealed {
             memory,
             disk,
             device_state,
+            working_set: None,
             base: ImageDigest([6; 32]),
             machine: machine(),
             guest: guest(),

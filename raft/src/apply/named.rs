@@ -2,7 +2,8 @@
 //! warm.
 //!
 //! ```text
-//! Running -> Snapshotting -> Running     the owner seals it; the report makes the name, or the forks
+//! Running -> Snapshotting -> Running     the owner seals it; the report makes the name, or the forks,
+//!                                        and the guest goes on
 //! Paused                     Paused      what it rests as is there already: both are made at once
 //! ```
 //!
@@ -123,9 +124,9 @@ impl State {
         let fits = self.may_be_made(known.team, &checkpoint.purpose);
         let reason = fits.err().map(|why| why.to_string()).unwrap_or_default();
         let is_made = reason.is_empty();
+        // It is running again once its owner says that its guest goes on.
         touched.extend(self.put_next(Sandbox {
-            phase: Phase::Running,
-            desired: Desired::Running,
+            checkpoint: None,
             reason,
             updated_at: at,
             ..known.clone()

@@ -357,16 +357,18 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
         (Phase::Stopping, Report::Running(_)) => None,
         (Phase::Running, Report::Running(versions)) if versions == known.versions => None,
         // The guest of a sandbox that is being paused runs until it is frozen.
-        (Phase::Pausing | Phase::Snapshotting, Report::Running(_)) => None,
-        (Phase::Starting | Phase::Running | Phase::Resuming, Report::Running(versions)) => {
-            Some(Sandbox {
-                phase: Phase::Running,
-                started_at: known.started_at.or(Some(at)),
-                updated_at: at,
-                versions,
-                ..known.clone()
-            })
-        }
+        (Phase::Pausing, Report::Running(_)) => None,
+        (Phase::Snapshotting, Report::Running(_)) if known.checkpoint.is_some() => None,
+        (
+            Phase::Starting | Phase::Running | Phase::Resuming | Phase::Snapshotting,
+            Report::Running(versions),
+        ) => Some(Sandbox {
+            phase: Phase::Running,
+            started_at: known.started_at.or(Some(at)),
+            updated_at: at,
+            versions,
+            ..known.clone()
+        }),
         (Phase::Pausing | Phase::Snapshotting, Report::Thawed { reason }) => {
             next(Desired::Running, Phase::Running, reason)
         }

@@ -50,7 +50,8 @@ pub struct Sandbox {
     /// What its guest was made from as another one, until it is paused itself: its pages may still
     /// come from there. Not what it falls back to.
     pub origin: Option<SnapshotId>,
-    /// What it is being sealed for while it is [`Phase::Snapshotting`].
+    /// What it is being sealed for while it is [`Phase::Snapshotting`]; `None` once it is sealed, and
+    /// its guest is about to go on.
     pub checkpoint: Option<Checkpoint>,
 }
 

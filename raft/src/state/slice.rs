@@ -23,13 +23,14 @@
 //! | its team's sandboxes | all, on whichever node they are |
 //! | its team's snapshots | those that its sandboxes need or that have a name, whoever holds them |
 //! | its team's names of snapshots | all |
-//! | other nodes, join tokens, removed nodes, other teams' keys, sandboxes and snapshots | nothing |
+//! | who holds or sealed those | as voters, and the team; of a sealer that was removed its key and id |
+//! | other nodes, join tokens, other removed nodes, other teams' keys, sandboxes and snapshots | nothing |
 
 use std::collections::BTreeSet;
 
 use proto::ids::{NodeId, SnapshotId, TeamId};
 
-use super::{BadRow, Change, Node, RowKey, Snapshot, State};
+use super::{BadRow, Change, Node, Removed, RowKey, Snapshot, State};
 
 impl State {
     /// What the host of one team `host` may see, or `None` where there is no such host (any more):
@@ -60,21 +61,43 @@ impl State {
         for sandbox in self.sandboxes_of(team) {
             slice.put_sandbox(sandbox.clone());
             for id in sandbox.snapshots() {
-                slice.take_snapshot(self, id, team);
+                self.show_snapshot(id, team, &mut slice);
             }
         }
         for named in self.named_by(team) {
             slice.put_named(named.clone());
-            slice.take_snapshot(self, named.snapshot, team);
+            self.show_snapshot(named.snapshot, team, &mut slice);
         }
         Some(slice)
     }
 
-    /// Takes over a snapshot of a team's. One that is kept warm is nobody's.
-    fn take_snapshot(&mut self, from: &Self, id: SnapshotId, team: TeamId) {
+    /// Adds a snapshot of a team's. One that is kept warm is nobody's.
+    fn show_snapshot(&self, id: SnapshotId, team: TeamId, slice: &mut Self) {
         let is_its = |it: &&Snapshot| it.team == team && it.warm.is_none();
-        if let Some(snapshot) = from.snapshot(id).filter(is_its) {
-            self.put_snapshot(snapshot.clone());
+        if let Some(snapshot) = self.snapshot(id).filter(is_its) {
+            slice.put_snapshot(snapshot.clone());
+            self.show_sources(snapshot, slice);
+        }
+    }
+
+    /// Adds what fetching a snapshot takes: the way to those who have it, and the key of the one who
+    /// signed it.
+    fn show_sources(&self, snapshot: &Snapshot, slice: &mut Self) {
+        let sealer = snapshot.sealed_by;
+        for id in snapshot.holders.iter().copied().chain([sealer]) {
+            if let Some(node) = self.node(id).filter(|_| slice.node(id).is_none()) {
+                slice.put_node(Node {
+                    team: node.team,
+                    ..for_dialling(node)
+                });
+            }
+        }
+        let mut removed = self.removed();
+        if let Some(removed) = removed.find(|removed| removed.node == sealer) {
+            slice.put_removed(Removed {
+                name: String::new(),
+                ..removed.clone()
+            });
         }
     }
 

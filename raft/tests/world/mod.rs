@@ -425,6 +425,7 @@ impl World {
         assert_eq!(self.checkpoint(n, by, purpose), Ok(Receipt::Done(1)));
         let sealed = self.seal(n, by, true);
         assert_eq!(self.report(n, sealed), Ok(Receipt::Done(1)));
+        self.run(n);
     }
 
     pub fn named(&self, name: &str) -> Option<&Named> {

@@ -31,10 +31,12 @@ mod process;
 mod qemu;
 mod relay;
 mod slots;
+mod snapshots;
 mod statemachine;
 mod trio;
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,6 +49,9 @@ use tokio::signal::unix::{SignalKind, signal};
 const LEAST_RUNS: usize = 10;
 /// Enough to see that a benchmark works.
 const QUICK_RUNS: usize = 2;
+
+/// Guests with less do not boot the template.
+const LEAST_MEMORY_MIB: u32 = 128;
 
 /// Benchmarks that measure etcd as well. Debian's `etcd-server` has it and, where systemd runs,
 /// starts one of its own; so that is for a person to install.
@@ -63,7 +68,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 11] = [
+const BENCHMARKS: [Benchmark; 17] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -119,7 +124,43 @@ const BENCHMARKS: [Benchmark; 11] = [
         about: "cold create to first answer, and our share of it",
         run: create::run,
     },
+    Benchmark {
+        name: "faults",
+        about: "a guest's page from this node's packs and from a peer, beside a mapped file",
+        run: snapshots::faults::run,
+    },
+    Benchmark {
+        name: "pause",
+        about: "pauses after 1, 5 and 25 % was written, beside a full pause",
+        run: snapshots::pause::run,
+    },
+    Benchmark {
+        name: "resume",
+        about: "memory that comes as it is touched, beside memory copied before",
+        run: snapshots::resume::run,
+    },
+    Benchmark {
+        name: "qemu",
+        about: "QEMU's own saving and loading of the same guest, beside pause and resume",
+        run: snapshots::qemu::run,
+    },
+    Benchmark {
+        name: "at-once",
+        about: "many capsules resumed at the same instant",
+        run: snapshots::at_once::run,
+    },
+    Benchmark {
+        name: "dedup",
+        about: "room that ten capsules of one template share",
+        run: snapshots::dedup::run,
+    },
 ];
+
+/// What one name stands for: all that is about snapshots.
+const SNAPSHOTS: (&str, [&str; 6]) = (
+    "snapshots",
+    ["faults", "pause", "resume", "qemu", "at-once", "dedup"],
+);
 
 /// Measures what Wrenn promises, on a real node with real guests.
 #[derive(Debug, Parser)]
@@ -136,6 +177,15 @@ struct Arguments {
     /// Only a look: so few runs that no figure is worth writing down.
     #[arg(long, conflicts_with = "runs")]
     quick: bool,
+    /// Memory of the guests that are paused and resumed.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    memory: u32,
+    /// How many capsules `at-once` resumes.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    at_once: usize,
+    /// Be the process whose memory is paged, for `faults`.
+    #[arg(long, hide = true, value_name = "SOCKET")]
+    paged: Option<PathBuf>,
     /// Be a member of a group that is measured.
     #[arg(long, hide = true, num_args = 3, value_names = ["ID", "ADDRESS", "FOLDER"])]
     member: Vec<String>,
@@ -144,6 +194,8 @@ struct Arguments {
 /// How a benchmark is to run.
 struct Run {
     runs: usize,
+    memory_mib: u32,
+    at_once: usize,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -169,6 +221,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if let [id, address, folder] = &arguments.member[..] {
         return exit(trio::member::run(id, address, folder));
+    }
+    if let Some(socket) = &arguments.paged {
+        return exit(snapshots::faults::be_paged(socket));
     }
     if arguments.list {
         for benchmark in &BENCHMARKS {
@@ -197,6 +252,9 @@ fn run(arguments: &Arguments) -> Outcome {
         } else {
             arguments.runs.max(1)
         },
+        // A multiple of 16 pages, and enough for a kernel to boot.
+        memory_mib: arguments.memory.max(LEAST_MEMORY_MIB),
+        at_once: arguments.at_once.max(1),
         interrupted: notice_interrupts()?,
     };
     if run.runs < LEAST_RUNS {
@@ -219,11 +277,17 @@ fn etcd_is_here() -> bool {
 }
 
 fn choose(names: &[String]) -> Outcome<Vec<&'static Benchmark>> {
-    let known = |name: &String| BENCHMARKS.iter().any(|it| it.name == name);
+    let (group, members) = SNAPSHOTS;
+    let names = names.iter().flat_map(|name| match name == group {
+        true => members.to_vec(),
+        false => vec![name.as_str()],
+    });
+    let names: Vec<&str> = names.collect();
+    let known = |name: &str| BENCHMARKS.iter().any(|it| it.name == name);
     if let Some(unknown) = names.iter().find(|name| !known(name)) {
         return Err(format!("there is no benchmark {unknown:?}; --list shows them").into());
     }
-    let wanted = |it: &&Benchmark| names.is_empty() || names.iter().any(|name| name == it.name);
+    let wanted = |it: &&Benchmark| names.is_empty() || names.contains(&it.name);
     Ok(BENCHMARKS.iter().filter(wanted).collect())
 }
 
@@ -260,6 +324,13 @@ mod tests {
     #[test]
     fn no_name_means_all_of_them() {
         assert_eq!(choose(&[]).unwrap().len(), BENCHMARKS.len());
+    }
+
+    #[test]
+    fn one_name_chooses_all_that_is_about_snapshots() {
+        let chosen = choose(&[SNAPSHOTS.0.into()]).unwrap();
+        let names: Vec<_> = chosen.iter().map(|it| it.name).collect();
+        assert_eq!(names, SNAPSHOTS.1);
     }
 
     #[test]

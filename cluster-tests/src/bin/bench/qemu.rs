@@ -82,15 +82,10 @@ impl Alone {
         ftruncate(&memory, self.memory_mib << 20)?;
         let (qmp, qmp_theirs) = inheritable_pair()?;
         let (_console, console_theirs) = inheritable_pair()?;
-        let arguments = self.arguments.iter().map(|argument| {
-            let socket = if argument.contains("id=qmp") {
-                &qmp_theirs
-            } else {
-                &console_theirs
-            };
-            let argument = argument.replace(&self.sandbox, &place);
-            with_number(&with_number(&argument, SOCKET, socket), MEMORY, &memory)
-        });
+        let arguments = self.arguments.iter();
+        let arguments = arguments.map(|argument| argument.replace(&self.sandbox, &place));
+        let arguments: Vec<_> = arguments.collect();
+        let arguments = with_numbers(&arguments, &qmp_theirs, &console_theirs, &memory);
         let mut command = Command::new(&self.program);
         command
             .args(arguments)
@@ -98,7 +93,7 @@ impl Alone {
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let start = Instant::now();
-        let child = Ended(command.spawn()?);
+        let child = Ended::of(command.spawn()?);
         drop((qmp_theirs, console_theirs));
         Qmp::connect(qmp, start + PATIENCE)?;
         let took = start.elapsed();
@@ -112,7 +107,14 @@ fn temp_dir() -> std::io::Result<TempDir> {
 }
 
 /// A child that does not outlive its measurement.
-struct Ended(Child);
+pub(crate) struct Ended(Child);
+
+impl Ended {
+    /// Ends `child` when it is dropped.
+    pub(crate) fn of(child: Child) -> Self {
+        Self(child)
+    }
+}
 
 impl Drop for Ended {
     fn drop(&mut self) {
@@ -123,10 +125,28 @@ impl Drop for Ended {
 }
 
 /// Two ends of a stream; the second one is inherited.
-fn inheritable_pair() -> Outcome<(UnixStream, OwnedFd)> {
+pub(crate) fn inheritable_pair() -> Outcome<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair()?;
     fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty()))?;
     Ok((ours, theirs.into()))
+}
+
+/// QEMU's arguments with the descriptors they inherit this time.
+pub(crate) fn with_numbers(
+    arguments: &[String],
+    qmp: &OwnedFd,
+    console: &OwnedFd,
+    memory: &OwnedFd,
+) -> Vec<String> {
+    let numbered = arguments.iter().map(|argument| {
+        let socket = if argument.contains("id=qmp") {
+            qmp
+        } else {
+            console
+        };
+        with_number(&with_number(argument, SOCKET, socket), MEMORY, memory)
+    });
+    numbered.collect()
 }
 
 /// `argument` with the number behind `before` replaced by that of `fd`.

@@ -539,8 +539,11 @@ fn a_guest_that_was_sealed_for_a_checkpoint_goes_on_once_the_cluster_knows() {
     let told = Report::Sealed(sealed());
     let step = reported(told.clone());
     assert_eq!(steps(&snapshotting, &seen_sealed), [step]);
-    let known = state_after([running(), checkpoint(), report(told)]);
-    assert_eq!(steps(&known, &seen_sealed), [Step::Thaw(ID)]);
+    let known = || state_after([running(), checkpoint(), report(told.clone())]);
+    assert_eq!(steps(&known(), &seen_sealed), [Step::Thaw(ID)]);
+    assert_eq!(steps(&known(), &seen(frozen("cut"))), [Step::Thaw(ID)]);
+    let goes_on = reported(Report::Running(GuestVersions::default()));
+    assert_eq!(steps(&known(), &seen(ready())), [goes_on]);
 }
 
 #[test]

@@ -83,6 +83,7 @@ fn manifest(memory: ImageRef) -> SnapshotManifest {
         memory,
         disk: memory,
         device_state: memory,
+        working_set: None,
         base: ImageDigest([6; 32]),
         machine: MachineFacts {
             driver: "qemu".into(),
@@ -276,4 +277,51 @@ async fn a_pager_is_answered_on_a_socket_with_a_long_path_by_one_daemon_after_th
     world.paging.serve(&socket, &second).expect("bound again");
     assert_eq!(waits.await.expect("asked").expect("found"), place);
     second.stop_and_join().await;
+}
+
+#[test]
+fn a_working_set_goes_into_the_snapshot_and_is_laid_out_for_the_next_pager() {
+    let world = World::new();
+    let (here, there) = (
+        tempfile::tempdir().expect("a directory"),
+        tempfile::tempdir().expect("a directory"),
+    );
+    let mut recorder = working_set::Recorder::new(Region::new(Mib(1)), &WorkingSet::default());
+    for window in [7, 0, 3] {
+        recorder.note(crate::pager::region::WindowIndex(window));
+    }
+    let recorded = recorder.finish().expect("recorded");
+    let sealed = |dir: &Path| {
+        let seal = world.store.begin();
+        let set = seal_working_set(&seal, dir).expect("sealed");
+        (set, seal.finish(None).expect("durable"))
+    };
+    assert_eq!(sealed(here.path()).0, None, "it was never resumed");
+    recorded
+        .write(&here.path().join(WORKING_SET))
+        .expect("written");
+    let (set, _kept) = sealed(here.path());
+    let (snapshot, _hold) = world.seal(&[1]);
+    let memory = world.store.snapshot(&snapshot).expect("here");
+    let next = SnapshotManifest {
+        working_set: set,
+        ..memory.manifest().clone()
+    };
+    describe(&world.store, &next, there.path()).expect("described");
+    let path = there.path().join(WORKING_SET);
+    assert_eq!(WorkingSet::read(&path).expect("sound"), recorded);
+    let map = PageMap::read(&there.path().join(PAGES)).expect("sound");
+    assert_eq!(map.chunks().len(), 1);
+
+    fs::write(&path, b"rubbish").expect("written");
+    assert_eq!(sealed(there.path()).0, None, "no pager would take it");
+    let gone = ImageRef {
+        digest: ImageDigest([9; 32]),
+        len_bytes: 60,
+    };
+    let without = SnapshotManifest {
+        working_set: Some(gone),
+        ..next
+    };
+    describe(&world.store, &without, here.path()).expect("it goes without");
 }

@@ -93,10 +93,13 @@ impl Incoming {
         };
         let (part, patience) = (Part::Whole, Patience::Endless);
         let holders = inner.holders.as_ref();
-        inner
+        let kept = inner
             .store
             .fetch_part(&opened, first, part, holders, &inner.meter, patience)
-            .await
+            .await?;
+        let completed = &inner.store.core.completed;
+        completed.send_modify(|count| *count += 1);
+        Ok(kept)
     }
 
     /// How far [`Self::complete`] has come; all zero before it began.

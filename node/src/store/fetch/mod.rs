@@ -41,6 +41,7 @@ mod source;
 mod urgent;
 
 pub use incoming::Incoming;
+pub use opening::Holding;
 pub use urgent::BringError;
 
 use ledger::Ledger;

@@ -149,6 +149,32 @@ pub(super) fn held_here(store: &Store, digest: SnapshotDigest) -> Option<Opened>
     })
 }
 
+/// How much of a snapshot is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// All of it.
+    Whole,
+    /// Its manifest, and not all of what that names.
+    Part,
+    /// Not even that.
+    Nothing,
+}
+
+impl Store {
+    /// How much of a snapshot is here, by its manifests and the index. Blocks.
+    #[must_use]
+    pub fn holding(&self, digest: SnapshotDigest) -> Holding {
+        let Ok(signed) = self.snapshot(&digest) else {
+            return Holding::Nothing;
+        };
+        let whole = signed.manifest().images().iter().all(|image| {
+            let manifest = self.image(&image.digest);
+            manifest.is_ok_and(|manifest| self.missing(&manifest).is_empty())
+        });
+        if whole { Holding::Whole } else { Holding::Part }
+    }
+}
+
 /// Asks one holder.
 async fn open_at(
     store: &Store,

@@ -101,20 +101,63 @@ impl<'a> Source<'a> {
         patiently(STALL, self.shared.holders.open(self.node, asked.header())).await
     }
 
-    /// Asks for a batch; false where there is nothing to ask for.
+    /// Asks for a batch; false where there is nothing to ask for. What has come by another way
+    /// meanwhile is not asked for.
     async fn ask(&mut self, wire: &mut Box<dyn Wire>) -> Result<bool, Failed> {
-        let names: Vec<ChunkId> = {
-            let mut ledger = self.shared.ledger();
-            let batch = ledger.take(self.node, NAMES_AT_ONCE);
-            let names = batch.iter().map(|number| ledger.get(*number).id).collect();
+        loop {
+            let batch = self.shared.ledger().take(self.node, NAMES_AT_ONCE);
             if batch.is_empty() {
                 return Ok(false);
             }
-            self.owes.push_back(batch);
-            names
+            self.owes.push_back(batch.clone());
+            let (here, missing) = self.look(batch).await?;
+            self.settle(here);
+            let numbers = missing.iter().map(|(number, _)| *number);
+            self.owes.pop_back();
+            if missing.is_empty() {
+                continue;
+            }
+            self.owes.push_back(numbers.collect());
+            let names: Vec<ChunkId> = missing.into_iter().map(|(_, id)| id).collect();
+            patiently(STALL, write_names(wire, &names)).await?;
+            return Ok(true);
+        }
+    }
+
+    /// Which of these are here by now, and which are not.
+    async fn look(
+        &self,
+        batch: Vec<Number>,
+    ) -> Result<(Vec<Number>, Vec<(Number, ChunkId)>), Failed> {
+        let named: Vec<(Number, ChunkId)> = {
+            let ledger = self.shared.ledger();
+            let named = batch.iter().map(|number| (*number, ledger.get(*number).id));
+            named.collect()
         };
-        patiently(STALL, write_names(wire, &names)).await?;
-        Ok(true)
+        let store = self.shared.store.clone();
+        let looked = blocking(move || {
+            let (here, missing): (Vec<_>, Vec<_>) =
+                named.into_iter().partition(|(_, id)| store.has(id));
+            (
+                here.into_iter().map(|(number, _)| number).collect(),
+                missing,
+            )
+        });
+        Ok(looked.await?)
+    }
+
+    /// Notes that these are here.
+    fn settle(&self, here: Vec<Number>) {
+        let mut bytes = 0;
+        {
+            let mut ledger = self.shared.ledger();
+            for number in here {
+                if ledger.arrived(number) {
+                    bytes += ledger.get(number).bytes;
+                }
+            }
+        }
+        self.shared.meter.add(bytes);
     }
 
     async fn receive(
@@ -155,16 +198,7 @@ impl<'a> Source<'a> {
         let store = self.shared.store.clone();
         let (stored, failed) = blocking(move || take_in(&store, &came)).await?;
         self.gave += stored.len();
-        let mut bytes = 0;
-        {
-            let mut ledger = self.shared.ledger();
-            for number in stored {
-                if ledger.arrived(number) {
-                    bytes += ledger.get(number).bytes;
-                }
-            }
-        }
-        self.shared.meter.add(bytes);
+        self.settle(stored);
         failed.map_or(Ok(()), Err)
     }
 }

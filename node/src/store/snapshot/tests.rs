@@ -15,6 +15,7 @@ pub(in crate::store) fn manifest(memory: ImageRef, disk: ImageRef) -> SnapshotMa
         memory,
         disk,
         device_state: disk,
+        working_set: None,
         base: ImageDigest([6; 32]),
         machine: MachineFacts {
             driver: "qemu".into(),
@@ -112,9 +113,30 @@ fn fields_out_of_bounds_are_refused_by_name_both_ways() {
 #[test]
 fn another_version_is_named() {
     let mut bytes = example().encode().unwrap();
-    bytes[8] = 2;
+    bytes[8] = 3;
     let refused = SnapshotManifest::decode(&bytes).unwrap_err();
-    assert_eq!(refused, DecodeSnapshotError::Version { found: 2, ours: 1 });
+    assert_eq!(refused, DecodeSnapshotError::Version { found: 3, ours: 2 });
+}
+
+#[test]
+fn a_manifest_has_a_working_set_in_its_second_version_and_only_there() {
+    let without = example();
+    let with = SnapshotManifest {
+        working_set: Some(ImageRef {
+            digest: ImageDigest([8; 32]),
+            len_bytes: 52,
+        }),
+        ..example()
+    };
+    let mut bytes = with.encode().unwrap();
+    assert_eq!(with.images().len(), without.images().len() + 1);
+    assert_eq!(SnapshotManifest::decode(&bytes), Ok(with));
+    bytes[8] = 1;
+    assert!(SnapshotManifest::decode(&bytes).is_err());
+    let mut bytes = without.encode().unwrap();
+    assert_eq!(bytes[8], 1, "as releases before it wrote it");
+    bytes[8] = 2;
+    assert!(SnapshotManifest::decode(&bytes).is_err());
 }
 
 #[test]
@@ -142,6 +164,7 @@ proptest! {
     #[test]
     fn every_manifest_has_one_spelling(
         sandbox: [u8; 16], epoch: u64, created: u64, parent: Option<[u8; 32]>, digests: [[u8; 32]; 4],
+        works: Option<[u8; 32]>,
         disk_bytes in 1..MAX_IMAGE_BYTES, mib in 1_u32..1 << 20, vcpus in 1_u32.., text in "\\PC{0,60}",
     ) {
         let [memory, disk, base, _] = digests.map(ImageDigest);
@@ -153,6 +176,7 @@ proptest! {
         made.created_at = Stamp(created);
         made.parent = parent.map(SnapshotDigest);
         made.base = base;
+        made.working_set = works.map(|it| ImageRef { digest: ImageDigest(it), len_bytes: disk_bytes });
         made.machine.vcpus = vcpus;
         made.machine.cpu_model = text;
         let bytes = made.encode().unwrap();
