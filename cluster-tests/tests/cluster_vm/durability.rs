@@ -11,7 +11,7 @@ use crate::pausing::{act, order};
 use crate::{MEMORY_MB, PATIENCE, led_to, name, others, wait_state, wait_voters};
 
 /// Where the capsule is made, and through which node everything is asked: it stays.
-const STAYS: u16 = 1;
+pub(crate) const STAYS: u16 = 1;
 /// KiB of each file: many chunks, and quickly made under emulation.
 const FILE_KIB: u32 = 8192;
 /// KiB that are written anew between two pauses.
@@ -69,7 +69,7 @@ fn i3_the_newest_pause_outlives_a_disk_that_dies_and_an_old_copy_that_returns() 
 }
 
 /// Pauses a capsule and waits until two nodes other than `away` hold it; returns who does.
-fn paused(cluster: &ClusterWorld, id: &str, away: &[u16]) -> Vec<u16> {
+pub(crate) fn paused(cluster: &ClusterWorld, id: &str, away: &[u16]) -> Vec<u16> {
     let world = cluster.client(STAYS);
     let answer = act(world, id, "pause");
     assert_eq!(answer.status, 200, "{}\n{}", answer.json(), cluster.logs());
@@ -92,7 +92,7 @@ fn held_by(cluster: &ClusterWorld, id: &str) -> Vec<u16> {
 }
 
 /// Resumes a capsule on one node.
-fn resumed_on(cluster: &ClusterWorld, id: &str, number: u16) {
+pub(crate) fn resumed_on(cluster: &ClusterWorld, id: &str, number: u16) {
     let world = cluster.client(STAYS);
     for other in others(cluster, number) {
         order(world, other, "cordon");

@@ -9,6 +9,7 @@ mod any_node;
 mod clones;
 mod concurrent;
 mod cycles;
+mod damage;
 mod drain;
 mod durability;
 mod fencing;

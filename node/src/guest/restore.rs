@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
@@ -33,6 +34,11 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 const WARNINGS: usize = 16;
 /// See [`WARNINGS`].
 const WARNING_CHARS: usize = 256;
+/// A guest that took longer to hear the order was told a time that has passed by then: its pages may
+/// have come from afar. It is told once more, now that they are there.
+const CLOCK_TRUST: Duration = Duration::from_millis(200);
+/// How often it is told the time again at most.
+const CLOCK_TRIES: u32 = 3;
 /// Pause between two attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(25);
 
@@ -196,13 +202,20 @@ impl Guest {
         deadline: Instant,
     ) -> Result<Restored, RestoreError> {
         for attempts in 1.. {
+            let asked = Instant::now();
             let source = match self.try_restore(restore, deadline).await {
                 Attempt::Done(answer) => {
+                    let took = Duration::from_micros(answer.took_us);
+                    let mut warnings = printable(&answer.warnings);
+                    let late = asked.elapsed().saturating_sub(took);
+                    if late > CLOCK_TRUST && !self.tell_time(restore, deadline).await {
+                        warnings.push(format!("its clock may be late by {late:?}"));
+                    }
                     return Ok(Restored {
                         held: answer.held,
                         cut: answer.cut,
-                        warnings: printable(&answer.warnings),
-                        took: Duration::from_micros(answer.took_us),
+                        warnings,
+                        took,
                         attempts,
                     });
                 }
@@ -215,6 +228,22 @@ impl Guest {
             time::sleep(RETRY_INTERVAL).await;
         }
         unreachable!("the deadline comes before the counter ends")
+    }
+
+    /// Tells a restored guest the time until it hears it at once; says whether it did.
+    async fn tell_time(&self, restore: &Restore, deadline: Instant) -> bool {
+        let Ok(guest) = Self::new(Arc::clone(self.dial()), &restore.token) else {
+            return false;
+        };
+        for _ in 0..CLOCK_TRIES {
+            let asked = Instant::now();
+            // There is nothing to undo; what counts is the clock that comes with it.
+            let told = guest.undo_quiesce(restore.epoch, deadline).await;
+            if told.is_ok() && asked.elapsed() <= CLOCK_TRUST {
+                return true;
+            }
+        }
+        false
     }
 
     async fn try_restore(&self, restore: &Restore, deadline: Instant) -> Attempt {

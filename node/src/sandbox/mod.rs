@@ -7,6 +7,7 @@
 
 pub mod adopt;
 mod coming;
+mod damage;
 mod driver;
 mod error;
 mod fork;

@@ -331,9 +331,7 @@ impl Driver {
             held.take_slot(&self.host).await?;
             timings.slot = mark.elapsed();
             let mark = Instant::now();
-            let (host, paths, asked) = (Arc::clone(&self.host), held.paths.clone(), spec.clone());
-            let files = blocking(move || Returning::put_together(&host, &paths, &asked, from));
-            let returning = files.await??;
+            let returning = self.put_together(spec, from, held).await?;
             held.record.base = Some(returning.base.to_string());
             held.record.parent = Some(from.to_string());
             held.save().await?;
@@ -366,7 +364,7 @@ impl Driver {
     }
 
     /// As much of a snapshot as has to be here before its guest runs.
-    async fn fetch(&self, from: SnapshotDigest) -> Result<Source, FetchError> {
+    pub(super) async fn fetch(&self, from: SnapshotDigest) -> Result<Source, FetchError> {
         let keeping = &self.host.keeping;
         if self.host.paging.is_none() {
             let whole = keeping.store.fetch(from, keeping.holders.as_ref());
@@ -468,7 +466,7 @@ impl Driver {
 }
 
 /// A sandbox whose files are in place again, and what is needed to start it.
-struct Returning {
+pub(super) struct Returning {
     restore: RestoreSpec,
     base: ImageDigest,
     token: String,
@@ -478,7 +476,7 @@ struct Returning {
 impl Returning {
     /// Makes the files of the sandbox `spec` from the snapshot `from`, of which nothing is believed
     /// that the record does not say. Blocks.
-    fn put_together(
+    pub(super) fn put_together(
         host: &Host,
         paths: &SandboxPaths,
         spec: &StartSpec,

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use wrenn_cluster_tests::client::{Answer, wait_for};
 use wrenn_cluster_tests::cluster::ClusterWorld;
 use wrenn_cluster_tests::outside::Outside;
@@ -61,6 +61,12 @@ fn a_guest_that_is_brought_back_is_right_in_every_row() {
     end_vmm(&cluster, &id, HOME);
     let there = snapshot.resumed(&cluster, AWAY, Some(here.after));
     there.judge("resumed from the same snapshot on another node");
+    end_vmm(&cluster, &id, AWAY);
+    let forks = snapshot.forked(&cluster, &there.after);
+    for fork in &forks {
+        fork.judge("forked from the same snapshot");
+        world.destroy(&fork.after.id);
+    }
 
     world.destroy(&id);
     for number in [HOME, AWAY] {
@@ -141,6 +147,47 @@ impl Snapshot {
             refused: clients.refused.into_inner(),
             broken: clients.broken.into_inner().expect("no panic"),
             vmms: witness.report().most(),
+        }
+    }
+}
+
+impl Snapshot {
+    /// Forks the capsule twice at once while it rests: two guests that know nothing of each other.
+    fn forked(&self, cluster: &ClusterWorld, twin: &Life) -> [Case; 2] {
+        let world = cluster.client(HOME);
+        let asked = host_clock();
+        let count = json!({ "count": 2 });
+        let answer = world.about("POST", &self.before.id, "/fork", Some(&count));
+        assert_eq!(answer.status, 201, "{}\n{}", answer.json(), cluster.logs());
+        let [first, second] = [0, 1].map(|at| self.fork(cluster, &answer.json()[at], asked));
+        let [mut first, mut second] = [first, second];
+        first.twin = Some(twin.clone());
+        second.twin = Some(first.after.clone());
+        [first, second]
+    }
+
+    /// One fork, which is said to run.
+    fn fork(&self, cluster: &ClusterWorld, said: &Value, asked: Duration) -> Case {
+        let id = said["id"].as_str().expect("an id");
+        let host = [HOME, AWAY]
+            .into_iter()
+            .find(|it| said["node"] == name(*it));
+        let world = cluster.client(host.expect("a node of the cluster"));
+        let clients = Clients::default();
+        clients.resumed.store(true, Ordering::SeqCst);
+        clients.ask(world, id);
+        Case {
+            identity: Identity::New,
+            before: self.before.clone(),
+            after: Life::settled(world, id),
+            twin: None,
+            stopped: self.stopped,
+            asked,
+            cut: self.cut.clone(),
+            answers: Vec::new(),
+            refused: clients.refused.into_inner(),
+            broken: clients.broken.into_inner().expect("no panic"),
+            vmms: vmms(&world.data(), id).len(),
         }
     }
 }

@@ -26,8 +26,11 @@ def sample():
     """The clocks, and random bytes as programs draw them."""
     while True:
         of = generation()
+        before = time.monotonic_ns()
         boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        say(of, "sample", boot=boot, real=time.time_ns(), random=os.urandom(8).hex())
+        after = time.monotonic_ns()
+        apart = max(before - boot, boot - after, 0)
+        say(of, "sample", apart=apart, real=time.time_ns(), random=os.urandom(8).hex())
         time.sleep(0.05)
 
 
@@ -59,11 +62,14 @@ def timer(clock, flags, first):
 
 def tick():
     """A timer of the monotonic clock, every 100 ms."""
+    began, total = time.monotonic_ns(), 0
     fd = timer(time.CLOCK_MONOTONIC, 0, 0)
     while True:
         of = generation()
         expired, = struct.unpack("Q", os.read(fd, 8))
-        say(of, "tick", expired=expired)
+        total += expired
+        due = (time.monotonic_ns() - began) // 100_000_000
+        say(of, "tick", expired=expired, total=total, due=due)
 
 
 def step():
@@ -100,7 +106,8 @@ def talk():
         began = time.monotonic()
         try:
             new = socket.create_connection(OUTSIDE, PATIENCE)
-            said = call(new)
+            resent, = struct.unpack_from("I", new.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)
+            said = call(new) | {"resent": resent}
         except OSError as err:
             new, said = None, {"said": type(err).__name__}
         said["took"] = time.monotonic() - began
