@@ -33,7 +33,7 @@ async fn a_created_capsule_runs_and_is_described_in_full() {
     assert_eq!(capsule["disk_size_mb"], 5120);
     assert_eq!(
         (&capsule["timeout_sec"], &capsule["timeout_action"]),
-        (&json!(60), &json!("destroy"))
+        (&json!(60), &json!("pause"))
     );
     assert_eq!(
         (&capsule["node"], &capsule["node_id"]),

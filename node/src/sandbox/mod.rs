@@ -18,6 +18,7 @@ mod phase;
 mod record;
 mod registry;
 mod resources;
+mod sealing;
 mod seen;
 mod snapshot;
 mod spec;

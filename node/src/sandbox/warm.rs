@@ -20,7 +20,7 @@ use super::driver::{Driver, start_failed};
 use super::error::AcquireError;
 use super::phase::Event;
 use super::resources::Held;
-use super::snapshot::SealGuestError;
+use super::sealing::SealGuestError;
 use super::spec::{StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::store::{ImageDigest, Kept};

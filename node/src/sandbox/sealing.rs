@@ -1,0 +1,404 @@
+//! Sealing a guest, and letting it go on.
+//!
+//! ```text
+//! seal     what it goes on from is all here > quiesce (agent) > save (shim: vCPUs stopped, device
+//!          state) > memory, disk and state into the store > manifest, signed > durable. Whatever
+//!          fails leaves the guest frozen.
+//! thaw     vCPUs go on > agent undoes the quiesce and sets the clock
+//! ```
+//!
+//! Memory and disk are read while the guest stands still: of the memory the pages that the shim lists,
+//! which are those that were written since the guest was resumed, or all that exist of one that was
+//! booted, and the whole disk file. What is written is whatever chunk is new.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::epoch::Epoch;
+use proto::ids::{SandboxId, SnapshotId};
+use proto::units::{MIB_BYTES, Mib};
+use raft::state::{Needs, SealTimes, Sealed};
+use tokio::task;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::coming::NotWholeError;
+use super::driver::Driver;
+use super::paging;
+use super::phase::Event;
+use super::resources::Held;
+use super::spec::Host;
+use crate::base::chain::chain;
+use crate::base::clock::{Clock as _, SystemClock};
+use crate::base::fault;
+use crate::guest::{Guest, GuestError, Quiesce, QuiesceError};
+use crate::net::slot::{GATEWAY_ADDR, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX};
+use crate::pager::region::Region;
+use crate::shim::dirty::{Basis, DirtyList, DirtyListError};
+use crate::shim::error::{CallShimError, ReadFileError};
+use crate::shim::saved::Saved;
+use crate::shim::spec::ShimSpec;
+use crate::store::snapshot::{GuestFacts, MachineFacts};
+use crate::store::{
+    Content, DecodeSnapshotError, ImageDigest, ImageRef, Kept, Manifest, ReadManifestError,
+    SandboxPaths, SealError, SignedSnapshot, SnapshotDigest, SnapshotManifest, Store,
+};
+use crate::vmm::{Hardware, VmmSpec};
+
+/// Longest the agent may take to bring a guest to a stop: its disk's caches are written out.
+const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest the vCPUs may stand still before the devices are saved.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// After how long of running the agent lets its workload go on by itself, if nobody says so: far
+/// longer than anything may take between the quiesce and the stop of the vCPUs, or after a thaw.
+const UNDO_AFTER: Duration = Duration::from_secs(180);
+/// Longest a guest that goes on may take to say so.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a guest was not sealed.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SealGuestError {
+    /// It cannot be sealed at all.
+    #[error("{0}")]
+    Unfit(&'static str),
+    /// What it goes on from is not all here yet, and the snapshot would lack what is not.
+    #[error("wait for the rest of the snapshot that it goes on from")]
+    NotWhole(#[from] NotWholeError),
+    /// Its agent could not be reached.
+    #[error("reach the guest's agent")]
+    Guest(#[from] GuestError),
+    /// Its agent did not bring it to a stop.
+    #[error("bring the guest to a stop")]
+    Quiesce(#[from] QuiesceError),
+    /// Its devices could not be saved.
+    #[error("save the guest's devices")]
+    Save(#[from] CallShimError),
+    /// Which pages it wrote is not known.
+    #[error("find out what the guest wrote")]
+    Dirty(#[from] DirtyListError),
+    /// Its memory, disk or device state could not be opened.
+    #[error("open the guest's {what}")]
+    Open {
+        /// Which.
+        what: &'static str,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// What its VMM was started with cannot be read.
+    #[error("read how the guest was started")]
+    Spec(#[from] ReadFileError),
+    /// The store did not take it.
+    #[error("store the snapshot")]
+    Store(#[from] SealError),
+    /// The snapshot it is a change of cannot be read.
+    #[error("read the snapshot before")]
+    Parent(#[from] ReadManifestError),
+    /// What is known of it cannot be written down.
+    #[error("describe the snapshot")]
+    Describe(#[from] DecodeSnapshotError),
+    /// The work was cut short.
+    #[error("finish sealing")]
+    Cut(#[source] task::JoinError),
+}
+
+/// What a seal takes from a sandbox.
+struct Job {
+    store: Store,
+    host: Arc<Host>,
+    paths: SandboxPaths,
+    saved: Saved,
+    facts: Facts,
+    pause: u64,
+    /// Of the steps that came before.
+    took: SealTimes,
+}
+
+/// What is known of it beside its bytes.
+pub(super) struct Facts {
+    sandbox: SandboxId,
+    epoch: Epoch,
+    base: ImageDigest,
+    parent: Option<SnapshotDigest>,
+    hardware: Hardware,
+    vmm_version: String,
+    accelerator: String,
+    agent: String,
+    token: String,
+}
+
+impl Driver {
+    /// Freezes the guest and seals it. Whatever fails, the guest stands still until it is told.
+    pub(super) async fn seal(&self, held: &mut Held, pause: u64) -> Event {
+        let began = Instant::now();
+        match self.try_seal(held, pause).await {
+            Ok((sealed, kept)) => {
+                info!(took = ?began.elapsed(), new_bytes = sealed.new_bytes, "sealed");
+                held.kept = Some(kept);
+                Event::Sealed(Box::new(sealed))
+            }
+            Err(err) => {
+                let reason = chain(&err);
+                warn!(reason, "could not be sealed");
+                Event::SealFailed { reason }
+            }
+        }
+    }
+
+    async fn try_seal(&self, held: &Held, pause: u64) -> Result<(Sealed, Kept), SealGuestError> {
+        let ready = held.record.ready.as_ref();
+        let ready = ready.ok_or(SealGuestError::Unfit("it is not ready"))?;
+        let facts = held.facts(&self.host, &ready.agent, &held.record.token)?;
+        let guest = self.guest(held)?;
+        self.seal_as(held, &guest, facts, pause).await
+    }
+
+    /// Seals a guest whose agent is reached by `guest`.
+    pub(super) async fn seal_as(
+        &self,
+        held: &Held,
+        guest: &Guest,
+        facts: Facts,
+        pause: u64,
+    ) -> Result<(Sealed, Kept), SealGuestError> {
+        let shim = held
+            .shim
+            .as_ref()
+            .ok_or(SealGuestError::Unfit("it has no VMM"))?;
+        self.await_source(held).await?;
+        let quiesce = Quiesce {
+            epoch: facts.epoch,
+            // Memory and disk are of one instant: what the guest has not written out is in memory.
+            freeze_disk: false,
+            // Freed pages keep their bytes until they are reported free.
+            reclaim: false,
+            undo_after: UNDO_AFTER,
+        };
+        let mark = Instant::now();
+        let quiesced = guest
+            .quiesce(&quiesce, Instant::now() + QUIESCE_TIMEOUT)
+            .await?;
+        let quiesce = mark.elapsed();
+        fault::point("seal.quiesced");
+        let saved = shim.save(SAVE_TIMEOUT).await?;
+        fault::point("seal.saved");
+        let took = SealTimes {
+            quiesce_ms: millis(quiesce),
+            save_ms: millis(mark.elapsed().saturating_sub(quiesce)),
+            store_ms: 0,
+        };
+        info!(?quiesced, stood_still = ?saved.state_took, "stands still");
+        let job = Job {
+            store: self.host.keeping.store.clone(),
+            host: Arc::clone(&self.host),
+            paths: held.paths.clone(),
+            saved,
+            facts,
+            pause,
+            took,
+        };
+        let sealed = task::spawn_blocking(move || job.run()).await;
+        sealed.map_err(SealGuestError::Cut)?
+    }
+
+    fn guest(&self, held: &Held) -> Result<Guest, SealGuestError> {
+        let guest = held.guest().ok().flatten();
+        guest.ok_or(SealGuestError::Unfit("it has no network"))
+    }
+
+    /// Lets a guest that stands still go on.
+    pub(super) async fn thaw(&self, held: &mut Held) -> Event {
+        held.kept = None;
+        let still = |reason: String| Event::ThawFailed { reason };
+        let Some(shim) = &held.shim else {
+            return still("it has no VMM".into());
+        };
+        // A shim of a release that could not save has stopped nothing.
+        let could_save = !shim.known_status().hardware.machine.is_empty();
+        if could_save && let Err(err) = shim.thaw().await {
+            let reason = format!("its guest does not go on: {}", chain(&err));
+            warn!(reason, "will try again");
+            return still(reason);
+        }
+        match self.guest(held) {
+            Ok(guest) => {
+                self.undo_quiesce(held, &guest).await;
+                Event::Thawed
+            }
+            Err(err) => still(chain(&err)),
+        }
+    }
+
+    /// Tells a guest whose processors go on that it goes on.
+    pub(super) async fn undo_quiesce(&self, held: &Held, guest: &Guest) {
+        let deadline = Instant::now() + UNDO_TIMEOUT;
+        if let Err(err) = guest.undo_quiesce(held.record.epoch(), deadline).await {
+            // Its watchdog lets the workload go on by itself.
+            warn!(err = chain(&err), "the guest was not told that it goes on");
+        }
+    }
+
+    /// Waits until all of what the guest goes on from is here, unless it is to end before. The guest
+    /// runs on meanwhile.
+    async fn await_source(&self, held: &Held) -> Result<(), SealGuestError> {
+        let Some(source) = &held.source else {
+            return Ok(());
+        };
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(SealGuestError::Unfit("it is to end")),
+            () = self.detach.cancelled() => Err(SealGuestError::Unfit("the host's daemon is ending")),
+            whole = source.whole() => Ok(whole?),
+        }
+    }
+}
+
+impl Held {
+    /// What a snapshot of it says beside its bytes.
+    pub(super) fn facts(
+        &self,
+        host: &Host,
+        agent: &str,
+        token: &str,
+    ) -> Result<Facts, SealGuestError> {
+        let unfit = SealGuestError::Unfit;
+        let shim = self.shim.as_ref().ok_or(unfit("it has no VMM"))?;
+        let status = shim.known_status();
+        let base = self.record.base.as_deref().and_then(|it| it.parse().ok());
+        let base = base.ok_or(unfit("it was started by a release that could not pause"))?;
+        if status.hardware.machine.is_empty() {
+            return Err(unfit("it was started by a release that could not pause"));
+        }
+        Ok(Facts {
+            sandbox: status.sandbox,
+            epoch: self.record.epoch(),
+            base,
+            parent: self.record.parent.as_deref().and_then(|it| it.parse().ok()),
+            hardware: status.hardware.clone(),
+            vmm_version: status.vmm_version.clone(),
+            accelerator: host.accelerator.name().to_owned(),
+            agent: agent.to_owned(),
+            token: token.to_owned(),
+        })
+    }
+}
+
+impl Job {
+    /// Reads everything into the store. Blocks.
+    fn run(self) -> Result<(Sealed, Kept), SealGuestError> {
+        let mark = Instant::now();
+        let opened = |what| move |source| SealGuestError::Open { what, source };
+        let seal = self.store.begin();
+        let memory = self.saved.memory.open().map_err(opened("memory"))?;
+        let bytes = self.saved.memory.bytes;
+        let memory = match self.saved.memory.basis {
+            Basis::Zeros => seal.image(&memory, bytes)?,
+            Basis::Parent => {
+                let parent = self.parent_memory()?;
+                let dirty = DirtyList::read(
+                    self.paths.dir(),
+                    Region::new(Mib(u32::try_from(bytes / MIB_BYTES).unwrap_or(u32::MAX))),
+                )?;
+                seal.image_changed(&parent, &memory, bytes, dirty.ranges())?
+            }
+        };
+        let overlay = File::open(self.paths.overlay()).map_err(opened("disk"))?;
+        let length = overlay.metadata().map_err(opened("disk"))?.len();
+        let disk = seal.image(&overlay, length)?;
+        let state = &self.saved.state;
+        let state_file = File::open(&state.path).map_err(opened("device state"))?;
+        let state = seal.image(&state_file, state.bytes)?;
+        let memory_bytes = data_bytes(&memory.manifest);
+        let disk_bytes = data_bytes(&disk.manifest);
+        let images = [memory.image, disk.image, state.image];
+        let working_set = paging::seal_working_set(&seal, self.paths.dir())?;
+        let spec = ShimSpec::read(self.paths.dir())?;
+        let signed = self.signed(images, working_set, &spec.vmm)?;
+        let new_bytes = seal.tally().written_bytes;
+        fault::point("seal.stored");
+        let kept = seal.finish(Some(&signed))?;
+        fault::point("seal.finished");
+        let machine = &signed.manifest().machine;
+        let sealed = Sealed {
+            id: SnapshotId(rand::random()),
+            digest: signed.digest().0,
+            memory_bytes,
+            disk_bytes,
+            new_bytes,
+            needs: Needs {
+                vmm: machine.driver.clone(),
+                machine: machine.machine_type.clone(),
+                cpu: machine.cpu_model.clone(),
+                base: signed.manifest().base.0,
+            },
+            pause: self.pause,
+            took: SealTimes {
+                store_ms: millis(mark.elapsed()),
+                ..self.took
+            },
+        };
+        Ok((sealed, kept))
+    }
+
+    fn parent_memory(&self) -> Result<Manifest, SealGuestError> {
+        let none = SealGuestError::Unfit("what its memory is a change of is not known");
+        let parent = self.facts.parent.ok_or(none)?;
+        let parent = self.store.snapshot(&parent)?;
+        Ok(self.store.image(&parent.manifest().memory.digest)?)
+    }
+
+    fn signed(
+        &self,
+        images: [ImageRef; 3],
+        working_set: Option<ImageRef>,
+        vmm: &VmmSpec,
+    ) -> Result<SignedSnapshot, SealGuestError> {
+        let facts = &self.facts;
+        let [memory, disk, device_state] = images;
+        let manifest = SnapshotManifest {
+            sandbox: facts.sandbox,
+            epoch: facts.epoch,
+            created_at: SystemClock.now(),
+            parent: facts.parent,
+            memory,
+            disk,
+            device_state,
+            working_set,
+            base: facts.base,
+            machine: MachineFacts {
+                driver: "qemu".into(),
+                driver_version: facts.vmm_version.clone(),
+                machine_type: facts.hardware.machine.clone(),
+                cpu_model: facts.hardware.cpu.clone(),
+                accelerator: facts.accelerator.clone(),
+                vcpus: vmm.vcpus.into(),
+                memory: vmm.memory,
+            },
+            guest: GuestFacts {
+                kernel: self.host.kernel_release.clone(),
+                initramfs: proto::version::PRODUCT.to_owned(),
+                agent: facts.agent.clone(),
+                mac: GUEST_MAC,
+                address: GUEST_ADDR,
+                prefix: GUEST_PREFIX,
+                gateway: GATEWAY_ADDR,
+                token: facts.token.clone(),
+            },
+        };
+        Ok(SignedSnapshot::sign(manifest, &self.host.keeping.identity)?)
+    }
+}
+
+fn millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// How much of an image is no hole.
+fn data_bytes(manifest: &Manifest) -> u64 {
+    let data = manifest.extents().iter();
+    data.filter(|extent| extent.content != Content::Hole)
+        .map(|extent| extent.len_bytes)
+        .sum()
+}
