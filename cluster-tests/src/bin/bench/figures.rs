@@ -9,6 +9,11 @@ pub(crate) struct Samples {
 }
 
 impl Samples {
+    /// None yet.
+    pub(crate) const fn new() -> Self {
+        Self { values: Vec::new() }
+    }
+
     /// Adds one.
     pub(crate) fn add(&mut self, value: f64) {
         self.values.push(value);

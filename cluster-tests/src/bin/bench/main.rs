@@ -68,7 +68,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 17] = [
+const BENCHMARKS: [Benchmark; 18] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -145,6 +145,11 @@ const BENCHMARKS: [Benchmark; 17] = [
         run: snapshots::qemu::run,
     },
     Benchmark {
+        name: "transfer",
+        about: "a snapshot from one node to another, beside scp and rsync",
+        run: snapshots::transfer::run,
+    },
+    Benchmark {
         name: "at-once",
         about: "many capsules resumed at the same instant",
         run: snapshots::at_once::run,
@@ -157,9 +162,11 @@ const BENCHMARKS: [Benchmark; 17] = [
 ];
 
 /// What one name stands for: all that is about snapshots.
-const SNAPSHOTS: (&str, [&str; 6]) = (
+const SNAPSHOTS: (&str, [&str; 7]) = (
     "snapshots",
-    ["faults", "pause", "resume", "qemu", "at-once", "dedup"],
+    [
+        "faults", "pause", "resume", "qemu", "transfer", "at-once", "dedup",
+    ],
 );
 
 /// Measures what Wrenn promises, on a real node with real guests.
@@ -186,6 +193,9 @@ struct Arguments {
     /// Be the process whose memory is paged, for `faults`.
     #[arg(long, hide = true, value_name = "SOCKET")]
     paged: Option<PathBuf>,
+    /// Measure `transfer` over the loopback of this network namespace, under this name.
+    #[arg(long, hide = true, value_name = "NAME")]
+    link: Option<String>,
     /// Be a member of a group that is measured.
     #[arg(long, hide = true, num_args = 3, value_names = ["ID", "ADDRESS", "FOLDER"])]
     member: Vec<String>,
@@ -246,6 +256,10 @@ fn exit(outcome: Outcome) -> ExitCode {
 
 fn run(arguments: &Arguments) -> Outcome {
     let chosen = choose(&arguments.names)?;
+    let least = match arguments.link {
+        Some(_) => 1,
+        None => LEAST_MEMORY_MIB,
+    };
     let run = Run {
         runs: if arguments.quick {
             QUICK_RUNS
@@ -253,10 +267,13 @@ fn run(arguments: &Arguments) -> Outcome {
             arguments.runs.max(1)
         },
         // A multiple of 16 pages, and enough for a kernel to boot.
-        memory_mib: arguments.memory.max(LEAST_MEMORY_MIB),
+        memory_mib: arguments.memory.max(least),
         at_once: arguments.at_once.max(1),
         interrupted: notice_interrupts()?,
     };
+    if let Some(link) = &arguments.link {
+        return snapshots::transfer::measure(&run, link);
+    }
     if run.runs < LEAST_RUNS {
         eprintln!("fewer than {LEAST_RUNS} runs: the medians below are not worth writing down");
     }

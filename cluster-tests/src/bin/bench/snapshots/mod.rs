@@ -7,9 +7,10 @@
 //! | `at-once` | many capsules resumed at the same instant |
 //! | `dedup` | several capsules of one template in one store |
 //! | `qemu` | QEMU's own saving and loading of the same guest, memory included |
+//! | `transfer` | a snapshot from one node to another, beside scp and rsync of the same image |
 //! | `faults` | a page from this node's packs and from a peer, beside a mapped file |
 //!
-//! `snapshots` on the command line means all six. Guests have [`Run::memory_mib`] of memory, of
+//! `snapshots` on the command line means all seven. Guests have [`Run::memory_mib`] of memory, of
 //! which a file in a tmpfs of the guest fills [`FILLED`]: bytes that no two pages share, so that
 //! nothing is won by compressing or by chance.
 
@@ -21,6 +22,7 @@ pub(crate) mod pause;
 mod peer;
 pub(crate) mod qemu;
 pub(crate) mod resume;
+pub(crate) mod transfer;
 
 use crate::Run;
 

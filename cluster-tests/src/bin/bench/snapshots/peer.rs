@@ -63,23 +63,13 @@ impl Peer {
         let (there, here) = (Runtime::new()?, Runtime::new()?);
         let far = begin(&there, &identity)?;
         let near = begin(&here, &Identity::ephemeral()?)?;
-        far.register_streams(Service::STORE, Lane::Bulk, Hands(store.clone()));
-        for node in [&near, &far] {
-            node.set_membership(Membership {
-                index: 1,
-                members: [near.key(), far.key()].into(),
-                join_open: false,
-            });
-        }
-        here.block_on(near.connect(Lane::Bulk, far.local_addr(Lane::Bulk)?, far.key(), soon()))?;
+        hand_out(&far, store);
+        join(&here, &near, &far)?;
         let dir = tempfile::Builder::new()
             .prefix("lacking-")
             .tempdir_in(dir)?;
         let lacking = Store::open(&dir.path().join("store"), Limits::default())?;
-        let only = Only {
-            near: Arc::clone(&near),
-            holder: far.key(),
-        };
+        let only = Only::new(&near, far.key());
         let incoming = here.block_on(lacking.fetch_lazily(digest, Arc::new(only)))?;
         let tasks = Tasks::new();
         let paging = Paging::new(lacking.clone());
@@ -114,18 +104,41 @@ impl Peer {
     }
 }
 
-fn soon() -> Instant {
+pub(super) fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
-fn begin(runtime: &Runtime, identity: &Identity) -> Outcome<Arc<Transport>> {
+pub(super) fn begin(runtime: &Runtime, identity: &Identity) -> Outcome<Arc<Transport>> {
     let _inside = runtime.enter();
     let any = "127.0.0.1:0".parse()?;
     Ok(Arc::new(Transport::start(identity, Config::at(any, any))?))
 }
 
+/// Has a node hand out what is in `store`.
+pub(super) fn hand_out(node: &Transport, store: &Store) {
+    node.register_streams(Service::STORE, Lane::Bulk, Hands(store.clone()));
+}
+
+/// Makes two nodes one cluster, with a connection from `near` to `far`.
+pub(super) fn join(here: &Runtime, near: &Transport, far: &Transport) -> Outcome {
+    for node in [near, far] {
+        node.set_membership(Membership {
+            index: 1,
+            members: [near.key(), far.key()].into(),
+            join_open: false,
+        });
+    }
+    let address = far.local_addr(Lane::Bulk)?;
+    here.block_on(near.connect(Lane::Bulk, address, far.key(), soon()))?;
+    Ok(())
+}
+
 /// Seals a snapshot whose memory is `memory`; its disk and its device state are a few bytes.
-fn seal(store: &Store, memory: ImageRef, identity: &Identity) -> Outcome<SnapshotDigest> {
+pub(super) fn seal(
+    store: &Store,
+    memory: ImageRef,
+    identity: &Identity,
+) -> Outcome<SnapshotDigest> {
     let mut small = tempfile::tempfile()?;
     io::Write::write_all(&mut small, b"small")?;
     let seal = store.begin();
@@ -187,9 +200,17 @@ impl StreamHandler for Hands {
 }
 
 /// The one holder there is.
-struct Only {
+pub(super) struct Only {
     near: Arc<Transport>,
     holder: NodeKey,
+}
+
+impl Only {
+    /// Asked by `near`.
+    pub(super) fn new(near: &Arc<Transport>, holder: NodeKey) -> Self {
+        let near = Arc::clone(near);
+        Self { near, holder }
+    }
 }
 
 impl fmt::Debug for Only {

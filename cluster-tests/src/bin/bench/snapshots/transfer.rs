@@ -1,0 +1,336 @@
+//! How long a snapshot takes from one node to another: one that the other has nothing of, and the next
+//! one after 5 % of its memory changed; beside scp and rsync of the same image over sshd.
+//!
+//! Ours is what a daemon does: both stores, both transports, the protocol between them, hashing,
+//! encryption, and everything durable at the end ([`super::peer`]). Theirs is a file on the same disk,
+//! synced at the end. The holder and the taker are two runtimes of one process, as sshd and scp are
+//! two processes.
+//!
+//! Once over loopback as it is, and once over one with 20 ms there and back and 1 % of the packets
+//! lost, with an eighth of the bytes: in a network namespace of its own, which ends with the process.
+//! sshd listens on loopback only, with keys that are made for it and thrown away. Without sshd
+//! (Debian: openssh-server) ours alone is measured.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use node::store::{CHUNK_BYTES, Limits, SnapshotDigest, Store};
+use proto::units::MIB_BYTES;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use transport::{Identity, Transport};
+
+use super::peer::{Only, begin, hand_out, join, seal, soon};
+use super::rounds;
+use crate::figures::{Samples, figure, ratio};
+use crate::{Outcome, Run};
+
+/// One window in so many is written between the two snapshots: 5 %.
+const CHANGED: usize = 20;
+/// The slow link moves so much less, or it would take all day.
+const SLOW_SHARE: u32 = 8;
+/// What makes a loopback slow, and then runs what follows in there.
+const SLOW: &str = "ip link set lo up && \
+    tc qdisc add dev lo root netem delay 10ms loss 1% limit 100000 && exec \"$@\"";
+/// Where sshd lies: it must be started by its full path.
+const SSHD: &str = "/usr/sbin/sshd";
+/// Longest until sshd listens.
+const SSHD_PATIENCE: Duration = Duration::from_secs(10);
+/// Pause between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Most of scp's time that a cold transfer may take: nine tenths of its speed.
+const COLD_GOAL: f64 = 1.0 / 0.9;
+/// Most of rsync's time that the next snapshot may take.
+const CHANGED_GOAL: f64 = 0.5;
+
+/// Measures both links.
+pub(crate) fn run(run: &Run) -> Outcome {
+    measure(run, "loopback")?;
+    let runs = run.runs.to_string();
+    let memory = (run.memory_mib / SLOW_SHARE).to_string();
+    let program = std::env::current_exe()?;
+    let mut slow = Command::new("unshare");
+    slow.args(["-n", "sh", "-c", SLOW, "sh"]).arg(program);
+    slow.args(["--link", "slow", "--runs", &runs, "--memory", &memory]);
+    match slow.status()?.success() {
+        true => Ok(()),
+        false => Err("the slow link could not be measured".into()),
+    }
+}
+
+/// Measures one link, which is that of this process.
+pub(crate) fn measure(run: &Run, link: &str) -> Outcome {
+    let bytes = u64::from(run.memory_mib) * MIB_BYTES;
+    let sshd = match Path::new(SSHD).exists() {
+        true => Some(Sshd::start()?),
+        false => {
+            run.note("there is no sshd: nothing to compare with");
+            None
+        }
+    };
+    let [mut cold, mut changed, mut scp, mut rsync] = [const { Samples::new() }; 4];
+    for round in 1..=rounds(run) {
+        run.go_on()?;
+        let mut image = Image::make(bytes)?;
+        let mut pair = Pair::start(&image)?;
+        cold.add_ms(pair.fetch(image.digest)?);
+        if let Some(sshd) = &sshd {
+            scp.add_ms(sshd.scp(&image.path(), &image.copy())?);
+        }
+        image.change(round)?;
+        changed.add_ms(pair.fetch(image.digest)?);
+        if let Some(sshd) = &sshd {
+            rsync.add_ms(sshd.rsync(&image.path(), &image.copy())?);
+        }
+        pair.stop();
+        run.note(&format!("{link}: round {round}"));
+    }
+    let name = |what: &str| format!("transfer_{link}_{what}");
+    cold.print_p50(&name("cold"), "ms");
+    let mib = f64::from(run.memory_mib);
+    figure(&name("cold_speed"), mib / (cold.p50() / 1e3), "MiB/s");
+    changed.print_p50(&name("changed"), "ms");
+    if sshd.is_some() {
+        scp.print_p50(&name("scp"), "ms");
+        rsync.print_p50(&name("rsync"), "ms");
+        ratio(&name("cold_over_scp"), cold.p50(), scp.p50(), COLD_GOAL);
+        let over = name("changed_over_rsync");
+        ratio(&over, changed.p50(), rsync.p50(), CHANGED_GOAL);
+    }
+    Ok(())
+}
+
+/// A memory image of windows of which half is bytes of chance and half one byte, as a file and
+/// sealed in a store.
+struct Image {
+    dir: TempDir,
+    file: File,
+    store: Store,
+    identity: Identity,
+    bytes: u64,
+    digest: SnapshotDigest,
+}
+
+impl Image {
+    fn make(bytes: u64) -> Outcome<Self> {
+        let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(dir.path().join("image"))?;
+        let mut random = File::open("/dev/urandom")?;
+        let mut window = [0; CHUNK_BYTES];
+        for _ in 0..bytes / CHUNK_BYTES as u64 {
+            random.read_exact(&mut window[..CHUNK_BYTES / 2])?;
+            file.write_all(&window)?;
+        }
+        file.sync_all()?;
+        let store = Store::open(&dir.path().join("store"), Limits::default())?;
+        let identity = Identity::ephemeral()?;
+        let digest = sealed(&store, &file, bytes, &identity)?;
+        Ok(Self {
+            dir,
+            file,
+            store,
+            identity,
+            bytes,
+            digest,
+        })
+    }
+
+    /// Writes one window in [`CHANGED`] and seals the next snapshot.
+    fn change(&mut self, seed: usize) -> Outcome {
+        let mut random = File::open("/dev/urandom")?;
+        let mut fresh = [0; CHUNK_BYTES / 2];
+        let windows = self.bytes / CHUNK_BYTES as u64;
+        for window in (0..windows).skip(seed % CHANGED).step_by(CHANGED) {
+            random.read_exact(&mut fresh)?;
+            self.file
+                .write_all_at(&fresh, window * CHUNK_BYTES as u64)?;
+        }
+        self.file.sync_all()?;
+        self.digest = sealed(&self.store, &self.file, self.bytes, &self.identity)?;
+        Ok(())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+
+    /// Where scp and rsync put theirs.
+    fn copy(&self) -> PathBuf {
+        self.dir.path().join("copy")
+    }
+}
+
+fn sealed(store: &Store, file: &File, bytes: u64, identity: &Identity) -> Outcome<SnapshotDigest> {
+    let filling = store.begin();
+    let memory = filling.image(file, bytes)?.image;
+    let kept = filling.finish(None)?;
+    let digest = seal(store, memory, identity)?;
+    drop(kept);
+    Ok(digest)
+}
+
+/// Two nodes: one has the image's store, the other an empty one.
+struct Pair {
+    there: Runtime,
+    here: Runtime,
+    far: Arc<Transport>,
+    near: Arc<Transport>,
+    taker: Store,
+    _dir: TempDir,
+}
+
+impl Pair {
+    fn start(image: &Image) -> Outcome<Self> {
+        let (there, here) = (Runtime::new()?, Runtime::new()?);
+        let far = begin(&there, &image.identity)?;
+        let near = begin(&here, &Identity::ephemeral()?)?;
+        hand_out(&far, &image.store);
+        join(&here, &near, &far)?;
+        let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
+        let taker = Store::open(&dir.path().join("store"), Limits::default())?;
+        Ok(Self {
+            there,
+            here,
+            far,
+            near,
+            taker,
+            _dir: dir,
+        })
+    }
+
+    /// Has all of a snapshot fetched, durably.
+    fn fetch(&mut self, digest: SnapshotDigest) -> Outcome<Duration> {
+        let only = Only::new(&self.near, self.far.key());
+        let began = Instant::now();
+        let kept = self.here.block_on(self.taker.fetch(digest, &only))?;
+        let took = began.elapsed();
+        // Nothing is collected here: it stays for the next one to build on.
+        drop(kept);
+        Ok(took)
+    }
+
+    fn stop(self) {
+        self.here.block_on(self.near.stop(soon()));
+        self.there.block_on(self.far.stop(soon()));
+    }
+}
+
+/// An sshd of our own.
+struct Sshd {
+    child: Child,
+    port: u16,
+    dir: TempDir,
+}
+
+impl Sshd {
+    fn start() -> Outcome<Self> {
+        // Its privilege separation wants this one, which Debian makes when the service starts.
+        fs::create_dir_all("/run/sshd")?;
+        let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
+        for key in ["host", "user"] {
+            let made = Command::new("ssh-keygen")
+                .args(["-q", "-t", "ed25519", "-N", "", "-f"])
+                .arg(dir.path().join(key))
+                .status()?;
+            if !made.success() {
+                return Err("ssh-keygen made no key".into());
+            }
+        }
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let at = dir.path().display();
+        let config = format!(
+            "Port {port}\nListenAddress 127.0.0.1\nHostKey {at}/host\nPidFile none\n\
+             AuthorizedKeysFile {at}/user.pub\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n\
+             PasswordAuthentication no\nSubsystem sftp internal-sftp\n"
+        );
+        fs::write(dir.path().join("config"), config)?;
+        let child = Command::new(SSHD)
+            .args(["-D", "-e", "-f"])
+            .arg(dir.path().join("config"))
+            .stderr(Stdio::null())
+            .spawn()?;
+        let sshd = Self { child, port, dir };
+        let until = Instant::now() + SSHD_PATIENCE;
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if Instant::now() > until {
+                return Err("sshd does not listen".into());
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+        Ok(sshd)
+    }
+
+    fn options(&self) -> Vec<String> {
+        let key = self.dir.path().join("user").display().to_string();
+        let known = "-oUserKnownHostsFile=/dev/null";
+        [
+            "-i",
+            &key,
+            "-oStrictHostKeyChecking=no",
+            known,
+            "-oLogLevel=ERROR",
+        ]
+        .map(str::to_owned)
+        .into()
+    }
+
+    fn scp(&self, from: &Path, to: &Path) -> Outcome<Duration> {
+        let mut scp = Command::new("scp");
+        scp.args(["-q", "-P", &self.port.to_string()])
+            .args(self.options());
+        timed(
+            scp.arg(format!("root@127.0.0.1:{}", from.display()))
+                .arg(to),
+            to,
+        )
+    }
+
+    /// Over the copy of the image before.
+    fn rsync(&self, from: &Path, to: &Path) -> Outcome<Duration> {
+        let shell = format!("ssh -p {} {}", self.port, self.options().join(" "));
+        let mut rsync = Command::new("rsync");
+        rsync.args([
+            "--inplace",
+            "--no-whole-file",
+            "--ignore-times",
+            "-e",
+            &shell,
+        ]);
+        timed(
+            rsync
+                .arg(format!("root@127.0.0.1:{}", from.display()))
+                .arg(to),
+            to,
+        )
+    }
+}
+
+impl Drop for Sshd {
+    fn drop(&mut self) {
+        // One that has ended by itself is waited for as well.
+        let _killed = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}
+
+/// Runs a program that makes the file `made`, until that is durable.
+fn timed(program: &mut Command, made: &Path) -> Outcome<Duration> {
+    let began = Instant::now();
+    let status = program.status()?;
+    if !status.success() {
+        return Err(format!("{program:?}: {status}").into());
+    }
+    File::open(made)?.sync_all()?;
+    Ok(began.elapsed())
+}
