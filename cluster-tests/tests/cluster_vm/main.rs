@@ -7,6 +7,7 @@
 
 mod any_node;
 mod clones;
+mod coming;
 mod concurrent;
 mod cycles;
 mod damage;
