@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
@@ -37,8 +38,11 @@ pub struct Netns {
 
 impl Netns {
     pub fn new(tap: &'static str) -> Self {
+        // Tests of one program run side by side, with taps of the same names.
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
         let netns = Self {
-            name: format!("vmm-{}-{tap}", std::process::id()),
+            name: format!("vmm-{}-{number}", std::process::id()),
             tap,
         };
         let name = &netns.name;
