@@ -115,6 +115,14 @@ impl std::fmt::Debug for Peer {
     }
 }
 
+/// Waits for an instant, and not at all for one that has come: a timer would round it up by a
+/// millisecond or two, which is more than a chunk takes.
+async fn until(at: Instant) {
+    if Instant::now() < at {
+        time::sleep_until(at).await;
+    }
+}
+
 impl Urgent {
     pub(super) fn new(store: Store, holders: Arc<dyn Holders>, digest: SnapshotDigest) -> Self {
         Self {
@@ -191,7 +199,7 @@ impl Urgent {
                         next_at = Instant::now();
                     }
                 },
-                () = time::sleep_until(next_at), if left.len() > 0 => {
+                () = until(next_at), if left.len() > 0 => {
                     if let Some(node) = left.next() {
                         since.insert(node, Instant::now());
                         next_at = Instant::now() + self.late_after(node);

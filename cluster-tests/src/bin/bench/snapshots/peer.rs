@@ -21,14 +21,14 @@ use node::store::{
 };
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, NodeKey};
-use proto::units::Stamp;
+use proto::units::{MIB_BYTES, Mib, Stamp};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use transport::streams::{Inbound, StreamHandler};
 use transport::{BoxFuture, Config, Identity, Lane, Membership, Service, Transport};
 
-use super::faults::{GUEST, MEMORY};
+use super::faults::GUEST;
 use crate::Outcome;
 
 /// Longest anything here may take.
@@ -161,7 +161,7 @@ pub(super) fn seal(
             cpu_model: text("tcg-1"),
             accelerator: text("tcg"),
             vcpus: 1,
-            memory: MEMORY,
+            memory: Mib(u32::try_from(memory.len_bytes / MIB_BYTES)?),
         },
         guest: GuestFacts {
             kernel: text("6.1"),
