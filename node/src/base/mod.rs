@@ -1,8 +1,9 @@
-//! Words every room of the node may use: clocks, remedies, stopping, telemetry names.
+//! Words every room of the node may use: clocks, remedies, sockets, stopping, telemetry names.
 
 pub mod chain;
 pub mod clock;
 pub mod fault;
 pub mod remedy;
+pub mod socket;
 pub mod stop;
 pub mod telemetry;

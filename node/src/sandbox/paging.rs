@@ -18,9 +18,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -38,6 +37,7 @@ use super::coming::{Coming, Source};
 use super::resources::Held;
 use super::spec::Host;
 use crate::base::chain::chain;
+use crate::base::socket;
 use crate::base::stop::Tasks;
 use crate::pager::ask::{self, Answer, AskError, Question};
 use crate::pager::handle::{PAGES, WORKING_SET};
@@ -142,7 +142,7 @@ impl Paging {
     /// # Errors
     /// The socket cannot be bound.
     pub fn serve(&self, socket: &Path, tasks: &Tasks) -> io::Result<()> {
-        let listener = bind(socket)?;
+        let listener = socket::listen(socket)?;
         let (paging, all) = (self.clone(), tasks.clone());
         let stop = tasks.token().clone();
         tasks.spawn(info_span!("pagers"), async move {
@@ -444,21 +444,6 @@ fn place(location: Location) -> Place {
             Encoding::Zstd => page_map::Encoding::Zstd,
         },
     }
-}
-
-/// Listens on `socket`, in the place of an earlier daemon.
-fn bind(socket: &Path) -> io::Result<UnixListener> {
-    let (Some(dir), Some(name)) = (socket.parent(), socket.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    match fs::remove_file(socket) {
-        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
-        _ => {}
-    }
-    // A socket's path may have 107 bytes, a data directory's may have more.
-    let dir = File::open(dir)?;
-    let through = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
-    UnixListener::bind(through.join(name))
 }
 
 #[cfg(test)]

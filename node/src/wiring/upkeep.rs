@@ -3,9 +3,7 @@
 //! A socket in the data directory, for the node's own user; one question a connection. The daemon
 //! knows what the cluster names, so here a collection can be asked for.
 
-use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +17,7 @@ use tokio::time;
 use tracing::{debug, info_span, warn};
 
 use crate::base::chain::chain;
+use crate::base::socket;
 use crate::base::stop::Tasks;
 use crate::cluster::Proposer;
 use crate::reconcile::copies;
@@ -49,7 +48,7 @@ pub(super) fn serve(
     socket: &Path,
     tasks: &Tasks,
 ) -> io::Result<()> {
-    let listener = bind(socket)?;
+    let listener = socket::listen(socket)?;
     let upkeep = Arc::new(Upkeep { store, proposer });
     let (all, stop) = (tasks.clone(), tasks.token().clone());
     tasks.spawn(info_span!("upkeep"), async move {
@@ -119,21 +118,6 @@ impl Upkeep {
             },
         }
     }
-}
-
-/// Listens on `socket`, in the place of an earlier daemon.
-fn bind(socket: &Path) -> io::Result<UnixListener> {
-    let (Some(dir), Some(name)) = (socket.parent(), socket.file_name()) else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    match fs::remove_file(socket) {
-        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
-        _ => {}
-    }
-    // A socket's path may have 107 bytes, a data directory's may have more.
-    let dir = File::open(dir)?;
-    let through = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string());
-    UnixListener::bind(through.join(name))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What pagers are told, and what they are not.
 
+use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt as _;
 
