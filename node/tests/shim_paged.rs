@@ -212,8 +212,11 @@ async fn a_guest_goes_on_lazily_hop_after_hop_with_its_pager_killed_and_keeps_wh
             daemon.carry_over(&saved, &last, here, there);
         }
         let pager = paging(&shim).await.pager_pid;
+        let stopped = shim.known_status().shim_pid;
         shim.stop(Duration::ZERO).await.expect("stopped");
         assert!(!runs(pager), "its pager outlived it");
+        // It answers before it ends.
+        assert!(eventually(SOON, || !runs(stopped)), "its shim stays");
         assert!(kill_leftovers(&here.dir).expect("swept").is_empty());
     }
     daemon.tasks.stop_and_join().await;
