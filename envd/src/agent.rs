@@ -18,6 +18,7 @@ use crate::process::registry::Registry;
 use crate::snapshot::Snapshots;
 use crate::snapshot::machine::{Elsewhere, Guest, Machine};
 use crate::users::{Accounts, UnknownUser, User};
+use crate::watch::polled::Polled;
 
 /// The user of requests that name none, until `/init` says otherwise.
 const DEFAULT_USER: &str = "root";
@@ -53,6 +54,8 @@ pub struct Agent {
     pub init: Mutex<Option<jiff::Timestamp>>,
     /// The processes.
     pub processes: Arc<Registry>,
+    /// Watched directories that are asked for by name.
+    pub watchers: Polled,
     /// Remembers the last CPU reading.
     pub cpu: CpuMeter,
     /// Where the agent stands between a pause and its resume.
@@ -94,6 +97,7 @@ impl Agent {
             settings: RwLock::new(settings),
             init: Mutex::default(),
             processes: Arc::new(Registry::new(Arc::new(Reaper::new(scope)))),
+            watchers: Polled::default(),
             cpu: CpuMeter::default(),
             snapshots: Snapshots::new(machine, surroundings.groups.clone()),
             surroundings,

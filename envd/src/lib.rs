@@ -12,6 +12,7 @@
 //! | [`http`] | routes, tokens, `/init` and the other plain endpoints |
 //! | [`process`] | starting, feeding, watching and ending processes |
 //! | [`files`] | upload, download and the file service |
+//! | [`watch`] | telling what happens in directories |
 //! | [`snapshot`] [`connections`] | the guest's half of pause and resume |
 //! | [`agent`] | the state they share |
 //! | [`auth`] [`environment`] [`paths`] [`users`] [`clock`] [`metrics`] | rules, mostly pure |
@@ -35,3 +36,4 @@ pub mod serve;
 pub mod snapshot;
 pub mod sys;
 pub mod users;
+pub mod watch;

@@ -128,10 +128,17 @@ fn bring_up() -> Result<(), BootError> {
 /// and 4096 are too few for today's package managers and servers.
 const OPEN_FILES: (u64, u64) = (65_536, 524_288);
 
+/// Inotify instances of one user. The kernel's 128 would be taken by our watchers almost alone.
+const WATCHERS: (&str, &str) = ("/proc/sys/fs/inotify/max_user_instances", "1024");
+
 fn raise_limits() {
     let (soft, hard) = OPEN_FILES;
     if let Err(err) = setrlimit(Resource::RLIMIT_NOFILE, soft, hard) {
         log!("raise the limit of open files: {err}");
+    }
+    let (file, limit) = WATCHERS;
+    if let Err(err) = fs::write(file, limit) {
+        log!("write {file}: {err}");
     }
 }
 
