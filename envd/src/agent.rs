@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, mpsc};
 use crate::auth::{PublishedHash, Token};
 use crate::boot::cgroup::Groups;
 use crate::environment::{DEFAULT_PATH, Global};
-use crate::metrics::CpuMeter;
+use crate::metrics::Meter;
 use crate::paths::Base;
 use crate::process::reap::{Reaper, Scope};
 use crate::process::registry::Registry;
@@ -56,8 +56,8 @@ pub struct Agent {
     pub processes: Arc<Registry>,
     /// Watched directories that are asked for by name.
     pub watchers: Polled,
-    /// Remembers the last CPU reading.
-    pub cpu: CpuMeter,
+    /// Measures the guest's load.
+    pub meter: Arc<Meter>,
     /// Where the agent stands between a pause and its resume.
     pub snapshots: Snapshots,
     /// How the agent was started.
@@ -98,7 +98,7 @@ impl Agent {
             init: Mutex::default(),
             processes: Arc::new(Registry::new(Arc::new(Reaper::new(scope)))),
             watchers: Polled::default(),
-            cpu: CpuMeter::default(),
+            meter: Arc::default(),
             snapshots: Snapshots::new(machine, surroundings.groups.clone()),
             surroundings,
             published: None,

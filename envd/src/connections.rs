@@ -40,6 +40,7 @@ pub enum Fate {
 #[derive(Debug, Default)]
 pub struct Connections {
     table: Mutex<Table>,
+    lives: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -106,9 +107,18 @@ impl Connections {
         self.tell(Fate::Finish, |_, _| true);
     }
 
-    /// Cuts whatever was accepted before `first_kept`; tells how many that were.
+    /// Cuts whatever was accepted before `first_kept`, and what is forwarded; tells how many of the
+    /// former there were.
     pub fn cut_before(&self, first_kept: ConnectionId) -> usize {
+        self.lives.send_modify(|life| *life += 1);
         self.tell(Fate::Cut, |id, _| id < first_kept)
+    }
+
+    /// Changes when the life ends that forwarded connections belong to: those have no number, since
+    /// no order ever comes over one.
+    #[must_use]
+    pub fn life(&self) -> watch::Receiver<u64> {
+        self.lives.subscribe()
     }
 
     /// How many are open, `except` not counted.

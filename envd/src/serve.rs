@@ -203,7 +203,10 @@ impl AsyncWrite for Socket {
 }
 
 /// Small answers leave at once, and a peer that is gone is noticed.
-fn tune(stream: &TcpStream) -> io::Result<()> {
+///
+/// # Errors
+/// What the kernel said.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
     setsockopt(stream, sockopt::TcpUserTimeout, &VANISHED_TIMEOUT_MS)?;

@@ -17,6 +17,13 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 const SUBTREE: &str = "wrenn";
 /// What is divided among the groups.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
+/// Of the processes and threads that the kernel allows, the workload gets so many eighths: the agent
+/// must be able to start a thread, and a process that ends the others.
+const WORKLOAD_TASKS_EIGHTHS: u64 = 6;
+/// The kernel's limit of processes and threads.
+const MAX_TASKS: &str = "/proc/sys/kernel/threads-max";
+/// The kernel's limit of process ids, which may be the lower one.
+const MAX_PIDS: &str = "/proc/sys/kernel/pid_max";
 /// Memory kept for the agent and the kernel: an eighth, at most this much.
 const MAX_RESERVE_BYTES: u64 = 128 * 1024 * 1024;
 /// Freezes a group and everything below it when 1 is written to it.
@@ -50,7 +57,7 @@ impl Group {
 
     /// Control files and their values, given the guest's memory.
     fn settings(self, memory_bytes: u64) -> Vec<(&'static str, String)> {
-        let workload = memory_bytes - (memory_bytes / 8).min(MAX_RESERVE_BYTES);
+        let workload = workload_bytes(memory_bytes);
         let (cpu, io) = match self {
             Self::User => (50, 10),
             Self::Terminal => (200, 50),
@@ -172,6 +179,12 @@ fn create(root: &Path, subtree: &Path) -> io::Result<()> {
     fs::create_dir_all(subtree)?;
     enable_controllers(subtree);
     let memory = memory_bytes();
+    // All groups together, too: each by itself may have all that is there for any of them.
+    let together = workload_bytes(memory).to_string();
+    let tasks = workload_tasks(limit(MAX_TASKS).min(limit(MAX_PIDS))).to_string();
+    for (file, value) in [("memory.max", together), ("pids.max", tasks)] {
+        let _ = fs::write(subtree.join(file), value);
+    }
     for group in Group::ALL {
         let directory = subtree.join(group.directory());
         fs::create_dir_all(&directory)?;
@@ -191,6 +204,21 @@ fn enable_controllers(directory: &Path) {
             format!("+{controller}"),
         );
     }
+}
+
+/// What the workload may have of a guest's memory. Pure.
+fn workload_bytes(memory_bytes: u64) -> u64 {
+    memory_bytes - (memory_bytes / 8).min(MAX_RESERVE_BYTES)
+}
+
+/// How many of the tasks there may be are the workload's. Pure.
+fn workload_tasks(tasks: u64) -> u64 {
+    tasks / 8 * WORKLOAD_TASKS_EIGHTHS
+}
+
+fn limit(file: &str) -> u64 {
+    let limit = fs::read_to_string(file).unwrap_or_default();
+    limit.trim().parse().unwrap_or(u64::MAX)
 }
 
 fn memory_bytes() -> u64 {

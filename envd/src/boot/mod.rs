@@ -94,15 +94,19 @@ impl BootError {
     }
 }
 
-/// Brings the guest up. Returns only if all went well.
-pub fn enter() {
-    if let Err(err) = bring_up() {
-        log!("cannot boot: {}", chain(&err));
-        power::off();
+/// Brings the guest up, as the returned options say. Returns only if all went well.
+#[must_use]
+pub fn enter() -> Options {
+    match bring_up() {
+        Ok(options) => options,
+        Err(err) => {
+            log!("cannot boot: {}", chain(&err));
+            power::off()
+        }
     }
 }
 
-fn bring_up() -> Result<(), BootError> {
+fn bring_up() -> Result<Options, BootError> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     mounts::kernel_file_systems()?;
     open_console()?;
@@ -121,7 +125,7 @@ fn bring_up() -> Result<(), BootError> {
     raise_limits();
     // So that ctrl-alt-del of the VMM is a signal to us instead of a reset.
     let _ = nix::sys::reboot::set_cad_enabled(false);
-    Ok(())
+    Ok(options)
 }
 
 /// Open files that a process gets without asking, and that it may ask for. The kernel's own 1024

@@ -108,7 +108,7 @@ async fn health() -> impl IntoResponse {
 }
 
 async fn metrics(State(agent): State<Arc<Agent>>) -> impl IntoResponse {
-    ([NO_STORE], Json(agent.cpu.read()))
+    ([NO_STORE], Json(agent.meter.latest()))
 }
 
 async fn envs(State(agent): State<Arc<Agent>>) -> impl IntoResponse {
