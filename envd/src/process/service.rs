@@ -85,7 +85,7 @@ impl ProcessService {
             env,
             stdin: request.stdin.unwrap_or(true),
             terminal,
-            cgroup_procs: self.agent.surroundings.groups.procs_file(group),
+            place: self.agent.surroundings.groups.place(group),
             deadline: ctx.deadline().map(Instant::from_std),
             user,
         })
@@ -332,6 +332,7 @@ impl From<LaunchError> for ConnectError {
             LaunchError::NoCommand | LaunchError::NoDirectory(_) | LaunchError::Spawn { .. } => {
                 Self::invalid_argument(chain(&err))
             }
+            LaunchError::TooMany => Self::resource_exhausted(chain(&err)),
             LaunchError::Streams(_) => Self::internal(chain(&err)),
         }
     }
