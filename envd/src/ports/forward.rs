@@ -194,7 +194,7 @@ mod tests {
         let (connections, _forwarder, from, program) = pair().await;
         let mut client = TcpStream::connect(from).await.expect("reached");
         let (mut served, _) = program.accept().await.expect("carried");
-        let own = connections.admit();
+        let own = connections.admit([127, 0, 0, 1].into()).expect("room");
         connections.cut_before(own.id);
         for stream in [&mut client, &mut served] {
             let cut = stream.read(&mut [0; 1]).await.expect_err("cut");
