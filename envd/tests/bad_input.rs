@@ -502,3 +502,37 @@ async fn wrong_methods_types_and_paths_have_their_own_answers() {
     let ran = envd.start_process(Codec::Json, shell("true"), &[]).await;
     ran.run().await.expect("it goes on");
 }
+
+/// The loopback is one peer like any other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_peer_has_a_bounded_number_of_connections() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("known");
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(8192), most).expect("raised");
+    let envd = Envd::start();
+    let connect = || TcpStream::connect(&envd.address);
+    let mut open = Vec::new();
+    for _ in 0..envd::connections::MAX_PER_PEER {
+        open.push(connect().await.expect("connected"));
+    }
+    let mut answer = Vec::new();
+    let mut refused = connect().await.expect("accepted, and refused");
+    soon(refused.read_to_end(&mut answer)).await.expect("read");
+    let answer = String::from_utf8(answer).expect("text");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    assert!(head.starts_with("HTTP/1.1 429 "), "{head}");
+    assert!(
+        head.contains(&format!("content-length: {}", body.len())),
+        "{head}"
+    );
+    let body: Value = serde_json::from_str(body).expect("JSON");
+    assert_eq!(body["code"], 429);
+    drop(open);
+    soon(async {
+        while !matches!(raw(&envd, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await, ok if ok.starts_with(b"HTTP/1.1 200")) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    envd.is_well(SOUND_MIB).await;
+}
