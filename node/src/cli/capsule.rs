@@ -328,7 +328,11 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
     let rows: Vec<_> = fields
         .filter(|(_, value)| !value.is_null())
         .map(|(key, value)| {
-            let shown = transfer(value).filter(|_| key == "transfer");
+            let shown = match key.as_str() {
+                "transfer" => transfer(value),
+                "waits_for" => waits_for(value),
+                _ => None,
+            };
             vec![
                 key.clone(),
                 shown.unwrap_or_else(|| print::text(capsule, key)),
@@ -430,7 +434,9 @@ struct Seen(Mutex<String>);
 impl Seen {
     fn note(&self, capsule: &Value) {
         let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *text = transfer(&capsule["transfer"]).map_or_else(String::new, |bar| format!(" {bar}"));
+        let shown = waits_for(&capsule["waits_for"]).map(|it| format!("waits for {it}"));
+        let shown = shown.or_else(|| transfer(&capsule["transfer"]));
+        *text = shown.map_or_else(String::new, |shown| format!(" {shown}"));
     }
 
     fn text(&self) -> String {
@@ -454,6 +460,21 @@ fn transfer(value: &Value) -> Option<String> {
     Some(format!(
         "[{bar}{rest}] {done} of {total} MiB from {sources}"
     ))
+}
+
+/// What a capsule's guest stands still for, for people.
+fn waits_for(value: &Value) -> Option<String> {
+    let nodes: Vec<&str> = value["nodes"]
+        .as_array()?
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    let whom = match nodes.as_slice() {
+        [] => value["reason"].as_str()?.to_owned(),
+        nodes => nodes.join(", "),
+    };
+    let (since, until) = (value["since"].as_str()?, value["until"].as_str()?);
+    Some(format!("{whom} since {since}, until {until} at most"))
 }
 
 /// The capsule once it is in none of these states any more.
@@ -587,6 +608,25 @@ mod tests {
         assert!(over.starts_with("[####################]"), "{over}");
         assert_eq!(of(0, 0), None);
         assert_eq!(transfer(&Value::Null), None);
+    }
+
+    #[test]
+    fn a_wait_names_the_hosts_or_else_its_reason() {
+        let wait = |nodes: &[&str]| {
+            json!({
+                "nodes": nodes, "reason": "the disk is full", "since": "S", "until": "U",
+            })
+        };
+        let of = |nodes: &[&str]| waits_for(&wait(nodes));
+        assert_eq!(
+            of(&["a", "b"]).as_deref(),
+            Some("a, b since S, until U at most")
+        );
+        assert_eq!(
+            of(&[]).as_deref(),
+            Some("the disk is full since S, until U at most")
+        );
+        assert_eq!(waits_for(&Value::Null), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::state::{
 };
 
 /// What is said of a sandbox whose guest is lost, and which was paused before.
-const AS_PAUSED: &str = "it is as it was when it was last paused";
+const AS_PAUSED: &str = "it is as it was when it was last paused, and what it did since is lost";
 
 /// Whose report something is.
 #[derive(Clone, Copy)]
