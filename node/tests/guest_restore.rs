@@ -25,7 +25,7 @@ use wrenn_node::net::netns;
 use wrenn_node::net::slot::{GATEWAY_MAC, GUEST_ADDR, GUEST_MAC};
 use wrenn_node::pager::memory::GuestMemory;
 use wrenn_node::vmm::cmdline::GuestArgs;
-use wrenn_node::vmm::{self, Accelerator, NetworkSpec, Started, VmmSpec};
+use wrenn_node::vmm::{self, Accelerator, Driver, NetworkSpec, Started, VmmSpec};
 
 use shim_support::{BOOT, QEMU, SOON};
 
@@ -69,6 +69,7 @@ impl Place {
 
     fn spec(&self) -> VmmSpec {
         VmmSpec {
+            driver: Driver::Qemu,
             program: QEMU.into(),
             accelerator: Accelerator::Tcg,
             kernel: images().join("kernel/vmlinuz"),
