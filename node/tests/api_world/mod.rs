@@ -157,6 +157,7 @@ pub struct World {
     pub cluster: Arc<Surmised>,
     pub agent: SocketAddr,
     http: Client<HttpConnector, Body>,
+    state: ApiState,
     _stop: DropGuard,
 }
 
@@ -261,7 +262,11 @@ impl World {
         let state = ApiState::new(proposer.clone(), relay, Arc::new(clock.clone()), facts)
             .with_cluster(cluster.clone())
             .with_waits(create, destroy);
-        tokio::spawn(api::serve(listener, api::router(state), stop.clone()));
+        tokio::spawn(api::serve(
+            listener,
+            api::router(state.clone()),
+            stop.clone(),
+        ));
         Self {
             address,
             guests,
@@ -270,8 +275,14 @@ impl World {
             cluster,
             agent,
             http: Client::builder(TokioExecutor::new()).build_http(),
+            state,
             _stop: stop.drop_guard(),
         }
+    }
+
+    /// Ends the sessions as a stopping node does.
+    pub async fn stop_sessions(&self) {
+        self.state.end_sessions().await;
     }
 
     /// Sends a request as it is.
