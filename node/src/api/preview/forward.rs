@@ -161,11 +161,9 @@ fn dress(headers: &mut HeaderMap, from: Option<IpAddr>) {
     if let Some(from) = from {
         let before = headers.get(FORWARDED_FOR).and_then(|it| it.to_str().ok());
         let way = before.map_or_else(|| from.to_string(), |way| format!("{way}, {from}"));
-        headers.extend(
-            HeaderValue::from_str(&way)
-                .ok()
-                .map(|way| (HeaderName::from_static(FORWARDED_FOR), way)),
-        );
+        if let Ok(way) = HeaderValue::from_str(&way) {
+            headers.insert(FORWARDED_FOR, way);
+        }
     }
     if let Some(host) = headers.get(HOST).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
