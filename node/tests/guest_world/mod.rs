@@ -15,7 +15,7 @@ use wrenn_node::guest::{Dial, Guest, GuestStream, ProcessCommand};
 use wrenn_node::net::netns;
 use wrenn_node::net::slot::{GATEWAY_MAC, GUEST_ADDR, GUEST_MAC};
 use wrenn_node::vmm::cmdline::GuestArgs;
-use wrenn_node::vmm::{Accelerator, NetworkSpec, VmmSpec};
+use wrenn_node::vmm::{Accelerator, Driver, NetworkSpec, VmmSpec};
 
 use crate::shim_support::QEMU;
 
@@ -54,6 +54,7 @@ impl Place {
 
     pub fn spec(&self) -> VmmSpec {
         VmmSpec {
+            driver: Driver::Qemu,
             program: QEMU.into(),
             accelerator: Accelerator::Tcg,
             kernel: images().join("kernel/vmlinuz"),
