@@ -6,11 +6,12 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::Duration;
 
+use buffa::Message as _;
 use bytes::Bytes;
-use common::{BOTH, Codec, Envd, basic, full, shell, soon, streamed};
+use common::{BOTH, Codec, Envd, basic, by_pid, by_tag, command, full, shell, soon, streamed};
 use futures::{StreamExt, stream};
 use http::{Method, Request};
-use proto::envd::filesystem as files;
+use proto::envd::{filesystem as files, process};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -129,6 +130,54 @@ fn looks() -> Vec<Vec<u8>> {
     ]
 }
 
+/// As [`looks`], in the other codec: the frames that our own host sends.
+fn frames() -> Vec<Vec<u8>> {
+    let start = process::StartRequest {
+        tag: Some("t".into()),
+        ..command("/bin/true", &["x"])
+    };
+    let signal = process::SendSignalRequest {
+        process: by_pid(4_000_000).into(),
+        signal: process::Signal::SIGNAL_SIGTERM.into(),
+        ..Default::default()
+    };
+    let connect = process::ConnectRequest {
+        process: by_tag("none").into(),
+        ..Default::default()
+    };
+    let listing = files::ListDirRequest {
+        path: "/etc/default".into(),
+        depth: 2,
+        ..Default::default()
+    };
+    let watch = files::CreateWatcherRequest {
+        path: "/etc".into(),
+        recursive: true,
+        ..Default::default()
+    };
+    let unary = |method: &str, message: &[u8]| {
+        let proto = "content-type: application/proto\r\nconnect-protocol-version: 1\r\n";
+        plain("POST", &format!("/{method}"), proto, message)
+    };
+    let streamed = |method: &str, message: &[u8]| {
+        let proto = "content-type: application/connect+proto\r\nconnect-timeout-ms: 1000\r\n";
+        let length = u32::try_from(message.len()).expect("short");
+        let frame = [&[0][..], &length.to_be_bytes(), message].concat();
+        plain("POST", &format!("/{method}"), proto, frame)
+    };
+    vec![
+        streamed("process.Process/Start", &start.encode_to_bytes()),
+        streamed("process.Process/Connect", &connect.encode_to_bytes()),
+        streamed("process.Process/StreamInput", &connect.encode_to_bytes()),
+        unary("process.Process/SendSignal", &signal.encode_to_bytes()),
+        unary("filesystem.Filesystem/ListDir", &listing.encode_to_bytes()),
+        unary(
+            "filesystem.Filesystem/CreateWatcher",
+            &watch.encode_to_bytes(),
+        ),
+    ]
+}
+
 /// Sound requests that might change something.
 fn changes() -> Vec<Vec<u8>> {
     let octets = "content-type: application/octet-stream\r\nx-metadata-a: b\r\n";
@@ -160,7 +209,7 @@ async fn damaged_requests_are_refused_and_harm_nobody() {
     let token = json!({"accessToken": "t"}).to_string();
     assert_eq!(guarded.post("/init", token).await.status, 204);
     let mut dice = Dice(7);
-    for (envd, requests) in [(&open, looks()), (&guarded, changes())] {
+    for (envd, requests) in [(&open, looks()), (&open, frames()), (&guarded, changes())] {
         for number in 0..24 * requests.len() {
             let damaged = dice.damage(&requests[number % requests.len()]);
             let answer = raw(envd, &damaged).await;
