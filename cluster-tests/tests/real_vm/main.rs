@@ -8,6 +8,7 @@ mod bad_input;
 mod crash;
 mod death;
 mod egress;
+mod fork_crash;
 mod life;
 mod limits;
 mod pause_crash;

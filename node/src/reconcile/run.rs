@@ -22,6 +22,7 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 use super::backoff::{Attempts, Subject, Verdict};
 use super::plan::{Circumstances, Step, plan};
 use crate::base::clock::Clock;
+use crate::base::fault;
 use crate::base::stop::Tasks;
 use crate::cluster::{ProposeError, Proposer, View};
 use crate::sandbox::{Origin, Registry, StartSpec};
@@ -274,6 +275,7 @@ impl Reconciler {
             Err(ProposeError::Refused(why)) => info!(%why, "a warm snapshot is not needed"),
             Err(err) => return warn!(%err, "could not tell the cluster"),
         }
+        fault::point("warm.told");
         self.registry.forget_warm(id);
     }
 

@@ -13,6 +13,7 @@ use super::phase::Event;
 use super::resources::Held;
 use super::spec::{Origin, StartSpec};
 use crate::base::chain::chain;
+use crate::base::fault;
 use crate::guest::Fork;
 use crate::store::{ImageDigest, SnapshotDigest};
 
@@ -58,6 +59,7 @@ impl Held {
         spec: &StartSpec,
     ) -> Result<(), super::error::AcquireError> {
         self.release(host).await?;
+        fault::point("warm.undone");
         *self = Self::create(host, spec).await?;
         Ok(())
     }

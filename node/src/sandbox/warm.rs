@@ -23,6 +23,7 @@ use super::resources::Held;
 use super::sealing::SealGuestError;
 use super::spec::{StartSpec, StartTimings};
 use crate::base::chain::chain;
+use crate::base::fault;
 use crate::store::{ImageDigest, Kept};
 
 /// What an agent that was told nothing demands of callers: nothing.
@@ -146,6 +147,7 @@ impl Driver {
             return Ok(());
         };
         shim.thaw().await?;
+        fault::point("warm.thawed");
         let guest = held.guest_by(NO_TOKEN)?.ok_or(AcquireError::NoNetwork)?;
         self.undo_quiesce(held, &guest).await;
         Ok(())
