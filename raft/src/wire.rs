@@ -137,6 +137,7 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
         Command::CheckpointSandbox(asked) => named::checkpoint_to_wire(asked),
         Command::DropNamed(which) => named::unnamed_to_wire(which),
         Command::PutWarm(snapshot) => named::warm_to_wire(snapshot),
+        Command::RetireWarm(id) => named::retired_to_wire(*id),
         Command::ReportSandbox {
             id,
             epoch,
@@ -336,6 +337,7 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(named::checkpoint_from_wire(it)?),
         Wire::DropNamed(it) => Command::DropNamed(named::unnamed_from_wire(it)?),
         Wire::PutWarm(it) => Command::PutWarm(some("snapshot", it.snapshot)?.try_into()?),
+        Wire::RetireWarm(it) => named::retired_from_wire(&it)?,
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,

@@ -13,6 +13,7 @@ mod life;
 mod limits;
 mod pause_crash;
 mod restart;
+mod warm_spoilt;
 
 use std::time::Duration;
 
