@@ -6,6 +6,7 @@
 mod adopt;
 mod bad_input;
 mod crash;
+mod cut_off;
 mod death;
 mod egress;
 mod fork_crash;

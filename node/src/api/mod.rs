@@ -24,6 +24,7 @@ mod nodes;
 mod pausing;
 mod reading;
 mod router;
+mod run;
 mod serve;
 mod service;
 mod snapshots;
