@@ -23,6 +23,7 @@ mod node_shape;
 mod nodes;
 mod pausing;
 mod reading;
+mod retry;
 mod router;
 mod run;
 mod serve;
