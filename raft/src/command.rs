@@ -153,6 +153,9 @@ pub enum Command {
     DropNamed(DropNamed),
     /// A node has sealed a guest that had just booted, for others to start from: [`Snapshot::warm`].
     PutWarm(Snapshot),
+    /// A node could not start anything from a snapshot that is kept warm: nobody does any more, and the
+    /// next guest that boots is kept in its place.
+    RetireWarm(SnapshotId),
     /// Whether a node has all of a snapshot; that node proposes it.
     HoldSnapshot {
         /// Which one.

@@ -143,6 +143,7 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
         Command::CheckpointSandbox(asked) => named::checkpoint_to_wire(asked),
         Command::DropNamed(which) => named::unnamed_to_wire(which),
         Command::PutWarm(snapshot) => named::warm_to_wire(snapshot),
+        Command::RetireWarm(id) => named::retired_to_wire(*id),
         Command::ReportSandbox {
             id,
             epoch,
@@ -359,6 +360,7 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             ports_open: it.ports_open,
             wakes: it.wakes,
         },
+        Wire::RetireWarm(it) => named::retired_from_wire(&it)?,
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,
