@@ -78,11 +78,14 @@ fn a_saved_guest_goes_on_as_if_nothing_had_been_again_and_again() {
 
 #[test]
 fn a_saved_guest_goes_on_in_another_vmm_where_it_was_for_generations() {
-    let Some(world) = World::new() else { return };
+    let Some(mut world) = World::new() else {
+        return;
+    };
     let mut guest = world.boot();
     for generation in 0..3 {
         let saved = guest.save();
         drop(guest);
+        world.move_disk(&format!("disk-{generation}.qcow2"));
         guest = world.incoming(&saved, saved.copied());
         let began = Instant::now();
         guest
