@@ -27,6 +27,7 @@ mod membership;
 mod paging;
 mod peers;
 pub mod recover;
+mod scrub;
 mod snapshots;
 mod upkeep;
 
