@@ -15,10 +15,10 @@ use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 
 use super::auth::Caller;
-use super::error::{ApiError, Code};
+use super::error::ApiError;
 use super::extract::{CapsuleId, JsonBody, ProcessSelector, QueryOf};
 use super::state::ApiState;
-use crate::guest::{Guest, ProcessCommand, ProcessEvent, RunOutput, Selector, Signal};
+use crate::guest::{Guest, GuestError, ProcessCommand, ProcessEvent, RunOutput, Selector, Signal};
 
 /// Deadline of a foreground command that names none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -96,12 +96,14 @@ pub(super) async fn exec(
     let command = request.into_command(background)?;
     let guest = api.guest(&caller, id).await?;
     if background {
-        let started = api.busy(id, start(&guest, id, command)).await?;
+        let started = api.busy(id, start(&guest, id, command)).await;
+        let started = guest.told(started).await?;
         return Ok((StatusCode::ACCEPTED, Json(started)).into_response());
     }
     let cmd = command.cmd.clone();
     let began = Instant::now();
-    let output = api.busy(id, guest.run(command, Some(timeout))).await?;
+    let ran = api.busy(id, guest.run(command, Some(timeout))).await;
+    let output = guest.told(ran).await?;
     let result = ExecResult::new(id, cmd, output, began.elapsed());
     Ok(Json(result).into_response())
 }
@@ -136,7 +138,8 @@ pub(super) async fn processes(
     caller: Caller,
     CapsuleId(id): CapsuleId,
 ) -> Result<Json<Processes>, ApiError> {
-    let found = api.guest(&caller, id).await?.processes().await?;
+    let guest = api.guest(&caller, id).await?;
+    let found = guest.told(guest.processes().await).await?;
     let shape = found.into_iter().map(|process| Process {
         pid: process.pid,
         tag: process.tag.filter(|tag| !tag.is_empty()),
@@ -175,7 +178,8 @@ pub(super) async fn kill(
         _ => Signal::Kill,
     };
     let guest = api.guest(&caller, id).await?;
-    guest.signal(Selector::parse(&selector), signal).await?;
+    let told = guest.signal(Selector::parse(&selector), signal).await;
+    guest.told(told).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -253,7 +257,7 @@ async fn start(
     guest: &Guest,
     id: SandboxId,
     command: ProcessCommand,
-) -> Result<ExecStarted, ApiError> {
+) -> Result<ExecStarted, GuestError> {
     let cmd = command.cmd.clone();
     let tag = command.tag.clone().unwrap_or_default();
     let mut events = guest.start(command, None).await?;
@@ -267,9 +271,8 @@ async fn start(
             });
         }
     }
-    Err(ApiError::new(
-        Code::AgentError,
-        "the guest agent did not say that the process started",
+    Err(GuestError::Nonsense(
+        "it did not say that the process started".into(),
     ))
 }
 

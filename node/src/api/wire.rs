@@ -54,6 +54,11 @@ pub(super) struct Capsule {
     /// What happens then: `pause` or `destroy`.
     #[schema(value_type = String)]
     pub(super) timeout_action: &'static str,
+    /// Who may visit its ports: `private` (a key of the team, or a link) or `public`.
+    #[schema(value_type = String)]
+    pub(super) ports: &'static str,
+    /// Whether a visit to one of its ports resumes it.
+    pub(super) auto_resume: bool,
     /// Size of its root disk in MiB.
     pub(super) disk_size_mb: u32,
     /// What that disk occupies on its host, in MiB.
@@ -215,6 +220,8 @@ impl Capsule {
                 IdleAction::Pause => "pause",
                 IdleAction::Destroy => "destroy",
             },
+            ports: if spec.ports_open { "public" } else { "private" },
+            auto_resume: spec.wakes,
             disk_size_mb: spec.disk.0,
             disk_used_mb: None,
             created_at: timestamp(sandbox.created_at),

@@ -93,6 +93,27 @@ pub(super) enum Command {
         #[arg(long, value_name = "NODE")]
         to: String,
     },
+    /// Change who may visit a capsule's ports, and whether a visit resumes it.
+    Set {
+        /// The capsule.
+        id: String,
+        /// `private`: a key of the team, or a link; `public`: anybody.
+        #[arg(long, value_name = "private|public")]
+        ports: Option<String>,
+        /// Whether a visit to a port resumes it.
+        #[arg(long, value_name = "true|false")]
+        auto_resume: Option<bool>,
+    },
+    /// Print a link to a port of a capsule, for those who have no key.
+    Link {
+        /// The capsule.
+        id: String,
+        /// The port in the guest.
+        port: u16,
+        /// How long it holds, a week at most.
+        #[arg(long, value_name = "TIME", value_parser = period, default_value = "1h")]
+        expires: Duration,
+    },
     /// Start further capsules from where one is now, each as somebody else, and print their ids.
     Fork(fork::Fork),
     /// Destroy capsules.
@@ -134,6 +155,12 @@ pub(super) struct Create {
     /// The only node that may run it, by id or name.
     #[arg(long = "node", value_name = "NODE")]
     on_node: Option<String>,
+    /// Who may visit its ports: private (a key of the team, or a link), where absent, or public.
+    #[arg(long, value_name = "private|public")]
+    ports: Option<String>,
+    /// Resume it when one of its ports is visited.
+    #[arg(long)]
+    auto_resume: bool,
     /// Do not wait until it runs.
     #[arg(long)]
     no_wait: bool,
@@ -182,6 +209,18 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
             settle(global, &client, &ids, &RESUME, query.as_deref()).await?;
         }
         Command::Migrate { id, to } => migrate(global, &client, &id, &to).await?,
+        Command::Set {
+            id,
+            ports,
+            auto_resume,
+        } => {
+            let body = json!({"ports": ports, "auto_resume": auto_resume});
+            let changed = client.call(Method::PATCH, &path(&id)?, Some(body)).await?;
+            if global.json {
+                print::json(&changed)?;
+            }
+        }
+        Command::Link { id, port, expires } => link(global, &client, &id, port, expires).await?,
         Command::Fork(request) => fork::run(global, &client, request).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
@@ -210,6 +249,8 @@ async fn create(global: &Global, client: &Client, request: Create) -> Result<(),
         "on_host_loss": request.on_host_loss,
         "node_tags": node_tags,
         "on_node": request.on_node,
+        "ports": request.ports,
+        "auto_resume": request.auto_resume,
     });
     let route = if request.no_wait {
         "/v1/capsules?wait=false"
@@ -477,6 +518,29 @@ async fn migrate(global: &Global, client: &Client, id: &str, to: &str) -> Result
         print::json(&capsule)?;
     }
     Ok(())
+}
+
+async fn link(
+    global: &Global,
+    client: &Client,
+    id: &str,
+    port: u16,
+    expires: Duration,
+) -> Result<(), CliError> {
+    let body = json!({"port": port, "expires_in_sec": expires.as_secs()});
+    let route = format!("{}/links", path(id)?);
+    let made = client.call(Method::POST, &route, Some(body)).await?;
+    if global.json {
+        return print::json(&made);
+    }
+    if let Some(url) = made["url"].as_str() {
+        return print::line(url);
+    }
+    print::note("this node is known by an address alone: send these headers with a request to it");
+    let token = print::text(&made, "token");
+    print::line(&format!("Wrenn-Capsule-Id: {id}"))?;
+    print::line(&format!("Wrenn-Capsule-Port: {port}"))?;
+    print::line(&format!("Wrenn-Link: {token}"))
 }
 
 async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(), CliError> {

@@ -22,6 +22,7 @@ mod sealing;
 mod seen;
 mod snapshot;
 mod spec;
+mod spoilt;
 mod waits;
 mod warm;
 
@@ -30,4 +31,4 @@ pub use phase::{End, Phase};
 pub use registry::{Observed, ObservedState, Registry};
 pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings, StartWay};
 pub use waits::{NotNow, Waiting};
-pub use warm::{KeptWarm, WarmStarts};
+pub use warm::{KeptWarm, WarmNews, WarmStarts};

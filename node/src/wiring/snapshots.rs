@@ -14,8 +14,9 @@ use tracing::debug;
 use transport::streams::{Inbound, StreamHandler};
 use transport::{Identity, Lane, Service};
 
-use super::{RunError, disk, upkeep};
+use super::{RunError, disk, scrub, upkeep};
 use crate::base::chain::chain;
+use crate::base::clock::SystemClock;
 use crate::base::stop::Tasks;
 use crate::cluster::{Cluster, Mesh, Proposer, View};
 use crate::reconcile::copies::Copies;
@@ -52,13 +53,14 @@ pub(super) async fn keeping(
     })
 }
 
-/// Answers `wrenn store` from now on.
+/// Answers `wrenn store` from now on, and looks for damage by itself.
 pub(super) fn keep_up(
     keeping: &Keeping,
     cluster: &Cluster,
     paths: &DataPaths,
     tasks: &Tasks,
 ) -> Result<(), RunError> {
+    scrub::spawn(keeping.store.clone(), Arc::new(SystemClock), tasks);
     let (store, proposer) = (keeping.store.clone(), cluster.proposer().clone());
     let served = upkeep::serve(store, proposer, &paths.store_socket(), tasks);
     served.map_err(disk("listen for questions about the store"))

@@ -287,6 +287,45 @@ impl World {
         self.state.end_sessions().await;
     }
 
+    /// The interface of another node of the same cluster, which runs nothing.
+    pub async fn another_node(&self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let facts = NodeFacts {
+            id: ELSEWHERE,
+            name: "there".into(),
+            url: format!("http://{address}"),
+            version: "1.2.3".into(),
+        };
+        let nobody = Arc::new(Guests::default());
+        let relay = Relay::new(ELSEWHERE, self.proposer.view(), nobody);
+        let clock = Arc::new(self.clock.clone());
+        let state = ApiState::new(self.proposer.clone(), relay, clock, facts);
+        tokio::spawn(api::serve(
+            listener,
+            api::router(state),
+            CancellationToken::new(),
+        ));
+        address
+    }
+
+    /// Posts to the interface at `address` a request that may come again.
+    pub async fn post_again(
+        &self,
+        address: SocketAddr,
+        path: &str,
+        (retry_key, key): (&str, &str),
+        json: Value,
+    ) -> Answer {
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("http://{address}{path}"))
+            .header("x-api-key", key)
+            .header("idempotency-key", retry_key);
+        self.send(request.body(full(json.to_string())).unwrap())
+            .await
+    }
+
     /// Sends a request as it is.
     pub async fn send(&self, request: Request<Body>) -> Answer {
         let response = self.open(request).await;

@@ -92,6 +92,35 @@ impl State {
         Ok((owner, self.warm_for(owner, spec)))
     }
 
+    pub(super) fn change_sandbox(
+        &mut self,
+        at: Stamp,
+        id: SandboxId,
+        ports_open: Option<bool>,
+        wakes: Option<bool>,
+    ) -> Applied {
+        let Some(known) = self.sandbox(id).cloned() else {
+            return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
+        };
+        let spec = SandboxSpec {
+            ports_open: ports_open.unwrap_or(known.spec.ports_open),
+            wakes: wakes.unwrap_or(known.spec.wakes),
+            ..known.spec.clone()
+        };
+        if spec == known.spec || known.phase.is_ended() {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        }
+        let touched = self.put_next(Sandbox {
+            spec,
+            updated_at: at,
+            ..known
+        });
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
+    }
+
     pub(super) fn stop_sandbox(&mut self, at: Stamp, id: SandboxId, cause: StopCause) -> Applied {
         let Some(known) = self.sandbox(id).cloned() else {
             return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));

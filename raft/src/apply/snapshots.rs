@@ -143,7 +143,15 @@ impl State {
             next.holders.remove(&node);
         }
         self.put_snapshot(next);
-        Applied::touched(Receipt::Done(1), RowKey::Snapshot(id))
+        let mut touched = vec![RowKey::Snapshot(id)];
+        // From what nobody has nothing is started, and another is made in its place.
+        touched.extend(self.retire_warm());
+        touched.sort_unstable();
+        touched.dedup();
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
     }
 
     /// Takes over what the owner sealed: the sandbox rests as that from now on. `None` where it is

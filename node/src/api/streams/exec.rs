@@ -15,10 +15,11 @@ use super::super::auth::{Caller, Presented};
 use super::super::error::ApiError;
 use super::super::exec::checked;
 use super::super::extract::CapsuleId;
+use super::super::run::Run;
 use super::super::state::ApiState;
 use super::session::{Frame, Session, Up, Upgrade};
 use super::watch::{Unwatched, started, watch};
-use crate::guest::{EventStream, Guest, ProcessCommand, Selector, Signal};
+use crate::guest::{EventStream, ProcessCommand, Selector, Signal};
 
 /// What a client says.
 #[derive(Deserialize)]
@@ -75,11 +76,11 @@ async fn begin(
     caller: &Caller,
     id: SandboxId,
     session: &mut Session,
-) -> Result<(Guest, u32, EventStream), ApiError> {
+) -> Result<(Run, u32, EventStream), ApiError> {
     let command = command(&session.first().await?)?;
     let guest = api.guest(caller, id).await?;
-    let mut events = guest.start(command, None).await?;
-    let pid = started(&mut events).await?;
+    let mut events = guest.told(guest.start(command, None).await).await?;
+    let pid = started(&guest, &mut events).await?;
     Ok((guest, pid, events))
 }
 
@@ -104,9 +105,9 @@ fn command(text: &str) -> Result<ProcessCommand, ApiError> {
     })
 }
 
-async fn stream(guest: Guest, pid: u32, mut events: EventStream, mut session: Session) {
+async fn stream(guest: Run, pid: u32, mut events: EventStream, mut session: Session) {
     let outcome = tokio::select! {
-        outcome = watch(pid, &mut events, &mut session.down) => outcome,
+        outcome = watch(&guest, pid, &mut events, &mut session.down) => outcome,
         () = stopped(&mut session.up) => Unwatched::Gone,
         () = session.stop.cancelled() => {
             return session.close(close_code::AWAY, "this node stops; attach again by pid").await;
@@ -120,7 +121,7 @@ async fn stream(guest: Guest, pid: u32, mut events: EventStream, mut session: Se
                 debug!(%err, pid, "a command whose client left was gone already");
             }
             // One that said stop reads on: it is told how the command ended.
-            match watch(pid, &mut events, &mut session.down).await {
+            match watch(&guest, pid, &mut events, &mut session.down).await {
                 Unwatched::Broken(err) => session.refuse(&err).await,
                 Unwatched::Exited | Unwatched::Gone => session.close(close_code::NORMAL, "").await,
             }

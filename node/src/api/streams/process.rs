@@ -8,6 +8,7 @@ use proto::ids::SandboxId;
 use super::super::auth::{Caller, Presented};
 use super::super::error::ApiError;
 use super::super::extract::{CapsuleId, ProcessSelector};
+use super::super::run::Run;
 use super::super::state::ApiState;
 use super::session::{Session, Up, Upgrade};
 use super::watch::{Unwatched, started, watch};
@@ -33,7 +34,9 @@ pub(in crate::api) async fn process_stream(
         let api = api.clone();
         async move |caller: Caller, session: Session| match attach(&api, &caller, id, process).await
         {
-            Ok((pid, events)) => api.busy(id, stream(pid, events, session)).await,
+            Ok((guest, pid, events)) => {
+                api.busy(id, stream(&guest, pid, events, session)).await;
+            }
             Err(err) => session.refuse(&err).await,
         }
     };
@@ -45,15 +48,16 @@ async fn attach(
     caller: &Caller,
     id: SandboxId,
     process: Selector,
-) -> Result<(u32, EventStream), ApiError> {
-    let mut events = api.guest(caller, id).await?.attach(process).await?;
-    let pid = started(&mut events).await?;
-    Ok((pid, events))
+) -> Result<(Run, u32, EventStream), ApiError> {
+    let guest = api.guest(caller, id).await?;
+    let mut events = guest.told(guest.attach(process).await).await?;
+    let pid = started(&guest, &mut events).await?;
+    Ok((guest, pid, events))
 }
 
-async fn stream(pid: u32, mut events: EventStream, mut session: Session) {
+async fn stream(guest: &Run, pid: u32, mut events: EventStream, mut session: Session) {
     let outcome = tokio::select! {
-        outcome = watch(pid, &mut events, &mut session.down) => outcome,
+        outcome = watch(guest, pid, &mut events, &mut session.down) => outcome,
         () = left(&mut session.up) => Unwatched::Gone,
         () = session.stop.cancelled() => {
             return session.close(close_code::AWAY, "this node stops; attach again").await;

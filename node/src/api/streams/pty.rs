@@ -22,11 +22,12 @@ use super::super::auth::{Caller, Presented};
 use super::super::error::ApiError;
 use super::super::exec::checked;
 use super::super::extract::CapsuleId;
+use super::super::run::Run;
 use super::super::state::ApiState;
 use super::session::{Down, ErrorFrame, Frame, Gone, Session, Up, Upgrade};
 use super::watch::{Unwatched, started};
 use crate::guest::{
-    EventStream, Guest, GuestCode, GuestError, ProcessCommand, ProcessEvent, Selector, Signal,
+    EventStream, GuestCode, GuestError, ProcessCommand, ProcessEvent, Selector, Signal,
     TerminalSize,
 };
 
@@ -83,7 +84,7 @@ enum Told<'a> {
 
 /// A terminal that runs.
 struct Terminal {
-    guest: Guest,
+    guest: Run,
     tag: String,
     pid: u32,
 }
@@ -133,16 +134,23 @@ async fn begin(
     let guest = api.guest(caller, id).await?;
     let (tag, mut events) = match first {
         First::Connect { tag } => {
-            let found = guest.attach(Selector::Tag(tag.clone())).await?;
+            let found = guest
+                .told(guest.attach(Selector::Tag(tag.clone())).await)
+                .await?;
             (tag, found)
         }
         First::Start(start) => {
             let tag = format!("pty-{:08x}", rand::random::<u32>());
             let (command, size) = start.checked(tag.clone())?;
-            (tag, guest.start_terminal(command, size).await?)
+            (
+                tag,
+                guest
+                    .told(guest.start_terminal(command, size).await)
+                    .await?,
+            )
         }
     };
-    let pid = started(&mut events).await?;
+    let pid = started(&guest, &mut events).await?;
     Ok((Terminal { guest, tag, pid }, events))
 }
 
@@ -200,7 +208,7 @@ async fn show(
     }
     loop {
         let sent = tokio::select! {
-            event = events.next() => match event {
+            event = events.next() => match terminal.guest.told(event).await {
                 Ok(Some(ProcessEvent::End { exit_code })) => {
                     return match down.send(&Told::Exit { exit_code }).await {
                         Ok(()) => Unwatched::Exited,
@@ -209,7 +217,7 @@ async fn show(
                 }
                 Ok(Some(event)) => show_one(event, down).await,
                 Ok(None) => return unended().into(),
-                Err(err) => return ApiError::from(err).into(),
+                Err(err) => return err.into(),
             },
             Some(data) = complaints.recv() => {
                 down.send(&ErrorFrame { data, fatal: false }).await

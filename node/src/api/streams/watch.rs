@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::super::error::{ApiError, Code};
+use super::super::run::Run;
 use super::session::{Down, Gone};
 use super::text::Decoder;
 use crate::guest::{EventStream, ProcessEvent};
@@ -40,8 +41,8 @@ impl From<ApiError> for Unwatched {
 }
 
 /// Waits for the first event of a process, its start.
-pub(super) async fn started(events: &mut EventStream) -> Result<u32, ApiError> {
-    while let Some(event) = events.next().await? {
+pub(super) async fn started(guest: &Run, events: &mut EventStream) -> Result<u32, ApiError> {
+    while let Some(event) = guest.told(events.next().await).await? {
         match event {
             ProcessEvent::Start { pid } => return Ok(pid),
             ProcessEvent::KeepAlive => {}
@@ -56,18 +57,28 @@ fn unexpected(what: &str) -> ApiError {
     ApiError::new(Code::AgentError, message)
 }
 
-/// Tells the client what becomes of process `pid`, until it ends.
-pub(super) async fn watch(pid: u32, events: &mut EventStream, down: &mut Down) -> Unwatched {
-    match follow(pid, events, down).await {
+/// Tells the client what becomes of process `pid` of `guest`, until it ends.
+pub(super) async fn watch(
+    guest: &Run,
+    pid: u32,
+    events: &mut EventStream,
+    down: &mut Down,
+) -> Unwatched {
+    match follow(guest, pid, events, down).await {
         Ok(()) => Unwatched::Exited,
         Err(why) => why,
     }
 }
 
-async fn follow(pid: u32, events: &mut EventStream, down: &mut Down) -> Result<(), Unwatched> {
+async fn follow(
+    guest: &Run,
+    pid: u32,
+    events: &mut EventStream,
+    down: &mut Down,
+) -> Result<(), Unwatched> {
     down.send(&Told::Start { pid }).await?;
     let (mut stdout, mut stderr) = (Decoder::default(), Decoder::default());
-    while let Some(event) = events.next().await.map_err(ApiError::from)? {
+    while let Some(event) = guest.told(events.next().await).await? {
         match event {
             ProcessEvent::Stdout(bytes) | ProcessEvent::Pty(bytes) => {
                 tell_stdout(stdout.push(&bytes), down).await?;
