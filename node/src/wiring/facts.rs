@@ -82,6 +82,7 @@ impl Announcement {
                 version: version::PRODUCT.to_owned(),
                 templates: held,
                 tags: config.tags.clone(),
+                asks_first: true,
                 ..Node::default()
             },
             templates: catalog
