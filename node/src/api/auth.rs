@@ -26,7 +26,36 @@ pub(super) struct Caller {
     pub(super) key: KeyId,
 }
 
+/// The caller of a request that may also say later who it is: a browser sets no header on a WebSocket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Presented(pub(super) Option<Caller>);
+
+impl FromRequestParts<ApiState> for Presented {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
+        let caller = presented(&parts.headers).map(|key| Caller::of_key(api, key));
+        caller.transpose().map(Self)
+    }
+}
+
 impl Caller {
+    /// Who calls with `key`.
+    pub(super) fn of_key(api: &ApiState, key: &str) -> Result<Self, ApiError> {
+        if !is_well_formed(key) {
+            return Err(refused("this is not an API key"));
+        }
+        let hash: [u8; 32] = Sha256::digest(key.as_bytes()).into();
+        let state = api.view.state();
+        let known = state
+            .key_by_hash(&hash)
+            .ok_or_else(|| refused("unknown or revoked API key"))?;
+        Ok(Self {
+            team: known.team,
+            key: known.id,
+        })
+    }
+
     /// Whether this is an administrator: a caller of the team that is the platform itself.
     pub(super) fn is_admin(&self) -> bool {
         self.team == TeamId::default()
@@ -56,18 +85,7 @@ impl FromRequestParts<ApiState> for Caller {
     async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
         let key = presented(&parts.headers)
             .ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
-        if !is_well_formed(key) {
-            return Err(refused("this is not an API key"));
-        }
-        let hash: [u8; 32] = Sha256::digest(key.as_bytes()).into();
-        let state = api.view.state();
-        let known = state
-            .key_by_hash(&hash)
-            .ok_or_else(|| refused("unknown or revoked API key"))?;
-        Ok(Self {
-            team: known.team,
-            key: known.id,
-        })
+        Self::of_key(api, key)
     }
 }
 

@@ -189,28 +189,40 @@ impl Exec {
         if self.cmd.is_empty() {
             return Err(ApiError::invalid("cmd is missing or empty"));
         }
-        let args = self.args.unwrap_or_default();
-        let envs = self.envs.unwrap_or_default();
-        let cwd = self.cwd.filter(|cwd| !cwd.is_empty());
-        let words = args.iter().chain(envs.values()).chain(&cwd);
-        if words.chain([&self.cmd]).any(|word| word.contains('\0')) {
-            return Err(ApiError::invalid("a command may not contain NUL bytes"));
-        }
-        let is_name = |name: &String| !name.is_empty() && !name.contains(['=', '\0']);
-        if let Some(bad) = envs.keys().find(|name| !is_name(name)) {
-            return Err(ApiError::invalid(format!(
-                "{bad:?} cannot be the name of an environment variable"
-            )));
-        }
         let tag = background.then(|| checked_tag(self.tag)).transpose()?;
-        Ok(ProcessCommand {
+        let command = ProcessCommand {
             cmd: self.cmd,
-            args,
-            envs,
-            cwd,
+            args: self.args.unwrap_or_default(),
+            envs: self.envs.unwrap_or_default(),
+            cwd: self.cwd.filter(|cwd| !cwd.is_empty()),
             tag,
-        })
+            user: None,
+        };
+        checked(command)
     }
+}
+
+/// `command`, if nothing in it can end a C string early.
+pub(super) fn checked(command: ProcessCommand) -> Result<ProcessCommand, ApiError> {
+    let words = command.args.iter().chain(command.envs.values());
+    let words = words.chain(&command.cwd).chain([&command.cmd]);
+    if words.into_iter().any(|word| word.contains('\0')) {
+        return Err(ApiError::invalid("a command may not contain NUL bytes"));
+    }
+    let is_name = |name: &String| !name.is_empty() && !name.contains(['=', '\0']);
+    if let Some(bad) = command.envs.keys().find(|name| !is_name(name)) {
+        return Err(ApiError::invalid(format!(
+            "{bad:?} cannot be the name of an environment variable"
+        )));
+    }
+    // It goes before the colon of Basic credentials.
+    let user = command.user.as_deref().unwrap_or("root");
+    if user.is_empty() || user.contains(|it: char| it == ':' || it.is_control()) {
+        return Err(ApiError::invalid(format!(
+            "{user:?} cannot be a user's name"
+        )));
+    }
+    Ok(command)
 }
 
 fn checked_tag(tag: Option<String>) -> Result<String, ApiError> {

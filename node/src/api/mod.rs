@@ -30,6 +30,7 @@ mod serve;
 mod service;
 mod snapshots;
 mod state;
+mod streams;
 mod templates;
 mod tokens;
 mod upload;

@@ -29,7 +29,7 @@ use super::linger::linger;
 use super::state::ApiState;
 use super::{
     capsules, cluster, exec, files, fork, later, metrics, migrating, nodes, pausing, service,
-    snapshots, templates, tokens, upload,
+    snapshots, streams, templates, tokens, upload,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
@@ -98,6 +98,9 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(exec::exec))
         .routes(routes!(exec::processes))
         .routes(routes!(exec::kill))
+        .routes(routes!(streams::exec_stream))
+        .routes(routes!(streams::process_stream))
+        .routes(routes!(streams::pty))
         .routes(routes!(files::read))
         .routes(routes!(files::stream_read))
         .routes(routes!(files::list))

@@ -8,6 +8,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use nix::sys::socket::{setsockopt, sockopt};
 use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -24,6 +25,13 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
 const HEAD_BYTES: usize = 64 << 10;
 /// Pause after a failed accept. Running out of descriptors fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Silence after which a client is asked whether it still exists: terminals and streams may be silent for hours, and a
+/// host that lost its power says nothing.
+const KEEPALIVE_IDLE_S: u32 = 60;
+/// Between one such question and the next.
+const KEEPALIVE_INTERVAL_S: u32 = 15;
+/// Questions without an answer after which the client is taken for gone.
+const KEEPALIVE_PROBES: u32 = 4;
 /// Longest that requests under way are waited for at the end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 
@@ -63,7 +71,7 @@ fn start(
     router: &Router,
     graceful: &GracefulShutdown,
 ) {
-    if let Err(err) = no_delay(&stream) {
+    if let Err(err) = prepare(&stream) {
         debug!(%err, "a connection was gone at once");
         return;
     }
@@ -88,6 +96,12 @@ fn start(
     });
 }
 
-fn no_delay(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)
+/// Small frames go out at once, and a client that is gone without a word is noticed.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
+    Ok(())
 }

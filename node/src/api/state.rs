@@ -16,6 +16,7 @@ use super::cluster_info::{Alone, ClusterInfo};
 use super::error::{ApiError, Code};
 use super::metrics::Counters;
 use super::run::Run;
+use super::streams::Sessions;
 use crate::base::clock::Clock;
 use crate::cluster::{Proposer, View};
 use crate::relay::{Relay, RelayError};
@@ -59,6 +60,7 @@ pub struct ApiState {
     pub(super) counters: Arc<Counters>,
     pub(super) spool_dir: Arc<PathBuf>,
     pub(super) spools: Arc<Semaphore>,
+    pub(super) sessions: Sessions,
     pub(super) started_at: Stamp,
     pub(super) create_wait: Duration,
     pub(super) destroy_wait: Duration,
@@ -87,6 +89,7 @@ impl ApiState {
             view,
             proposer,
             relay,
+            sessions: Sessions::default(),
             started_at: clock.now(),
             clock,
             facts: Arc::new(facts),
@@ -124,6 +127,11 @@ impl ApiState {
         self.pause_wait = destroy;
         self.checkpoint_wait = create;
         self
+    }
+
+    /// Ends what outlives the request it began as. Call it when no more requests are accepted.
+    pub async fn end_sessions(&self) {
+        self.sessions.end().await;
     }
 
     /// The caller's sandbox `id`. Another team's sandbox does not exist for the caller.

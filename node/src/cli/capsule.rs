@@ -1,29 +1,22 @@
 //! `wrenn capsule`.
 
 use std::collections::BTreeMap;
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use clap::{Args, Subcommand};
 use http::Method;
 use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 use tokio::time::{self, Instant};
 
-use super::client::{Client, DEADLINE_EXCEEDED};
+use super::client::Client;
 use super::error::CliError;
-use super::{Global, copy, fork, nodes, print, shell};
+use super::{Global, copy, exec, fork, nodes, print, shell, terminal};
 use crate::config::Period;
 
-/// Exit code of a command whose time ran out, as of timeout(1).
-const TIMED_OUT: u8 = 124;
-/// Exit code that stands for a signal, or for a code that no process can have.
-const NO_CODE: u8 = 255;
-/// Added to a command's own time before this side gives up.
-const EXEC_GRACE: Duration = Duration::from_secs(15);
 /// Pause between two looks at a capsule that is starting.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// Cells of the bar that shows how far a transfer has come.
@@ -42,14 +35,20 @@ pub(super) enum Command {
         id: String,
     },
     /// Run a command in a capsule; its output and exit code become this command's.
-    Exec(Exec),
-    /// Type commands into a capsule, line by line.
+    Exec(exec::Exec),
+    /// Open a terminal in a capsule; without one here, run the lines of the input one by one.
     ///
-    /// Each line runs to its end in a shell that keeps directory and exported variables. Programs
-    /// that need a terminal or read input come later.
+    /// The terminal lives on when the connection breaks, and is found again by itself or with `--attach`. Lines
+    /// of an input that is no terminal run each to its end in a shell that keeps directory and exported variables.
     Shell {
         /// The capsule.
         id: String,
+        /// Go back to the terminal of this tag.
+        #[arg(long, value_name = "TAG", conflicts_with = "command")]
+        attach: Option<String>,
+        /// The program and its arguments, after `--`; bash where absent.
+        #[arg(last = true)]
+        command: Vec<String>,
     },
     /// Show what the guest's console printed.
     Logs {
@@ -143,31 +142,6 @@ pub(super) struct Create {
     wait: Duration,
 }
 
-/// A command to run.
-#[derive(Debug, Args)]
-pub(super) struct Exec {
-    /// The capsule.
-    id: String,
-    /// Working directory.
-    #[arg(long, value_name = "DIR")]
-    cwd: Option<String>,
-    /// An environment variable; may be repeated.
-    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
-    env: Vec<(String, String)>,
-    /// Kill the command after this long, e.g. 90s.
-    #[arg(long, value_name = "TIME", value_parser = period, default_value = "30s")]
-    timeout: Duration,
-    /// Leave it running and print its process id.
-    #[arg(long)]
-    background: bool,
-    /// A name for the background process.
-    #[arg(long, requires = "background")]
-    tag: Option<String>,
-    /// The program and its arguments, after `--`.
-    #[arg(required = true, last = true)]
-    command: Vec<String>,
-}
-
 /// Does it.
 pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, CliError> {
     let client = global.client()?;
@@ -175,8 +149,18 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
         Command::Create(request) => create(global, &client, request).await?,
         Command::Ls => list(global, &client).await?,
         Command::Get { id } => show(global, &get(&client, &id).await?)?,
-        Command::Exec(request) => return exec(global, &client, request).await,
-        Command::Shell { id } => return shell::run(&client, &id).await,
+        Command::Exec(request) => return exec::run(global, &client, request).await,
+        Command::Shell {
+            id,
+            attach,
+            command,
+        } => {
+            if attach.is_none() && command.is_empty() && !io::stdin().is_terminal() {
+                return shell::run(&client, &id).await;
+            }
+            let wanted = attach.map_or(terminal::Wanted::New(command), terminal::Wanted::Tagged);
+            return terminal::run(&client, &id, wanted).await;
+        }
         Command::Logs { id, tail } => logs(global, &client, &id, tail).await?,
         Command::Cp { from, to } => {
             copy::run(&client, &from, &to).await?;
@@ -311,65 +295,6 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
         })
         .collect();
     print::table(&["FIELD", "VALUE"], &rows)
-}
-
-async fn exec(global: &Global, client: &Client, request: Exec) -> Result<ExitCode, CliError> {
-    let route = format!("{}/exec", path(&request.id)?);
-    let (cmd, args) = request
-        .command
-        .split_first()
-        .ok_or_else(|| CliError::usage("no command was given"))?;
-    let envs: BTreeMap<_, _> = request.env.into_iter().collect();
-    let body = json!({
-        "cmd": cmd,
-        "args": args,
-        "background": request.background,
-        "timeout_sec": request.timeout.as_secs().max(1),
-        "cwd": request.cwd,
-        "envs": envs,
-        "tag": request.tag,
-    });
-    let limit = request.timeout + EXEC_GRACE;
-    let asked = client.call_within(Method::POST, &route, Some(body), limit);
-    let answer = match print::progress(cmd, asked).await {
-        Ok(answer) => answer,
-        Err(err) if err.detail.as_deref() == Some(DEADLINE_EXCEEDED) => {
-            let exit = TIMED_OUT;
-            return Err(CliError { exit, ..err }.hint("--timeout gives it longer"));
-        }
-        Err(err) => return Err(err),
-    };
-    if global.json {
-        print::json(&answer)?;
-    } else if request.background {
-        let (pid, tag) = (&answer["pid"], print::text(&answer, "tag"));
-        print::line(&format!("{pid} {tag}"))?;
-    } else {
-        forward(&answer)?;
-    }
-    Ok(exit_code(&answer))
-}
-
-/// Writes what a command wrote, byte by byte, where it wrote it.
-pub(super) fn forward(answer: &Value) -> Result<(), CliError> {
-    print::out(&stream(answer, "stdout")?)?;
-    print::err(&stream(answer, "stderr")?);
-    Ok(())
-}
-
-/// The exit code of a command; 0 for one that was left running.
-pub(super) fn exit_code(answer: &Value) -> ExitCode {
-    let code = answer["exit_code"].as_i64().unwrap_or(0);
-    ExitCode::from(u8::try_from(code).unwrap_or(NO_CODE))
-}
-
-fn stream(answer: &Value, key: &str) -> Result<Vec<u8>, CliError> {
-    let text = answer[key].as_str().unwrap_or_default();
-    if answer["encoding"] != "base64" {
-        return Ok(text.as_bytes().to_vec());
-    }
-    let decoded = STANDARD.decode(text);
-    decoded.map_err(|err| CliError::from_error("decode the command's output", &err))
 }
 
 async fn logs(
@@ -586,21 +511,6 @@ pub(super) fn period(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn binary_output_is_forwarded_as_it_was() {
-        let answer = json!({"stdout": "AP8K", "stderr": "", "encoding": "base64"});
-        assert_eq!(stream(&answer, "stdout"), Ok(vec![0, 255, 10]));
-        let answer = json!({"stdout": "AP8K", "encoding": "utf-8"});
-        assert_eq!(stream(&answer, "stdout"), Ok(b"AP8K".to_vec()));
-    }
-
-    #[test]
-    fn an_exit_code_that_no_process_can_have_is_255() {
-        let code = |code: i64| format!("{:?}", exit_code(&json!({"exit_code": code})));
-        assert_eq!(code(-1), format!("{:?}", ExitCode::from(255)));
-        assert_eq!(code(42), format!("{:?}", ExitCode::from(42)));
-    }
 
     #[test]
     fn a_transfer_is_a_bar_and_what_is_none_is_nothing() {

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `ready` | from a boot to a guest that may work |
 //! | `quiesce` `restore` | from a running guest to one fit to be sealed, and from a sealed one back |
-//! | `process` `files` | what clients ask for |
+//! | `process` `terminal` `files` | what clients ask for |
 
 pub mod dial;
 mod error;
@@ -21,6 +21,7 @@ mod process;
 mod quiesce;
 mod ready;
 mod restore;
+mod terminal;
 
 pub use dial::{CutDial, Dial, GuestStream, TcpDial};
 pub use error::{GuestCode, GuestError};
@@ -32,3 +33,4 @@ pub use process::{
 pub use quiesce::{Quiesce, QuiesceError, Quiesced, Workload};
 pub use ready::{AgentSetup, Health};
 pub use restore::{Fork, Generation, Restore, RestoreError, Restored};
+pub use terminal::TerminalSize;

@@ -271,10 +271,15 @@ impl Running {
         let state = ApiState::new(proposer, relay, clock, node)
             .with_cluster(info)
             .with_spool_dir(paths.cache());
-        let router = api::router_with_pages(state, dashboard::routes());
+        let router = api::router_with_pages(state.clone(), dashboard::routes());
         let stop = self.api_tasks.token().clone();
-        let serve = api::serve(listener, router, stop);
+        let serve = api::serve(listener, router, stop.clone());
         self.api_tasks.spawn(info_span!("api"), serve);
+        self.api_tasks
+            .spawn(info_span!("api sessions"), async move {
+                stop.cancelled().await;
+                state.end_sessions().await;
+            });
         facts::write_ready(paths, here, &config.name, &url)?;
         info!(%url, node = %here, data = %paths.root().display(), "ready");
         Ok(())

@@ -157,6 +157,7 @@ pub struct World {
     pub cluster: Arc<Surmised>,
     pub agent: SocketAddr,
     http: Client<HttpConnector, Body>,
+    state: ApiState,
     _stop: DropGuard,
 }
 
@@ -261,7 +262,11 @@ impl World {
         let state = ApiState::new(proposer.clone(), relay, Arc::new(clock.clone()), facts)
             .with_cluster(cluster.clone())
             .with_waits(create, destroy);
-        tokio::spawn(api::serve(listener, api::router(state), stop.clone()));
+        tokio::spawn(api::serve(
+            listener,
+            api::router(state.clone()),
+            stop.clone(),
+        ));
         Self {
             address,
             guests,
@@ -270,6 +275,7 @@ impl World {
             cluster,
             agent,
             http: Client::builder(TokioExecutor::new()).build_http(),
+            state,
             _stop: stop.drop_guard(),
         }
     }
@@ -311,6 +317,11 @@ impl World {
             .header("idempotency-key", retry_key);
         self.send(request.body(full(json.to_string())).unwrap())
             .await
+    }
+
+    /// Ends the sessions as a stopping node does.
+    pub async fn stop_sessions(&self) {
+        self.state.end_sessions().await;
     }
 
     /// Sends a request as it is.
