@@ -476,6 +476,40 @@ async fn settings_of_the_cluster_are_shown_and_set() {
     assert!(complaint.contains("max_learners"), "{complaint}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn ports_are_opened_and_linked_to() {
+    let terminal = Terminal::new().await;
+    let id = terminal.world.capsule().await;
+    let set = [
+        "capsule",
+        "set",
+        &id,
+        "--ports",
+        "public",
+        "--auto-resume",
+        "true",
+    ];
+    let changed = terminal.json(&set).await;
+    assert_eq!(
+        (&changed["ports"], &changed["auto_resume"]),
+        (&"public".into(), &true.into())
+    );
+    let url = terminal
+        .ok(&["capsule", "link", &id, "8080", "--expires", "5m"])
+        .await;
+    assert!(
+        url.starts_with(&format!("http://8080-{id}.localhost:")),
+        "{url}"
+    );
+    let refused = terminal
+        .fails(1, &["capsule", "link", &id, "8080", "--expires", "30d"])
+        .await;
+    assert!(refused.contains("expires_in_sec"), "{refused}");
+    terminal
+        .fails(1, &["capsule", "set", &id, "--ports", "ajar"])
+        .await;
+}
+
 /// A terminal of this side: what is typed into it, and what it shows.
 struct Desk {
     master: std::fs::File,

@@ -108,6 +108,15 @@ pub enum Command {
         /// How busy nodes were when the proposer last heard; placement's second thought.
         hints: Vec<LoadHint>,
     },
+    /// What its team decided about the ways into a sandbox; `None` leaves things as they are.
+    ChangeSandbox {
+        /// Which one.
+        id: SandboxId,
+        /// Whether its ports may be visited without a key.
+        ports_open: Option<bool>,
+        /// Whether a visit resumes it.
+        wakes: Option<bool>,
+    },
     /// From now on the sandbox is wanted stopped.
     StopSandbox {
         /// Which one.

@@ -147,12 +147,18 @@ pub async fn init(
     Ok((StatusCode::NO_CONTENT, [NO_STORE]))
 }
 
-pub(super) async fn read_body(request: Request) -> Result<Bytes, ApiError> {
+pub(crate) async fn read_body(request: Request) -> Result<Bytes, ApiError> {
     let (parts, body) = request.into_parts();
     let limited = http_body_util::Limited::new(body, MAX_BODY_BYTES);
     let request = Request::from_parts(parts, axum::body::Body::new(limited));
     let read = Bytes::from_request(request, &()).await;
-    read.map_err(|err| ApiError::bad_request(format!("read the body: {err}")))
+    read.map_err(|err| {
+        if err.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            let words = format!("the body is larger than {MAX_BODY_BYTES} bytes");
+            return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, words);
+        }
+        ApiError::bad_request(format!("read the body: {err}"))
+    })
 }
 
 fn decide_token(agent: &Agent, given: Option<String>) -> Result<TokenChange, ApiError> {

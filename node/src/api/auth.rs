@@ -1,10 +1,11 @@
 //! Who is calling: an API key in `X-API-Key` or as a bearer token, known by its hash alone.
 
 use axum::extract::FromRequestParts;
-use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use proto::ids::{KeyId, TeamId};
+use raft::state::{Key, State};
 use sha2::{Digest as _, Sha256};
 
 use super::error::{ApiError, Code};
@@ -86,6 +87,25 @@ impl FromRequestParts<ApiState> for Caller {
         let key = presented(&parts.headers)
             .ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
         Self::of_key(api, key)
+    }
+}
+
+/// The known key that a request carries, if it carries one.
+pub(super) fn presented_by<'a>(state: &'a State, headers: &HeaderMap) -> Option<&'a Key> {
+    let key = presented(headers).filter(|key| is_well_formed(key))?;
+    state.key_by_hash(&Sha256::digest(key.as_bytes()).into())
+}
+
+/// Takes the key of ours out of what is passed on to somebody else.
+pub(super) fn strip(headers: &mut HeaderMap) {
+    if let Some(key) = presented(headers).filter(|key| is_well_formed(key)) {
+        let own = key.to_owned();
+        let holds = |value: &HeaderValue| value.to_str().is_ok_and(|text| text.ends_with(&own));
+        for name in [HeaderName::from_static(KEY_HEADER), AUTHORIZATION] {
+            if headers.get(&name).is_some_and(holds) {
+                headers.remove(name);
+            }
+        }
     }
 }
 

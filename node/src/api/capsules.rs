@@ -21,9 +21,10 @@ use tracing::{info, warn};
 use utoipa::IntoParams;
 
 use super::auth::Caller;
-use super::create::CreateCapsule;
+use super::create::{ChangeCapsule, CreateCapsule, Ports};
 use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, JsonBody, QueryOf};
+use super::pausing::wrong_state;
 use super::reading::{Answered, ReadQuery, Reading};
 use super::retry::{Ids, RetryKey, used_otherwise};
 use super::state::{ApiState, owned};
@@ -261,6 +262,32 @@ pub(super) async fn logs(
         .ok_or_else(|| ApiError::new(Code::NotFound, format!("no console log of {id} is kept")))?;
     let tail = last_lines(&log, query.tail.unwrap_or(usize::MAX)).to_vec();
     Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8")], tail).into_response())
+}
+
+/// Changes what may be changed of a capsule while it lives.
+#[utoipa::path(
+    patch, path = "/v1/capsules/{id}", tag = "capsules",
+    params(("id" = String, Path)), request_body = ChangeCapsule,
+    responses((status = 200, description = "As it is now.", body = Capsule))
+)]
+pub(super) async fn change(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+    JsonBody(request): JsonBody<ChangeCapsule>,
+) -> Result<Json<Capsule>, ApiError> {
+    let known = api.sandbox(&caller, id)?;
+    if known.phase.is_ended() {
+        return Err(wrong_state(id, known.phase, "changed", "alive"));
+    }
+    let asked = Command::ChangeSandbox {
+        id,
+        ports_open: request.ports.map(|ports| ports == Ports::Public),
+        wakes: request.auto_resume,
+    };
+    api.proposer.propose(asked).await?;
+    let state = api.view.state();
+    Ok(Json(Capsule::of(&state, owned(&state, &caller, id)?, None)))
 }
 
 /// Waits until the sandbox's phase is as wanted, and returns the state it was seen in; at the

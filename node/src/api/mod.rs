@@ -22,6 +22,7 @@ mod migrating;
 mod node_shape;
 mod nodes;
 mod pausing;
+mod preview;
 mod reading;
 mod retry;
 mod router;

@@ -1,9 +1,11 @@
 //! Listening: connections in, bounded in number and in patience, and an orderly end.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -14,7 +16,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceBuilder;
 use tracing::{debug, warn};
+
+use super::preview::Peer;
 
 /// Open connections at once: each may hold a read buffer, so this bounds memory to some 400 MiB
 /// in the worst case and keeps well below common limits of descriptors.
@@ -46,7 +51,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
                 return;
             };
             match listener.accept().await {
-                Ok((stream, _)) => start(stream, permit, &router, &graceful),
+                Ok((stream, from)) => start(stream, from, permit, &router, &graceful),
                 Err(err) => {
                     warn!(%err, "could not accept a connection");
                     time::sleep(ACCEPT_PAUSE).await;
@@ -67,6 +72,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
 /// Serves one connection in a task of its own, which ends with the connection.
 fn start(
     stream: TcpStream,
+    from: SocketAddr,
     permit: OwnedSemaphorePermit,
     router: &Router,
     graceful: &GracefulShutdown,
@@ -83,7 +89,13 @@ fn start(
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(HEAD_BYTES);
-    let service = TowerToHyperService::new(router.clone());
+    let service = ServiceBuilder::new()
+        .map_request(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(Peer(from));
+            request
+        })
+        .service(router.clone());
+    let service = TowerToHyperService::new(service);
     let served = builder
         .serve_connection_with_upgrades(TokioIo::new(stream), service)
         .into_owned();

@@ -15,6 +15,7 @@ use super::auth::Caller;
 use super::cluster_info::{Alone, ClusterInfo};
 use super::error::{ApiError, Code};
 use super::metrics::Counters;
+use super::preview::Previews;
 use super::run::Run;
 use super::streams::Sessions;
 use crate::base::clock::Clock;
@@ -61,6 +62,7 @@ pub struct ApiState {
     pub(super) spool_dir: Arc<PathBuf>,
     pub(super) spools: Arc<Semaphore>,
     pub(super) sessions: Sessions,
+    pub(super) previews: Previews,
     pub(super) started_at: Stamp,
     pub(super) create_wait: Duration,
     pub(super) destroy_wait: Duration,
@@ -90,6 +92,7 @@ impl ApiState {
             proposer,
             relay,
             sessions: Sessions::default(),
+            previews: Previews::default(),
             started_at: clock.now(),
             clock,
             facts: Arc::new(facts),

@@ -93,6 +93,27 @@ pub(super) enum Command {
         #[arg(long, value_name = "NODE")]
         to: String,
     },
+    /// Change who may visit a capsule's ports, and whether a visit resumes it.
+    Set {
+        /// The capsule.
+        id: String,
+        /// `private`: a key of the team, or a link; `public`: anybody.
+        #[arg(long, value_name = "private|public")]
+        ports: Option<String>,
+        /// Whether a visit to a port resumes it.
+        #[arg(long, value_name = "true|false")]
+        auto_resume: Option<bool>,
+    },
+    /// Print a link to a port of a capsule, for those who have no key.
+    Link {
+        /// The capsule.
+        id: String,
+        /// The port in the guest.
+        port: u16,
+        /// How long it holds, a week at most.
+        #[arg(long, value_name = "TIME", value_parser = period, default_value = "1h")]
+        expires: Duration,
+    },
     /// Start further capsules from where one is now, each as somebody else, and print their ids.
     Fork(fork::Fork),
     /// Destroy capsules.
@@ -134,6 +155,12 @@ pub(super) struct Create {
     /// The only node that may run it, by id or name.
     #[arg(long = "node", value_name = "NODE")]
     on_node: Option<String>,
+    /// Who may visit its ports: private (a key of the team, or a link), where absent, or public.
+    #[arg(long, value_name = "private|public")]
+    ports: Option<String>,
+    /// Resume it when one of its ports is visited.
+    #[arg(long)]
+    auto_resume: bool,
     /// Do not wait until it runs.
     #[arg(long)]
     no_wait: bool,
@@ -182,6 +209,18 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
             settle(global, &client, &ids, &RESUME, query.as_deref()).await?;
         }
         Command::Migrate { id, to } => migrate(global, &client, &id, &to).await?,
+        Command::Set {
+            id,
+            ports,
+            auto_resume,
+        } => {
+            let body = json!({"ports": ports, "auto_resume": auto_resume});
+            let changed = client.call(Method::PATCH, &path(&id)?, Some(body)).await?;
+            if global.json {
+                print::json(&changed)?;
+            }
+        }
+        Command::Link { id, port, expires } => link(global, &client, &id, port, expires).await?,
         Command::Fork(request) => fork::run(global, &client, request).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
@@ -210,6 +249,8 @@ async fn create(global: &Global, client: &Client, request: Create) -> Result<(),
         "on_host_loss": request.on_host_loss,
         "node_tags": node_tags,
         "on_node": request.on_node,
+        "ports": request.ports,
+        "auto_resume": request.auto_resume,
     });
     let route = if request.no_wait {
         "/v1/capsules?wait=false"
@@ -287,7 +328,11 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
     let rows: Vec<_> = fields
         .filter(|(_, value)| !value.is_null())
         .map(|(key, value)| {
-            let shown = transfer(value).filter(|_| key == "transfer");
+            let shown = match key.as_str() {
+                "transfer" => transfer(value),
+                "waits_for" => waits_for(value),
+                _ => None,
+            };
             vec![
                 key.clone(),
                 shown.unwrap_or_else(|| print::text(capsule, key)),
@@ -389,7 +434,9 @@ struct Seen(Mutex<String>);
 impl Seen {
     fn note(&self, capsule: &Value) {
         let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *text = transfer(&capsule["transfer"]).map_or_else(String::new, |bar| format!(" {bar}"));
+        let shown = waits_for(&capsule["waits_for"]).map(|it| format!("waits for {it}"));
+        let shown = shown.or_else(|| transfer(&capsule["transfer"]));
+        *text = shown.map_or_else(String::new, |shown| format!(" {shown}"));
     }
 
     fn text(&self) -> String {
@@ -413,6 +460,21 @@ fn transfer(value: &Value) -> Option<String> {
     Some(format!(
         "[{bar}{rest}] {done} of {total} MiB from {sources}"
     ))
+}
+
+/// What a capsule's guest stands still for, for people.
+fn waits_for(value: &Value) -> Option<String> {
+    let nodes: Vec<&str> = value["nodes"]
+        .as_array()?
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    let whom = match nodes.as_slice() {
+        [] => value["reason"].as_str()?.to_owned(),
+        nodes => nodes.join(", "),
+    };
+    let (since, until) = (value["since"].as_str()?, value["until"].as_str()?);
+    Some(format!("{whom} since {since}, until {until} at most"))
 }
 
 /// The capsule once it is in none of these states any more.
@@ -456,6 +518,29 @@ async fn migrate(global: &Global, client: &Client, id: &str, to: &str) -> Result
         print::json(&capsule)?;
     }
     Ok(())
+}
+
+async fn link(
+    global: &Global,
+    client: &Client,
+    id: &str,
+    port: u16,
+    expires: Duration,
+) -> Result<(), CliError> {
+    let body = json!({"port": port, "expires_in_sec": expires.as_secs()});
+    let route = format!("{}/links", path(id)?);
+    let made = client.call(Method::POST, &route, Some(body)).await?;
+    if global.json {
+        return print::json(&made);
+    }
+    if let Some(url) = made["url"].as_str() {
+        return print::line(url);
+    }
+    print::note("this node is known by an address alone: send these headers with a request to it");
+    let token = print::text(&made, "token");
+    print::line(&format!("Wrenn-Capsule-Id: {id}"))?;
+    print::line(&format!("Wrenn-Capsule-Port: {port}"))?;
+    print::line(&format!("Wrenn-Link: {token}"))
 }
 
 async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(), CliError> {
@@ -523,6 +608,25 @@ mod tests {
         assert!(over.starts_with("[####################]"), "{over}");
         assert_eq!(of(0, 0), None);
         assert_eq!(transfer(&Value::Null), None);
+    }
+
+    #[test]
+    fn a_wait_names_the_hosts_or_else_its_reason() {
+        let wait = |nodes: &[&str]| {
+            json!({
+                "nodes": nodes, "reason": "the disk is full", "since": "S", "until": "U",
+            })
+        };
+        let of = |nodes: &[&str]| waits_for(&wait(nodes));
+        assert_eq!(
+            of(&["a", "b"]).as_deref(),
+            Some("a, b since S, until U at most")
+        );
+        assert_eq!(
+            of(&[]).as_deref(),
+            Some("the disk is full since S, until U at most")
+        );
+        assert_eq!(waits_for(&Value::Null), None);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `ready` | from a boot to a guest that may work |
 //! | `quiesce` `restore` | from a running guest to one fit to be sealed, and from a sealed one back |
-//! | `process` `terminal` `files` | what clients ask for |
+//! | `process` `terminal` `files` `ports` | what clients ask for |
 
 pub mod dial;
 mod error;
@@ -17,6 +17,7 @@ mod files;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod http;
+mod ports;
 mod process;
 mod quiesce;
 mod ready;
@@ -27,6 +28,7 @@ pub use dial::{CutDial, Dial, GuestStream, TcpDial};
 pub use error::{GuestCode, GuestError};
 pub use files::{FileEntry, FileKind};
 pub use http::{Guest, GuestBody};
+pub use ports::PortClient;
 pub use process::{
     EventStream, ProcessCommand, ProcessEvent, ProcessSummary, RunOutput, Selector, Signal,
 };

@@ -7,9 +7,9 @@
 //! pause     waits until it is whole, while the guest runs on: the next snapshot is of its chunks too
 //! ```
 //!
-//! The rest goes into this node's store and not into the guest, which takes what it needs. As long
-//! as no holder can be reached a guest that needs a chunk stands still; once nobody is left who has
-//! it, its pager is told so, and the guest is ended.
+//! The rest goes into this node's store and not into the guest, which takes what it needs. A guest
+//! that needs a chunk stands still while those that have it cannot be reached, for some minutes
+//! (`waits.rs`). Once nobody is left who has it, its pager is told so, and the guest is ended.
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use tracing::{Instrument as _, debug, info_span, warn};
 
 use super::paging::{Bringer, NotBrought};
 use super::spec::Keeping;
+use super::waits::NotNow;
 use crate::base::chain::chain;
 use crate::store::fetch::{BringError, FetchError, Incoming};
 use crate::store::{ChunkId, Kept, Pin, SnapshotDigest};
@@ -121,11 +122,22 @@ impl Coming {
     }
 
     async fn bring_one(&self, chunk: ChunkId) -> Result<(), NotBrought> {
-        let not_now = |why: &dyn std::error::Error| NotBrought::NotNow(chain(why));
+        let not_now = |why: &dyn std::error::Error| {
+            let (why, away) = (chain(why), Vec::new());
+            NotBrought::NotNow(NotNow { why, away })
+        };
         let incoming = self.incoming().await.map_err(|err| not_now(&err))?;
         match incoming.bring(chunk).await {
             Ok(_) => Ok(()),
-            Err(err @ BringError::Gone { .. }) => Err(NotBrought::Gone(chain(&err))),
+            // Whoever asks names the chunk.
+            Err(BringError::Gone { tried, .. }) => Err(NotBrought::Gone(format!(
+                "no host has a sound copy: {tried}"
+            ))),
+            Err(BringError::NotNow { tried, away, .. }) => {
+                let holders = &self.0.keeping.holders;
+                let away = away.iter().map(|node| holders.name(*node)).collect();
+                Err(NotBrought::NotNow(NotNow { why: tried, away }))
+            }
             Err(err) => Err(not_now(&err)),
         }
     }

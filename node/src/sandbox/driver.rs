@@ -241,7 +241,8 @@ impl Driver {
         match outcome {
             Ok(Ok(facts)) => self.ready(held, facts),
             Ok(Err(err)) => {
-                let reason = format!("{}{}", chain(&err), self.last_words());
+                let waits = held.waits_in_words();
+                let reason = format!("{}{waits}{}", chain(&err), self.last_words());
                 Some(Event::StartFailed { reason })
             }
             Err(over) => over,

@@ -23,6 +23,7 @@ use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
+use super::waits::Waiting;
 use super::warm::WarmNews;
 use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
@@ -458,6 +459,12 @@ impl Registry {
         let shared = self.shared(id)?;
         let shim = client::connect(shared.paths.dir()).await.ok()?;
         shim.known_status().paging.clone()
+    }
+
+    /// What the guest of a sandbox stands still for, where it has for a while.
+    #[must_use]
+    pub fn waiting(&self, id: SandboxId) -> Option<Waiting> {
+        self.host.paging.as_ref()?.waiting(id)
     }
 
     /// Bytes that a sandbox's disk occupies.

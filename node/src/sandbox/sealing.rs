@@ -370,7 +370,7 @@ impl Job {
             working_set,
             base: facts.base,
             machine: MachineFacts {
-                driver: "qemu".into(),
+                driver: vmm.driver.name().to_owned(),
                 driver_version: facts.vmm_version.clone(),
                 machine_type: facts.hardware.machine.clone(),
                 cpu_model: facts.hardware.cpu.clone(),

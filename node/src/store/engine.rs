@@ -277,10 +277,15 @@ impl Core {
         let chunk = *id;
         let (pack, place) = self.find(id).ok_or(ReadChunkError::Missing { chunk })?;
         let disk = |source| ReadChunkError::Disk { chunk, source };
-        let stored = pack
-            .stored(place.offset, place.stored_bytes)
-            .map_err(disk)?;
-        let decoded = self.decode(id, &place, &stored).map_err(disk)?;
+        let stored = pack.stored(place.offset, place.stored_bytes);
+        let stored = match stored {
+            Err(err) if is_lost(&err) => None,
+            stored => Some(stored.map_err(disk)?),
+        };
+        let decoded = match &stored {
+            Some(stored) => self.decode(id, &place, stored).map_err(disk)?,
+            None => None,
+        };
         decoded.ok_or_else(|| {
             self.condemn(id, &pack, &place);
             ReadChunkError::Corrupt { chunk }
@@ -292,12 +297,17 @@ impl Core {
         let chunk = *id;
         let (pack, place) = self.find(id).ok_or(ReadChunkError::Missing { chunk })?;
         let disk = |source| ReadChunkError::Disk { chunk, source };
-        let head = pack.head(place.offset).map_err(disk)?;
-        let stored = pack
-            .stored(place.offset, place.stored_bytes)
-            .map_err(disk)?;
-        if head.is_some_and(|head| head.id == chunk && head.fits(&stored)) {
-            return Ok((place, stored));
+        let read = || {
+            let head = pack.head(place.offset)?;
+            let stored = pack.stored(place.offset, place.stored_bytes)?;
+            Ok(head
+                .filter(|head| head.id == chunk && head.fits(&stored))
+                .map(|_| stored))
+        };
+        match read() {
+            Ok(Some(stored)) => return Ok((place, stored)),
+            Err(err) if !is_lost(&err) => return Err(disk(err)),
+            Ok(None) | Err(_) => {}
         }
         self.condemn(id, &pack, &place);
         Err(ReadChunkError::Corrupt { chunk })
@@ -426,6 +436,12 @@ fn fill_from(packs: &Packs, put: &mut dyn FnMut(ChunkId, Place)) {
             tracing::warn!(pack = pack.number(), %err, "could not read a pack to its end");
         }
     }
+}
+
+/// Whether a failed read says that the bytes are no more: a file that was cut off, or a sector that
+/// cannot be read. Another failure may be over the next time.
+fn is_lost(err: &io::Error) -> bool {
+    err.kind() == io::ErrorKind::UnexpectedEof || err.raw_os_error() == Some(Errno::EIO as i32)
 }
 
 fn take_lock(dir: &Path) -> Result<Flock<File>, OpenStoreError> {

@@ -71,7 +71,7 @@ use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataDir, DataPaths, Store, durable};
 use crate::template::Catalog;
-use crate::vmm::Accelerator;
+use crate::vmm::{Accelerator, Driver, Hardware};
 
 /// The id of the node that founds a cluster; later ones get theirs from the log.
 const FOUNDER: NodeId = NodeId(1);
@@ -551,6 +551,9 @@ struct Chosen {
     program: PathBuf,
     version: String,
     accelerator: Accelerator,
+    driver: Driver,
+    /// What new guests get.
+    hardware: Hardware,
 }
 
 /// Adds what was tried to an I/O error.

@@ -36,7 +36,7 @@ use wrenn_node::base::clock::HandClock;
 use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, TcpDial};
-use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay, Transfer};
+use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay, Transfer, Waiting};
 
 /// The key of team 1, and the one of team 2.
 pub const KEY: &str = "wrn_00000000000000000000000000000001";
@@ -67,6 +67,7 @@ pub struct Guests {
     pub active: Mutex<HashMap<SandboxId, Stamp>>,
     pub console: Mutex<Option<Vec<u8>>>,
     pub transfer: Mutex<Option<Transfer>>,
+    pub waiting: Mutex<Option<Waiting>>,
     /// Cancelled when the guests die.
     pub gone: CancellationToken,
     pub start: Mutex<Option<Fate>>,
@@ -91,6 +92,7 @@ impl LocalGuests for Guests {
             start: None,
             memory: None,
             transfer: *self.transfer.lock().unwrap(),
+            waiting: self.waiting.lock().unwrap().clone(),
         })
     }
 

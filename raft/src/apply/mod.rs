@@ -101,6 +101,11 @@ impl State {
                 let new = NewSandbox { id, team, spec };
                 self.create_sandbox(at, Epoch(index), new, &hints)
             }
+            Command::ChangeSandbox {
+                id,
+                ports_open,
+                wakes,
+            } => self.change_sandbox(at, id, ports_open, wakes),
             Command::StopSandbox { id, cause } => self.stop_sandbox(at, id, cause),
             Command::ReportSandbox {
                 id,

@@ -112,7 +112,7 @@ impl State {
         if !holders.clone().any(|node| node.liveness.is_alive()) {
             let names: Vec<&str> = holders.map(|node| node.name.as_str()).collect();
             let why = if names.is_empty() {
-                "every host that held its snapshot is gone".to_owned()
+                "no host holds its snapshot any more".to_owned()
             } else {
                 format!(
                     "no host that holds its snapshot is reachable: {}",

@@ -54,6 +54,14 @@ impl Default for Sessions {
 }
 
 impl Sessions {
+    /// Runs `work` as a session of its own, which is dropped when the sessions end.
+    pub(in crate::api) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.open.spawn(async move {
+            stop.run_until_cancelled(work).await;
+        });
+    }
+
     /// Ends all sessions and returns once they are closed.
     pub(in crate::api) async fn end(&self) {
         self.stop.cancel();

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use node::base::stop::Tasks;
+use node::sandbox::NotNow;
 use node::sandbox::paging::{Admitted, Bringer, NotBrought, Paging};
 use node::store::fetch::{Holders, Incoming, Wire};
 use node::store::serve::{Asked, Wants};
@@ -247,7 +248,13 @@ impl Bringer for Urgent {
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
         Box::pin(async move {
             let brought = self.0.bring(chunk).await;
-            let not_now = |err: &dyn fmt::Display| NotBrought::NotNow(err.to_string());
+            let not_now = |err: &dyn fmt::Display| {
+                let why = err.to_string();
+                NotBrought::NotNow(NotNow {
+                    why,
+                    away: Vec::new(),
+                })
+            };
             brought.map(|_| ()).map_err(|err| not_now(&err))
         })
     }
