@@ -141,7 +141,7 @@ fn creating_twice_with_one_id_answers_the_same_and_reserves_once() {
         ports_open: Some(true),
         wakes: Some(true),
     };
-    world.act(changed).expect("known");
+    world.apply(changed).expect("known");
     assert_eq!(world.create(1), first);
     assert_eq!(world.state.reserved(NODE).sandboxes, 1);
 }
