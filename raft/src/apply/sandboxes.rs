@@ -57,7 +57,7 @@ impl State {
             let taken = Refusal::IdTaken(id.to_string());
             return Applied::untouched(if same { Ok(placed) } else { Err(taken) });
         }
-        let (owner, origin) = match self.place_new(team, &spec, hints) {
+        let (owner, origin) = match self.place_new(id, (team, &spec), hints) {
             Ok(placed) => placed,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
@@ -74,8 +74,8 @@ impl State {
     /// guest that had just booted.
     fn place_new(
         &self,
-        team: TeamId,
-        spec: &SandboxSpec,
+        id: SandboxId,
+        (team, spec): (TeamId, &SandboxSpec),
         hints: &[LoadHint],
     ) -> Result<(NodeId, Option<SnapshotId>), Refusal> {
         if let Some(named) = self.named(team, &spec.template) {
@@ -94,7 +94,7 @@ impl State {
         }
         let owner =
             placement::place(self, team, spec, Source::Template, hints).map_err(Refusal::NoRoom)?;
-        Ok((owner, self.warm_for(owner, spec)))
+        Ok((owner, self.warm_for(id, owner, spec)))
     }
 
     pub(super) fn change_sandbox(
@@ -260,7 +260,7 @@ impl State {
             (None, Some(from)) => self.place_from(team, spec, (from, spec.on_node), &[]),
             (None, None) => {
                 let owner = placement::place(self, team, spec, Source::Template, &[])?;
-                return Ok((owner, self.warm_for(owner, spec)));
+                return Ok((owner, self.warm_for(known.id, owner, spec)));
             }
         };
         placed
