@@ -336,3 +336,29 @@ async fn a_stopping_node_says_so_and_leaves_the_processes() {
         .await
         .is(204);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_a_pause_cuts_off_ends_with_the_reason() {
+    for world in both_ways().await {
+        let id = world.capsule().await;
+        let path = format!("/v1/capsules/{id}");
+        let mut command = Socket::to(&world, &format!("{path}/exec/stream")).await;
+        command.say(sh("exec sleep 1000")).await;
+        let mut terminal = Socket::to(&world, &format!("{path}/pty")).await;
+        terminal
+            .say(json!({"type": "start", "cmd": "/bin/sh"}))
+            .await;
+        assert_eq!(command.told().await["type"], "start");
+        assert_eq!(terminal.told().await["type"], "started");
+        let paused = world.post(&format!("{path}/pause"), json!({})).await;
+        paused.is(200);
+        world.guests.gone.cancel();
+        for mut cut in [command, terminal] {
+            let frames = cut.rest().await;
+            let last = frames.last().expect("a last word");
+            assert_eq!(last["type"], "error", "{last}");
+            let why = last["data"].as_str().expect("words");
+            assert!(why.contains("was paused while"), "{why}");
+        }
+    }
+}

@@ -135,6 +135,14 @@ fn creating_twice_with_one_id_answers_the_same_and_reserves_once() {
         })
     );
     assert_eq!(world.create(1), first);
+    // Whatever was changed since.
+    let changed = Command::ChangeSandbox {
+        id: sandbox_id(1),
+        ports_open: Some(true),
+        wakes: Some(true),
+    };
+    world.apply(changed).expect("known");
+    assert_eq!(world.create(1), first);
     assert_eq!(world.state.reserved(NODE).sandboxes, 1);
 }
 

@@ -28,7 +28,7 @@ const ENDED: &str = "capsule_ended";
 const MOVED: &str = "capsule_moved";
 
 /// The guest of a run of a capsule.
-pub(super) struct Run {
+pub(in crate::api) struct Run {
     guest: Guest,
     began: Began,
     view: View,
@@ -63,14 +63,15 @@ impl Run {
     }
 
     /// What came of a call to the guest, in words that say what became of the capsule.
-    pub(super) async fn told<T>(&self, came: Result<T, GuestError>) -> Result<T, ApiError> {
+    pub(in crate::api) async fn told<T>(&self, came: Result<T, GuestError>) -> Result<T, ApiError> {
         match came {
             Ok(came) => Ok(came),
             Err(err) => Err(self.explained(err).await),
         }
     }
 
-    async fn explained(&self, err: GuestError) -> ApiError {
+    /// The error of a call that failed.
+    pub(in crate::api) async fn explained(&self, err: GuestError) -> ApiError {
         if !is_cut(&err) {
             return err.into();
         }

@@ -293,8 +293,14 @@ impl State {
         }
     }
 
-    /// What a new sandbox may start from on `owner` instead of booting.
-    pub(super) fn warm_for(&self, owner: NodeId, spec: &SandboxSpec) -> Option<SnapshotId> {
+    /// What the sandbox `id` may start from on `owner` instead of booting. Nothing starts from itself, as
+    /// it was when its id was used before.
+    pub(super) fn warm_for(
+        &self,
+        id: SandboxId,
+        owner: NodeId,
+        spec: &SandboxSpec,
+    ) -> Option<SnapshotId> {
         let node = self.node(owner)?;
         let base = self.template(&spec.template)?.digest;
         let fits = |it: &&Snapshot| {
@@ -304,6 +310,7 @@ impl State {
         self.warm()
             .filter(fits)
             .filter(|it| it.is_warm_for(node) && it.holders.iter().any(alive))
+            .filter(|it| it.sandbox != id)
             .min_by_key(|it| (!it.holders.contains(&owner), it.sealed.id))
             .map(|it| it.sealed.id)
     }

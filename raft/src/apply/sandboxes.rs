@@ -43,7 +43,13 @@ impl State {
     ) -> Applied {
         let NewSandbox { id, team, spec } = new;
         if let Some(known) = self.sandbox(id) {
-            let same = known.team == team && known.spec == spec;
+            // What may be changed later says nothing about what was asked for.
+            let asked = SandboxSpec {
+                ports_open: known.spec.ports_open,
+                wakes: known.spec.wakes,
+                ..spec
+            };
+            let same = known.team == team && known.spec == asked;
             let placed = Receipt::Placed {
                 node: known.owner,
                 epoch: known.epoch,
@@ -51,7 +57,7 @@ impl State {
             let taken = Refusal::IdTaken(id.to_string());
             return Applied::untouched(if same { Ok(placed) } else { Err(taken) });
         }
-        let (owner, origin) = match self.place_new(team, &spec, hints) {
+        let (owner, origin) = match self.place_new(id, (team, &spec), hints) {
             Ok(placed) => placed,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
@@ -69,8 +75,8 @@ impl State {
     /// guest that had just booted.
     fn place_new(
         &self,
-        team: TeamId,
-        spec: &SandboxSpec,
+        id: SandboxId,
+        (team, spec): (TeamId, &SandboxSpec),
         hints: &[LoadHint],
     ) -> Result<(NodeId, Option<SnapshotId>), Refusal> {
         if let Some(named) = self.named(team, &spec.template) {
@@ -89,7 +95,7 @@ impl State {
         }
         let owner =
             placement::place(self, team, spec, Source::Template, hints).map_err(Refusal::NoRoom)?;
-        Ok((owner, self.warm_for(owner, spec)))
+        Ok((owner, self.warm_for(id, owner, spec)))
     }
 
     pub(super) fn change_sandbox(
@@ -309,7 +315,7 @@ impl State {
             (None, Some(from)) => self.place_from(team, spec, (from, spec.on_node), &[]),
             (None, None) => {
                 let owner = placement::place(self, team, spec, Source::Template, &[])?;
-                return Ok((owner, self.warm_for(owner, spec)));
+                return Ok((owner, self.warm_for(known.id, owner, spec)));
             }
         };
         placed

@@ -154,7 +154,7 @@ pub enum Move {
         memory: u32,
     },
     RetireWarm {
-        n: u8,
+        warm: Index,
     },
     Hold {
         snapshot: Index,
@@ -291,7 +291,7 @@ fn about_sandboxes() -> impl Strategy<Value = Move> {
         ),
         2 => (0..SNAPSHOTS, any::<Index>(), prop::sample::select(vec![1_u32, 256, 256]))
             .prop_map(|(n, node, memory)| Move::Warm { n, node, memory }),
-        1 => (0..SNAPSHOTS).prop_map(|n| Move::RetireWarm { n }),
+        1 => any::<Index>().prop_map(|warm| Move::RetireWarm { warm }),
         3 => (any::<Index>(), any::<Index>(), prop::bool::weighted(0.7)).prop_map(
             |(snapshot, node, holds)| Move::Hold { snapshot, node, holds }
         ),
@@ -547,7 +547,10 @@ impl World {
                 let node = self.any_node(*node)?;
                 Some(Command::PutWarm(warm(*n, node.id, *memory)))
             }
-            Move::RetireWarm { n } => Some(Command::RetireWarm(snapshot_id(*n))),
+            Move::RetireWarm { warm } => {
+                let all: Vec<_> = self.state.warm().map(|it| it.sealed.id).collect();
+                (!all.is_empty()).then(|| Command::RetireWarm(*warm.get(&all)))
+            }
             _ => None,
         }
     }
