@@ -547,7 +547,12 @@ impl World {
                 let node = self.any_node(*node)?;
                 Some(Command::PutWarm(warm(*n, node.id, *memory)))
             }
-            Move::RetireWarm { n } => Some(Command::RetireWarm(snapshot_id(*n))),
+            Move::RetireWarm { n } => {
+                // One that is kept, where there is any: most numbers stand for none.
+                let kept: Vec<_> = self.state.warm().map(|it| it.sealed.id).collect();
+                let one = kept.get(usize::from(*n) % kept.len().max(1)).copied();
+                Some(Command::RetireWarm(one.unwrap_or_else(|| snapshot_id(*n))))
+            }
             _ => None,
         }
     }
