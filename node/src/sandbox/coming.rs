@@ -25,7 +25,7 @@ use super::paging::{Bringer, NotBrought};
 use super::spec::Keeping;
 use crate::base::chain::chain;
 use crate::store::fetch::{BringError, FetchError, Incoming};
-use crate::store::{ChunkId, Kept, Pin, SnapshotDigest};
+use crate::store::{Carried, ChunkId, Kept, Pin, SnapshotDigest};
 
 /// Pause before the rest is asked for again, after it could not be had: a holder may be back by then.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -120,20 +120,33 @@ impl Coming {
         }
     }
 
-    async fn bring_one(&self, chunk: ChunkId) -> Result<(), NotBrought> {
-        let not_now = |why: &dyn std::error::Error| NotBrought::NotNow(chain(why));
-        let incoming = self.incoming().await.map_err(|err| not_now(&err))?;
-        match incoming.bring(chunk).await {
-            Ok(_) => Ok(()),
-            Err(err @ BringError::Gone { .. }) => Err(NotBrought::Gone(chain(&err))),
-            Err(err) => Err(not_now(&err)),
-        }
+    async fn to_bring(&self) -> Result<&Incoming, NotBrought> {
+        let incoming = self.incoming().await;
+        incoming.map_err(|err| NotBrought::NotNow(chain(&err)))
     }
 }
 
 impl Bringer for Coming {
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
-        Box::pin(self.bring_one(chunk))
+        Box::pin(async move {
+            let brought = self.to_bring().await?.bring(chunk).await;
+            brought.map(drop).map_err(not_brought)
+        })
+    }
+
+    fn rush(&self, chunk: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
+        Box::pin(async move {
+            let came = self.to_bring().await?.rush(chunk).await;
+            let came = came.map_err(not_brought)?;
+            Ok(Some(came.carried().clone()))
+        })
+    }
+}
+
+fn not_brought(err: BringError) -> NotBrought {
+    match err {
+        BringError::Gone { .. } => NotBrought::Gone(chain(&err)),
+        err => NotBrought::NotNow(chain(&err)),
     }
 }
 

@@ -17,7 +17,8 @@ use node::store::fetch::{Holders, Incoming, Wire};
 use node::store::serve::{Asked, Wants};
 use node::store::snapshot::{GuestFacts, MachineFacts};
 use node::store::{
-    ChunkId, ImageRef, Limits, SignedSnapshot, SnapshotDigest, SnapshotManifest, Store,
+    BringError, Carried, ChunkId, ImageRef, Limits, SignedSnapshot, SnapshotDigest,
+    SnapshotManifest, Store,
 };
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, NodeKey};
@@ -104,7 +105,7 @@ impl Peer {
     }
 }
 
-pub(super) fn soon() -> Instant {
+pub(crate) fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
@@ -115,7 +116,7 @@ pub(super) fn begin(runtime: &Runtime, identity: &Identity) -> Outcome<Arc<Trans
 }
 
 /// Has a node hand out what is in `store`.
-pub(super) fn hand_out(node: &Transport, store: &Store) {
+pub(crate) fn hand_out(node: &Transport, store: &Store) {
     node.register_streams(Service::STORE, Lane::Bulk, Hands(store.clone()));
 }
 
@@ -200,14 +201,14 @@ impl StreamHandler for Hands {
 }
 
 /// The one holder there is.
-pub(super) struct Only {
+pub(crate) struct Only {
     near: Arc<Transport>,
     holder: NodeKey,
 }
 
 impl Only {
     /// Asked by `near`.
-    pub(super) fn new(near: &Arc<Transport>, holder: NodeKey) -> Self {
+    pub(crate) fn new(near: &Arc<Transport>, holder: NodeKey) -> Self {
         let near = Arc::clone(near);
         Self { near, holder }
     }
@@ -247,8 +248,18 @@ impl Bringer for Urgent {
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
         Box::pin(async move {
             let brought = self.0.bring(chunk).await;
-            let not_now = |err: &dyn fmt::Display| NotBrought::NotNow(err.to_string());
-            brought.map(|_| ()).map_err(|err| not_now(&err))
+            brought.map(drop).map_err(not_now)
         })
     }
+
+    fn rush(&self, chunk: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
+        Box::pin(async move {
+            let came = self.0.rush(chunk).await.map_err(not_now)?;
+            Ok(Some(came.carried().clone()))
+        })
+    }
+}
+
+fn not_now(err: BringError) -> NotBrought {
+    NotBrought::NotNow(err.to_string())
 }
