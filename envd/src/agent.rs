@@ -11,13 +11,14 @@ use tokio::sync::{Mutex, mpsc};
 use crate::auth::{PublishedHash, Token};
 use crate::boot::cgroup::Groups;
 use crate::environment::{DEFAULT_PATH, Global};
-use crate::metrics::CpuMeter;
+use crate::metrics::Meter;
 use crate::paths::Base;
 use crate::process::reap::{Reaper, Scope};
 use crate::process::registry::Registry;
 use crate::snapshot::Snapshots;
 use crate::snapshot::machine::{Elsewhere, Guest, Machine};
 use crate::users::{Accounts, UnknownUser, User};
+use crate::watch::polled::Polled;
 
 /// The user of requests that name none, until `/init` says otherwise.
 const DEFAULT_USER: &str = "root";
@@ -53,8 +54,10 @@ pub struct Agent {
     pub init: Mutex<Option<jiff::Timestamp>>,
     /// The processes.
     pub processes: Arc<Registry>,
-    /// Remembers the last CPU reading.
-    pub cpu: CpuMeter,
+    /// Watched directories that are asked for by name.
+    pub watchers: Polled,
+    /// Measures the guest's load.
+    pub meter: Arc<Meter>,
     /// Where the agent stands between a pause and its resume.
     pub snapshots: Snapshots,
     /// How the agent was started.
@@ -94,7 +97,8 @@ impl Agent {
             settings: RwLock::new(settings),
             init: Mutex::default(),
             processes: Arc::new(Registry::new(Arc::new(Reaper::new(scope)))),
-            cpu: CpuMeter::default(),
+            watchers: Polled::default(),
+            meter: Arc::default(),
             snapshots: Snapshots::new(machine, surroundings.groups.clone()),
             surroundings,
             published: None,

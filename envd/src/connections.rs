@@ -9,10 +9,15 @@
 //! takes itself off the table when it ends, however it ends.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
+
+/// Connections one address may have at once. The host has one address, and may run some hundred
+/// commands and transfers; a program of the guest has another, and cannot take the host's share.
+pub const MAX_PER_PEER: usize = 1024;
 
 /// Numbers a connection; in the extensions of each of its requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,6 +45,7 @@ pub enum Fate {
 #[derive(Debug, Default)]
 pub struct Connections {
     table: Mutex<Table>,
+    lives: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -50,6 +56,7 @@ struct Table {
 
 #[derive(Debug)]
 struct Entry {
+    peer: IpAddr,
     fate: watch::Sender<Fate>,
     served: Arc<AtomicBool>,
 }
@@ -73,24 +80,29 @@ impl Drop for Admitted {
 }
 
 impl Connections {
-    /// Enters the connection that was just accepted.
-    pub fn admit(self: &Arc<Self>) -> Admitted {
+    /// Enters the connection that was just accepted; `None` where its peer has too many.
+    pub fn admit(self: &Arc<Self>, peer: IpAddr) -> Option<Admitted> {
         let mut table = self.lock();
+        let same = table.open.values().filter(|entry| entry.peer == peer);
+        if same.count() >= MAX_PER_PEER {
+            return None;
+        }
         table.accepted += 1;
         let id = ConnectionId(table.accepted);
         let (sender, fate) = watch::channel(Fate::Serve);
         let served = Arc::new(AtomicBool::new(false));
         let entry = Entry {
+            peer,
             fate: sender,
             served: served.clone(),
         };
         table.open.insert(id, entry);
-        Admitted {
+        Some(Admitted {
             id,
             served,
             fate,
             connections: self.clone(),
-        }
+        })
     }
 
     /// Lets every connection end after the request it is at, the idle ones at once. One whose first
@@ -106,9 +118,18 @@ impl Connections {
         self.tell(Fate::Finish, |_, _| true);
     }
 
-    /// Cuts whatever was accepted before `first_kept`; tells how many that were.
+    /// Cuts whatever was accepted before `first_kept`, and what is forwarded; tells how many of the
+    /// former there were.
     pub fn cut_before(&self, first_kept: ConnectionId) -> usize {
+        self.lives.send_modify(|life| *life += 1);
         self.tell(Fate::Cut, |id, _| id < first_kept)
+    }
+
+    /// Changes when the life ends that forwarded connections belong to: those have no number, since
+    /// no order ever comes over one.
+    #[must_use]
+    pub fn life(&self) -> watch::Receiver<u64> {
+        self.lives.subscribe()
     }
 
     /// How many are open, `except` not counted.
@@ -139,10 +160,27 @@ impl Connections {
 mod tests {
     use super::*;
 
+    const HOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(169, 254, 0, 22));
+
+    fn admit(connections: &Arc<Connections>) -> Admitted {
+        connections.admit(HOST).expect("room")
+    }
+
+    #[test]
+    fn one_peer_cannot_take_anothers_share() {
+        let connections = Arc::new(Connections::default());
+        let mut open: Vec<_> = (0..MAX_PER_PEER).map(|_| admit(&connections)).collect();
+        assert!(connections.admit(HOST).is_none());
+        let other = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
+        assert!(connections.admit(other).is_some());
+        open.pop();
+        assert!(connections.admit(HOST).is_some());
+    }
+
     #[test]
     fn what_came_before_the_restore_is_cut_and_nothing_else() {
         let connections = Arc::new(Connections::default());
-        let [old, own, new] = [0; 3].map(|_| connections.admit());
+        let [old, own, new] = [0; 3].map(|_| admit(&connections));
         assert_eq!(connections.cut_before(own.id), 1);
         assert_eq!(*old.fate.borrow(), Fate::Cut);
         assert_eq!(*own.fate.borrow(), Fate::Serve);
@@ -152,7 +190,7 @@ mod tests {
     #[test]
     fn a_connection_without_a_request_yet_is_not_finished() {
         let connections = Arc::new(Connections::default());
-        let [used, fresh] = [0; 2].map(|_| connections.admit());
+        let [used, fresh] = [0; 2].map(|_| admit(&connections));
         used.served.store(true, Ordering::Release);
         connections.finish_served();
         assert_eq!(*used.fate.borrow(), Fate::Finish);
@@ -162,7 +200,7 @@ mod tests {
     #[test]
     fn a_place_is_given_up_with_its_connection() {
         let connections = Arc::new(Connections::default());
-        let (one, two) = (connections.admit(), connections.admit());
+        let (one, two) = (admit(&connections), admit(&connections));
         assert_eq!(connections.open_except(one.id), 1);
         drop(two);
         assert_eq!(connections.open_except(one.id), 0);

@@ -12,6 +12,8 @@
 //! | [`http`] | routes, tokens, `/init` and the other plain endpoints |
 //! | [`process`] | starting, feeding, watching and ending processes |
 //! | [`files`] | upload, download and the file service |
+//! | [`watch`] | telling what happens in directories |
+//! | [`ports`] | reaching what listens on the guest's loopback only |
 //! | [`snapshot`] [`connections`] | the guest's half of pause and resume |
 //! | [`agent`] | the state they share |
 //! | [`auth`] [`environment`] [`paths`] [`users`] [`clock`] [`metrics`] | rules, mostly pure |
@@ -26,12 +28,17 @@ pub mod clock;
 pub mod connections;
 pub mod environment;
 pub mod files;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 pub mod log;
 pub mod metrics;
 pub mod paths;
+pub mod ports;
 pub mod process;
 pub mod serve;
 pub mod snapshot;
 pub mod sys;
 pub mod users;
+pub mod watch;

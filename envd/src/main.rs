@@ -10,13 +10,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use envd::agent::{Agent, Surroundings};
 use envd::boot::cgroup::Groups;
 use envd::boot::{self, power};
 use envd::log::chain;
+use envd::ports::{self, Outside};
 use envd::{http, log, serve};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -40,16 +41,21 @@ struct Args {
     /// Not in a guest: serve on loopback only, touch neither clock nor host name nor cgroups.
     #[arg(long)]
     isnotfc: bool,
+    /// Forward from this address to what listens on the loopback only; in a guest, its own.
+    #[arg(long)]
+    forward_on: Option<Ipv4Addr>,
 }
 
 fn main() -> ExitCode {
+    let began = Instant::now();
     let first = std::process::id() == 1;
-    if first {
-        // The kernel passes words of its command line that it does not know; they are not ours.
-        boot::enter();
-    }
     let args = if first {
-        Args::parse_from(["envd"])
+        let options = boot::enter();
+        // The kernel passes words of its command line that it does not know; they are not ours.
+        Args {
+            forward_on: Some(options.address),
+            ..Args::parse_from(["envd"])
+        }
     } else {
         Args::parse()
     };
@@ -57,7 +63,7 @@ fn main() -> ExitCode {
         println!("{}", option_env!("WRENN_COMMIT").unwrap_or("unknown"));
         return ExitCode::SUCCESS;
     }
-    let outcome = run(&args, first);
+    let outcome = run(&args, first, began);
     if first {
         // Whatever happened, process 1 must not return.
         if let Err(err) = &outcome {
@@ -81,19 +87,37 @@ const BLOCKED_TIMEOUT: Duration = Duration::from_secs(1);
 /// File operations that may block at once.
 const BLOCKING_THREADS: usize = 32;
 
-fn run(args: &Args, first: bool) -> std::io::Result<()> {
+fn run(args: &Args, first: bool, began: Instant) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .max_blocking_threads(BLOCKING_THREADS)
         .enable_all()
         .build()?;
-    let outcome = runtime.block_on(agent_main(args, first));
+    let outcome = runtime.block_on(agent_main(args, first, began));
     // A file operation stuck on a dead disk must not keep the guest from going down.
     runtime.shutdown_timeout(BLOCKED_TIMEOUT);
     outcome
 }
 
-async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {
+/// What is done besides answering. The agent is of use without any of it.
+fn start_duties(args: &Args, agent: &Agent, port: u16) {
+    if let Err(err) = agent.meter.start() {
+        log!("start the sampling of metrics: {err}");
+    }
+    let Some(address) = args.forward_on else {
+        return;
+    };
+    let outside = Outside {
+        address,
+        except: port,
+    };
+    let connections = Arc::clone(&agent.snapshots.connections);
+    if let Err(err) = ports::start(outside, connections) {
+        log!("start the forwarding of ports: {err}");
+    }
+}
+
+async fn agent_main(args: &Args, first: bool, began: Instant) -> std::io::Result<()> {
     let (power_sender, mut power_asked) = mpsc::channel(1);
     let groups = if args.isnotfc {
         Groups::none()
@@ -112,11 +136,13 @@ async fn agent_main(args: &Args, first: bool) -> std::io::Result<()> {
         Ipv4Addr::UNSPECIFIED
     };
     let listener = serve::listen(SocketAddr::new(IpAddr::V4(host), args.port)).await?;
+    let address = listener.local_addr()?;
     log!(
-        "version {} listening on {}",
+        "version {} ready after {} ms, listening on {address}",
         proto::version::ENVD,
-        listener.local_addr()?
+        began.elapsed().as_millis()
     );
+    start_duties(args, &agent, address.port());
     if let Some(line) = &args.cmd {
         boot::command::start(&agent, line);
     }

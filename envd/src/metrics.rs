@@ -1,15 +1,21 @@
 //! Load of the guest, for `GET /metrics`.
 //!
-//! Everything is read when asked; nothing runs in the background, so an idle guest stays idle and
-//! its memory clean. CPU use is the mean since the previous question.
+//! A thread takes a sample each second, so that an answer waits for nothing: not for a disk that
+//! hangs, and not for CPU time to pass. CPU use is the mean over the second before the sample. A
+//! sample that is late shows it by its time stamp.
 
 use std::fs;
-use std::sync::{Mutex, PoisonError};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use serde::Serialize;
 
 /// Bytes in a MiB.
 const MIB: u64 = 1024 * 1024;
+/// How often a sample is taken.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Fewer clock ticks (of 10 ms) than this since the last reading say too little about the load.
 const MIN_TICKS: u64 = 5;
 
@@ -35,16 +41,40 @@ struct CpuTicks {
     all: u64,
 }
 
-/// Remembers the previous reading of the CPU clocks.
+/// Takes samples and keeps the latest.
 #[derive(Debug, Default)]
-pub struct CpuMeter {
+pub struct Meter {
+    latest: Mutex<Option<Metrics>>,
+    /// The CPU clocks at the previous sample, and what they came to.
     last: Mutex<(CpuTicks, f64)>,
 }
 
-impl CpuMeter {
-    /// Takes a reading of everything.
+impl Meter {
+    /// Takes samples in the background from now on.
+    ///
+    /// # Errors
+    /// When there is no thread for it.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        let meter = Arc::clone(self);
+        let sample = move || loop {
+            let sample = meter.read();
+            *lock(&meter.latest) = Some(sample);
+            thread::sleep(SAMPLE_INTERVAL);
+        };
+        thread::Builder::new()
+            .name("metrics".into())
+            .spawn(sample)
+            .map(drop)
+    }
+
+    /// The latest sample; taken now where there is none yet.
     #[must_use]
-    pub fn read(&self) -> Metrics {
+    pub fn latest(&self) -> Metrics {
+        let latest = lock(&self.latest).clone();
+        latest.unwrap_or_else(|| self.read())
+    }
+
+    fn read(&self) -> Metrics {
         let memory = Memory::parse(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
         let (disk_used, disk_total) = disk();
@@ -63,7 +93,7 @@ impl CpuMeter {
     }
 
     fn cpu_used_percent(&self, now: CpuTicks) -> f64 {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.last);
         let (before, percent) = *last;
         let all = now.all.saturating_sub(before.all);
         if all < MIN_TICKS {
@@ -74,6 +104,10 @@ impl CpuMeter {
         *last = (now, percent);
         percent
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `part` of `whole` as a percentage with two decimals.
@@ -158,7 +192,7 @@ mod tests {
 
     #[test]
     fn cpu_use_is_the_mean_since_the_last_question() {
-        let meter = CpuMeter::default();
+        let meter = Meter::default();
         assert!((meter.cpu_used_percent(CpuTicks { busy: 50, all: 200 }) - 25.0).abs() < 1e-9);
         assert!(
             (meter.cpu_used_percent(CpuTicks {

@@ -40,6 +40,12 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// Pause after a failed accept (out of descriptors, as a rule), so that it is not tried in a spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
+/// What is received of a request's head before anything answers: many times what any client sends.
+const MAX_HEAD_BYTES: usize = 64 * 1024;
+/// The answer to a peer with too many connections.
+const TOO_MANY: &str = "HTTP/1.1 429 Too Many Requests\r\ncontent-type: application/json\r\n\
+    content-length: 47\r\nconnection: close\r\n\r\n{\"code\":429,\"message\":\"too many connections\"}\r\n";
+
 /// Serves `router` on `listener` until `stop` fires.
 pub async fn run(listener: TcpListener, router: Router, stop: CancellationToken) {
     run_known(listener, router, Arc::default(), stop).await;
@@ -55,8 +61,8 @@ pub async fn run_known(
     let tasks = TaskTracker::new();
     let builder = builder();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-        let stream = match accepted {
-            Ok((stream, _peer)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(err) => {
                 log!("accept a connection: {err}");
                 tokio::time::sleep(ACCEPT_RETRY).await;
@@ -66,7 +72,11 @@ pub async fn run_known(
         if let Err(err) = tune(&stream) {
             log!("set up a connection: {err}");
         }
-        let admitted = connections.admit();
+        let Some(admitted) = connections.admit(peer.ip()) else {
+            // As far as it fits without waiting, which is all of it.
+            let _ = stream.try_write(TOO_MANY.as_bytes());
+            continue;
+        };
         let cut = Arc::new(AtomicBool::new(false));
         let socket = Socket {
             stream,
@@ -93,6 +103,7 @@ fn builder() -> auto::Builder<TokioExecutor> {
     builder
         .http1()
         .timer(TokioTimer::new())
+        .max_buf_size(MAX_HEAD_BYTES)
         .header_read_timeout(IDLE_TIMEOUT);
     builder
         .http2()
@@ -203,7 +214,10 @@ impl AsyncWrite for Socket {
 }
 
 /// Small answers leave at once, and a peer that is gone is noticed.
-fn tune(stream: &TcpStream) -> io::Result<()> {
+///
+/// # Errors
+/// What the kernel said.
+pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
     setsockopt(stream, sockopt::TcpUserTimeout, &VANISHED_TIMEOUT_MS)?;

@@ -626,3 +626,68 @@ async fn uploads_are_signed_for_writing_and_a_token_is_checked_first() {
     let wrong = [("x-access-token", "wrong")];
     assert_eq!(post_octets(envd, &url, "x", &wrong).await.status, 401);
 }
+
+async fn compose(envd: &Envd, body: serde_json::Value) -> Answer {
+    envd.post("/files/compose", body.to_string()).await
+}
+
+#[tokio::test]
+async fn files_are_composed_in_order_for_the_user_and_their_sources_go() {
+    let envd = Envd::start();
+    let dir = tempfile::tempdir().expect("a directory");
+    let (one, other) = (dir.path().join("1"), dir.path().join("2"));
+    let large = noise(300_000);
+    fs::write(&one, &large).expect("written");
+    fs::write(&other, "end").expect("written");
+    let whole = dir.path().join("new/whole");
+    let order = json!({"source_paths": [one, other], "destination": whole, "username": "nobody"});
+    let answer = compose(&envd, order).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let entry = answer.json();
+    assert_eq!(entry["path"], *whole.to_str().expect("text"));
+    assert_eq!(
+        (&entry["name"], &entry["type"]),
+        (&json!("whole"), &json!("file"))
+    );
+    let written = fs::read(&whole).expect("there");
+    assert_eq!(written, [&large[..], b"end"].concat());
+    let owner = fs::metadata(&whole).expect("there").uid();
+    assert_eq!(owner, 65534, "nobody's");
+    assert!(!one.exists() && !other.exists());
+}
+
+#[tokio::test]
+async fn a_composition_that_cannot_be_changes_nothing() {
+    let envd = Envd::start();
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| dir.path().join(name).to_str().expect("text").to_owned();
+    fs::write(path("a"), "a").expect("written");
+    std::os::unix::fs::symlink(path("a"), path("link")).expect("made");
+    for (sources, destination, user, status) in [
+        (vec![], path("x"), "root", 400),
+        (vec![path("a"), path("none")], path("x"), "root", 404),
+        (vec![path("a"), path("")], path("x"), "root", 400),
+        (vec![path("a")], path("a"), "root", 400),
+        (vec![path("a")], path("link"), "root", 400),
+        (vec![path("a")], path(""), "root", 400),
+        (vec![path("a")], String::new(), "root", 400),
+        (vec!["/dev/zero".to_owned()], path("x"), "root", 400),
+        (vec![path("a")], path("x"), "no-such-user", 401),
+        (vec![path("a"); 1025], path("x"), "root", 413),
+    ] {
+        let order = json!({
+            "source_paths": sources, "destination": destination, "username": user
+        });
+        let shown = format!("{} to {destination} as {user}", sources.len());
+        assert_eq!(compose(&envd, order).await.status, status, "{shown}");
+        assert_eq!(fs::read_to_string(path("a")).expect("there"), "a");
+        assert!(!Path::new(&path("x")).exists());
+    }
+    for body in ["", "{", "[]", r#"{"source_paths":"a","destination":"x"}"#] {
+        assert_eq!(envd.post("/files/compose", body).await.status, 400);
+    }
+    let token = json!({"accessToken": "secret"}).to_string();
+    assert_eq!(envd.post("/init", token).await.status, 204);
+    let order = json!({"source_paths": [path("a")], "destination": path("x")});
+    assert_eq!(compose(&envd, order).await.status, 401);
+}

@@ -250,19 +250,3 @@ async fn removing_is_recursive_and_twice_is_fine() {
         assert_eq!(refusal(remove(&envd, codec, "~bob").await).0, 400);
     }
 }
-
-#[tokio::test]
-async fn watchers_say_that_they_are_not_there_yet() {
-    let envd = Envd::start();
-    for codec in BOTH {
-        let request = wire::CreateWatcherRequest {
-            path: "/tmp".into(),
-            ..Default::default()
-        };
-        let answer = envd
-            .call(codec, "filesystem.Filesystem/CreateWatcher", &request)
-            .await;
-        let answer = answer.map(|_: wire::CreateWatcherResponse| ());
-        assert_eq!(refusal(answer), (501, "unimplemented".into()));
-    }
-}

@@ -666,6 +666,85 @@ async fn terminal_has_its_size_and_echoes_input() {
     }
 }
 
+fn pty(cols: u32, rows: u32) -> wire::PTY {
+    let size = wire::pty::Size {
+        cols,
+        rows,
+        ..Default::default()
+    };
+    wire::PTY {
+        size: size.into(),
+        ..Default::default()
+    }
+}
+
+/// As a terminal's user has it: a shell with job control, left alone and found again by its tag.
+#[tokio::test]
+async fn a_terminal_is_a_login_with_jobs_that_can_be_left_and_joined_by_its_tag() {
+    let envd = Envd::start();
+    for codec in BOTH {
+        let tag = format!("term-{codec:?}");
+        let request = wire::StartRequest {
+            pty: pty(80, 24).into(),
+            tag: Some(tag.clone()),
+            ..command("/bin/bash", &["--norc", "--noprofile", "-i"])
+        };
+        let headers = [("authorization", &*basic("root"))];
+        let mut stream = envd.start_process(codec, request, &headers).await;
+        let pid = stream.pid().await;
+        let keys = async |line: &str| {
+            let typed = terminal_input(line.as_bytes());
+            send_input(&envd, codec, pid, typed).await.expect("typed");
+        };
+        keys("cd; echo home=$PWD=$HOME\n").await;
+        stream.until("home=/root=/root\r\n").await;
+        // Control and Z stops what is in front, and the shell is told of it.
+        keys("sleep 1000\n").await;
+        stream.until("sleep 1000\r\n").await;
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        keys("\u{1a}").await;
+        stream.until("Stopped").await;
+        keys("jobs; kill %1; echo over\n").await;
+        stream.until("over\r\n").await;
+        drop(stream);
+
+        let mut again = envd.connect(codec, by_tag(&tag)).await;
+        assert_eq!(again.pid().await, pid);
+        let request = wire::UpdateRequest {
+            process: by_tag(&tag).into(),
+            pty: pty(100, 40).into(),
+            ..Default::default()
+        };
+        let resized = envd.call(codec, "process.Process/Update", &request).await;
+        resized.map(|_: wire::UpdateResponse| ()).expect("resized");
+        keys("stty size; exit 3\n").await;
+        again.until("40 100\r\n").await;
+        loop {
+            match again.event().await.expect("an end").expect("no error") {
+                oneof::process_event::Event::End(end) => break assert_eq!(end.exit_code, 3),
+                oneof::process_event::Event::Data(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(!is_running(pid));
+    }
+}
+
+/// A size of nothing leaves the kernel's default, and no size is too large to be asked for.
+#[tokio::test]
+async fn terminals_take_any_size() {
+    let envd = Envd::start();
+    for (cols, rows, shown) in [(0, 0, "0 0"), (70_000, u32::MAX, "65535 65535")] {
+        let request = wire::StartRequest {
+            pty: pty(cols, rows).into(),
+            ..shell("stty size")
+        };
+        let mut stream = envd.start_process(Codec::Proto, request, &[]).await;
+        stream.pid().await;
+        stream.until(&format!("{shown}\r\n")).await;
+    }
+}
+
 #[tokio::test]
 async fn only_terminals_are_resized() {
     let envd = Envd::start();

@@ -475,3 +475,114 @@ async fn settings_of_the_cluster_are_shown_and_set() {
     let complaint = terminal.fails(2, &["cluster", "set", "voters=3"]).await;
     assert!(complaint.contains("max_learners"), "{complaint}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ports_are_opened_and_linked_to() {
+    let terminal = Terminal::new().await;
+    let id = terminal.world.capsule().await;
+    let set = [
+        "capsule",
+        "set",
+        &id,
+        "--ports",
+        "public",
+        "--auto-resume",
+        "true",
+    ];
+    let changed = terminal.json(&set).await;
+    assert_eq!(
+        (&changed["ports"], &changed["auto_resume"]),
+        (&"public".into(), &true.into())
+    );
+    let url = terminal
+        .ok(&["capsule", "link", &id, "8080", "--expires", "5m"])
+        .await;
+    assert!(
+        url.starts_with(&format!("http://8080-{id}.localhost:")),
+        "{url}"
+    );
+    let refused = terminal
+        .fails(1, &["capsule", "link", &id, "8080", "--expires", "30d"])
+        .await;
+    assert!(refused.contains("expires_in_sec"), "{refused}");
+    terminal
+        .fails(1, &["capsule", "set", &id, "--ports", "ajar"])
+        .await;
+}
+
+/// A terminal of this side: what is typed into it, and what it shows.
+struct Desk {
+    master: std::fs::File,
+    slave: std::os::fd::OwnedFd,
+}
+
+impl Desk {
+    fn new(cols: u16, rows: u16) -> Self {
+        let size = nix::pty::Winsize {
+            ws_row: rows,
+            ws_col: cols,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        let pair = nix::pty::openpty(&size, None).expect("a terminal");
+        Self {
+            master: pair.master.into(),
+            slave: pair.slave,
+        }
+    }
+
+    fn seat(&self) -> Stdio {
+        self.slave.try_clone().expect("a descriptor").into()
+    }
+
+    /// Reads on a thread until `wanted` was shown.
+    async fn shown(&self, wanted: &'static str) -> String {
+        use std::io::Read as _;
+        let mut master = self.master.try_clone().expect("a descriptor");
+        let read = tokio::task::spawn_blocking(move || {
+            let (mut shown, mut bytes) = (Vec::new(), [0; 4096]);
+            loop {
+                let count = master.read(&mut bytes).expect("it is open");
+                shown.extend_from_slice(&bytes[..count]);
+                let text = String::from_utf8_lossy(&shown);
+                if text.contains(wanted) {
+                    return text.into_owned();
+                }
+            }
+        });
+        let read = tokio::time::timeout(api_world::PATIENCE, read).await;
+        read.expect("in time").expect("no panic")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shell_at_a_terminal_is_a_terminal_there_and_leaves_ours_as_it_was() {
+    use std::io::Write as _;
+    let terminal = Terminal::new().await;
+    let id = terminal.world.capsule().await;
+    let mut desk = Desk::new(91, 17);
+    let before = nix::sys::termios::tcgetattr(&desk.slave).expect("attributes");
+    let mut shell = terminal
+        .command(&["capsule", "shell", &id, "--", "/bin/sh"])
+        .env("PS1", "$ ")
+        .stdin(desk.seat())
+        .stdout(desk.seat())
+        .stderr(desk.seat())
+        .spawn()
+        .expect("a process");
+    desk.shown("# ").await;
+    // Typed as keys: this side's terminal echoes nothing, the other one does.
+    desk.master.write_all(b"stty size; echo m''ark\r").unwrap();
+    let shown = desk.shown("mark").await;
+    assert!(shown.contains("17 91"), "{shown}");
+    desk.master.write_all(b"exit 7\r").unwrap();
+    let ended = tokio::time::timeout(api_world::PATIENCE, shell.wait()).await;
+    assert_eq!(ended.expect("in time").expect("an end").code(), Some(7));
+    let after = nix::sys::termios::tcgetattr(&desk.slave).expect("attributes");
+    assert_eq!(after, before);
+
+    let complaint = terminal
+        .fails(1, &["capsule", "shell", &id, "--attach", "pty-0"])
+        .await;
+    assert!(complaint.starts_with("error: "), "{complaint}");
+}

@@ -6,9 +6,11 @@ mod api_world;
 
 use std::time::Instant;
 
-use api_world::{World, eventually};
+use api_world::{World, eventually, propose};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use proto::ids::SandboxId;
+use raft::command::{Command, Report};
 use serde_json::{Value, json};
 
 async fn post(world: &World, id: &str, body: Value) -> api_world::Answer {
@@ -175,4 +177,106 @@ async fn bad_commands_are_refused_before_the_guest_sees_them() {
             "{body}"
         );
     }
+}
+
+/// A command that waits for ever, cut off once `then` is through. The answer.
+async fn cut_off(world: &World, id: &str, then: impl AsyncFnOnce()) -> api_world::Answer {
+    let body = json!({"cmd": "sleep", "args": ["1000"], "timeout_sec": 600});
+    let runs = async || {
+        let listed = world.get(&format!("/v1/capsules/{id}/processes")).await;
+        let listed = listed.is(200).json()["processes"].clone();
+        listed
+            .as_array()
+            .is_some_and(|it| !it.is_empty())
+            .then_some(())
+    };
+    let cut = async {
+        eventually(runs).await;
+        then().await;
+        world.guests.gone.cancel();
+    };
+    tokio::join!(post(world, id, body), cut).0
+}
+
+#[tokio::test]
+async fn a_command_that_a_pause_cuts_off_says_so() {
+    let (elsewhere, _peers) = World::elsewhere().await;
+    for world in [World::new().await, elsewhere] {
+        let id = world.capsule().await;
+        let path = format!("/v1/capsules/{id}/pause");
+        let answer = cut_off(&world, &id, async || {
+            world.post(&path, json!({})).await.is(200);
+        });
+        let answer = answer.await;
+        answer.refused(409, "invalid_state");
+        assert_eq!(answer.json()["error"]["detail"], "capsule_paused");
+        let told = answer.json()["error"]["message"].to_string();
+        assert!(
+            told.contains("paused while the request was under way"),
+            "{told}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_the_end_of_its_capsule_cuts_off_says_so() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let path = format!("/v1/capsules/{id}");
+    let answer = cut_off(&world, &id, async || {
+        world.delete(&path).await.is(204);
+    });
+    let answer = answer.await;
+    answer.refused(409, "invalid_state");
+    assert_eq!(answer.json()["error"]["detail"], "capsule_ended");
+}
+
+#[tokio::test]
+async fn a_command_whose_guest_breaks_says_what_the_record_says_a_moment_later() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let report = async || {
+        // After the connections broke, as it is where a guest breaks by itself.
+        world.guests.gone.cancel();
+        tokio::task::yield_now().await;
+        let id: SandboxId = id.parse().unwrap();
+        let known = world.proposer.view().state().sandbox(id).cloned().unwrap();
+        let report = Report::Failed {
+            reason: "its VMM was killed by signal 9".into(),
+        };
+        let (epoch, node) = (known.epoch, known.owner);
+        propose(
+            &world.proposer,
+            Command::ReportSandbox {
+                id,
+                epoch,
+                node,
+                report,
+            },
+        )
+        .await;
+    };
+    let answer = cut_off(&world, &id, report).await;
+    answer.refused(502, "agent_error");
+    let told = answer.json()["error"]["message"].to_string();
+    assert!(
+        told.contains("broke while") && told.contains("signal 9"),
+        "{told}"
+    );
+}
+
+#[tokio::test]
+async fn a_command_whose_capsule_has_gone_on_elsewhere_says_where() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let answer = cut_off(&world, &id, async || {
+        for act in ["pause", "resume"] {
+            let path = format!("/v1/capsules/{id}/{act}");
+            world.post(&path, json!({})).await.is(200);
+        }
+    });
+    let answer = answer.await;
+    answer.refused(503, "host_unavailable");
+    assert_eq!(answer.json()["error"]["detail"], "capsule_moved");
+    assert!(!answer.headers.contains_key("retry-after"));
 }

@@ -13,7 +13,7 @@ use http_body_util::BodyExt as _;
 use proto::units::Stamp;
 use raft::command::{Command, Verdict};
 use serde_json::json;
-use wrenn_node::relay::Transfer;
+use wrenn_node::relay::{Transfer, Waiting};
 
 #[tokio::test]
 async fn commands_run_through_another_node_with_one_connection_and_one_question() {
@@ -112,6 +112,12 @@ async fn what_only_the_owner_knows_is_shown_by_every_node() {
         sources: 2,
     };
     *world.guests.transfer.lock().unwrap() = Some(transfer);
+    *world.guests.waiting.lock().unwrap() = Some(Waiting {
+        nodes: vec!["b".into()],
+        why: "b is away".into(),
+        since: used,
+        until: Stamp(used.0 + 1000),
+    });
     let shown = world
         .get(&format!("/v1/capsules/{id}"))
         .await
@@ -119,6 +125,13 @@ async fn what_only_the_owner_knows_is_shown_by_every_node() {
         .json();
     let expected = json!({ "bytes_done": 5, "bytes_total": 9, "sources": 2 });
     assert_eq!(shown["transfer"], expected);
+    let expected = json!({
+        "nodes": ["b"],
+        "reason": "b is away",
+        "since": "2023-11-14T22:15:23Z",
+        "until": "2023-11-14T22:15:24Z",
+    });
+    assert_eq!(shown["waits_for"], expected);
     *world.guests.transfer.lock().unwrap() = None;
     let shown = world
         .get(&format!("/v1/capsules/{id}"))

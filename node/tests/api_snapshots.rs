@@ -249,3 +249,91 @@ async fn forks_without_room_are_named_and_the_others_stay() {
         assert!(why.contains("no host can take this capsule"), "{why}");
     }
 }
+
+#[tokio::test]
+async fn a_request_that_comes_again_to_another_node_makes_nothing_new() {
+    let world = World::new().await;
+    let nodes = [world.address, world.another_node().await];
+    let again = async |path: &str, key: &str, body: Value| {
+        let mut answers = Vec::new();
+        for node in nodes.into_iter().chain(nodes) {
+            let answer = world.post_again(node, path, (key, KEY), body.clone());
+            answers.push(answer.await.is(201).json());
+        }
+        for other in &answers[1..] {
+            assert_eq!(other, &answers[0], "{path}");
+        }
+        answers.swap_remove(0)
+    };
+    let id = again("/v1/capsules", "k", json!({})).await["id"].clone();
+    let id = id.as_str().expect("an id").to_owned();
+    let forks = again(
+        &format!("/v1/capsules/{id}/fork"),
+        "k",
+        json!({ "count": 2 }),
+    )
+    .await;
+    assert_eq!(forks.as_array().map(Vec::len), Some(2));
+    let nameless = again("/v1/snapshots", "k", json!({ "sandbox_id": id })).await;
+    let named = again(
+        "/v1/snapshots",
+        "k",
+        json!({ "sandbox_id": id, "name": "n" }),
+    )
+    .await;
+    assert_ne!(nameless["name"], named["name"]);
+    let listed = world.get("/v1/capsules").await.json();
+    assert_eq!(listed.as_array().map(Vec::len), Some(3), "{listed}");
+
+    // What the capsule has come to meanwhile makes no difference.
+    world.delete(&format!("/v1/capsules/{id}")).await.is(204);
+    again("/v1/snapshots", "k", json!({ "sandbox_id": id })).await;
+    let ended = again("/v1/capsules", "k", json!({})).await;
+    assert_eq!(
+        (&ended["id"], &ended["status"]),
+        (&json!(id), &json!("stopped"))
+    );
+}
+
+#[tokio::test]
+async fn a_key_stands_for_one_request_of_one_api_key() {
+    let world = World::new().await;
+    let post = async |path: &str, keys: (&str, &str), body: Value| {
+        world.post_again(world.address, path, keys, body).await
+    };
+    let first = post("/v1/capsules", ("k", KEY), json!({})).await;
+    let id = first.is(201).json()["id"].as_str().unwrap().to_owned();
+    let other = post("/v1/capsules", ("k", KEY), json!({ "vcpus": 2 })).await;
+    other.refused(409, "conflict");
+    let of_another = post("/v1/capsules", ("k", OTHER_KEY), json!({})).await;
+    assert_ne!(of_another.is(201).json()["id"], json!(id));
+    let next = post("/v1/capsules", ("l", KEY), json!({})).await;
+    assert_ne!(next.is(201).json()["id"], json!(id));
+
+    let fork = format!("/v1/capsules/{id}/fork");
+    post(&fork, ("k", KEY), json!({ "count": 2 })).await.is(201);
+    for count in [1, 3] {
+        let other = post(&fork, ("k", KEY), json!({ "count": count })).await;
+        other.refused(409, "conflict");
+    }
+    let bad = post("/v1/capsules", ("a b", KEY), json!({})).await;
+    bad.refused(400, "invalid_request");
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_failed_is_tried_anew_when_its_request_comes_again() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let body = json!({ "sandbox_id": id, "name": "n" });
+    let take = async || {
+        let keys = ("k", KEY);
+        world
+            .post_again(world.address, "/v1/snapshots", keys, body.clone())
+            .await
+    };
+    *world.guests.pause.lock().unwrap() = Some(Fate::Break("the disk is full"));
+    take().await.refused(502, "agent_error");
+    *world.guests.pause.lock().unwrap() = None;
+    let made = take().await.is(201).json();
+    assert_eq!(take().await.is(201).json(), made);
+}

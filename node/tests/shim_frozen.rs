@@ -33,7 +33,7 @@ use wrenn_node::sandbox::{
 use wrenn_node::shim::lease::{self, LeaseTimes, LeaseWriter};
 use wrenn_node::store::fetch::NoHolders;
 use wrenn_node::store::{DataPaths, ImageDigest, Limits, Store, durable};
-use wrenn_node::vmm::Accelerator;
+use wrenn_node::vmm::{Accelerator, Driver};
 
 const ID: SandboxId = SandboxId([3; 16]);
 const EPOCH: Epoch = Epoch(5);
@@ -129,6 +129,7 @@ impl World {
             kernel: images.join("kernel/vmlinuz"),
             kernel_release: "test".into(),
             initramfs: images.join("initramfs"),
+            vmm_driver: Driver::Qemu,
             vmm_program: QEMU.into(),
             accelerator: Accelerator::Tcg,
             wrenn: WRENN.into(),

@@ -40,7 +40,7 @@ use wrenn_node::shim::saved::PagingStatus;
 use wrenn_node::store::fetch::{Holders, Wire};
 use wrenn_node::store::serve::{Asked, Wants};
 use wrenn_node::store::{DataPaths, ImageDigest, Limits, SnapshotDigest, Store, durable};
-use wrenn_node::vmm::Accelerator;
+use wrenn_node::vmm::{Accelerator, Driver};
 
 const ID: SandboxId = SandboxId([4; 16]);
 const BASE: ImageDigest = ImageDigest([7; 32]);
@@ -194,6 +194,7 @@ impl Place {
             kernel: images().join("kernel/vmlinuz"),
             kernel_release: "test".into(),
             initramfs: images().join("initramfs"),
+            vmm_driver: Driver::Qemu,
             vmm_program: QEMU.into(),
             accelerator: Accelerator::Tcg,
             wrenn: WRENN.into(),

@@ -16,11 +16,14 @@ use store_support::peers::{BAD, GOOD, LACKS, Peer, Peers, Piece, Sealed, Sent, W
 use tokio::time::{Instant, sleep, timeout};
 use wrenn_node::store::fetch::{FetchError, NoHolders};
 use wrenn_node::store::{
-    BringError, CHUNK_BYTES, Came, Carried, Decoder, Holding, Incoming, Limits, SealError, Store,
+    BringError, CHUNK_BYTES, Came, Carried, ChunkId, Decoder, Holding, Incoming, Limits, SealError,
+    Store,
 };
 
-/// How long everybody must have lacked a chunk before it is called gone.
-const GONE_AFTER: Duration = Duration::from_secs(60);
+/// How long after everybody lacked a chunk they are asked once more before it is called gone.
+const ONCE_MORE_AFTER: Duration = Duration::from_secs(2);
+/// Longer than any wait there is.
+const LONG: Duration = Duration::from_secs(3600);
 
 /// What becomes of every chunk that a holder sends.
 type Spoils = fn(Vec<u8>) -> Sent;
@@ -327,15 +330,16 @@ async fn while_no_holder_can_be_reached_it_is_not_now_and_never_gone() {
     away.store(true, Ordering::Relaxed);
     for _ in 0..5 {
         let failed = incoming.bring(chunk).await.unwrap_err();
-        assert!(matches!(failed, BringError::NotNow { .. }), "{failed:?}");
-        sleep(GONE_AFTER).await;
+        let is_away = matches!(&failed, BringError::NotNow { away, .. } if *away == [GOOD]);
+        assert!(is_away, "{failed:?}");
+        sleep(LONG).await;
     }
     away.store(false, Ordering::Relaxed);
     incoming.bring(chunk).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_chunk_that_every_holder_lacks_for_long_is_gone() {
+async fn a_chunk_that_every_holder_lacks_is_gone_after_one_more_round() {
     let world = World::new();
     let lost = world.sealed.memory_chunks()[3];
     let lacking = |sealed: &Sealed| {
@@ -356,9 +360,13 @@ async fn a_chunk_that_every_holder_lacks_for_long_is_gone() {
         told.contains(&BAD.to_string()) && told.contains(&GOOD.to_string()),
         "{told}"
     );
-    sleep(GONE_AFTER).await;
+    sleep(ONCE_MORE_AFTER).await;
     let failed = incoming.bring(lost).await.unwrap_err();
     assert!(matches!(failed, BringError::Gone { .. }), "{failed:?}");
+    // What was found long ago says nothing about now.
+    sleep(LONG).await;
+    let failed = incoming.bring(lost).await.unwrap_err();
+    assert!(matches!(failed, BringError::NotNow { .. }), "{failed:?}");
     // The rest comes, and then it is said that this one does not.
     let failed = incoming.complete().await.unwrap_err();
     assert!(matches!(failed, FetchError::NoHolder { .. }), "{failed:?}");
@@ -370,6 +378,55 @@ async fn a_chunk_that_every_holder_lacks_for_long_is_gone() {
     peers.peers.lock().unwrap().push(new);
     incoming.bring(lost).await.unwrap();
     incoming.complete().await.unwrap();
+}
+
+/// What comes of a chunk that `holders` are asked for, twice with a pause.
+async fn asked_twice(incoming: &Incoming, chunk: ChunkId) -> BringError {
+    let _first = incoming.bring(chunk).await.unwrap_err();
+    sleep(ONCE_MORE_AFTER).await;
+    incoming.bring(chunk).await.unwrap_err()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_chunk_is_gone_where_no_holder_is_left_or_all_send_other_bytes_for_it() {
+    let world = World::new();
+    let chunk = world.sealed.memory_chunks()[0];
+    let liar = Peer::spoiled(&world.sealed, move |piece, mut bytes| {
+        if matches!(piece, Piece::Chunk(_, id) if id == chunk) {
+            let last = bytes.len() - 1;
+            bytes[last] ^= 1;
+        }
+        Sent::Bytes(bytes)
+    });
+    let peers = world.peers([(BAD, liar)]);
+    let incoming = lazily(&world, &peers).await;
+    let failed = asked_twice(&incoming, chunk).await;
+    assert!(matches!(failed, BringError::Gone { .. }), "{failed:?}");
+
+    let world = world.anew();
+    let peers = world.peers([(GOOD, Peer::honest(&world.sealed))]);
+    let incoming = lazily(&world, &peers).await;
+    peers.peers.lock().unwrap().clear();
+    let failed = asked_twice(&incoming, chunk).await;
+    // It gave something before, and so was asked; it is no holder, and so not waited for.
+    assert!(matches!(failed, BringError::Gone { .. }), "{failed:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_gone_by_a_list_of_holders_that_may_be_old() {
+    let world = World::new();
+    let peers = world.peers([(GOOD, Peer::honest(&world.sealed))]);
+    let incoming = lazily(&world, &peers).await;
+    let chunk = world.sealed.memory_chunks()[0];
+    peers.peers.lock().unwrap().clear();
+    peers.cut_off.store(true, Ordering::Relaxed);
+    for _ in 0..5 {
+        let failed = asked_twice(&incoming, chunk).await;
+        assert!(matches!(failed, BringError::NotNow { .. }), "{failed:?}");
+    }
+    peers.cut_off.store(false, Ordering::Relaxed);
+    let failed = asked_twice(&incoming, chunk).await;
+    assert!(matches!(failed, BringError::Gone { .. }), "{failed:?}");
 }
 
 /// One that mends its copy says that it holds none meanwhile.

@@ -49,7 +49,9 @@ impl Driven {
     fn incoming(spec: &VmmSpec, hardware: &Hardware) -> Self {
         let memory = GuestMemory::create(spec.memory).expect("memory");
         let name = "vmm-state-test";
-        let started = vmm::spawn_incoming(spec, hardware, name, memory.as_fd(), soon());
+        // QEMU looks at the state only when it is told to load it.
+        let started =
+            vmm::spawn_incoming(spec, hardware, memory.as_fd(), name, memory.as_fd(), soon());
         Self::listen(memory, started.expect("up"))
     }
 

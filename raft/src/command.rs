@@ -108,6 +108,15 @@ pub enum Command {
         /// How busy nodes were when the proposer last heard; placement's second thought.
         hints: Vec<LoadHint>,
     },
+    /// What its team decided about the ways into a sandbox; `None` leaves things as they are.
+    ChangeSandbox {
+        /// Which one.
+        id: SandboxId,
+        /// Whether its ports may be visited without a key.
+        ports_open: Option<bool>,
+        /// Whether a visit resumes it.
+        wakes: Option<bool>,
+    },
     /// From now on the sandbox is wanted stopped.
     StopSandbox {
         /// Which one.
@@ -144,6 +153,9 @@ pub enum Command {
     DropNamed(DropNamed),
     /// A node has sealed a guest that had just booted, for others to start from: [`Snapshot::warm`].
     PutWarm(Snapshot),
+    /// A node could not start anything from a snapshot that is kept warm: nobody does any more, and the
+    /// next guest that boots is kept in its place.
+    RetireWarm(SnapshotId),
     /// Whether a node has all of a snapshot; that node proposes it.
     HoldSnapshot {
         /// Which one.

@@ -77,6 +77,7 @@ pub fn decode_node(bytes: &[u8]) -> Result<Node, BadRow> {
         .try_into()
 }
 
+#[allow(clippy::too_many_lines)] // an arm for each command, and nothing else
 fn command_to_wire(command: &Command) -> pb::proposal::Command {
     use pb::proposal::Command as Wire;
     match command {
@@ -120,6 +121,11 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             spec,
             hints,
         } => created_to_wire(*id, *team, spec, hints),
+        Command::ChangeSandbox {
+            id,
+            ports_open,
+            wakes,
+        } => sandbox_changed_to_wire(*id, *ports_open, *wakes),
         Command::StopSandbox { id, cause } => stopped_to_wire(*id, *cause),
         Command::PauseSandbox {
             id,
@@ -137,6 +143,7 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
         Command::CheckpointSandbox(asked) => named::checkpoint_to_wire(asked),
         Command::DropNamed(which) => named::unnamed_to_wire(which),
         Command::PutWarm(snapshot) => named::warm_to_wire(snapshot),
+        Command::RetireWarm(id) => named::retired_to_wire(*id),
         Command::ReportSandbox {
             id,
             epoch,
@@ -204,6 +211,18 @@ fn created_to_wire(
         team: team.0.to_vec(),
         spec: Some(spec.into()),
         hints: hints.iter().map(hint_to_wire).collect(),
+    })
+}
+
+fn sandbox_changed_to_wire(
+    id: SandboxId,
+    ports_open: Option<bool>,
+    wakes: Option<bool>,
+) -> pb::proposal::Command {
+    pb::proposal::Command::ChangeSandbox(pb::ChangeSandbox {
+        id: id.0.to_vec(),
+        ports_open,
+        wakes,
     })
 }
 
@@ -336,6 +355,12 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(named::checkpoint_from_wire(it)?),
         Wire::DropNamed(it) => Command::DropNamed(named::unnamed_from_wire(it)?),
         Wire::PutWarm(it) => Command::PutWarm(some("snapshot", it.snapshot)?.try_into()?),
+        Wire::ChangeSandbox(it) => Command::ChangeSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            ports_open: it.ports_open,
+            wakes: it.wakes,
+        },
+        Wire::RetireWarm(it) => named::retired_from_wire(&it)?,
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,

@@ -235,6 +235,42 @@ fn a_stop_frees_the_room_only_when_the_owner_says_everything_is_released() {
 }
 
 #[test]
+fn a_change_sets_what_it_names_and_nothing_once_the_sandbox_has_ended() {
+    let mut world = World::with_node();
+    world.create(1).expect("there is room");
+    let change = |ports_open, wakes| Command::ChangeSandbox {
+        id: sandbox_id(1),
+        ports_open,
+        wakes,
+    };
+    let ways = |world: &World| {
+        let sandbox = world.state.sandbox(sandbox_id(1)).expect("it is known");
+        (sandbox.spec.ports_open, sandbox.spec.wakes)
+    };
+    assert_eq!(ways(&world), (false, false));
+    let both = change(Some(true), Some(true));
+    assert_eq!(world.apply(both.clone()), Ok(Receipt::Done(1)));
+    assert_eq!(world.apply(both), Ok(Receipt::Done(0)));
+    let one = change(None, Some(false));
+    assert_eq!(world.apply(one), Ok(Receipt::Done(1)));
+    assert_eq!(ways(&world), (true, false));
+    let again = State::from_rows(world.state.rows()).expect("own rows are readable");
+    assert!(again == world.state);
+
+    let failed = Report::Failed {
+        reason: "no disk".into(),
+    };
+    world.report(1, Epoch(3), failed).expect("heard");
+    assert_eq!(world.apply(change(Some(false), None)), Ok(Receipt::Done(0)));
+    let unknown = Command::ChangeSandbox {
+        id: sandbox_id(9),
+        ports_open: None,
+        wakes: None,
+    };
+    assert!(world.apply(unknown).is_err());
+}
+
+#[test]
 fn a_start_that_races_with_a_stop_stays_stopping() {
     let mut world = World::with_node();
     world.create(1).expect("there is room");
@@ -378,6 +414,13 @@ fn any_command() -> impl Strategy<Value = Command> {
         id().prop_map(|id| Command::StopSandbox {
             id,
             cause: StopCause::Asked
+        }),
+        (id(), any::<Option<bool>>(), any::<Option<bool>>()).prop_map(|(id, ports_open, wakes)| {
+            Command::ChangeSandbox {
+                id,
+                ports_open,
+                wakes,
+            }
         }),
         (id(), 0_u64..30, 1_u64..4, any_report()).prop_map(|(id, epoch, node, report)| {
             Command::ReportSandbox {

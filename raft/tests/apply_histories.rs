@@ -463,6 +463,7 @@ fn naming_event(world: &World, proposal: &Proposal, applied: &Applied) -> Option
         (Command::DropNamed(_), Ok(Receipt::Done(1))) => "name dropped",
         (Command::PutWarm(_), Ok(Receipt::Done(1))) => "kept warm",
         (Command::PutWarm(_), Err(_)) => "not kept warm",
+        (Command::RetireWarm(_), Ok(Receipt::Done(1))) => "given up",
         (Command::CreateSandbox { id, .. }, Ok(_)) if !applied.touched.is_empty() => {
             let made = world.state.sandbox(*id).expect("it was made");
             let origin = made.origin.and_then(|id| world.state.snapshot(id));
@@ -568,7 +569,7 @@ fn the_histories_reach_what_they_are_about() {
                   may not join, may not be removed, pausing, sealed, moved, thawed, resumed, runs already, \
                   not resumed, not paused, cannot be resumed, holder told, resumed elsewhere, \
                   back to its last pause, snapshotting, named, named at rest, forked, forked at rest, \
-                  name taken, name dropped, kept warm, not kept warm, starts warm, \
+                  name taken, name dropped, kept warm, not kept warm, given up, starts warm, \
                   starts from a name";
     for event in wanted.split(", ") {
         let times = seen.get(event).copied().unwrap_or_default();

@@ -408,6 +408,41 @@ fn what_is_warm_goes_with_its_template_and_stays_for_those_that_started_from_it(
 }
 
 #[test]
+fn what_is_warm_and_nobody_has_any_more_is_retired_and_made_anew() {
+    let (mut world, second, third) = World::of_three();
+    world
+        .act(Command::PutWarm(warm(7, second, 512)))
+        .expect("first");
+    world.create(1, waiting(512)).expect("there is room");
+    world.hold(7, second, false).expect("known");
+    assert_eq!(world.state.warm().count(), 0);
+    assert!(world.snapshot(7).is_some(), "a guest started from it");
+    world
+        .act(Command::PutWarm(warm(8, third, 512)))
+        .expect("nobody has the first");
+    world.create(2, waiting(512)).expect("there is room");
+    assert_eq!(world.sandbox(2).origin, Some(snapshot_id(8)));
+}
+
+#[test]
+fn what_a_node_could_not_start_from_is_given_up_once_and_made_anew() {
+    let (mut world, second, _) = World::of_three();
+    let give_up = Command::RetireWarm(snapshot_id(7));
+    assert_eq!(world.act(give_up.clone()), Ok(Receipt::Done(0)), "unknown");
+    world
+        .act(Command::PutWarm(warm(7, second, 512)))
+        .expect("first");
+    assert_eq!(world.act(give_up.clone()), Ok(Receipt::Done(1)));
+    assert_eq!(world.act(give_up), Ok(Receipt::Done(0)), "told again");
+    assert_eq!(world.snapshot(7), None, "nothing lives on it");
+    world.create(1, waiting(512)).expect("there is room");
+    assert_eq!(world.sandbox(1).origin, None);
+    world
+        .act(Command::PutWarm(warm(8, second, 512)))
+        .expect("made anew");
+}
+
+#[test]
 fn what_is_warm_goes_when_no_node_is_left_that_could_start_from_it() {
     let mut world = World::founded();
     world

@@ -287,7 +287,10 @@ fn what_waited_for_a_host_that_is_declared_dead_is_back_at_its_last_pause() {
     );
     assert_eq!(
         sandbox.reason,
-        format!("its host {name} was declared dead; it is as it was when it was last paused")
+        format!(
+            "its host {name} was declared dead; it is as it was when it was last paused, and what it \
+             did since is lost"
+        )
     );
     world.resume(1, 1).expect("the other has it");
 }

@@ -59,7 +59,7 @@ fn packs(data: &Path) -> Vec<(PathBuf, u64)> {
 }
 
 /// Turns one byte in [`APART`] over, in all packs.
-fn flip(data: &Path) {
+pub(crate) fn flip(data: &Path) {
     for (path, length) in packs(data) {
         let file: File = OpenOptions::new()
             .read(true)

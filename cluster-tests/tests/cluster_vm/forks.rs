@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
-use wrenn_cluster_tests::client::wait_for;
+use wrenn_cluster_tests::client::{Answer, wait_for};
 use wrenn_cluster_tests::cluster::ClusterWorld;
 use wrenn_cluster_tests::contents::Contents;
 use wrenn_cluster_tests::world::{WARM_CREATE, World};
@@ -44,6 +44,8 @@ fn what_starts_from_another_capsule_goes_on_where_it_was_as_somebody_else() {
     contents.are_there(world, &origin);
     let all: Vec<&String> = [&origin, &started].into_iter().chain(&forks).collect();
     nothing_is_shared(world, &all);
+
+    asked_again_at_any_node(&cluster, &origin, &forks);
 
     // Emulated guests that wait for a processor for seconds lose track of the time.
     for fork in &forks {
@@ -129,18 +131,7 @@ fn made_on(cluster: &ClusterWorld, number: u16, request: &Value) -> String {
 
 fn forked(cluster: &ClusterWorld, id: &str, count: usize) -> Vec<String> {
     let world = cluster.client(ASKED);
-    let made = world.about("POST", id, "/fork", Some(&json!({ "count": count })));
-    assert!(
-        matches!(made.status, 201 | 202),
-        "{}\n{}",
-        made.json(),
-        cluster.logs()
-    );
-    let made = made.json();
-    let ids = made.as_array().expect("a list").iter();
-    let ids: Vec<String> = ids
-        .map(|fork| fork["id"].as_str().expect("an id").to_owned())
-        .collect();
+    let ids = fork_ids(world, id, count);
     assert_eq!(ids.len(), count);
     for fork in &ids {
         world.wait_status(fork, "running");
@@ -148,6 +139,50 @@ fn forked(cluster: &ClusterWorld, id: &str, count: usize) -> Vec<String> {
     }
     assert_eq!(world.record(id)["status"], "running");
     ids
+}
+
+/// The ids of the forks that a request makes, the same one whichever node it is sent to.
+fn fork_ids(world: &World, id: &str, count: usize) -> Vec<String> {
+    let made = again(
+        world,
+        &format!("/v1/capsules/{id}/fork"),
+        &json!({ "count": count }),
+    );
+    assert!(matches!(made.status, 201 | 202), "{}", made.json());
+    let made = made.json();
+    let ids = made.as_array().expect("a list").iter();
+    ids.map(|fork| fork["id"].as_str().expect("an id").to_owned())
+        .collect()
+}
+
+/// A request that may come again: its key is the same everywhere.
+fn again(world: &World, path: &str, body: &Value) -> Answer {
+    let key = world.key();
+    let headers = [
+        ("X-API-Key", key.as_str()),
+        ("Content-Type", "application/json"),
+        ("Idempotency-Key", "once"),
+    ];
+    let sent = world.send("POST", path, &headers, Some(body.to_string().as_bytes()));
+    sent.expect("an answer")
+}
+
+/// Requests that come again, at other nodes, make nothing new.
+fn asked_again_at_any_node(cluster: &ClusterWorld, origin: &str, forks: &[String]) {
+    let before = cluster.client(ASKED).listed().len();
+    for node in [ORIGIN, THIRD] {
+        assert_eq!(fork_ids(cluster.client(node), origin, forks.len()), forks);
+    }
+    let body = json!({ "sandbox_id": origin, "name": "again" });
+    let made = again(cluster.client(ASKED), "/v1/snapshots", &body);
+    assert_eq!(made.status, 201, "{}\n{}", made.json(), cluster.logs());
+    let same = again(cluster.client(THIRD), "/v1/snapshots", &body);
+    assert_eq!((same.status, same.json()), (201, made.json()));
+    let gone = cluster
+        .client(THIRD)
+        .call("DELETE", "/v1/snapshots/again", None);
+    assert_eq!(gone.status, 204);
+    assert_eq!(cluster.client(ASKED).listed().len(), before);
 }
 
 /// Names, machine ids and random numbers of all of them differ.

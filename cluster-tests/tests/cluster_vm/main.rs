@@ -16,6 +16,7 @@ mod durability;
 mod fencing;
 mod flow;
 mod forks;
+mod lost;
 mod moving;
 mod pausing;
 mod rolling;

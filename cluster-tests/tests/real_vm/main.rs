@@ -6,12 +6,15 @@
 mod adopt;
 mod bad_input;
 mod crash;
+mod cut_off;
 mod death;
 mod egress;
+mod fork_crash;
 mod life;
 mod limits;
 mod pause_crash;
 mod restart;
+mod warm_spoilt;
 
 use std::time::Duration;
 

@@ -81,12 +81,12 @@ fn cut_off(world: &mut World, id: &str, what: &str, (place, then): (&str, &str))
     assert_eq!(world.record(id)["status"], then, "{place}: {record}");
 }
 
-fn act(world: &World, id: &str, what: &str) {
+pub(crate) fn act(world: &World, id: &str, what: &str) {
     let answer = world.about("POST", id, &format!("/{what}"), None);
     assert_eq!(answer.status, 200, "{}\n{}", answer.json(), world.log());
 }
 
-fn goes_on(world: &World, id: &str, contents: &Contents) {
+pub(crate) fn goes_on(world: &World, id: &str, contents: &Contents) {
     // The record says that it runs before a guest that stood still is told to go on.
     let served = wait_for(PATIENCE, || {
         let answer = world.run(id, &json!({ "cmd": "true" }));
@@ -99,7 +99,7 @@ fn goes_on(world: &World, id: &str, contents: &Contents) {
     world.wait_only(&[id]);
 }
 
-fn is_sound(world: &World) {
+pub(crate) fn is_sound(world: &World) {
     let checked = Command::new(wrenn())
         .args(["store", "check", "--data-dir"])
         .arg(world.data())

@@ -42,7 +42,7 @@ pub fn start_as(agent: &Arc<Agent>, user: Option<&str>, line: &str) {
         env,
         stdin: false,
         terminal: None,
-        cgroup_procs: agent.surroundings.groups.procs_file(Group::User),
+        place: agent.surroundings.groups.place(Group::User),
         deadline: None,
     };
     if let Err(err) = launch.start(&agent.processes) {

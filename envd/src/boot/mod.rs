@@ -21,6 +21,7 @@ pub mod mounts;
 pub mod name;
 pub mod network;
 pub mod power;
+pub mod trust;
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -94,15 +95,19 @@ impl BootError {
     }
 }
 
-/// Brings the guest up. Returns only if all went well.
-pub fn enter() {
-    if let Err(err) = bring_up() {
-        log!("cannot boot: {}", chain(&err));
-        power::off();
+/// Brings the guest up, as the returned options say. Returns only if all went well.
+#[must_use]
+pub fn enter() -> Options {
+    match bring_up() {
+        Ok(options) => options,
+        Err(err) => {
+            log!("cannot boot: {}", chain(&err));
+            power::off()
+        }
     }
 }
 
-fn bring_up() -> Result<(), BootError> {
+fn bring_up() -> Result<Options, BootError> {
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     mounts::kernel_file_systems()?;
     open_console()?;
@@ -121,17 +126,24 @@ fn bring_up() -> Result<(), BootError> {
     raise_limits();
     // So that ctrl-alt-del of the VMM is a signal to us instead of a reset.
     let _ = nix::sys::reboot::set_cad_enabled(false);
-    Ok(())
+    Ok(options)
 }
 
 /// Open files that a process gets without asking, and that it may ask for. The kernel's own 1024
 /// and 4096 are too few for today's package managers and servers.
 const OPEN_FILES: (u64, u64) = (65_536, 524_288);
 
+/// Inotify instances of one user. The kernel's 128 would be taken by our watchers almost alone.
+const WATCHERS: (&str, &str) = ("/proc/sys/fs/inotify/max_user_instances", "1024");
+
 fn raise_limits() {
     let (soft, hard) = OPEN_FILES;
     if let Err(err) = setrlimit(Resource::RLIMIT_NOFILE, soft, hard) {
         log!("raise the limit of open files: {err}");
+    }
+    let (file, limit) = WATCHERS;
+    if let Err(err) = fs::write(file, limit) {
+        log!("write {file}: {err}");
     }
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`download`] | `GET /files`: encodings, ranges, conditions |
 //! | [`upload`] | `POST /files`: multipart and plain bodies, compressed or not |
+//! | [`compose`] | `POST /files/compose`: several files become one |
 //! | [`write`] | one file written in place, piece by piece, owned by its user |
 //! | [`metadata`] | the user's key-value pairs, kept as extended attributes |
 //! | [`service`] | `filesystem.Filesystem`, over [`tree`] (list, make, move, remove) and [`entry`] |
@@ -12,6 +13,7 @@
 //! Nothing here holds a whole file: memory per transfer is bounded by a few pieces, whatever the
 //! file's size. A crash in the middle of an upload leaves a shorter file, never another's bytes.
 
+pub mod compose;
 pub mod content;
 pub mod download;
 pub mod encoding;

@@ -1,5 +1,5 @@
 //! The Connect service `filesystem.Filesystem`: messages in, calls on [`super::tree`], entries out.
-//! Watching is not offered yet and says so.
+//! Watching is carried out by [`crate::watch`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use crate::agent::Agent;
 use crate::log::chain;
 use crate::process::service::rpc_user;
 use crate::users::{Accounts, User};
+use crate::watch::service as watch;
 
 /// The service.
 pub struct FilesystemService {
@@ -59,11 +60,13 @@ impl From<TreeError> for ConnectError {
     }
 }
 
-fn text(path: &Path) -> String {
+/// A path as clients see it; what is no text in it becomes a mark of replacement.
+pub(crate) fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn to_info(entry: Entry) -> wire::EntryInfo {
+/// An entry as clients see it.
+pub(crate) fn to_info(entry: Entry) -> wire::EntryInfo {
     let kind = match entry.kind {
         Kind::File => wire::FileType::FILE_TYPE_FILE,
         Kind::Directory => wire::FileType::FILE_TYPE_DIRECTORY,
@@ -102,12 +105,6 @@ where
     P: buffa::ProtoBox<wire::EntryInfo>,
 {
     MessageField::some(to_info(entry))
-}
-
-fn no_watchers<T>() -> ServiceResult<T> {
-    Err(ConnectError::unimplemented(
-        "watching directories is not supported yet",
-    ))
 }
 
 #[allow(refining_impl_trait)] // the concrete types say more than the trait requires
@@ -198,33 +195,34 @@ impl wire::Filesystem for FilesystemService {
 
     async fn watch_dir(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, wire::WatchDirRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, wire::WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchDirResponse>> {
-        no_watchers()
+        let events = watch::stream(&self.agent, &ctx, request.to_owned_message()).await?;
+        Response::stream_ok(events)
     }
 
     async fn create_watcher(
         &self,
-        _ctx: RequestContext,
-        _request: ServiceRequest<'_, wire::CreateWatcherRequest>,
+        ctx: RequestContext,
+        request: ServiceRequest<'_, wire::CreateWatcherRequest>,
     ) -> ServiceResult<wire::CreateWatcherResponse> {
-        no_watchers()
+        Response::ok(watch::create(&self.agent, &ctx, request.to_owned_message()).await?)
     }
 
     async fn get_watcher_events(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
+        request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
     ) -> ServiceResult<wire::GetWatcherEventsResponse> {
-        no_watchers()
+        Response::ok(watch::events(&self.agent, request.to_owned_message()).await?)
     }
 
     async fn remove_watcher(
         &self,
         _ctx: RequestContext,
-        _request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
+        request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
     ) -> ServiceResult<wire::RemoveWatcherResponse> {
-        no_watchers()
+        Response::ok(watch::remove(&self.agent, &request.to_owned_message())?)
     }
 }

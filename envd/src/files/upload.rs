@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Json;
@@ -25,6 +26,11 @@ use crate::log::chain;
 
 /// How long a client may send nothing in the middle of an upload.
 const STALL_TIMEOUT: Duration = Duration::from_secs(120);
+/// What one step through a multipart body may take in: the head of a part, or what is looked at for
+/// the next boundary. A body without either would otherwise be held as a whole.
+const STEP_BYTES: usize = 1024 * 1024;
+/// Files of one upload.
+const MAX_PARTS: usize = 10_000;
 /// Form name of the parts that are files.
 const FILE_PART: &str = "file";
 
@@ -39,7 +45,9 @@ pub struct Written {
 }
 
 impl Written {
-    fn new(path: &Path, metadata: Metadata) -> Self {
+    /// The file at `path`.
+    #[must_use]
+    pub fn new(path: &Path, metadata: Metadata) -> Self {
         let name = path
             .file_name()
             .unwrap_or_default()
@@ -140,15 +148,44 @@ fn watch<E: std::error::Error + Send + Sync + 'static>(
 fn body_error(err: &(dyn std::error::Error + 'static)) -> ApiError {
     let mut cause = Some(err);
     while let Some(error) = cause {
-        if error
-            .downcast_ref::<io::Error>()
-            .is_some_and(|e| e.kind() == io::ErrorKind::TimedOut)
-        {
-            return ApiError::new(StatusCode::REQUEST_TIMEOUT, "upload stalled");
+        match error.downcast_ref().map(io::Error::kind) {
+            Some(io::ErrorKind::TimedOut) => {
+                return ApiError::new(StatusCode::REQUEST_TIMEOUT, "upload stalled");
+            }
+            Some(io::ErrorKind::FileTooLarge) => {
+                let words = "the head of a part is too large";
+                return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, words);
+            }
+            _ => cause = error.source(),
         }
-        cause = error.source();
     }
     ApiError::bad_request(format!("read the body: {}", chain(err)))
+}
+
+/// What a step through a body has taken in.
+#[derive(Clone, Debug, Default)]
+struct Step(Arc<AtomicUsize>);
+
+impl Step {
+    /// Begins a step.
+    fn begin(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// `body`, which ends in an error where a step takes in too much.
+    fn bound(&self, body: Body) -> Body {
+        let step = self.clone();
+        let bounded = body.into_data_stream().map_err(io::Error::other);
+        Body::from_stream(bounded.and_then(move |piece: Bytes| {
+            let taken = step.0.fetch_add(piece.len(), Ordering::Relaxed) + piece.len();
+            let piece = if taken - piece.len() < STEP_BYTES {
+                Ok(piece)
+            } else {
+                Err(io::Error::from(io::ErrorKind::FileTooLarge))
+            };
+            std::future::ready(piece)
+        }))
+    }
 }
 
 struct Upload {
@@ -172,15 +209,29 @@ impl Upload {
     }
 
     async fn multipart(&self, request: Request) -> Result<Vec<Written>, ApiError> {
+        let step = Step::default();
+        let request = request.map(|body| step.bound(body));
         let parts = Multipart::from_request(request, &()).await;
         let mut parts = parts.map_err(|err| ApiError::bad_request(err.body_text()))?;
         let mut written = Vec::new();
         let mut seen = BTreeSet::new();
         while let Some(part) = parts.next_field().await.map_err(|err| body_error(&err))? {
-            if part.name() != Some(FILE_PART) {
+            let mut part = part.inspect_ok(|_| step.begin());
+            step.begin();
+            if part.get_ref().name() != Some(FILE_PART) {
+                while part
+                    .try_next()
+                    .await
+                    .map_err(|err| body_error(&err))?
+                    .is_some()
+                {}
                 continue;
             }
-            let path = self.part_path(&part)?;
+            if seen.len() == MAX_PARTS {
+                let words = format!("more than {MAX_PARTS} files");
+                return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, words));
+            }
+            let path = self.part_path(part.get_ref())?;
             if !seen.insert(path.clone()) {
                 let words = format!("two parts are for '{}'", path.display());
                 return Err(ApiError::bad_request(words));

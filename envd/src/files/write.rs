@@ -7,12 +7,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, fchown, lchown};
+use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::http::StatusCode;
 use bytes::{Bytes, BytesMut};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, mkdirat};
 use tokio::task::spawn_blocking;
 
 use super::metadata::{self, Metadata};
@@ -58,7 +61,9 @@ pub enum WriteError {
 }
 
 impl WriteError {
-    fn new(path: &Path, source: io::Error) -> Self {
+    /// What went wrong with the file at `path`.
+    #[must_use]
+    pub fn new(path: &Path, source: io::Error) -> Self {
         let path = path.to_owned();
         match source.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => Self::NoSpace { path, source },
@@ -100,8 +105,7 @@ impl Writing {
     /// [`WriteError`] says whether the path or the disk is at fault.
     pub async fn open(path: PathBuf, user: User, metadata: Metadata) -> Result<Self, WriteError> {
         let open = move || {
-            let opened = open(&path, &user, &metadata);
-            let (file, created) = opened.map_err(|err| WriteError::new(&path, err))?;
+            let (file, created) = open_for(&path, &user, &metadata)?;
             let pending = BytesMut::new();
             Ok(Self {
                 path,
@@ -163,8 +167,7 @@ impl Writing {
 impl Drop for Writing {
     fn drop(&mut self) {
         if self.remove_on_failure {
-            // If it is gone already, so much the better.
-            let _ = fs::remove_file(&self.path);
+            remove_new(&self.path);
         }
     }
 }
@@ -180,7 +183,20 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.map_err(stopped)?
 }
 
-/// The open file, and whether it is new.
+/// Opens `path` for `user` as an upload does: the open file, emptied, and whether it is new. Blocks.
+///
+/// # Errors
+/// [`WriteError`] says whether the path or the disk is at fault.
+pub fn open_for(path: &Path, user: &User, metadata: &Metadata) -> Result<(File, bool), WriteError> {
+    open(path, user, metadata).map_err(|err| WriteError::new(path, err))
+}
+
+/// Removes a file that was begun and not finished.
+pub fn remove_new(path: &Path) {
+    // If it is gone already, so much the better.
+    let _ = fs::remove_file(path);
+}
+
 fn open(path: &Path, user: &User, metadata: &Metadata) -> io::Result<(File, bool)> {
     if let Some(parent) = path.parent() {
         make_directories(parent, user)?;
@@ -237,10 +253,21 @@ pub fn make_directories(path: &Path, user: &User) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         make_directories(parent, user)?;
     }
-    match fs::DirBuilder::new().mode(DIRECTORY_MODE).create(path) {
-        Ok(()) => lchown(path, Some(user.uid), Some(user.gid)),
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Ok(());
+    };
+    // Held open, so that a name that is exchanged in between gives nothing else away.
+    let parent = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_PATH)
+        .open(parent)?;
+    match mkdirat(&parent, name, Mode::from_bits_truncate(DIRECTORY_MODE)) {
+        Ok(()) => {}
         // Somebody else made it in this instant.
-        Err(err) if err.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
-        Err(err) => Err(err),
+        Err(Errno::EEXIST) if path.is_dir() => return Ok(()),
+        Err(err) => return Err(err.into()),
     }
+    let itself = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let made = openat(&parent, name, itself, Mode::empty())?;
+    fchown(made, Some(user.uid), Some(user.gid))
 }

@@ -28,7 +28,7 @@ use serde_json::json;
 
 use crate::agent::Agent;
 use crate::files::service::FilesystemService;
-use crate::files::{download, upload};
+use crate::files::{compose, download, upload};
 use crate::process::service::ProcessService;
 use crate::snapshot::gate;
 use error::ApiError;
@@ -53,6 +53,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/metrics", get(metrics))
         .route("/envs", get(envs))
         .route("/files", get(download::download).post(upload::upload))
+        .route("/files/compose", post(compose::compose))
         .route("/snapshot/prepare", post(snapshot::prepare))
         .route("/snapshot/undo", post(snapshot::undo))
         .route("/snapshot/restore", post(snapshot::restore))
@@ -108,7 +109,7 @@ async fn health() -> impl IntoResponse {
 }
 
 async fn metrics(State(agent): State<Arc<Agent>>) -> impl IntoResponse {
-    ([NO_STORE], Json(agent.cpu.read()))
+    ([NO_STORE], Json(agent.meter.latest()))
 }
 
 async fn envs(State(agent): State<Arc<Agent>>) -> impl IntoResponse {

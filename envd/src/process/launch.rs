@@ -24,7 +24,8 @@ use super::live::{CommandLine, Process};
 use super::output::{Channel, Fanout, Subscription};
 use super::pump::{self, Source};
 use super::reap::ExitWatch;
-use super::registry::Registry;
+use super::registry::{MAX_PROCESSES, Registry};
+use crate::boot::cgroup::Place;
 use crate::sys::{ChildPlan, ChildSpec, watch};
 use crate::users::User;
 
@@ -45,8 +46,8 @@ pub struct Launch {
     pub stdin: bool,
     /// A terminal of this size instead of pipes.
     pub terminal: Option<TerminalSize>,
-    /// The `cgroup.procs` file it belongs into.
-    pub cgroup_procs: Option<PathBuf>,
+    /// The group it is placed in.
+    pub place: Option<Place>,
     /// When it is killed.
     pub deadline: Option<Instant>,
 }
@@ -60,6 +61,9 @@ pub enum LaunchError {
     /// The working directory is missing or no directory.
     #[error("cwd '{0}' does not exist")]
     NoDirectory(PathBuf),
+    /// Too many live already.
+    #[error("{MAX_PROCESSES} processes are running already")]
+    TooMany,
     /// Pipes or a terminal could not be made.
     #[error("open the standard streams")]
     Streams(#[source] io::Error),
@@ -89,6 +93,9 @@ impl Launch {
         if !self.cwd.is_dir() {
             return Err(LaunchError::NoDirectory(self.cwd));
         }
+        if !registry.has_room() {
+            return Err(LaunchError::TooMany);
+        }
         let spawn_error = |source| LaunchError::Spawn {
             cmd: self.command.cmd.clone(),
             source,
@@ -104,7 +111,7 @@ impl Launch {
 
         let output = Arc::new(Fanout::default());
         let subscription = output.subscribe();
-        let deadline = self.deadline;
+        let (deadline, place) = (self.deadline, self.place);
         let (input, pumps) =
             connect(&mut child, master.as_ref(), &output, &exit).map_err(LaunchError::Streams)?;
         let process = Arc::new(Process {
@@ -121,12 +128,14 @@ impl Launch {
         let (watched, registry) = (process.clone(), registry.clone());
         tokio::spawn(async move {
             watched.supervise(pumps, deadline).await;
+            drop(place);
             registry.forget_in_time().await;
         });
         Ok((process, subscription))
     }
 
     fn plan(&self) -> io::Result<ChildPlan> {
+        let cgroup_procs = self.place.as_ref().map(Place::procs_file);
         let mut argv = vec![self.command.cmd.clone()];
         argv.extend(self.command.args.iter().cloned());
         ChildPlan::new(ChildSpec {
@@ -141,7 +150,7 @@ impl Launch {
             uid: self.user.uid,
             gid: self.user.gid,
             groups: self.user.groups.clone(),
-            cgroup_procs: self.cgroup_procs.as_deref(),
+            cgroup_procs: cgroup_procs.as_deref(),
             takes_terminal: self.terminal.is_some(),
         })
     }

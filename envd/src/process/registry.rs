@@ -12,6 +12,10 @@ use super::reap::Reaper;
 /// How long an ended process can still be attached to, to learn how it ended.
 const RETAIN: Duration = Duration::from_secs(30);
 
+/// Processes of callers that may live at once: more than a guest has room for, as a rule, and few
+/// enough for what the agent keeps of each.
+pub const MAX_PROCESSES: usize = 4096;
+
 /// How a caller names a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selector {
@@ -104,6 +108,13 @@ impl Registry {
         live.map(|entry| entry.process.clone()).collect()
     }
 
+    /// Whether one more process may be started.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        let known = self.lock().known.len();
+        known < MAX_PROCESSES || self.live().len() < MAX_PROCESSES
+    }
+
     /// The live process that `selector` names.
     ///
     /// # Errors
@@ -190,7 +201,7 @@ mod tests {
             env: BTreeMap::default(),
             stdin: false,
             terminal: None,
-            cgroup_procs: None,
+            place: None,
             deadline: None,
         };
         let (process, mut output) = launch.start(registry).expect("started");

@@ -85,7 +85,7 @@ impl ProcessService {
             env,
             stdin: request.stdin.unwrap_or(true),
             terminal,
-            cgroup_procs: self.agent.surroundings.groups.procs_file(group),
+            place: self.agent.surroundings.groups.place(group),
             deadline: ctx.deadline().map(Instant::from_std),
             user,
         })
@@ -106,6 +106,18 @@ pub fn rpc_user(agent: &Agent, ctx: &RequestContext) -> Result<User, ConnectErro
     agent
         .user(name.as_deref())
         .map_err(|err| ConnectError::unauthenticated(chain(&err)))
+}
+
+/// How much silence the caller of a stream bears.
+#[must_use]
+pub fn keepalive_interval(ctx: &RequestContext) -> Duration {
+    let asked = ctx
+        .header(KEEPALIVE_HEADER)
+        .and_then(|value| value.to_str().ok());
+    let asked = asked
+        .and_then(|seconds| seconds.parse().ok())
+        .filter(|seconds| *seconds > 0);
+    asked.map_or(KEEPALIVE_INTERVAL, Duration::from_secs)
 }
 
 /// The user name of a Basic `Authorization` value.
@@ -249,16 +261,9 @@ impl Events {
 
     /// Events for the caller who started the process: the deadline is the process's own.
     fn started(ctx: &RequestContext, subscription: Subscription) -> Self {
-        let asked = ctx
-            .header(KEEPALIVE_HEADER)
-            .and_then(|value| value.to_str().ok());
-        let asked = asked
-            .and_then(|seconds| seconds.parse().ok())
-            .filter(|seconds| *seconds > 0);
-        let keepalive = asked.map_or(KEEPALIVE_INTERVAL, Duration::from_secs);
         Self {
             subscription,
-            keepalive,
+            keepalive: keepalive_interval(ctx),
             deadline: None,
             owns_process_deadline: true,
             ended: false,
@@ -327,6 +332,7 @@ impl From<LaunchError> for ConnectError {
             LaunchError::NoCommand | LaunchError::NoDirectory(_) | LaunchError::Spawn { .. } => {
                 Self::invalid_argument(chain(&err))
             }
+            LaunchError::TooMany => Self::resource_exhausted(chain(&err)),
             LaunchError::Streams(_) => Self::internal(chain(&err)),
         }
     }

@@ -264,7 +264,8 @@ mod tests {
     async fn a_held_request_of_the_past_life_is_never_carried_out() {
         let gate = Gate::default();
         let connections = Arc::new(Connections::default());
-        let [old, own, new] = [0; 3].map(|_| connections.admit());
+        let [old, own, new] =
+            [[127, 0, 0, 1]; 3].map(|peer| connections.admit(peer.into()).expect("room"));
         gate.close();
         let mut of_old = std::pin::pin!(gate.pass(Kind::Fork, old.id));
         let mut of_new = std::pin::pin!(gate.pass(Kind::Fork, new.id));

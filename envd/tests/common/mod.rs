@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -102,6 +103,7 @@ impl RpcError {
 pub struct Envd {
     child: Child,
     pub address: String,
+    said: Arc<Mutex<String>>,
     client: Client<HttpConnector, Body>,
 }
 
@@ -122,14 +124,38 @@ impl Envd {
         let address = lines
             .find_map(|line| Some(line.ok()?.split_once("listening on ")?.1.to_owned()))
             .expect("the agent says where it listens");
+        let said = Arc::<Mutex<String>>::default();
+        let heard = said.clone();
         std::thread::spawn(move || {
-            lines.for_each(|line| eprintln!("{}", line.unwrap_or_default()))
+            for line in lines.map_while(Result::ok) {
+                eprintln!("{line}");
+                heard.lock().unwrap().push_str(&format!("{line}\n"));
+            }
         });
         Self {
             child,
             address,
+            said,
             client: Client::builder(TokioExecutor::new()).build_http(),
         }
+    }
+
+    /// Fails where the agent has panicked, answers no more, or has grown past `mib`.
+    pub async fn is_well(&self, mib: u64) {
+        let began = std::time::Instant::now();
+        assert_eq!(self.get("/health").await.status, 200);
+        assert!(began.elapsed() < Duration::from_secs(5), "it was slow");
+        let said = self.said.lock().unwrap().clone();
+        assert!(!said.contains("panicked"), "{said}");
+        let resident = self.resident_kib();
+        assert!(resident < mib * 1024, "{resident} KiB");
+    }
+
+    pub fn resident_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse().unwrap()
     }
 
     pub fn pid(&self) -> i32 {

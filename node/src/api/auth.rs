@@ -1,10 +1,11 @@
 //! Who is calling: an API key in `X-API-Key` or as a bearer token, known by its hash alone.
 
 use axum::extract::FromRequestParts;
-use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use proto::ids::{KeyId, TeamId};
+use raft::state::{Key, State};
 use sha2::{Digest as _, Sha256};
 
 use super::error::{ApiError, Code};
@@ -26,7 +27,36 @@ pub(super) struct Caller {
     pub(super) key: KeyId,
 }
 
+/// The caller of a request that may also say later who it is: a browser sets no header on a WebSocket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Presented(pub(super) Option<Caller>);
+
+impl FromRequestParts<ApiState> for Presented {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
+        let caller = presented(&parts.headers).map(|key| Caller::of_key(api, key));
+        caller.transpose().map(Self)
+    }
+}
+
 impl Caller {
+    /// Who calls with `key`.
+    pub(super) fn of_key(api: &ApiState, key: &str) -> Result<Self, ApiError> {
+        if !is_well_formed(key) {
+            return Err(refused("this is not an API key"));
+        }
+        let hash: [u8; 32] = Sha256::digest(key.as_bytes()).into();
+        let state = api.view.state();
+        let known = state
+            .key_by_hash(&hash)
+            .ok_or_else(|| refused("unknown or revoked API key"))?;
+        Ok(Self {
+            team: known.team,
+            key: known.id,
+        })
+    }
+
     /// Whether this is an administrator: a caller of the team that is the platform itself.
     pub(super) fn is_admin(&self) -> bool {
         self.team == TeamId::default()
@@ -56,18 +86,26 @@ impl FromRequestParts<ApiState> for Caller {
     async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
         let key = presented(&parts.headers)
             .ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
-        if !is_well_formed(key) {
-            return Err(refused("this is not an API key"));
+        Self::of_key(api, key)
+    }
+}
+
+/// The known key that a request carries, if it carries one.
+pub(super) fn presented_by<'a>(state: &'a State, headers: &HeaderMap) -> Option<&'a Key> {
+    let key = presented(headers).filter(|key| is_well_formed(key))?;
+    state.key_by_hash(&Sha256::digest(key.as_bytes()).into())
+}
+
+/// Takes the key of ours out of what is passed on to somebody else.
+pub(super) fn strip(headers: &mut HeaderMap) {
+    if let Some(key) = presented(headers).filter(|key| is_well_formed(key)) {
+        let own = key.to_owned();
+        let holds = |value: &HeaderValue| value.to_str().is_ok_and(|text| text.ends_with(&own));
+        for name in [HeaderName::from_static(KEY_HEADER), AUTHORIZATION] {
+            if headers.get(&name).is_some_and(holds) {
+                headers.remove(name);
+            }
         }
-        let hash: [u8; 32] = Sha256::digest(key.as_bytes()).into();
-        let state = api.view.state();
-        let known = state
-            .key_by_hash(&hash)
-            .ok_or_else(|| refused("unknown or revoked API key"))?;
-        Ok(Self {
-            team: known.team,
-            key: known.id,
-        })
     }
 }
 

@@ -11,20 +11,22 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use proto::ids::SandboxId;
-use raft::command::{Command, StopCause};
+use proto::ids::{SandboxId, TeamId};
+use raft::command::{Command, Refusal, StopCause};
 use raft::placement::LoadHint;
-use raft::state::{Phase, Sandbox};
+use raft::state::{Phase, Sandbox, SandboxSpec};
 use serde::Deserialize;
 use tokio::time::{self, Instant};
 use tracing::{info, warn};
 use utoipa::IntoParams;
 
 use super::auth::Caller;
-use super::create::CreateCapsule;
+use super::create::{ChangeCapsule, CreateCapsule, Ports};
 use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, JsonBody, QueryOf};
+use super::pausing::wrong_state;
 use super::reading::{Answered, ReadQuery, Reading};
+use super::retry::{Ids, RetryKey, used_otherwise};
 use super::state::{ApiState, owned};
 use super::wire::Capsule;
 use crate::cluster::liveness::Hint;
@@ -53,7 +55,7 @@ impl Default for CreateQuery {
 /// Creates a capsule and waits until it runs.
 #[utoipa::path(
     post, path = "/v1/capsules", tag = "capsules", request_body = CreateCapsule,
-    params(CreateQuery),
+    params(CreateQuery, ("Idempotency-Key" = Option<String>, Header)),
     responses(
         (status = 201, description = "It runs.", body = Capsule),
         (status = 202, description = "It is still starting.", body = Capsule),
@@ -62,6 +64,7 @@ impl Default for CreateQuery {
 pub(super) async fn create(
     State(api): State<ApiState>,
     caller: Caller,
+    retry: RetryKey,
     QueryOf(query): QueryOf<CreateQuery>,
     JsonBody(request): JsonBody<CreateCapsule>,
 ) -> Result<(StatusCode, Json<Capsule>), ApiError> {
@@ -72,24 +75,9 @@ pub(super) async fn create(
     };
     let deadline = Instant::now() + patience;
     let spec = request.into_spec(&api.view.state(), caller.team)?;
-    let id = SandboxId(rand::random());
-    let team = caller.team;
-    let command = Command::CreateSandbox {
-        id,
-        team,
-        spec,
-        hints: hints(&api),
-    };
-    if let Err(err) = api.proposer.propose(command).await {
-        // No answer is not a no: the command may have been applied all the same.
-        let happened = api.view.state().sandbox(id).is_some();
-        if !happened {
-            if matches!(err, ProposeError::Log(LogError::Unknown { .. })) {
-                disown(&api, id).await;
-            }
-            return Err(err.into());
-        }
-    }
+    let ids = retry.ids(&caller, &["capsule"]);
+    let id = ids.sandbox(0);
+    place(&api, caller.team, spec, &ids).await?;
     info!(sandbox = %id, "create accepted");
     let settled = settle(&api, id, deadline, |phase| {
         matches!(phase, Phase::Running | Phase::Stopped | Phase::Error)
@@ -103,10 +91,39 @@ pub(super) async fn create(
         Phase::Pausing | Phase::Paused | Phase::Resuming | Phase::Snapshotting => {
             StatusCode::CREATED
         }
+        // It did as well, when this was asked for the first time.
+        _ if ids.may_come_again() && sandbox.started_at.is_some() => StatusCode::CREATED,
         Phase::Stopping | Phase::Stopped | Phase::Error => return Err(not_started(sandbox)),
     };
     // Its guest came up a moment ago: nobody has used it, and its host need not be asked.
     Ok((status, Json(Capsule::of(&state, sandbox, None))))
+}
+
+/// Has a capsule placed, under the first of `ids`.
+async fn place(api: &ApiState, team: TeamId, spec: SandboxSpec, ids: &Ids) -> Result<(), ApiError> {
+    let id = ids.sandbox(0);
+    let command = Command::CreateSandbox {
+        id,
+        team,
+        spec,
+        hints: hints(api),
+    };
+    let Err(err) = api.proposer.propose(command).await else {
+        return Ok(());
+    };
+    if matches!(err, ProposeError::Refused(Refusal::IdTaken(_))) && ids.may_come_again() {
+        return Err(used_otherwise());
+    }
+    // No answer is not a no: the command may have been applied all the same.
+    if api.view.state().sandbox(id).is_some() {
+        return Ok(());
+    }
+    // Whoever may ask again finds what came of it.
+    let is_unknown = matches!(err, ProposeError::Log(LogError::Unknown { .. }));
+    if is_unknown && !ids.may_come_again() {
+        disown(api, id).await;
+    }
+    Err(err.into())
 }
 
 /// What placement should know of load: reservations are replicated, so all that is left to say is
@@ -245,6 +262,32 @@ pub(super) async fn logs(
         .ok_or_else(|| ApiError::new(Code::NotFound, format!("no console log of {id} is kept")))?;
     let tail = last_lines(&log, query.tail.unwrap_or(usize::MAX)).to_vec();
     Ok(([(CONTENT_TYPE, "text/plain; charset=utf-8")], tail).into_response())
+}
+
+/// Changes what may be changed of a capsule while it lives.
+#[utoipa::path(
+    patch, path = "/v1/capsules/{id}", tag = "capsules",
+    params(("id" = String, Path)), request_body = ChangeCapsule,
+    responses((status = 200, description = "As it is now.", body = Capsule))
+)]
+pub(super) async fn change(
+    State(api): State<ApiState>,
+    caller: Caller,
+    CapsuleId(id): CapsuleId,
+    JsonBody(request): JsonBody<ChangeCapsule>,
+) -> Result<Json<Capsule>, ApiError> {
+    let known = api.sandbox(&caller, id)?;
+    if known.phase.is_ended() {
+        return Err(wrong_state(id, known.phase, "changed", "alive"));
+    }
+    let asked = Command::ChangeSandbox {
+        id,
+        ports_open: request.ports.map(|ports| ports == Ports::Public),
+        wakes: request.auto_resume,
+    };
+    api.proposer.propose(asked).await?;
+    let state = api.view.state();
+    Ok(Json(Capsule::of(&state, owned(&state, &caller, id)?, None)))
 }
 
 /// Waits until the sandbox's phase is as wanted, and returns the state it was seen in; at the

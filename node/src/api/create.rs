@@ -64,6 +64,31 @@ pub(super) struct CreateCapsule {
     pub(super) node_tags: Option<BTreeMap<String, String>>,
     /// Only this node may run it: its id or name.
     pub(super) on_node: Option<String>,
+    /// Who may visit its ports: `private` (a key of the team, or a link), where absent, or `public`.
+    #[schema(value_type = Option<String>)]
+    pub(super) ports: Option<Ports>,
+    /// Whether a visit to one of its ports resumes it.
+    pub(super) auto_resume: Option<bool>,
+}
+
+/// Who may visit the ports of a capsule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Ports {
+    /// Whoever has a key of its team, or a link.
+    Private,
+    /// Anybody.
+    Public,
+}
+
+/// What may be changed of a capsule. What is left out stays as it is.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+pub(super) struct ChangeCapsule {
+    /// Who may visit its ports: `private` or `public`.
+    #[schema(value_type = Option<String>)]
+    pub(super) ports: Option<Ports>,
+    /// Whether a visit to one of its ports resumes it.
+    pub(super) auto_resume: Option<bool>,
 }
 
 /// What becomes of a capsule that nobody uses for its timeout.
@@ -123,6 +148,8 @@ impl CreateCapsule {
                 Some(TimeoutAction::Destroy) => IdleAction::Destroy,
             },
             metadata,
+            ports_open: self.ports == Some(Ports::Public),
+            wakes: self.auto_resume.unwrap_or(false),
         })
     }
 }

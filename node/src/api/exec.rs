@@ -15,10 +15,10 @@ use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 
 use super::auth::Caller;
-use super::error::{ApiError, Code};
+use super::error::ApiError;
 use super::extract::{CapsuleId, JsonBody, ProcessSelector, QueryOf};
 use super::state::ApiState;
-use crate::guest::{Guest, ProcessCommand, ProcessEvent, RunOutput, Selector, Signal};
+use crate::guest::{Guest, GuestError, ProcessCommand, ProcessEvent, RunOutput, Selector, Signal};
 
 /// Deadline of a foreground command that names none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -96,12 +96,14 @@ pub(super) async fn exec(
     let command = request.into_command(background)?;
     let guest = api.guest(&caller, id).await?;
     if background {
-        let started = api.busy(id, start(&guest, id, command)).await?;
+        let started = api.busy(id, start(&guest, id, command)).await;
+        let started = guest.told(started).await?;
         return Ok((StatusCode::ACCEPTED, Json(started)).into_response());
     }
     let cmd = command.cmd.clone();
     let began = Instant::now();
-    let output = api.busy(id, guest.run(command, Some(timeout))).await?;
+    let ran = api.busy(id, guest.run(command, Some(timeout))).await;
+    let output = guest.told(ran).await?;
     let result = ExecResult::new(id, cmd, output, began.elapsed());
     Ok(Json(result).into_response())
 }
@@ -136,7 +138,8 @@ pub(super) async fn processes(
     caller: Caller,
     CapsuleId(id): CapsuleId,
 ) -> Result<Json<Processes>, ApiError> {
-    let found = api.guest(&caller, id).await?.processes().await?;
+    let guest = api.guest(&caller, id).await?;
+    let found = guest.told(guest.processes().await).await?;
     let shape = found.into_iter().map(|process| Process {
         pid: process.pid,
         tag: process.tag.filter(|tag| !tag.is_empty()),
@@ -175,7 +178,8 @@ pub(super) async fn kill(
         _ => Signal::Kill,
     };
     let guest = api.guest(&caller, id).await?;
-    guest.signal(Selector::parse(&selector), signal).await?;
+    let told = guest.signal(Selector::parse(&selector), signal).await;
+    guest.told(told).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -185,28 +189,40 @@ impl Exec {
         if self.cmd.is_empty() {
             return Err(ApiError::invalid("cmd is missing or empty"));
         }
-        let args = self.args.unwrap_or_default();
-        let envs = self.envs.unwrap_or_default();
-        let cwd = self.cwd.filter(|cwd| !cwd.is_empty());
-        let words = args.iter().chain(envs.values()).chain(&cwd);
-        if words.chain([&self.cmd]).any(|word| word.contains('\0')) {
-            return Err(ApiError::invalid("a command may not contain NUL bytes"));
-        }
-        let is_name = |name: &String| !name.is_empty() && !name.contains(['=', '\0']);
-        if let Some(bad) = envs.keys().find(|name| !is_name(name)) {
-            return Err(ApiError::invalid(format!(
-                "{bad:?} cannot be the name of an environment variable"
-            )));
-        }
         let tag = background.then(|| checked_tag(self.tag)).transpose()?;
-        Ok(ProcessCommand {
+        let command = ProcessCommand {
             cmd: self.cmd,
-            args,
-            envs,
-            cwd,
+            args: self.args.unwrap_or_default(),
+            envs: self.envs.unwrap_or_default(),
+            cwd: self.cwd.filter(|cwd| !cwd.is_empty()),
             tag,
-        })
+            user: None,
+        };
+        checked(command)
     }
+}
+
+/// `command`, if nothing in it can end a C string early.
+pub(super) fn checked(command: ProcessCommand) -> Result<ProcessCommand, ApiError> {
+    let words = command.args.iter().chain(command.envs.values());
+    let words = words.chain(&command.cwd).chain([&command.cmd]);
+    if words.into_iter().any(|word| word.contains('\0')) {
+        return Err(ApiError::invalid("a command may not contain NUL bytes"));
+    }
+    let is_name = |name: &String| !name.is_empty() && !name.contains(['=', '\0']);
+    if let Some(bad) = command.envs.keys().find(|name| !is_name(name)) {
+        return Err(ApiError::invalid(format!(
+            "{bad:?} cannot be the name of an environment variable"
+        )));
+    }
+    // It goes before the colon of Basic credentials.
+    let user = command.user.as_deref().unwrap_or("root");
+    if user.is_empty() || user.contains(|it: char| it == ':' || it.is_control()) {
+        return Err(ApiError::invalid(format!(
+            "{user:?} cannot be a user's name"
+        )));
+    }
+    Ok(command)
 }
 
 fn checked_tag(tag: Option<String>) -> Result<String, ApiError> {
@@ -241,7 +257,7 @@ async fn start(
     guest: &Guest,
     id: SandboxId,
     command: ProcessCommand,
-) -> Result<ExecStarted, ApiError> {
+) -> Result<ExecStarted, GuestError> {
     let cmd = command.cmd.clone();
     let tag = command.tag.clone().unwrap_or_default();
     let mut events = guest.start(command, None).await?;
@@ -255,9 +271,8 @@ async fn start(
             });
         }
     }
-    Err(ApiError::new(
-        Code::AgentError,
-        "the guest agent did not say that the process started",
+    Err(GuestError::Nonsense(
+        "it did not say that the process started".into(),
     ))
 }
 

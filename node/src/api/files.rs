@@ -72,7 +72,8 @@ pub(super) async fn read(
     JsonBody(PathBody { path }): JsonBody<PathBody>,
 ) -> Result<Response, ApiError> {
     check_path(&path)?;
-    let contents = api.guest(&caller, id).await?.read_file(&path).await?;
+    let guest = api.guest(&caller, id).await?;
+    let contents = guest.told(guest.read_file(&path).await).await?;
     let body = Body::from_stream(watched(api, id, contents));
     Ok(([(CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
@@ -107,7 +108,8 @@ pub(super) async fn list(
     check_path(&request.path)?;
     let depth = request.depth.unwrap_or(1).max(1);
     let guest = api.guest(&caller, id).await?;
-    let found = guest.list_dir(&request.path, depth).await?;
+    let listed = guest.list_dir(&request.path, depth).await;
+    let found = guest.told(listed).await?;
     Ok(Json(Entries {
         entries: found.into_iter().map(Into::into).collect(),
     }))
@@ -126,7 +128,8 @@ pub(super) async fn mkdir(
     JsonBody(PathBody { path }): JsonBody<PathBody>,
 ) -> Result<Json<Entry>, ApiError> {
     check_path(&path)?;
-    let made = api.guest(&caller, id).await?.make_dir(&path).await?;
+    let guest = api.guest(&caller, id).await?;
+    let made = guest.told(guest.make_dir(&path).await).await?;
     Ok(Json(Entry { entry: made.into() }))
 }
 
@@ -142,7 +145,8 @@ pub(super) async fn remove(
     JsonBody(PathBody { path }): JsonBody<PathBody>,
 ) -> Result<StatusCode, ApiError> {
     check_path(&path)?;
-    api.guest(&caller, id).await?.remove(&path).await?;
+    let guest = api.guest(&caller, id).await?;
+    guest.told(guest.remove(&path).await).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

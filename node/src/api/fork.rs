@@ -8,7 +8,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use proto::ids::SandboxId;
-use raft::state::{Phase, Purpose, Sandbox, State as Replicated};
+use raft::state::{Checkpoint, Phase, Purpose, Sandbox, State as Replicated};
 use serde::Deserialize;
 use tokio::time::Instant;
 use utoipa::ToSchema;
@@ -16,6 +16,7 @@ use utoipa::ToSchema;
 use super::auth::Caller;
 use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, OptionalJson};
+use super::retry::{RetryKey, used_otherwise};
 use super::snapshots::{checkpoint, is_under_way, not_taken};
 use super::state::ApiState;
 use super::wire::Capsule;
@@ -33,7 +34,7 @@ pub(super) struct Fork {
 /// Starts further capsules from where one is now.
 #[utoipa::path(
     post, path = "/v1/capsules/{id}/fork", tag = "capsules",
-    params(("id" = String, Path)), request_body = Fork,
+    params(("id" = String, Path), ("Idempotency-Key" = Option<String>, Header)), request_body = Fork,
     responses(
         (status = 201, description = "Each runs, or is in `error`.", body = Vec<Capsule>),
         (status = 202, description = "Some are still starting.", body = Vec<Capsule>),
@@ -43,13 +44,16 @@ pub(super) async fn fork(
     State(api): State<ApiState>,
     caller: Caller,
     CapsuleId(id): CapsuleId,
+    retry: RetryKey,
     OptionalJson(request): OptionalJson<Fork>,
 ) -> Result<(StatusCode, Json<Vec<Capsule>>), ApiError> {
     let deadline = Instant::now() + api.checkpoint_wait;
     let count = count(request.count)?;
-    let ids: Vec<SandboxId> = (0..count).map(|_| SandboxId(rand::random())).collect();
+    let made_of = retry.ids(&caller, &["fork", &id.to_string()]);
+    let ids: Vec<SandboxId> = (0..count).map(|number| made_of.sandbox(number)).collect();
     let purpose = Purpose::Fork { ids: ids.clone() };
-    let ask = checkpoint(&api, &caller, id, purpose).await?;
+    let ask = made_of.ask();
+    checkpoint(&api, &caller, id, Checkpoint { ask, purpose }).await?;
     let seen = api.view.wait_for(deadline, |state| {
         let starts = |it: &Sandbox| it.phase == Phase::Starting;
         let is_over = !is_under_way(state, id, ask) && !forks(state, &ids).any(starts);
@@ -59,6 +63,9 @@ pub(super) async fn fork(
     let made: Vec<&Sandbox> = forks(&state, &ids).collect();
     if made.is_empty() {
         return Err(not_taken(&state, &caller, id, "/v1/capsules"));
+    }
+    if made.len() != ids.len() || state.sandbox(made_of.sandbox(count)).is_some() {
+        return Err(used_otherwise());
     }
     refuse_if_none(&made)?;
     let starting = made.iter().any(|it| it.phase == Phase::Starting);

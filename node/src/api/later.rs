@@ -8,19 +8,11 @@ use super::auth::Caller;
 use super::error::{ApiError, Code};
 use super::state::ApiState;
 
-const STREAMS: &str = "streams and terminals over WebSocket";
 const USAGE: &str = "usage records";
 const TEAMS: &str = "teams and accounts";
 
 /// Method, path and what the route waits for.
-const ROUTES: [(MethodFilter, &str, &str); 7] = [
-    (MethodFilter::GET, "/v1/capsules/{id}/exec/stream", STREAMS),
-    (
-        MethodFilter::GET,
-        "/v1/capsules/{id}/processes/{selector}/stream",
-        STREAMS,
-    ),
-    (MethodFilter::GET, "/v1/capsules/{id}/pty", STREAMS),
+const ROUTES: [(MethodFilter, &str, &str); 4] = [
     (MethodFilter::GET, "/v1/capsules/{id}/metrics", USAGE),
     (MethodFilter::GET, "/v1/capsules/stats", USAGE),
     (MethodFilter::GET, "/v1/capsules/usage", USAGE),

@@ -124,6 +124,38 @@ pub(super) async fn resume(
     Ok((status, Json(Capsule::of(&state, sandbox, None))))
 }
 
+/// Brings a resting sandbox back for a visitor; the sandbox as it runs, by `deadline`.
+pub(super) async fn wake(
+    api: &ApiState,
+    id: SandboxId,
+    deadline: Instant,
+) -> Result<Sandbox, ApiError> {
+    let settled = |phase| !matches!(phase, Phase::Pausing | Phase::Resuming);
+    let state = settle(api, id, deadline, settled).await;
+    let known = state.sandbox(id).map(|it| (it.phase, it.snapshot));
+    if let Some((Phase::Paused, Some(snapshot))) = known {
+        let asked = Command::ResumeSandbox {
+            id,
+            snapshot,
+            to: None,
+            hints: hints(api),
+        };
+        api.proposer.propose(asked).await?;
+    }
+    let state = settle(api, id, deadline, settled).await;
+    let gone = || ApiError::new(Code::NotFound, format!("no capsule {id}"));
+    let sandbox = state.sandbox(id).ok_or_else(gone)?;
+    match sandbox.phase {
+        Phase::Running => Ok(sandbox.clone()),
+        Phase::Paused => Err(failed(sandbox, "could not be resumed and stays paused")),
+        Phase::Resuming => {
+            let message = format!("capsule {id} is still being resumed; try again");
+            Err(ApiError::new(Code::HostUnavailable, message))
+        }
+        phase => Err(wrong_state(id, phase, "visited", "running or paused")),
+    }
+}
+
 pub(super) fn wrong_state(id: SandboxId, phase: Phase, done: &str, needed: &str) -> ApiError {
     let is = status(phase);
     let message = format!("capsule {id} is {is}: only one that is {needed} can be {done}");

@@ -1,7 +1,8 @@
 //! The table of routes, and what surrounds every one of them.
 //!
 //! From the outside in: answers are counted; a panic becomes a 500; at most [`MAX_REQUESTS`] run
-//! at once; the body of a refused request is read to its end; then the route. Every route under
+//! at once; what is meant for a port of a capsule goes there ([`preview`]); the body of a refused
+//! request is read to its end; then the route. Every route under
 //! `/v1` answers under `/api/v1` too, since clients keep the path of their base URL.
 
 use std::panic::AssertUnwindSafe;
@@ -17,7 +18,7 @@ use axum::routing::get;
 use bytes::Bytes;
 use futures::FutureExt as _;
 use http_body_util::BodyExt as _;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use utoipa::OpenApi;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, Ref, ResponseBuilder};
@@ -28,8 +29,8 @@ use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
 use super::{
-    capsules, cluster, exec, files, fork, later, metrics, migrating, nodes, pausing, service,
-    snapshots, templates, tokens, upload,
+    capsules, cluster, exec, files, fork, later, metrics, migrating, nodes, pausing, preview,
+    service, snapshots, streams, templates, tokens, upload,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
@@ -74,6 +75,7 @@ pub fn router_with_pages(api: ApiState, pages: Router) -> Router {
             Arc::new(Semaphore::new(MAX_REQUESTS)),
             bound,
         ))
+        .layer(middleware::from_fn_with_state(api.clone(), preview::divert))
         .layer(middleware::from_fn(catch_panic))
         .layer(middleware::from_fn_with_state(api, count))
 }
@@ -89,7 +91,7 @@ pub fn openapi() -> String {
 fn v1_routes() -> OpenApiRouter<ApiState> {
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(capsules::create, capsules::list))
-        .routes(routes!(capsules::get, capsules::destroy))
+        .routes(routes!(capsules::get, capsules::change, capsules::destroy))
         .routes(routes!(capsules::ping))
         .routes(routes!(pausing::pause))
         .routes(routes!(pausing::resume))
@@ -98,6 +100,10 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(exec::exec))
         .routes(routes!(exec::processes))
         .routes(routes!(exec::kill))
+        .routes(routes!(streams::exec_stream))
+        .routes(routes!(streams::process_stream))
+        .routes(routes!(streams::pty))
+        .routes(routes!(preview::link))
         .routes(routes!(files::read))
         .routes(routes!(files::stream_read))
         .routes(routes!(files::list))
@@ -202,7 +208,11 @@ async fn bound(State(slots): State<Arc<Semaphore>>, request: Request, next: Next
         return ApiError::new(Code::Overloaded, message).into_response();
     };
     let response = next.run(request).await;
-    // A download is under way until its last byte, so the body carries the permit.
+    held(response, permit)
+}
+
+/// A download is under way until its last byte, so the body carries the permit.
+pub(super) fn held(response: Response, permit: OwnedSemaphorePermit) -> Response {
     response.map(|body| {
         Body::new(body.map_frame(move |frame| {
             let _held = &permit;

@@ -1,19 +1,25 @@
 //! Listening: connections in, bounded in number and in patience, and an orderly end.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use nix::sys::socket::{setsockopt, sockopt};
 use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceBuilder;
 use tracing::{debug, warn};
+
+use super::preview::Peer;
 
 /// Open connections at once: each may hold a read buffer, so this bounds memory to some 400 MiB
 /// in the worst case and keeps well below common limits of descriptors.
@@ -24,6 +30,13 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
 const HEAD_BYTES: usize = 64 << 10;
 /// Pause after a failed accept. Running out of descriptors fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Silence after which a client is asked whether it still exists: terminals and streams may be silent for hours, and a
+/// host that lost its power says nothing.
+const KEEPALIVE_IDLE_S: u32 = 60;
+/// Between one such question and the next.
+const KEEPALIVE_INTERVAL_S: u32 = 15;
+/// Questions without an answer after which the client is taken for gone.
+const KEEPALIVE_PROBES: u32 = 4;
 /// Longest that requests under way are waited for at the end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 
@@ -38,7 +51,7 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
                 return;
             };
             match listener.accept().await {
-                Ok((stream, _)) => start(stream, permit, &router, &graceful),
+                Ok((stream, from)) => start(stream, from, permit, &router, &graceful),
                 Err(err) => {
                     warn!(%err, "could not accept a connection");
                     time::sleep(ACCEPT_PAUSE).await;
@@ -59,11 +72,12 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
 /// Serves one connection in a task of its own, which ends with the connection.
 fn start(
     stream: TcpStream,
+    from: SocketAddr,
     permit: OwnedSemaphorePermit,
     router: &Router,
     graceful: &GracefulShutdown,
 ) {
-    if let Err(err) = no_delay(&stream) {
+    if let Err(err) = prepare(&stream) {
         debug!(%err, "a connection was gone at once");
         return;
     }
@@ -75,7 +89,13 @@ fn start(
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(HEAD_BYTES);
-    let service = TowerToHyperService::new(router.clone());
+    let service = ServiceBuilder::new()
+        .map_request(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(Peer(from));
+            request
+        })
+        .service(router.clone());
+    let service = TowerToHyperService::new(service);
     let served = builder
         .serve_connection_with_upgrades(TokioIo::new(stream), service)
         .into_owned();
@@ -88,6 +108,12 @@ fn start(
     });
 }
 
-fn no_delay(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)
+/// Small frames go out at once, and a client that is gone without a word is noticed.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_S)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
+    Ok(())
 }

@@ -21,6 +21,7 @@ use super::create::{DEFAULT_TEMPLATE, check_labels, check_name};
 use super::error::{ApiError, Code};
 use super::extract::{JsonBody, PathName, QueryOf};
 use super::pausing::{failed, wrong_state};
+use super::retry::{Ids, RetryKey};
 use super::state::{ApiState, owned};
 use super::wire::TemplateShape;
 
@@ -56,19 +57,23 @@ pub(super) struct SnapshotQuery {
 /// Seals a capsule under a name. One that runs goes on; one that is paused stays paused.
 #[utoipa::path(
     post, path = "/v1/snapshots", tag = "templates", request_body = CreateSnapshot,
-    params(SnapshotQuery),
+    params(SnapshotQuery, ("Idempotency-Key" = Option<String>, Header)),
     responses((status = 201, description = "It is there, durably.", body = TemplateShape))
 )]
 pub(super) async fn create(
     State(api): State<ApiState>,
     caller: Caller,
+    retry: RetryKey,
     QueryOf(query): QueryOf<SnapshotQuery>,
     JsonBody(request): JsonBody<CreateSnapshot>,
 ) -> Result<(StatusCode, Json<TemplateShape>), ApiError> {
     let deadline = Instant::now() + api.checkpoint_wait;
     let id = request.sandbox_id.parse();
     let id: SandboxId = id.map_err(|err: ParseIdError| ApiError::invalid(err.to_string()))?;
-    let name = request.name.unwrap_or_else(any_name);
+    let asked = ["snapshot", &request.sandbox_id];
+    let asked = asked.into_iter().chain(request.name.as_deref());
+    let ids = retry.ids(&caller, &asked.collect::<Vec<_>>());
+    let name = request.name.unwrap_or_else(|| any_name(&ids));
     check_name("name", &name)?;
     let metadata = request.metadata.unwrap_or_default();
     check_labels(&metadata)?;
@@ -78,7 +83,8 @@ pub(super) async fn create(
         overwrite: query.overwrite,
         metadata,
     };
-    let ask = checkpoint(&api, &caller, id, purpose).await?;
+    let ask = ids.ask();
+    checkpoint(&api, &caller, id, Checkpoint { ask, purpose }).await?;
     let state = taken(&api, id, ask, deadline).await;
     let made = state.named(caller.team, &name).filter(|it| it.ask == ask);
     if let Some(named) = made {
@@ -114,29 +120,36 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Asks for a checkpoint of the caller's capsule, and returns the name of the ask.
+/// Asks for a checkpoint of the caller's capsule. One that was asked for before, and is under way or has
+/// come about, is not asked for again, whatever became of the capsule.
 pub(super) async fn checkpoint(
     api: &ApiState,
     caller: &Caller,
     id: SandboxId,
-    purpose: Purpose,
-) -> Result<SnapshotId, ApiError> {
+    checkpoint: Checkpoint,
+) -> Result<(), ApiError> {
+    if api
+        .view
+        .state()
+        .knows_checkpoint(caller.team, id, &checkpoint)
+    {
+        return Ok(());
+    }
     let known = api.sandbox(caller, id)?;
     if !matches!(known.phase, Phase::Running | Phase::Paused) {
         let needed = "running or paused";
         return Err(wrong_state(id, known.phase, "sealed", needed));
     }
-    let ask = SnapshotId(rand::random());
     let command = CheckpointSandbox {
         id,
         epoch: known.epoch,
-        checkpoint: Checkpoint { ask, purpose },
+        checkpoint,
         hints: hints(api),
     };
     api.proposer
         .propose(Command::CheckpointSandbox(command))
         .await?;
-    Ok(ask)
+    Ok(())
 }
 
 /// Waits until a checkpoint is no longer under way, and returns the state it was seen in; at the
@@ -189,6 +202,6 @@ fn refuse_platforms(state: &Replicated, name: &str) -> Result<(), ApiError> {
 }
 
 /// A name for a snapshot whose client gave none.
-fn any_name() -> String {
-    format!("template-{:08x}", rand::random::<u32>())
+fn any_name(ids: &Ids) -> String {
+    format!("template-{:08x}", ids.number())
 }

@@ -15,9 +15,11 @@ use super::auth::Caller;
 use super::cluster_info::{Alone, ClusterInfo};
 use super::error::{ApiError, Code};
 use super::metrics::Counters;
+use super::preview::Previews;
+use super::run::Run;
+use super::streams::Sessions;
 use crate::base::clock::Clock;
 use crate::cluster::{Proposer, View};
-use crate::guest::Guest;
 use crate::relay::{Relay, RelayError};
 
 /// Longest a create waits for its guest. Client libraries give up on a request after 30 s; a
@@ -59,6 +61,8 @@ pub struct ApiState {
     pub(super) counters: Arc<Counters>,
     pub(super) spool_dir: Arc<PathBuf>,
     pub(super) spools: Arc<Semaphore>,
+    pub(super) sessions: Sessions,
+    pub(super) previews: Previews,
     pub(super) started_at: Stamp,
     pub(super) create_wait: Duration,
     pub(super) destroy_wait: Duration,
@@ -87,6 +91,8 @@ impl ApiState {
             view,
             proposer,
             relay,
+            sessions: Sessions::default(),
+            previews: Previews::default(),
             started_at: clock.now(),
             clock,
             facts: Arc::new(facts),
@@ -126,6 +132,11 @@ impl ApiState {
         self
     }
 
+    /// Ends what outlives the request it began as. Call it when no more requests are accepted.
+    pub async fn end_sessions(&self) {
+        self.sessions.end().await;
+    }
+
     /// The caller's sandbox `id`. Another team's sandbox does not exist for the caller.
     pub(super) fn sandbox(&self, caller: &Caller, id: SandboxId) -> Result<Sandbox, ApiError> {
         let state = self.view.state();
@@ -133,9 +144,11 @@ impl ApiState {
     }
 
     /// The guest of the caller's running sandbox.
-    pub(super) async fn guest(&self, caller: &Caller, id: SandboxId) -> Result<Guest, ApiError> {
-        self.sandbox(caller, id)?;
-        Ok(self.relay.guest(id).await?)
+    pub(super) async fn guest(&self, caller: &Caller, id: SandboxId) -> Result<Run, ApiError> {
+        // Before the guest is asked for: a run that begins meanwhile is told as a move, and not as none.
+        let known = self.sandbox(caller, id)?;
+        let guest = self.relay.guest(id).await?;
+        Ok(Run::new(guest, &known, self.view.clone()))
     }
 
     /// Runs `work` in a sandbox, which counts as active until the work is done.

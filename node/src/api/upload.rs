@@ -26,8 +26,8 @@ use super::error::{ApiError, Code};
 use super::extract::CapsuleId;
 use super::files::{PATH_BYTES, check_path};
 use super::form::Form;
+use super::run::Run;
 use super::state::ApiState;
-use crate::guest::Guest;
 
 /// Largest file of the plain write route: 100 MiB by its specification.
 const FILE_BYTES: u64 = 100 << 20;
@@ -89,7 +89,7 @@ pub(super) async fn stream_write(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn write_path_first(guest: &Guest, mut form: Form) -> Result<(), ApiError> {
+async fn write_path_first(guest: &Run, mut form: Form) -> Result<(), ApiError> {
     let mut path = None;
     while let Some(name) = form.next_part().await? {
         match (name.as_str(), &path) {
@@ -107,7 +107,7 @@ async fn write_path_first(guest: &Guest, mut form: Form) -> Result<(), ApiError>
     Err(missing(path.is_some()))
 }
 
-async fn write_any_order(api: &ApiState, guest: &Guest, mut form: Form) -> Result<(), ApiError> {
+async fn write_any_order(api: &ApiState, guest: &Run, mut form: Form) -> Result<(), ApiError> {
     let mut path = None;
     let mut spool = None;
     while let Some(name) = form.next_part().await? {
@@ -134,7 +134,7 @@ async fn write_any_order(api: &ApiState, guest: &Guest, mut form: Form) -> Resul
 
 /// Sends the form's present part to the guest as it arrives.
 async fn send(
-    guest: &Guest,
+    guest: &Run,
     path: &str,
     form: &mut Form,
     limit: Option<u64>,
@@ -144,11 +144,11 @@ async fn send(
     tokio::pin!(write);
     tokio::select! {
         // An early answer is a refusal: the guest's disk is full, the path is a directory.
-        written = &mut write => return Ok(written?),
+        written = &mut write => return guest.told(written).await,
         pumped = pump(form, feed, limit) => pumped?,
     }
     let written = time::timeout(GUEST_TIMEOUT, write).await;
-    Ok(written.map_err(|_| stalled())??)
+    guest.told(written.map_err(|_| stalled())?).await
 }
 
 /// Moves the form's present part into `feed`, mark included.
@@ -221,11 +221,11 @@ struct Spool {
     _permit: tokio::sync::OwnedSemaphorePermit,
 }
 
-async fn send_spool(guest: &Guest, path: &str, spool: Spool) -> Result<(), ApiError> {
+async fn send_spool(guest: &Run, path: &str, spool: Spool) -> Result<(), ApiError> {
     let contents = ReaderStream::with_capacity(spool.file, SPOOL_READ_BYTES).boxed();
     // The whole file lies here, so time is bounded by its size alone.
     let written = time::timeout(2 * GUEST_TIMEOUT, guest.write_file(path, contents)).await;
-    Ok(written.map_err(|_| stalled())??)
+    guest.told(written.map_err(|_| stalled())?).await
 }
 
 async fn read_path(form: &mut Form) -> Result<String, ApiError> {

@@ -13,7 +13,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::guest::{FileEntry, FileKind};
-use crate::relay::{LocalFacts, MemoryFacts, Transfer};
+use crate::relay::{LocalFacts, MemoryFacts, Transfer, Waiting};
 
 /// Labels that the server sets and clients may not.
 pub(super) const RESERVED_KEYS: [&str; 4] = [
@@ -54,6 +54,11 @@ pub(super) struct Capsule {
     /// What happens then: `pause` or `destroy`.
     #[schema(value_type = String)]
     pub(super) timeout_action: &'static str,
+    /// Who may visit its ports: `private` (a key of the team, or a link) or `public`.
+    #[schema(value_type = String)]
+    pub(super) ports: &'static str,
+    /// Whether a visit to one of its ports resumes it.
+    pub(super) auto_resume: bool,
     /// Size of its root disk in MiB.
     pub(super) disk_size_mb: u32,
     /// What that disk occupies on its host, in MiB.
@@ -101,6 +106,35 @@ pub(super) struct Capsule {
     /// How far what it is resumed from has come to its host, while it does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) transfer: Option<Transferred>,
+    /// What its guest stands still for, while it does: memory that no host gives it now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) waits_for: Option<WaitsFor>,
+}
+
+/// What a capsule's guest stands still for.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(super) struct WaitsFor {
+    /// The hosts that would have it and cannot be reached.
+    nodes: Vec<String>,
+    /// Why it cannot be had.
+    reason: String,
+    /// Since when.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    since: Option<Timestamp>,
+    /// When it is given up, and the capsule goes back to its last pause.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    until: Option<Timestamp>,
+}
+
+impl From<Waiting> for WaitsFor {
+    fn from(waiting: Waiting) -> Self {
+        Self {
+            nodes: waiting.nodes,
+            reason: waiting.why,
+            since: timestamp(waiting.since),
+            until: timestamp(waiting.until),
+        }
+    }
 }
 
 /// How far a snapshot has come to a host.
@@ -186,6 +220,8 @@ impl Capsule {
                 IdleAction::Pause => "pause",
                 IdleAction::Destroy => "destroy",
             },
+            ports: if spec.ports_open { "public" } else { "private" },
+            auto_resume: spec.wakes,
             disk_size_mb: spec.disk.0,
             disk_used_mb: None,
             created_at: timestamp(sandbox.created_at),
@@ -202,6 +238,7 @@ impl Capsule {
             start_ms: BTreeMap::new(),
             memory: None,
             transfer: None,
+            waits_for: None,
         }
     }
 
@@ -216,6 +253,7 @@ impl Capsule {
             start_ms: facts.start_stages.into_iter().map(in_ms).collect(),
             memory: facts.memory.map(Into::into),
             transfer: facts.transfer.map(Into::into),
+            waits_for: facts.waiting.map(Into::into),
             ..Self::of(state, sandbox, facts.last_active)
         }
     }

@@ -1,29 +1,22 @@
 //! `wrenn capsule`.
 
 use std::collections::BTreeMap;
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use clap::{Args, Subcommand};
 use http::Method;
 use jiff::{Timestamp, Unit};
 use serde_json::{Value, json};
 use tokio::time::{self, Instant};
 
-use super::client::{Client, DEADLINE_EXCEEDED};
+use super::client::Client;
 use super::error::CliError;
-use super::{Global, copy, fork, nodes, print, shell};
+use super::{Global, copy, exec, fork, nodes, print, shell, terminal};
 use crate::config::Period;
 
-/// Exit code of a command whose time ran out, as of timeout(1).
-const TIMED_OUT: u8 = 124;
-/// Exit code that stands for a signal, or for a code that no process can have.
-const NO_CODE: u8 = 255;
-/// Added to a command's own time before this side gives up.
-const EXEC_GRACE: Duration = Duration::from_secs(15);
 /// Pause between two looks at a capsule that is starting.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// Cells of the bar that shows how far a transfer has come.
@@ -42,14 +35,20 @@ pub(super) enum Command {
         id: String,
     },
     /// Run a command in a capsule; its output and exit code become this command's.
-    Exec(Exec),
-    /// Type commands into a capsule, line by line.
+    Exec(exec::Exec),
+    /// Open a terminal in a capsule; without one here, run the lines of the input one by one.
     ///
-    /// Each line runs to its end in a shell that keeps directory and exported variables. Programs
-    /// that need a terminal or read input come later.
+    /// The terminal lives on when the connection breaks, and is found again by itself or with `--attach`. Lines
+    /// of an input that is no terminal run each to its end in a shell that keeps directory and exported variables.
     Shell {
         /// The capsule.
         id: String,
+        /// Go back to the terminal of this tag.
+        #[arg(long, value_name = "TAG", conflicts_with = "command")]
+        attach: Option<String>,
+        /// The program and its arguments, after `--`; bash where absent.
+        #[arg(last = true)]
+        command: Vec<String>,
     },
     /// Show what the guest's console printed.
     Logs {
@@ -94,6 +93,27 @@ pub(super) enum Command {
         #[arg(long, value_name = "NODE")]
         to: String,
     },
+    /// Change who may visit a capsule's ports, and whether a visit resumes it.
+    Set {
+        /// The capsule.
+        id: String,
+        /// `private`: a key of the team, or a link; `public`: anybody.
+        #[arg(long, value_name = "private|public")]
+        ports: Option<String>,
+        /// Whether a visit to a port resumes it.
+        #[arg(long, value_name = "true|false")]
+        auto_resume: Option<bool>,
+    },
+    /// Print a link to a port of a capsule, for those who have no key.
+    Link {
+        /// The capsule.
+        id: String,
+        /// The port in the guest.
+        port: u16,
+        /// How long it holds, a week at most.
+        #[arg(long, value_name = "TIME", value_parser = period, default_value = "1h")]
+        expires: Duration,
+    },
     /// Start further capsules from where one is now, each as somebody else, and print their ids.
     Fork(fork::Fork),
     /// Destroy capsules.
@@ -135,37 +155,18 @@ pub(super) struct Create {
     /// The only node that may run it, by id or name.
     #[arg(long = "node", value_name = "NODE")]
     on_node: Option<String>,
+    /// Who may visit its ports: private (a key of the team, or a link), where absent, or public.
+    #[arg(long, value_name = "private|public")]
+    ports: Option<String>,
+    /// Resume it when one of its ports is visited.
+    #[arg(long)]
+    auto_resume: bool,
     /// Do not wait until it runs.
     #[arg(long)]
     no_wait: bool,
     /// Wait this long at most.
     #[arg(long, value_name = "TIME", value_parser = period, default_value = "2m")]
     wait: Duration,
-}
-
-/// A command to run.
-#[derive(Debug, Args)]
-pub(super) struct Exec {
-    /// The capsule.
-    id: String,
-    /// Working directory.
-    #[arg(long, value_name = "DIR")]
-    cwd: Option<String>,
-    /// An environment variable; may be repeated.
-    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
-    env: Vec<(String, String)>,
-    /// Kill the command after this long, e.g. 90s.
-    #[arg(long, value_name = "TIME", value_parser = period, default_value = "30s")]
-    timeout: Duration,
-    /// Leave it running and print its process id.
-    #[arg(long)]
-    background: bool,
-    /// A name for the background process.
-    #[arg(long, requires = "background")]
-    tag: Option<String>,
-    /// The program and its arguments, after `--`.
-    #[arg(required = true, last = true)]
-    command: Vec<String>,
 }
 
 /// Does it.
@@ -175,8 +176,18 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
         Command::Create(request) => create(global, &client, request).await?,
         Command::Ls => list(global, &client).await?,
         Command::Get { id } => show(global, &get(&client, &id).await?)?,
-        Command::Exec(request) => return exec(global, &client, request).await,
-        Command::Shell { id } => return shell::run(&client, &id).await,
+        Command::Exec(request) => return exec::run(global, &client, request).await,
+        Command::Shell {
+            id,
+            attach,
+            command,
+        } => {
+            if attach.is_none() && command.is_empty() && !io::stdin().is_terminal() {
+                return shell::run(&client, &id).await;
+            }
+            let wanted = attach.map_or(terminal::Wanted::New(command), terminal::Wanted::Tagged);
+            return terminal::run(&client, &id, wanted).await;
+        }
         Command::Logs { id, tail } => logs(global, &client, &id, tail).await?,
         Command::Cp { from, to } => {
             copy::run(&client, &from, &to).await?;
@@ -198,6 +209,18 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
             settle(global, &client, &ids, &RESUME, query.as_deref()).await?;
         }
         Command::Migrate { id, to } => migrate(global, &client, &id, &to).await?,
+        Command::Set {
+            id,
+            ports,
+            auto_resume,
+        } => {
+            let body = json!({"ports": ports, "auto_resume": auto_resume});
+            let changed = client.call(Method::PATCH, &path(&id)?, Some(body)).await?;
+            if global.json {
+                print::json(&changed)?;
+            }
+        }
+        Command::Link { id, port, expires } => link(global, &client, &id, port, expires).await?,
         Command::Fork(request) => fork::run(global, &client, request).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
@@ -226,6 +249,8 @@ async fn create(global: &Global, client: &Client, request: Create) -> Result<(),
         "on_host_loss": request.on_host_loss,
         "node_tags": node_tags,
         "on_node": request.on_node,
+        "ports": request.ports,
+        "auto_resume": request.auto_resume,
     });
     let route = if request.no_wait {
         "/v1/capsules?wait=false"
@@ -303,7 +328,11 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
     let rows: Vec<_> = fields
         .filter(|(_, value)| !value.is_null())
         .map(|(key, value)| {
-            let shown = transfer(value).filter(|_| key == "transfer");
+            let shown = match key.as_str() {
+                "transfer" => transfer(value),
+                "waits_for" => waits_for(value),
+                _ => None,
+            };
             vec![
                 key.clone(),
                 shown.unwrap_or_else(|| print::text(capsule, key)),
@@ -311,65 +340,6 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
         })
         .collect();
     print::table(&["FIELD", "VALUE"], &rows)
-}
-
-async fn exec(global: &Global, client: &Client, request: Exec) -> Result<ExitCode, CliError> {
-    let route = format!("{}/exec", path(&request.id)?);
-    let (cmd, args) = request
-        .command
-        .split_first()
-        .ok_or_else(|| CliError::usage("no command was given"))?;
-    let envs: BTreeMap<_, _> = request.env.into_iter().collect();
-    let body = json!({
-        "cmd": cmd,
-        "args": args,
-        "background": request.background,
-        "timeout_sec": request.timeout.as_secs().max(1),
-        "cwd": request.cwd,
-        "envs": envs,
-        "tag": request.tag,
-    });
-    let limit = request.timeout + EXEC_GRACE;
-    let asked = client.call_within(Method::POST, &route, Some(body), limit);
-    let answer = match print::progress(cmd, asked).await {
-        Ok(answer) => answer,
-        Err(err) if err.detail.as_deref() == Some(DEADLINE_EXCEEDED) => {
-            let exit = TIMED_OUT;
-            return Err(CliError { exit, ..err }.hint("--timeout gives it longer"));
-        }
-        Err(err) => return Err(err),
-    };
-    if global.json {
-        print::json(&answer)?;
-    } else if request.background {
-        let (pid, tag) = (&answer["pid"], print::text(&answer, "tag"));
-        print::line(&format!("{pid} {tag}"))?;
-    } else {
-        forward(&answer)?;
-    }
-    Ok(exit_code(&answer))
-}
-
-/// Writes what a command wrote, byte by byte, where it wrote it.
-pub(super) fn forward(answer: &Value) -> Result<(), CliError> {
-    print::out(&stream(answer, "stdout")?)?;
-    print::err(&stream(answer, "stderr")?);
-    Ok(())
-}
-
-/// The exit code of a command; 0 for one that was left running.
-pub(super) fn exit_code(answer: &Value) -> ExitCode {
-    let code = answer["exit_code"].as_i64().unwrap_or(0);
-    ExitCode::from(u8::try_from(code).unwrap_or(NO_CODE))
-}
-
-fn stream(answer: &Value, key: &str) -> Result<Vec<u8>, CliError> {
-    let text = answer[key].as_str().unwrap_or_default();
-    if answer["encoding"] != "base64" {
-        return Ok(text.as_bytes().to_vec());
-    }
-    let decoded = STANDARD.decode(text);
-    decoded.map_err(|err| CliError::from_error("decode the command's output", &err))
 }
 
 async fn logs(
@@ -464,7 +434,9 @@ struct Seen(Mutex<String>);
 impl Seen {
     fn note(&self, capsule: &Value) {
         let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *text = transfer(&capsule["transfer"]).map_or_else(String::new, |bar| format!(" {bar}"));
+        let shown = waits_for(&capsule["waits_for"]).map(|it| format!("waits for {it}"));
+        let shown = shown.or_else(|| transfer(&capsule["transfer"]));
+        *text = shown.map_or_else(String::new, |shown| format!(" {shown}"));
     }
 
     fn text(&self) -> String {
@@ -488,6 +460,21 @@ fn transfer(value: &Value) -> Option<String> {
     Some(format!(
         "[{bar}{rest}] {done} of {total} MiB from {sources}"
     ))
+}
+
+/// What a capsule's guest stands still for, for people.
+fn waits_for(value: &Value) -> Option<String> {
+    let nodes: Vec<&str> = value["nodes"]
+        .as_array()?
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    let whom = match nodes.as_slice() {
+        [] => value["reason"].as_str()?.to_owned(),
+        nodes => nodes.join(", "),
+    };
+    let (since, until) = (value["since"].as_str()?, value["until"].as_str()?);
+    Some(format!("{whom} since {since}, until {until} at most"))
 }
 
 /// The capsule once it is in none of these states any more.
@@ -531,6 +518,29 @@ async fn migrate(global: &Global, client: &Client, id: &str, to: &str) -> Result
         print::json(&capsule)?;
     }
     Ok(())
+}
+
+async fn link(
+    global: &Global,
+    client: &Client,
+    id: &str,
+    port: u16,
+    expires: Duration,
+) -> Result<(), CliError> {
+    let body = json!({"port": port, "expires_in_sec": expires.as_secs()});
+    let route = format!("{}/links", path(id)?);
+    let made = client.call(Method::POST, &route, Some(body)).await?;
+    if global.json {
+        return print::json(&made);
+    }
+    if let Some(url) = made["url"].as_str() {
+        return print::line(url);
+    }
+    print::note("this node is known by an address alone: send these headers with a request to it");
+    let token = print::text(&made, "token");
+    print::line(&format!("Wrenn-Capsule-Id: {id}"))?;
+    print::line(&format!("Wrenn-Capsule-Port: {port}"))?;
+    print::line(&format!("Wrenn-Link: {token}"))
 }
 
 async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(), CliError> {
@@ -588,21 +598,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn binary_output_is_forwarded_as_it_was() {
-        let answer = json!({"stdout": "AP8K", "stderr": "", "encoding": "base64"});
-        assert_eq!(stream(&answer, "stdout"), Ok(vec![0, 255, 10]));
-        let answer = json!({"stdout": "AP8K", "encoding": "utf-8"});
-        assert_eq!(stream(&answer, "stdout"), Ok(b"AP8K".to_vec()));
-    }
-
-    #[test]
-    fn an_exit_code_that_no_process_can_have_is_255() {
-        let code = |code: i64| format!("{:?}", exit_code(&json!({"exit_code": code})));
-        assert_eq!(code(-1), format!("{:?}", ExitCode::from(255)));
-        assert_eq!(code(42), format!("{:?}", ExitCode::from(42)));
-    }
-
-    #[test]
     fn a_transfer_is_a_bar_and_what_is_none_is_nothing() {
         let of = |done: u64, total: u64| {
             transfer(&json!({"bytes_done": done, "bytes_total": total, "sources": 2}))
@@ -613,6 +608,25 @@ mod tests {
         assert!(over.starts_with("[####################]"), "{over}");
         assert_eq!(of(0, 0), None);
         assert_eq!(transfer(&Value::Null), None);
+    }
+
+    #[test]
+    fn a_wait_names_the_hosts_or_else_its_reason() {
+        let wait = |nodes: &[&str]| {
+            json!({
+                "nodes": nodes, "reason": "the disk is full", "since": "S", "until": "U",
+            })
+        };
+        let of = |nodes: &[&str]| waits_for(&wait(nodes));
+        assert_eq!(
+            of(&["a", "b"]).as_deref(),
+            Some("a, b since S, until U at most")
+        );
+        assert_eq!(
+            of(&[]).as_deref(),
+            Some("the disk is full since S, until U at most")
+        );
+        assert_eq!(waits_for(&Value::Null), None);
     }
 
     #[test]

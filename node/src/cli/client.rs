@@ -18,7 +18,7 @@ use tokio::time;
 use super::error::{CliError, chain};
 
 /// Longest a connection may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest a call may take that waits for nothing but the node; a create waits 20 s in there.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -52,6 +52,15 @@ impl Client {
         connector.set_nodelay(true);
         let http = HttpClient::builder(TokioExecutor::new()).build(connector);
         Ok(Self { base, key, http })
+    }
+
+    /// Where the node answers, without a slash at the end.
+    pub(super) fn base(&self) -> &str {
+        &self.base
+    }
+
+    pub(super) fn key(&self) -> &HeaderValue {
+        &self.key
     }
 
     /// Calls a route that answers JSON or nothing.
@@ -169,7 +178,7 @@ fn full(text: String) -> RequestBody {
 }
 
 /// The error envelope as an error with advice.
-fn refusal(path: &str, status: http::StatusCode, body: &[u8]) -> CliError {
+pub(super) fn refusal(path: &str, status: http::StatusCode, body: &[u8]) -> CliError {
     let envelope: Value = serde_json::from_slice(body).unwrap_or_default();
     let error = &envelope["error"];
     let code = error["code"].as_str().unwrap_or_default();

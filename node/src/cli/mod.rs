@@ -13,6 +13,7 @@ mod copy;
 mod dev;
 mod doctor;
 mod error;
+mod exec;
 mod find;
 mod fork;
 mod node;
@@ -21,8 +22,10 @@ mod print;
 mod recover;
 mod shell;
 mod snapshot;
+mod socket;
 mod store;
 mod template;
+mod terminal;
 mod token;
 
 use std::collections::BTreeSet;

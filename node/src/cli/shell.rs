@@ -1,9 +1,8 @@
-//! `wrenn capsule shell`, until there are terminals: a loop that runs one line after the other.
+//! `wrenn capsule shell` where the input is no terminal: a loop that runs one line after the other.
 //!
 //! Each line runs to its end in a new shell, which first takes over directory and exported
 //! variables from where the last one left them: a file in the guest that is removed at the end.
 
-use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use super::client::Client;
 use super::error::CliError;
-use super::{capsule, print};
+use super::{capsule, exec, print};
 
 /// Longest one line may run.
 const LINE_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -33,13 +32,9 @@ eval "$line"
 /// Reads lines and runs them until there are no more, or one says `exit`.
 pub(super) async fn run(client: &Client, id: &str) -> Result<ExitCode, CliError> {
     let state = format!("/tmp/.wrenn-shell-{:08x}", rand::random::<u32>());
-    let asks = io::stdin().is_terminal();
     let mut last = step(client, id, &state, "true").await?;
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     loop {
-        if asks {
-            print::err(b"capsule$ ");
-        }
         let read = lines.next_line().await;
         let line = read.map_err(|err| CliError::from_error("read a line", &err))?;
         let Some(line) = line.filter(|line| line.trim() != "exit") else {
@@ -50,7 +45,7 @@ pub(super) async fn run(client: &Client, id: &str) -> Result<ExitCode, CliError>
         }
         match step(client, id, &state, &line).await {
             Ok(answer) => {
-                capsule::forward(&answer)?;
+                exec::forward(&answer)?;
                 last = answer;
             }
             // A line that ran too long was killed; the capsule and the shell go on.
@@ -59,7 +54,7 @@ pub(super) async fn run(client: &Client, id: &str) -> Result<ExitCode, CliError>
         }
     }
     step(client, id, "/dev/null", &format!("rm -f {state}")).await?;
-    Ok(capsule::exit_code(&last))
+    Ok(exec::exit_code(&last))
 }
 
 async fn step(client: &Client, id: &str, state: &str, line: &str) -> Result<Value, CliError> {

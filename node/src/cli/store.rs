@@ -17,7 +17,7 @@ use super::error::CliError;
 use super::node::STOP_FIRST;
 use super::{Global, print};
 use crate::config::defaults;
-use crate::store::report::{CheckReport, Chore, StatsReport, Told};
+use crate::store::report::{CheckReport, Chore, ScrubReport, StatsReport, Told};
 use crate::store::{DataDir, DataPaths, Limits, OpenDataDirError, OpenStoreError, Store};
 
 /// Exit code where damage was found.
@@ -239,11 +239,37 @@ fn show_stats(stats: &StatsReport) -> Result<(), CliError> {
             ),
         ),
     ];
+    let rounds = [
+        ("scrubbing", &stats.scrubbing),
+        ("scrubbed", &stats.scrubbed),
+    ];
+    let rounds = rounds
+        .into_iter()
+        .filter_map(|(what, round)| Some((what, round_in_words(round.as_ref()?))));
     let rows: Vec<Vec<String>> = rows
         .into_iter()
+        .chain(rounds)
         .map(|(what, how_much)| vec![what.to_owned(), how_much])
         .collect();
     print::table(&["WHAT", "HOW MUCH"], &rows)
+}
+
+fn round_in_words(round: &ScrubReport) -> String {
+    let when = match &round.ended_at {
+        Some(ended_at) => format!("by {ended_at}"),
+        None => format!("since {}", round.began_at),
+    };
+    let found = match (
+        round.damaged_chunks,
+        round.damaged_manifests,
+        round.unreadable_packs,
+    ) {
+        (0, 0, 0) => "no damage".to_owned(),
+        (chunks, manifests, packs) => {
+            format!("damaged: {chunks} chunks, {manifests} manifests; unreadable: {packs} packs")
+        }
+    };
+    format!("{} {when}: {found}", bytes(round.read_bytes))
 }
 
 fn bytes(count: u64) -> String {

@@ -258,7 +258,8 @@ fn may_of_team(state: &State, from: NodeId, team: TeamId, command: &Command) -> 
         Command::ReportSandbox { id, node, .. } => {
             *node == from && known(id).is_some_and(|it| it.owner == from)
         }
-        Command::StopSandbox { id, .. }
+        Command::ChangeSandbox { id, .. }
+        | Command::StopSandbox { id, .. }
         | Command::PauseSandbox { id, .. }
         | Command::ResumeSandbox { id, .. } => is_ours(id),
         Command::CheckpointSandbox(asked) => is_ours(&asked.id),

@@ -108,6 +108,14 @@ impl GuestError {
     }
 }
 
+/// How the client library begins its own words for an answer that broke off. It gives no other sign.
+const BROKEN_BODY: &str = "failed to read response body";
+
+fn is_broken_body(err: &ConnectError) -> bool {
+    let words = err.message.as_deref();
+    words.is_some_and(|words| words.starts_with(BROKEN_BODY))
+}
+
 impl From<ConnectError> for GuestError {
     fn from(err: ConnectError) -> Self {
         let code = match err.code {
@@ -121,6 +129,7 @@ impl From<ConnectError> for GuestError {
             ErrorCode::Unavailable => return Self::unreachable(err),
             // A cause is never sent: this one is our side's, and no word of the agent.
             _ if err.source().is_some() => return Self::unreachable(err),
+            ErrorCode::Internal if is_broken_body(&err) => return Self::unreachable(err),
             _ => GuestCode::Other,
         };
         let message = err

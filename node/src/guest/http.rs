@@ -203,7 +203,7 @@ where
     http_body_util::StreamBody::new(frames).boxed_unsync()
 }
 
-fn pool<B>(dial: &Arc<dyn Dial>) -> Client<Connector, B>
+pub(super) fn pool<B>(dial: &Arc<dyn Dial>) -> Client<Connector, B>
 where
     B: hyper::body::Body + Send,
     B::Data: Send,

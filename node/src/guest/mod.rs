@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `ready` | from a boot to a guest that may work |
 //! | `quiesce` `restore` | from a running guest to one fit to be sealed, and from a sealed one back |
-//! | `process` `files` | what clients ask for |
+//! | `process` `terminal` `files` `ports` | what clients ask for |
 
 pub mod dial;
 mod error;
@@ -17,18 +17,22 @@ mod files;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod http;
+mod ports;
 mod process;
 mod quiesce;
 mod ready;
 mod restore;
+mod terminal;
 
 pub use dial::{CutDial, Dial, GuestStream, TcpDial};
 pub use error::{GuestCode, GuestError};
 pub use files::{FileEntry, FileKind};
 pub use http::{Guest, GuestBody};
+pub use ports::PortClient;
 pub use process::{
     EventStream, ProcessCommand, ProcessEvent, ProcessSummary, RunOutput, Selector, Signal,
 };
 pub use quiesce::{Quiesce, QuiesceError, Quiesced, Workload};
 pub use ready::{AgentSetup, Health};
 pub use restore::{Fork, Generation, Restore, RestoreError, Restored};
+pub use terminal::TerminalSize;

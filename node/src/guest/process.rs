@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use connectrpc::client::{CallOptions, ServerStream};
+use http::header::AUTHORIZATION;
 use hyper::body::Incoming;
 use proto::envd::process as pb;
 use proto::envd::process::__buffa::oneof;
-use proto::envd::process::__buffa::view::StartResponseView;
+use proto::envd::process::__buffa::view::{ConnectResponseView, StartResponseView};
 use tokio::time;
 
 use super::error::{GuestCode, GuestError};
-use super::http::{Guest, UNARY_TIMEOUT, bounded};
+use super::http::{Guest, bounded};
 
 /// Most output of one foreground run that is kept in memory; past it the run is killed. A client
 /// with more to read streams it.
@@ -35,6 +38,27 @@ pub struct ProcessCommand {
     pub cwd: Option<String>,
     /// The caller's own name for it.
     pub tag: Option<String>,
+    /// Who runs it; the guest's default user where absent.
+    pub user: Option<String>,
+}
+
+impl ProcessCommand {
+    /// The start of this process, without a terminal and with nothing to read.
+    pub(super) fn into_wire(self) -> pb::StartRequest {
+        pb::StartRequest {
+            process: pb::ProcessConfig {
+                cmd: self.cmd,
+                args: self.args,
+                envs: self.envs.into_iter().collect(),
+                cwd: self.cwd,
+                ..Default::default()
+            }
+            .into(),
+            tag: self.tag,
+            stdin: Some(false),
+            ..Default::default()
+        }
+    }
 }
 
 /// A process that ended while it was watched.
@@ -100,6 +124,17 @@ impl Selector {
         text.parse()
             .map_or_else(|_| Self::Tag(text.to_owned()), Self::Pid)
     }
+
+    pub(super) fn into_wire(self) -> pb::ProcessSelector {
+        let selector = match self {
+            Self::Pid(pid) => oneof::process_selector::Selector::Pid(pid),
+            Self::Tag(tag) => oneof::process_selector::Selector::Tag(tag),
+        };
+        pb::ProcessSelector {
+            selector: Some(selector),
+            ..Default::default()
+        }
+    }
 }
 
 /// A signal the agent can deliver.
@@ -113,7 +148,13 @@ pub enum Signal {
 
 /// The events of one process. Dropping it does not end the process.
 pub struct EventStream {
-    inner: ServerStream<Incoming, StartResponseView<'static>>,
+    inner: Inner,
+}
+
+/// Two calls answer the same events in messages of their own.
+enum Inner {
+    Started(ServerStream<Incoming, StartResponseView<'static>>),
+    Attached(ServerStream<Incoming, ConnectResponseView<'static>>),
 }
 
 impl std::fmt::Debug for EventStream {
@@ -128,13 +169,21 @@ impl EventStream {
     /// # Errors
     /// [`GuestError`] where the stream broke or the agent ended it with one.
     pub async fn next(&mut self) -> Result<Option<ProcessEvent>, GuestError> {
-        while let Some(message) = self.inner.message().await? {
-            let response = message.to_owned_message();
-            if let Some(event) = response.event.into_option().and_then(|it| it.event) {
+        loop {
+            let event = match &mut self.inner {
+                Inner::Started(inner) => match inner.message().await? {
+                    Some(message) => message.to_owned_message().event,
+                    None => return Ok(None),
+                },
+                Inner::Attached(inner) => match inner.message().await? {
+                    Some(message) => message.to_owned_message().event,
+                    None => return Ok(None),
+                },
+            };
+            if let Some(event) = event.into_option().and_then(|it| it.event) {
                 return Ok(Some(from_wire(event)));
             }
         }
-        Ok(None)
     }
 }
 
@@ -149,30 +198,41 @@ impl Guest {
         command: ProcessCommand,
         timeout: Option<Duration>,
     ) -> Result<EventStream, GuestError> {
-        let request = pb::StartRequest {
-            process: pb::ProcessConfig {
-                cmd: command.cmd,
-                args: command.args,
-                envs: command.envs.into_iter().collect(),
-                cwd: command.cwd,
-                ..Default::default()
-            }
-            .into(),
-            tag: command.tag,
-            stdin: Some(false),
-            ..Default::default()
-        };
+        let user = command.user.clone();
+        self.open(command.into_wire(), user, timeout).await
+    }
+
+    /// Sends a start and waits until the agent streams its events.
+    pub(super) async fn open(
+        &self,
+        request: pb::StartRequest,
+        user: Option<String>,
+        timeout: Option<Duration>,
+    ) -> Result<EventStream, GuestError> {
         let mut options = CallOptions::default();
+        if let Some(user) = user {
+            // The agent knows users by name alone: access is decided before.
+            let credentials = STANDARD.encode(format!("{user}:"));
+            options = options.with_header(AUTHORIZATION, format!("Basic {credentials}"));
+        }
         if let Some(timeout) = timeout {
             options = options.with_timeout(timeout);
         }
         let opened = self.process().start_with_options(request, options);
-        let inner =
-            time::timeout(UNARY_TIMEOUT, opened)
-                .await
-                .map_err(|_| GuestError::TimedOut {
-                    waited: UNARY_TIMEOUT,
-                })??;
+        let inner = Inner::Started(bounded(opened).await?);
+        Ok(EventStream { inner })
+    }
+
+    /// Attaches to a live process: its start event, then what it writes from now on, then its end.
+    ///
+    /// # Errors
+    /// [`GuestCode::NotFound`] where no live process is meant.
+    pub async fn attach(&self, process: Selector) -> Result<EventStream, GuestError> {
+        let request = pb::ConnectRequest {
+            process: process.into_wire().into(),
+            ..Default::default()
+        };
+        let inner = Inner::Attached(bounded(self.process().connect(request)).await?);
         Ok(EventStream { inner })
     }
 
@@ -233,20 +293,12 @@ impl Guest {
     /// # Errors
     /// [`GuestCode::NotFound`] where no live process is meant.
     pub async fn signal(&self, process: Selector, signal: Signal) -> Result<(), GuestError> {
-        let selector = match process {
-            Selector::Pid(pid) => oneof::process_selector::Selector::Pid(pid),
-            Selector::Tag(tag) => oneof::process_selector::Selector::Tag(tag),
-        };
         let signal = match signal {
             Signal::Term => pb::Signal::Sigterm,
             Signal::Kill => pb::Signal::Sigkill,
         };
         let request = pb::SendSignalRequest {
-            process: pb::ProcessSelector {
-                selector: Some(selector),
-                ..Default::default()
-            }
-            .into(),
+            process: process.into_wire().into(),
             signal: signal.into(),
             ..Default::default()
         };

@@ -4,7 +4,9 @@
 //! other guest made from it, and waits for peers that are gone. Its workload stands still until it
 //! has confirmed one order that puts all of that right. The order may be repeated until it is
 //! confirmed: its generation stays the same, while the clock is read anew each time, when the
-//! connection stands and the body is sent. A guest that confirms nothing by the deadline must be
+//! connection stands and the body is sent. What a guest hears first may take it seconds to hear, since
+//! its pages have to come, and a clock that was sent along would be as late. So the order is rehearsed:
+//! the agent refuses one that names no life, and has its pages by then. A guest that confirms nothing by the deadline must be
 //! ended: it may be running as its own twin.
 
 use std::collections::BTreeMap;
@@ -25,6 +27,8 @@ use super::http::Guest;
 use super::quiesce::words;
 use crate::base::remedy::Remedy;
 
+/// Where the agent takes the order.
+const ROUTE: &str = "/snapshot/restore";
 /// Fresh random bytes for the guest's kernel: the size of its seed.
 const ENTROPY_BYTES: usize = 32;
 /// Longest one attempt may take. A guest whose memory is still fetched from afar is slow, yet a
@@ -34,10 +38,10 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 const WARNINGS: usize = 16;
 /// See [`WARNINGS`].
 const WARNING_CHARS: usize = 256;
-/// A guest that took longer to hear the order was told a time that has passed by then: its pages may
-/// have come from afar. It is told once more, now that they are there.
+/// A guest that took longer to hear the order was told a time that has passed by then. That should not
+/// be, after a rehearsal; where it is, it is told once more, and its workload sees a second step.
 const CLOCK_TRUST: Duration = Duration::from_millis(200);
-/// How often it is told the time again at most.
+/// How often the order is rehearsed, and how often the time is told again, at most.
 const CLOCK_TRIES: u32 = 3;
 /// Pause between two attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(25);
@@ -201,6 +205,7 @@ impl Guest {
         restore: &Restore,
         deadline: Instant,
     ) -> Result<Restored, RestoreError> {
+        self.rehearse(restore, deadline).await;
         for attempts in 1.. {
             let asked = Instant::now();
             let source = match self.try_restore(restore, deadline).await {
@@ -230,6 +235,22 @@ impl Guest {
         unreachable!("the deadline comes before the counter ends")
     }
 
+    /// Has a guest touch what it takes to hear an order, until it hears one at once. Nothing of it is
+    /// carried out.
+    async fn rehearse(&self, restore: &Restore, deadline: Instant) {
+        for _ in 0..CLOCK_TRIES {
+            let asked = Instant::now();
+            let order = restore.clone();
+            let attempt = deadline.min(asked + ATTEMPT_TIMEOUT);
+            let body = move || order.body(None);
+            let heard = self.exchange(ROUTE, body, attempt).await;
+            // One that is not heard at all is tried as an order, with more patience.
+            if heard.is_err() || asked.elapsed() <= CLOCK_TRUST {
+                return;
+            }
+        }
+    }
+
     /// Tells a restored guest the time until it hears it at once; says whether it did.
     async fn tell_time(&self, restore: &Restore, deadline: Instant) -> bool {
         let Ok(guest) = Self::new(Arc::clone(self.dial()), &restore.token) else {
@@ -248,9 +269,9 @@ impl Guest {
 
     async fn try_restore(&self, restore: &Restore, deadline: Instant) -> Attempt {
         let order = restore.clone();
-        let body = move || order.body();
+        let body = move || order.body(Some(order.generation));
         let attempt = deadline.min(Instant::now() + ATTEMPT_TIMEOUT);
-        let (status, text) = match self.exchange("/snapshot/restore", body, attempt).await {
+        let (status, text) = match self.exchange(ROUTE, body, attempt).await {
             Ok(answered) => answered,
             Err(source) => return Attempt::Again(source),
         };
@@ -290,13 +311,14 @@ pub(super) fn try_answer(status: StatusCode, text: &[u8], epoch: Epoch) {
 }
 
 impl Restore {
-    /// The order as the agent reads it, with the clock and the random bytes of this moment.
-    fn body(&self) -> Vec<u8> {
+    /// The order as the agent reads it, with the clock and the random bytes of this moment. One without
+    /// a generation is refused.
+    fn body(&self, generation: Option<Generation>) -> Vec<u8> {
         let entropy: [u8; ENTROPY_BYTES] = rand::random();
         let fork = self.fork.as_ref();
         let json = json!({
             "epoch": self.epoch.0,
-            "generation": self.generation.to_string(),
+            "generation": generation.map(|it| it.to_string()),
             "entropy": STANDARD.encode(entropy),
             "accessToken": self.token,
             "envVars": self.env,
@@ -329,7 +351,18 @@ pub(super) fn wall_clock_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use bytes::Bytes;
+    use http::{Request, Response};
+    use http_body_util::{BodyExt as _, Full};
+    use hyper::body::Incoming;
+    use hyper::server::conn::http1;
+    use hyper::service::service_fn;
+    use hyper_util::rt::TokioIo;
+
     use super::*;
+    use crate::guest::dial::{Dial, DialFuture, GuestStream};
 
     fn restore() -> Restore {
         Restore {
@@ -348,13 +381,84 @@ mod tests {
 
     #[test]
     fn each_telling_has_fresh_bytes_and_the_same_generation() {
-        let tell = || serde_json::from_slice::<serde_json::Value>(&restore().body()).expect("JSON");
+        let tell = || {
+            serde_json::from_slice::<serde_json::Value>(&restore().body(Some(restore().generation)))
+                .expect("JSON")
+        };
         let (one, two) = (tell(), tell());
         assert_ne!(one["entropy"], two["entropy"]);
         assert_eq!(one["generation"], two["generation"]);
         assert_eq!(one["generation"], "ab".repeat(16));
         assert_eq!(one["machineId"], "01".repeat(16));
         assert!(one["wallClockNs"].as_u64() <= two["wallClockNs"].as_u64());
+    }
+
+    /// A guest whose pages come from afar: whatever it hears first it hears late. It remembers what
+    /// it was asked, whether that named a life, and how long that was under way.
+    #[derive(Clone, Debug, Default)]
+    struct Cold(Arc<Mutex<Vec<(String, bool, Duration)>>>);
+
+    impl Cold {
+        /// How long the first request takes to arrive.
+        const LATE: Duration = Duration::from_secs(3);
+
+        fn heard(&self) -> Vec<(String, bool, Duration)> {
+            self.0.lock().expect("no panic").clone()
+        }
+
+        async fn answer(self, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, String> {
+            let sent = Instant::now();
+            if self.heard().is_empty() {
+                time::sleep(Self::LATE).await;
+            }
+            let path = request.uri().path().to_owned();
+            let body = request.into_body().collect().await;
+            let body = body.map_err(|err| err.to_string())?.to_bytes();
+            let json: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+            let names_a_life = json["generation"].is_string();
+            let heard = (path, names_a_life, sent.elapsed());
+            self.0.lock().expect("no panic").push(heard);
+            let done = r#"{"held":true,"cut":0,"warnings":[],"tookUs":5,"applied":true}"#;
+            let (status, text) = match names_a_life {
+                true => (StatusCode::OK, done),
+                false => (StatusCode::BAD_REQUEST, "{}"),
+            };
+            let answer = Response::builder().status(status);
+            Ok(answer.body(Full::from(text)).expect("an answer"))
+        }
+    }
+
+    impl Dial for Cold {
+        fn dial(&self) -> DialFuture {
+            let guest = self.clone();
+            Box::pin(async move {
+                let (here, there) = tokio::io::duplex(64 << 10);
+                let service = service_fn(move |request| guest.clone().answer(request));
+                let serve = http1::Builder::new().serve_connection(TokioIo::new(there), service);
+                tokio::spawn(serve);
+                Ok(GuestStream::new(here))
+            })
+        }
+
+        fn at_port(&self, _: u16) -> Arc<dyn Dial> {
+            Arc::new(self.clone())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_whose_pages_come_late_is_told_a_time_that_is_right_and_once() {
+        let cold = Cold::default();
+        let guest = Guest::new(Arc::new(cold.clone()), "old").expect("a client");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let restored = guest.restore(&restore(), deadline).await.expect("restored");
+        assert_eq!((restored.attempts, restored.warnings.len()), (1, 0));
+        let heard = cold.heard();
+        let lives: Vec<bool> = heard.iter().map(|(_, life, _)| *life).collect();
+        // Late once, then once more to see that it is not; then the order, and no word after it.
+        assert_eq!(lives, [false, false, true], "{heard:?}");
+        assert!(heard.iter().all(|(path, ..)| path == ROUTE));
+        assert_eq!(heard[0].2, Cold::LATE);
+        assert!(heard[2].2 < CLOCK_TRUST);
     }
 
     #[test]

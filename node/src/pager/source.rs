@@ -59,7 +59,7 @@ pub enum Whereabouts {
 #[non_exhaustive]
 pub enum SourceError {
     /// Nobody holds the chunk any more.
-    #[error("chunk {chunk} of the guest's memory is gone: {reason}")]
+    #[error("chunk {chunk} of the guest's memory cannot be had: {reason}")]
     Gone {
         /// Which one.
         chunk: ChunkId,

@@ -22,9 +22,10 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 use super::backoff::{Attempts, Subject, Verdict};
 use super::plan::{Circumstances, Step, plan};
 use crate::base::clock::Clock;
+use crate::base::fault;
 use crate::base::stop::Tasks;
 use crate::cluster::{ProposeError, Proposer, View};
-use crate::sandbox::{Origin, Registry, StartSpec};
+use crate::sandbox::{KeptWarm, Origin, Registry, StartSpec, WarmNews};
 use crate::store::SnapshotDigest;
 use crate::template::Catalog;
 
@@ -212,9 +213,8 @@ impl Reconciler {
         let image = held.map(|template| template.digest);
         let origin = record.origin.and_then(|id| state.snapshot(id));
         let usable = origin.filter(|it| {
-            it.warm
-                .as_ref()
-                .is_none_or(|warm| self.registry.takes(warm))
+            let may = |warm| self.registry.takes(warm) && !self.registry.leaves_alone(it);
+            it.warm.as_ref().is_none_or(may)
         });
         match usable {
             Some(origin) => Some(Origin::Fork {
@@ -244,12 +244,39 @@ impl Reconciler {
         self.registry.starts_warm() && !state.warm().any(is_same)
     }
 
-    /// Tells the cluster what a guest here was sealed as when it had just booted. Whatever the answer,
-    /// it is told once: another host may have been first.
+    /// Tells the cluster what became of a warm snapshot here. Whatever the answer, it is told once:
+    /// another host may have been first.
     async fn tell_warm(&self, id: SandboxId) {
+        let told = match self.registry.warm_news(id) {
+            Some(WarmNews::Made(made)) => self.tell_made(id, made).await,
+            Some(WarmNews::Spoilt(digest)) => self.tell_spoilt(digest).await,
+            None => return,
+        };
+        if let Err(ProposeError::Log(err)) = told {
+            return warn!(%err, "could not tell the cluster");
+        }
+        fault::point("warm.told");
+        self.registry.forget_warm(id);
+    }
+
+    /// Gives a snapshot up that nothing could be started from: another is made in its place.
+    async fn tell_spoilt(&self, digest: SnapshotDigest) -> Result<(), ProposeError> {
         let state = self.view.state();
-        let (Some(known), Some(made)) = (state.sandbox(id), self.registry.kept_warm(id)) else {
-            return;
+        let spoilt = state.warm().find(|it| it.sealed.digest == digest.0);
+        // Its holders may have found out and said so.
+        let Some(spoilt) = spoilt else {
+            return Ok(());
+        };
+        let id = spoilt.sealed.id;
+        self.proposer.propose(Command::RetireWarm(id)).await?;
+        info!(snapshot = %id, "nothing is started from it any more; the next that boots is kept");
+        Ok(())
+    }
+
+    async fn tell_made(&self, id: SandboxId, made: KeptWarm) -> Result<(), ProposeError> {
+        let state = self.view.state();
+        let Some(known) = state.sandbox(id) else {
+            return Ok(());
         };
         let version = state.node(self.here).map(|node| node.version.clone());
         let snapshot = Snapshot {
@@ -269,12 +296,13 @@ impl Reconciler {
             sealed_at: Stamp::default(),
             holders: [self.here].into(),
         };
-        match self.proposer.propose(Command::PutWarm(snapshot)).await {
+        let told = self.proposer.propose(Command::PutWarm(snapshot)).await;
+        match &told {
             Ok(_) => info!(sandbox = %id, "the next capsules of its kind start warm"),
             Err(ProposeError::Refused(why)) => info!(%why, "a warm snapshot is not needed"),
-            Err(err) => return warn!(%err, "could not tell the cluster"),
+            Err(ProposeError::Log(_)) => {}
         }
-        self.registry.forget_warm(id);
+        told.map(drop)
     }
 
     /// Pauses or stops a sandbox for idleness unless somebody has begun to use it since the plan was

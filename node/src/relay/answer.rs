@@ -11,7 +11,7 @@ use proto::wire::relay::answer::Answer;
 use proto::wire::relay::question::Ask;
 use tokio::task;
 
-use super::local::{LocalFacts, MemoryFacts, Transfer, facts_of};
+use super::local::{LocalFacts, MemoryFacts, Transfer, Waiting, facts_of};
 use super::refusal::Refusal;
 use super::serve::Server;
 use super::wire;
@@ -125,6 +125,12 @@ impl From<LocalFacts> for pb::FactsKnown {
                 bytes_total: it.bytes_total,
                 sources: it.sources,
             }),
+            waiting: facts.waiting.map(|it| pb::Waiting {
+                nodes: it.nodes,
+                why: it.why,
+                since_ms: it.since.0,
+                until_ms: it.until.0,
+            }),
         }
     }
 }
@@ -173,6 +179,12 @@ pub(super) fn facts_told(known: pb::FactsKnown) -> Option<LocalFacts> {
             bytes_done: it.bytes_done,
             bytes_total: it.bytes_total,
             sources: it.sources,
+        }),
+        waiting: known.waiting.map(|it| Waiting {
+            nodes: it.nodes,
+            why: it.why,
+            since: Stamp(it.since_ms),
+            until: Stamp(it.until_ms),
         }),
     })
 }

@@ -58,6 +58,21 @@ pub struct LocalFacts {
     pub memory: Option<MemoryFacts>,
     /// How far what it rests on has come here, while it does.
     pub transfer: Option<Transfer>,
+    /// What its guest stands still for, where it does.
+    pub waiting: Option<Waiting>,
+}
+
+/// What a guest stands still for: memory that cannot be had now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// What people call the nodes that would have it and cannot be reached.
+    pub nodes: Vec<String>,
+    /// Why it cannot be had.
+    pub why: String,
+    /// Since when.
+    pub since: Stamp,
+    /// When it is given up.
+    pub until: Stamp,
 }
 
 /// How far a snapshot has come to the node that resumes it.

@@ -30,7 +30,7 @@ mod wire;
 
 pub use error::RelayError;
 pub use fake::InProcessPeers;
-pub use local::{LocalFacts, LocalGuests, MemoryFacts, Transfer};
+pub use local::{LocalFacts, LocalGuests, MemoryFacts, Transfer, Waiting};
 pub use locate::Relay;
 pub use peers::{NoPeers, PeerError, Peers};
 pub use quic::{QuicPeers, QuicRelay, Ways};

@@ -7,9 +7,9 @@
 //! pause     waits until it is whole, while the guest runs on: the next snapshot is of its chunks too
 //! ```
 //!
-//! The rest goes into this node's store and not into the guest, which takes what it needs. As long
-//! as no holder can be reached a guest that needs a chunk stands still; once nobody is left who has
-//! it, its pager is told so, and the guest is ended.
+//! The rest goes into this node's store and not into the guest, which takes what it needs. A guest
+//! that needs a chunk stands still while those that have it cannot be reached, for some minutes
+//! (`waits.rs`). Once nobody is left who has it, its pager is told so, and the guest is ended.
 
 use std::fmt;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ use tracing::{Instrument as _, debug, info_span, warn};
 
 use super::paging::{Bringer, NotBrought};
 use super::spec::Keeping;
+use super::waits::NotNow;
 use crate::base::chain::chain;
 use crate::store::fetch::{BringError, FetchError, Incoming};
 use crate::store::{Carried, ChunkId, Kept, Pin, SnapshotDigest};
@@ -122,7 +123,22 @@ impl Coming {
 
     async fn to_bring(&self) -> Result<&Incoming, NotBrought> {
         let incoming = self.incoming().await;
-        incoming.map_err(|err| NotBrought::NotNow(chain(&err)))
+        incoming.map_err(|err| not_now(&err))
+    }
+
+    fn not_brought(&self, err: BringError) -> NotBrought {
+        match err {
+            // Whoever asks names the chunk.
+            BringError::Gone { tried, .. } => {
+                NotBrought::Gone(format!("no host has a sound copy: {tried}"))
+            }
+            BringError::NotNow { tried, away, .. } => {
+                let holders = &self.0.keeping.holders;
+                let away = away.iter().map(|node| holders.name(*node)).collect();
+                NotBrought::NotNow(NotNow { why: tried, away })
+            }
+            err => not_now(&err),
+        }
     }
 }
 
@@ -130,24 +146,22 @@ impl Bringer for Coming {
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
         Box::pin(async move {
             let brought = self.to_bring().await?.bring(chunk).await;
-            brought.map(drop).map_err(not_brought)
+            brought.map(drop).map_err(|err| self.not_brought(err))
         })
     }
 
     fn rush(&self, chunk: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
         Box::pin(async move {
             let came = self.to_bring().await?.rush(chunk).await;
-            let came = came.map_err(not_brought)?;
+            let came = came.map_err(|err| self.not_brought(err))?;
             Ok(Some(came.carried().clone()))
         })
     }
 }
 
-fn not_brought(err: BringError) -> NotBrought {
-    match err {
-        BringError::Gone { .. } => NotBrought::Gone(chain(&err)),
-        err => NotBrought::NotNow(chain(&err)),
-    }
+fn not_now(why: &dyn std::error::Error) -> NotBrought {
+    let (why, away) = (chain(why), Vec::new());
+    NotBrought::NotNow(NotNow { why, away })
 }
 
 /// What a guest goes on from.

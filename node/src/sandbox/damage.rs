@@ -2,7 +2,8 @@
 //! another holder's copy takes its place.
 //!
 //! The disk and the device state are put together before the guest starts, and one bad chunk would
-//! fail that. Memory is not looked at here: its pager asks for what turns out damaged by itself.
+//! fail that. Memory is not looked at then: its pager asks for what turns out damaged by itself. All of
+//! it is read once a warm start has failed, or what is made anew would be made of the same bad chunks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,11 +54,22 @@ impl Driver {
 
     async fn mend(&self, from: SnapshotDigest, held: &mut Held) -> Result<(), AcquireError> {
         let store = self.host.keeping.store.clone();
-        blocking(move || forget_what_is_damaged(&store, from)).await??;
+        blocking(move || forget_what_is_damaged(&store, from, false)).await??;
         if let Ok(source) = time::timeout(MEND_TIMEOUT, self.fetch(from)).await {
             held.source = Some(source?);
         }
         Ok(())
+    }
+}
+
+impl Driver {
+    /// Forgets whatever is damaged of a snapshot here, so that nothing is made of it again.
+    pub(super) async fn look_for_damage(&self, of: SnapshotDigest) {
+        let store = self.host.keeping.store.clone();
+        let looked = blocking(move || forget_what_is_damaged(&store, of, true)).await;
+        if let Ok(Err(err)) = looked {
+            warn!(err = chain(&err), "did not look at all of it");
+        }
     }
 }
 
@@ -72,12 +84,17 @@ const fn lacks_a_chunk(err: &SnapshotError) -> bool {
     )
 }
 
-/// Reads all that a sandbox is put together of before it starts: a chunk that turns out damaged is
-/// forgotten, and can be fetched. Blocks.
-fn forget_what_is_damaged(store: &Store, from: SnapshotDigest) -> Result<(), SnapshotError> {
+/// Reads all that a sandbox is put together of before it starts, and its memory where `memory` says so: a
+/// chunk that turns out damaged is forgotten, and can be fetched. Blocks.
+fn forget_what_is_damaged(
+    store: &Store,
+    from: SnapshotDigest,
+    memory: bool,
+) -> Result<(), SnapshotError> {
     let signed = store.snapshot(&from)?;
     let manifest = signed.manifest();
-    for image in [manifest.disk, manifest.device_state] {
+    let images = [manifest.disk, manifest.device_state].into_iter();
+    for image in images.chain(memory.then_some(manifest.memory)) {
         for extent in store.image(&image.digest)?.extents() {
             if let Content::Chunk { id, .. } = extent.content {
                 // What it says is told by the next try.

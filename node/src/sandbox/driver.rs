@@ -93,7 +93,7 @@ impl Driver {
         self.shared.set_frozen(bound.unwrap_or(false));
         let stand = held.shim.as_ref().map(|it| it.known_status().stand);
         let first = match held.record.ready.clone() {
-            Some(facts) if stand == Some(GuestStand::Running) => self.ready(&held, facts),
+            Some(facts) if stand == Some(GuestStand::Running) => self.take_over(&held, facts).await,
             // Whether the cluster was told of a seal is not known: it is asked before the guest goes
             // on.
             Some(facts) => self.ready(&held, facts).map(|event| match event {
@@ -117,6 +117,22 @@ impl Driver {
             }
         };
         self.drive(held, first).await;
+    }
+
+    /// Publishes a guest whose processors run. An earlier daemon may have ended between its quiesce and
+    /// its save, or after its thaw: then the agent holds the workload, until it is told to let go.
+    async fn take_over(&self, held: &Held, facts: ReadyFacts) -> Option<Event> {
+        // One that is frozen for want of a lease answers nobody. It is told the time once it has
+        // thawed, which lets it go as well.
+        if !self.shared.frozen()
+            && let Ok(Some(guest)) = held.guest()
+        {
+            let told = self.undo_quiesce(held, &guest);
+            if let Err(over) = self.unless_over(held.shim.as_ref(), told).await {
+                return over;
+            }
+        }
+        self.ready(held, facts)
     }
 
     /// Releases what an earlier daemon left of a sandbox that has ended.
@@ -225,7 +241,8 @@ impl Driver {
         match outcome {
             Ok(Ok(facts)) => self.ready(held, facts),
             Ok(Err(err)) => {
-                let reason = format!("{}{}", chain(&err), self.last_words());
+                let waits = held.waits_in_words();
+                let reason = format!("{}{waits}{}", chain(&err), self.last_words());
                 Some(Event::StartFailed { reason })
             }
             Err(over) => over,

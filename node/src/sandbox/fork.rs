@@ -13,6 +13,7 @@ use super::phase::Event;
 use super::resources::Held;
 use super::spec::{Origin, StartSpec};
 use crate::base::chain::chain;
+use crate::base::fault;
 use crate::guest::Fork;
 use crate::store::{ImageDigest, SnapshotDigest};
 
@@ -36,10 +37,23 @@ impl Driver {
         asked: Instant,
     ) -> Option<Event> {
         let event = self.bring_back(spec, from, held, asked).await?;
-        let (Event::StartFailed { reason }, Some(base)) = (&event, or_boots) else {
+        let Some(base) = or_boots else {
             return Some(event);
         };
-        warn!(reason, "could not start warm; boots instead");
+        let Event::StartFailed { reason } = &event else {
+            if matches!(event, Event::GuestReady) {
+                self.was_warm(spec, base);
+            }
+            return Some(event);
+        };
+        // Its bytes were to be had, and so was all that has nothing to do with them.
+        let by_snapshot = held.source.is_some() && held.record.slot.is_some();
+        // First of all, so that those who start now do not try it as well.
+        self.not_warm(spec, (base, from), by_snapshot);
+        warn!(reason, by_snapshot, "could not start warm; boots instead");
+        if by_snapshot {
+            self.look_for_damage(from).await;
+        }
         match held.begin_again(&self.host, spec).await {
             Ok(()) => self.bring_up(spec, base, held, Instant::now()).await,
             Err(err) => {
@@ -58,6 +72,7 @@ impl Held {
         spec: &StartSpec,
     ) -> Result<(), super::error::AcquireError> {
         self.release(host).await?;
+        fault::point("warm.undone");
         *self = Self::create(host, spec).await?;
         Ok(())
     }

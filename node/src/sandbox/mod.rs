@@ -22,10 +22,13 @@ mod sealing;
 mod seen;
 mod snapshot;
 mod spec;
+mod spoilt;
+mod waits;
 mod warm;
 
 pub use error::AcquireError;
 pub use phase::{End, Phase};
 pub use registry::{Observed, ObservedState, Registry};
 pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings, StartWay};
-pub use warm::{KeptWarm, WarmStarts};
+pub use waits::{NotNow, Waiting};
+pub use warm::{KeptWarm, WarmNews, WarmStarts};

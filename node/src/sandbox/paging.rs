@@ -12,7 +12,7 @@
 //! A pager reads packs by itself. It asks only for what was not here when its map was written, for
 //! what a collection has moved since, and for what turned out damaged. As long as a guest is
 //! admitted the snapshot below it is kept. Nobody is given the place of a chunk that is not of its
-//! own guest's memory.
+//! own guest's memory. What cannot be had now is waited for, visibly and not for ever (`waits.rs`).
 //!
 //! One task a connection, which asks one thing at a time. A daemon that ends breaks them all; their
 //! pagers ask the next one again.
@@ -36,6 +36,7 @@ use tracing::{debug, info_span, warn};
 use super::coming::{Coming, Source};
 use super::resources::Held;
 use super::spec::Host;
+use super::waits::{NotNow, Waiting, Waits, longest};
 use crate::base::at_once::at_once;
 use crate::base::chain::chain;
 use crate::base::socket;
@@ -63,7 +64,7 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotBrought {
     /// Asking again may help.
-    NotNow(String),
+    NotNow(NotNow),
     /// Nobody has it any more: its guest cannot go on.
     Gone(String),
 }
@@ -98,6 +99,7 @@ struct Memory {
     bringer: Arc<dyn Bringer>,
     /// The chunks of its memory, in order; looked up when the first question comes.
     chunks: OnceLock<Vec<ChunkId>>,
+    waits: Mutex<Waits>,
 }
 
 /// A guest whose pager is answered as long as this lives.
@@ -135,6 +137,7 @@ impl Paging {
             snapshot,
             bringer,
             chunks: OnceLock::new(),
+            waits: Mutex::default(),
         });
         self.guests().insert(sandbox, Arc::clone(&source));
         Admitted {
@@ -142,6 +145,13 @@ impl Paging {
             sandbox,
             source,
         }
+    }
+
+    /// What the guest of a sandbox stands still for, where it has for a while.
+    #[must_use]
+    pub fn waiting(&self, sandbox: SandboxId) -> Option<Waiting> {
+        let memory = self.guests().get(&sandbox).cloned()?;
+        memory.waits().shown()
     }
 
     /// Answers pagers on `socket` until `tasks` are stopped.
@@ -215,14 +225,15 @@ impl Paging {
             return Answer::NotNow("no such guest is known on this host".into());
         };
         let found = self.find(&source, question);
-        match time::timeout(ANSWER_TIMEOUT, found).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(NotBrought::NotNow(why))) => Answer::NotNow(why),
-            Ok(Err(NotBrought::Gone(why))) => {
+        let found = time::timeout(ANSWER_TIMEOUT, found).await;
+        let found = found.unwrap_or_else(|_| Err(not_now("it takes long to bring it")));
+        match source.unless_too_long(question.chunk, found) {
+            Ok(answer) => answer,
+            Err(NotBrought::NotNow(reason)) => Answer::NotNow(reason.why),
+            Err(NotBrought::Gone(why)) => {
                 warn!(sandbox = question.sandbox, chunk = %question.chunk, why, "memory is lost");
                 Answer::Gone(why)
             }
-            Err(_) => Answer::NotNow("it takes long to bring it".into()),
         }
     }
 
@@ -241,7 +252,7 @@ impl Paging {
         }
         let location = self.look(source, chunk, false).await?;
         // Collected in the same instant, or damaged again.
-        let lost = || NotBrought::NotNow("it was brought, and is not here".into());
+        let lost = || not_now("it was brought, and is not here");
         location.map(place).map(Answer::At).ok_or_else(lost)
     }
 
@@ -263,7 +274,7 @@ impl Paging {
             }
             Ok(store.locate(&chunk))
         });
-        let cut = |err| NotBrought::NotNow(format!("the host's daemon is ending: {err}"));
+        let cut = |err| not_now(format!("the host's daemon is ending: {err}"));
         looked.await.map_err(cut)?
     }
 
@@ -278,8 +289,15 @@ impl Paging {
 fn check(store: &Store, chunk: &ChunkId) -> Result<(), NotBrought> {
     match store.get(chunk) {
         Ok(_) | Err(ReadChunkError::Missing { .. } | ReadChunkError::Corrupt { .. }) => Ok(()),
-        Err(err) => Err(NotBrought::NotNow(chain(&err))),
+        Err(err) => Err(not_now(chain(&err))),
     }
+}
+
+fn not_now(why: impl Into<String>) -> NotBrought {
+    NotBrought::NotNow(NotNow {
+        why: why.into(),
+        away: Vec::new(),
+    })
 }
 
 impl Memory {
@@ -289,11 +307,38 @@ impl Memory {
             Some(chunks) => chunks,
             None => {
                 let read = self.read_chunks(store);
-                let read = read.map_err(|err| NotBrought::NotNow(chain(&err)))?;
+                let read = read.map_err(|err| not_now(chain(&err)))?;
                 self.chunks.get_or_init(|| read)
             }
         };
         Ok(chunks.binary_search(chunk).is_ok())
+    }
+
+    /// What came of a question for `chunk`. What was put off for too long is lost.
+    fn unless_too_long<T>(
+        &self,
+        chunk: ChunkId,
+        found: Result<T, NotBrought>,
+    ) -> Result<T, NotBrought> {
+        let mut waits = self.waits();
+        let Err(NotBrought::NotNow(reason)) = &found else {
+            waits.over(chunk);
+            return found;
+        };
+        if !waits.note(chunk, reason.clone()) {
+            return found;
+        }
+        let back = match reason.away.as_slice() {
+            [] => "it can be had".to_owned(),
+            away => format!("{} can be reached", away.join(" or ")),
+        };
+        let (why, longest) = (&reason.why, longest());
+        let told = format!("{why}; that was waited for {longest:?} long: try again once {back}");
+        Err(NotBrought::Gone(told))
+    }
+
+    fn waits(&self) -> MutexGuard<'_, Waits> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read_chunks(&self, store: &Store) -> Result<Vec<ChunkId>, ReadManifestError> {
@@ -323,6 +368,15 @@ impl Held {
         if let (Some(paging), Some(Source::Coming { coming, .. })) = (&host.paging, &self.source) {
             self.paged = Some(paging.admit(sandbox, parent, Arc::new(coming.clone())));
         }
+    }
+
+    /// What of its memory the guest stands still for, as the end of a sentence; nothing where it does
+    /// not.
+    pub(super) fn waits_in_words(&self) -> String {
+        let waiting = self.paged.as_ref().and_then(|it| it.source.waits().shown());
+        waiting.map_or_else(String::new, |it| {
+            format!("; its memory was waited for: {}", it.reason.why)
+        })
     }
 
     /// After a restart: keeps what the guest goes on from, has the rest of it follow, and has its pager

@@ -10,7 +10,7 @@ use std::{fmt, fs};
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
-use raft::state::{GuestVersions, Sealed, Warm};
+use raft::state::{GuestVersions, Sealed, Snapshot, Warm};
 use tokio::sync::{mpsc, watch};
 use tokio::task;
 use tokio::time::Instant;
@@ -23,7 +23,8 @@ use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
 use super::spec::{Host, StartSpec, StartTimings};
-use super::warm::KeptWarm;
+use super::waits::Waiting;
+use super::warm::WarmNews;
 use crate::base::clock::BootInstant;
 use crate::base::stop::Tasks;
 use crate::guest::Guest;
@@ -41,7 +42,7 @@ pub struct Observed {
     pub state: ObservedState,
     /// How long nobody has used it.
     pub idle_for: Duration,
-    /// Whether it was sealed when it had just booted, and the cluster was not told.
+    /// Whether the cluster is to be told about a warm snapshot: made of it, or found spoilt by it.
     pub has_warm: bool,
 }
 
@@ -121,8 +122,8 @@ struct Told {
     withheld: bool,
     /// Whether the guest is frozen, and until its clock is right again after that.
     frozen: bool,
-    /// What it was sealed as when it had just booted, until the cluster knows.
-    warm: Option<KeptWarm>,
+    /// What the cluster is to be told about a warm snapshot, until it knows.
+    warm: Option<WarmNews>,
 }
 
 impl fmt::Debug for Shared {
@@ -171,8 +172,8 @@ impl Shared {
         self.changed.send_replace(());
     }
 
-    pub(super) fn set_warm(&self, made: KeptWarm) {
-        self.told().warm = Some(made);
+    pub(super) fn set_warm(&self, news: WarmNews) {
+        self.told().warm = Some(news);
     }
 
     pub(super) fn set_timings(&self, timings: StartTimings) {
@@ -353,9 +354,15 @@ impl Registry {
         self.host.warm.takes(warm)
     }
 
-    /// What a sandbox was sealed as when it had just booted, if the cluster is to be told.
+    /// Whether guests here boot rather than start from it, since that has failed.
     #[must_use]
-    pub fn kept_warm(&self, id: SandboxId) -> Option<KeptWarm> {
+    pub fn leaves_alone(&self, snapshot: &Snapshot) -> bool {
+        self.host.warm.is_left_alone(snapshot)
+    }
+
+    /// What the cluster is to be told about a warm snapshot that a sandbox was made, or was to be, of.
+    #[must_use]
+    pub fn warm_news(&self, id: SandboxId) -> Option<WarmNews> {
         self.shared(id)?.told().warm.clone()
     }
 
@@ -452,6 +459,12 @@ impl Registry {
         let shared = self.shared(id)?;
         let shim = client::connect(shared.paths.dir()).await.ok()?;
         shim.known_status().paging.clone()
+    }
+
+    /// What the guest of a sandbox stands still for, where it has for a while.
+    #[must_use]
+    pub fn waiting(&self, id: SandboxId) -> Option<Waiting> {
+        self.host.paging.as_ref()?.waiting(id)
     }
 
     /// Bytes that a sandbox's disk occupies.

@@ -147,6 +147,7 @@ impl Held {
             mac: GUEST_MAC,
         });
         let vmm = VmmSpec {
+            driver: host.vmm_driver,
             program: host.vmm_program.clone(),
             accelerator: host.accelerator,
             kernel: host.kernel.clone(),

@@ -210,6 +210,7 @@ impl Driver {
 
     /// Lets a guest that stands still go on.
     pub(super) async fn thaw(&self, held: &mut Held) -> Event {
+        fault::point("thaw.asked");
         held.kept = None;
         let still = |reason: String| Event::ThawFailed { reason };
         let Some(shim) = &held.shim else {
@@ -222,6 +223,7 @@ impl Driver {
             warn!(reason, "will try again");
             return still(reason);
         }
+        fault::point("thaw.vmm");
         match self.guest(held) {
             Ok(guest) => {
                 self.undo_quiesce(held, &guest).await;
@@ -368,7 +370,7 @@ impl Job {
             working_set,
             base: facts.base,
             machine: MachineFacts {
-                driver: "qemu".into(),
+                driver: vmm.driver.name().to_owned(),
                 driver_version: facts.vmm_version.clone(),
                 machine_type: facts.hardware.machine.clone(),
                 cpu_model: facts.hardware.cpu.clone(),

@@ -14,7 +14,7 @@ use super::warm::WarmStarts;
 use crate::net::SlotPool;
 use crate::store::fetch::Holders;
 use crate::store::{DataPaths, ImageDigest, SnapshotDigest, Store};
-use crate::vmm::Accelerator;
+use crate::vmm::{Accelerator, Driver};
 
 /// What one sandbox is started from.
 #[derive(Clone, Debug)]
@@ -98,7 +98,9 @@ pub struct Host {
     pub kernel_release: String,
     /// Initramfs with the guest agent.
     pub initramfs: PathBuf,
-    /// The hypervisor's executable.
+    /// Which hypervisor runs guests.
+    pub vmm_driver: Driver,
+    /// Its executable.
     pub vmm_program: PathBuf,
     /// What executes guest code.
     pub accelerator: Accelerator,

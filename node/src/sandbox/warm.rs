@@ -8,11 +8,14 @@
 //! its random numbers afterwards, so that it shares none with those that start from it. It is made
 //! once for each kind of guest. Whatever fails costs the guest nothing but time, unless it does not go
 //! on again.
+//!
+//! A start from one that fails by the snapshot is told to the cluster, which gives it up; meanwhile this
+//! node leaves it alone ([`super::spoilt`]).
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use raft::state::{Sealed, Warm};
+use raft::state::{Sealed, Snapshot, Warm};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -22,8 +25,10 @@ use super::phase::Event;
 use super::resources::Held;
 use super::sealing::SealGuestError;
 use super::spec::{StartSpec, StartTimings};
+use super::spoilt::Spoilt;
 use crate::base::chain::chain;
-use crate::store::{ImageDigest, Kept};
+use crate::base::fault;
+use crate::store::{ImageDigest, Kept, SnapshotDigest};
 
 /// What an agent that was told nothing demands of callers: nothing.
 const NO_TOKEN: &str = "";
@@ -37,10 +42,17 @@ pub struct WarmStarts {
     pub guest: Option<String>,
     /// Kinds that are being made here.
     making: Arc<Mutex<BTreeSet<Kind>>>,
+    /// What could not be started from.
+    spoilt: Arc<Mutex<Spoilt>>,
 }
 
 /// What guests must have in common: image, processors, memory and disk.
-type Kind = (ImageDigest, u8, u32, u32);
+pub(super) type Kind = (ImageDigest, u8, u32, u32);
+
+/// The kind of guest that `spec` asks for on `base`.
+const fn kind(base: ImageDigest, spec: &StartSpec) -> Kind {
+    (base, spec.vcpus, spec.memory.0, spec.disk.0)
+}
 
 impl WarmStarts {
     /// New capsules start warm where `guest` names this node's kernel and agent.
@@ -48,7 +60,7 @@ impl WarmStarts {
     pub fn new(guest: Option<String>) -> Self {
         Self {
             guest,
-            making: Arc::default(),
+            ..Self::default()
         }
     }
 
@@ -57,13 +69,33 @@ impl WarmStarts {
         self.guest.as_ref() == Some(&warm.guest)
     }
 
+    /// Whether nothing is started from it here for a while: it, or too many of its kind, failed.
+    pub(super) fn is_left_alone(&self, snapshot: &Snapshot) -> bool {
+        let digest = SnapshotDigest(snapshot.sealed.digest);
+        let base = ImageDigest(snapshot.sealed.needs.base);
+        snapshot.warm.as_ref().is_some_and(|warm| {
+            // As many as a guest can have.
+            let vcpus = u8::try_from(warm.vcpus).unwrap_or(u8::MAX);
+            let kind = (base, vcpus, warm.memory.0, warm.disk.0);
+            self.spoilt().is_left_alone(&digest, &kind, Instant::now())
+        })
+    }
+
+    fn spoilt(&self) -> MutexGuard<'_, Spoilt> {
+        // Inserts and removals are single calls: a panic leaves the tables whole.
+        self.spoilt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn making(&self) -> MutexGuard<'_, BTreeSet<Kind>> {
         // Inserts and removals are single calls: a panic leaves the set whole.
         self.making.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The right to make one of this kind; `None` where somebody here does.
+    /// The right to make one of this kind; `None` where somebody here does, or too many were in vain.
     fn claim(&self, kind: Kind) -> Option<Claim<'_>> {
+        if !self.spoilt().may_be_made(&kind, Instant::now()) {
+            return None;
+        }
         let is_first = self.making().insert(kind);
         is_first.then_some(Claim { of: self, kind })
     }
@@ -92,7 +124,37 @@ pub struct KeptWarm {
     _kept: Arc<Kept>,
 }
 
+/// What the cluster is to be told about a warm snapshot.
+#[derive(Clone, Debug)]
+pub enum WarmNews {
+    /// There is one.
+    Made(KeptWarm),
+    /// Nothing could be started from this one.
+    Spoilt(SnapshotDigest),
+}
+
 impl Driver {
+    /// Notes that a start from `from` was not to be. `by_snapshot` says that everything else it takes was
+    /// there.
+    pub(super) fn not_warm(
+        &self,
+        spec: &StartSpec,
+        (base, from): (ImageDigest, SnapshotDigest),
+        by_snapshot: bool,
+    ) {
+        let mut spoilt = self.host.warm.spoilt();
+        spoilt.leave_alone(from, Instant::now());
+        if by_snapshot {
+            spoilt.failed(kind(base, spec), Instant::now());
+            self.shared.set_warm(WarmNews::Spoilt(from));
+        }
+    }
+
+    /// Notes that a start of this kind went well.
+    pub(super) fn was_warm(&self, spec: &StartSpec, base: ImageDigest) {
+        self.host.warm.spoilt().went_well(&kind(base, spec));
+    }
+
     /// Seals a guest that has just booted, where nobody here does so already, and lets it go on. Some
     /// event only where the start is over.
     pub(super) async fn keep_warm(
@@ -103,8 +165,7 @@ impl Driver {
         timings: &mut StartTimings,
     ) -> Option<Option<Event>> {
         let guest = self.host.warm.guest.clone()?;
-        let kind = (base, spec.vcpus, spec.memory.0, spec.disk.0);
-        let _claim = self.host.warm.claim(kind)?;
+        let _claim = self.host.warm.claim(kind(base, spec))?;
         let shim = held.shim.clone();
         let began = Instant::now();
         let sealed = self.seal_booted(held, timings);
@@ -112,11 +173,11 @@ impl Driver {
             Ok(Ok((sealed, kept))) => {
                 info!(bytes = sealed.new_bytes, "kept as it has booted");
                 let _kept = Arc::new(kept);
-                self.shared.set_warm(KeptWarm {
+                self.shared.set_warm(WarmNews::Made(KeptWarm {
                     sealed,
                     guest,
                     _kept,
-                });
+                }));
             }
             Ok(Err(err)) => warn!(err = chain(&err), "could not be kept as it has booted"),
             Err(over) => return Some(over),
@@ -146,6 +207,7 @@ impl Driver {
             return Ok(());
         };
         shim.thaw().await?;
+        fault::point("warm.thawed");
         let guest = held.guest_by(NO_TOKEN)?.ok_or(AcquireError::NoNetwork)?;
         self.undo_quiesce(held, &guest).await;
         Ok(())

@@ -22,7 +22,7 @@ use super::state::StateFile;
 use crate::base::clock::BootInstant;
 use crate::fuzzing::{file_with, hashed};
 use crate::pager::region::{PAGE_BYTES, Region};
-use crate::vmm::{Accelerator, Hardware, NetworkSpec, VmmExit, VmmSpec};
+use crate::vmm::{Accelerator, Driver, Hardware, NetworkSpec, VmmExit, VmmSpec};
 
 /// The targets of this room.
 pub(crate) const TARGETS: &[Target] = &[
@@ -138,6 +138,7 @@ fn guest() -> ShimSpec {
         epoch: Epoch(7),
         lease: Some(PathBuf::from("/data/lease")),
         vmm: VmmSpec {
+            driver: Driver::Qemu,
             program: PathBuf::from("/usr/bin/qemu-system-x86_64"),
             accelerator: Accelerator::Tcg,
             kernel: PathBuf::from("/images/kernel"),

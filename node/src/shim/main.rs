@@ -194,7 +194,10 @@ fn start_vmm(
     let (ram, deadline) = (memory.as_fd(), Instant::now() + VMM_UP_TIMEOUT);
     match restore {
         None => vmm::spawn(&spec.vmm, &name, ram, deadline),
-        Some(restore) => vmm::spawn_incoming(&spec.vmm, restore.hardware(), &name, ram, deadline),
+        Some(restore) => {
+            let (hardware, state) = (restore.hardware(), restore.state());
+            vmm::spawn_incoming(&spec.vmm, hardware, state, &name, ram, deadline)
+        }
     }
 }
 

@@ -12,7 +12,7 @@
 //! Nothing of the old host matters: namespace, tap, paths, console and descriptors are this one's.
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -91,6 +91,12 @@ impl Restore {
     #[must_use]
     pub fn hardware(&self) -> &Hardware {
         &self.hardware
+    }
+
+    /// What it will be given.
+    #[must_use]
+    pub fn state(&self) -> BorrowedFd<'_> {
+        self.state.as_fd()
     }
 
     /// Fills `vmm`, which waits, and whose memory is the empty `memory`. `loss` is what ends the

@@ -17,7 +17,7 @@ use crate::shim::error::ReadFileError;
 use crate::shim::exit::check_version;
 use crate::shim::files;
 use crate::shim::state::StateFile;
-use crate::vmm::{Accelerator, Hardware, NetworkSpec, VmmSpec};
+use crate::vmm::{Accelerator, Driver, Hardware, NetworkSpec, VmmSpec};
 
 /// The layout of `shim.json` for a guest that boots.
 const VERSION: u32 = 1;
@@ -74,6 +74,10 @@ struct Written {
     version: u32,
     sandbox: String,
     epoch: u64,
+    /// Left out where it is QEMU, which it always was: a release that knows no other then refuses
+    /// the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    driver: Option<String>,
     program: PathBuf,
     accelerator: String,
     kernel: PathBuf,
@@ -151,6 +155,7 @@ impl ShimSpec {
             version: self.version(),
             sandbox: self.sandbox.to_string(),
             epoch: self.epoch.0,
+            driver: (vmm.driver != Driver::Qemu).then(|| vmm.driver.name().to_owned()),
             program: vmm.program,
             accelerator: vmm.accelerator.name().to_owned(),
             kernel: vmm.kernel,
@@ -188,6 +193,7 @@ impl ShimSpec {
             epoch: Epoch(written.epoch),
             lease: written.lease,
             vmm: VmmSpec {
+                driver: driver_in(written.driver.as_deref())?,
                 program: written.program,
                 accelerator: Accelerator::from_name(&written.accelerator)
                     .ok_or_else(|| bad("accelerator", &written.accelerator))?,
@@ -249,6 +255,15 @@ impl RestoreSpec {
     }
 }
 
+fn driver_in(name: Option<&str>) -> Result<Driver, ReadFileError> {
+    let Some(name) = name else {
+        return Ok(Driver::Qemu);
+    };
+    // It has one way to be written.
+    let driver = Driver::from_name(name).filter(|driver| *driver != Driver::Qemu);
+    driver.ok_or_else(|| bad("driver", name))
+}
+
 fn bad(field: &'static str, value: &str) -> ReadFileError {
     ReadFileError::BadValue {
         name: files::SPEC,
@@ -267,6 +282,7 @@ mod tests {
             epoch: Epoch(3),
             lease: Some("/data/lease".into()),
             vmm: VmmSpec {
+                driver: Driver::Qemu,
                 program: "/usr/bin/qemu-system-x86_64".into(),
                 accelerator: Accelerator::Tcg,
                 kernel: "/k".into(),
@@ -324,6 +340,19 @@ mod tests {
     #[test]
     fn a_spec_survives_the_file() {
         assert_eq!(read_changed("\n", "\n").expect("read"), spec());
+    }
+
+    #[test]
+    fn the_driver_is_written_where_it_is_not_qemu_and_then_refused_by_older_releases() {
+        let mut other = spec();
+        other.vmm.driver = Driver::CloudHypervisor;
+        let line = "  \"driver\": \"cloud-hypervisor\",\n";
+        assert_eq!(read_changed_of(&other, line, line).expect("read"), other);
+        assert_eq!(read_changed_of(&other, line, "").expect("read"), spec());
+        for bad in ["firecracker", "qemu", ""] {
+            let changed = format!("  \"driver\": \"{bad}\",\n");
+            assert!(read_changed_of(&other, line, &changed).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Killing what a crash left running for one sandbox directory.
 //!
 //! No pid is remembered: processes are found in `/proc` by their command line, which names the
-//! directory (`wrenn shim --dir D`, `wrenn pager --dir D`, or a VMM with `-name D`). Each is killed through a pidfd that
+//! directory (`wrenn shim --dir D`, `wrenn pager --dir D`, a QEMU with `-name D`, or a Cloud
+//! Hypervisor whose first word ends with it). Each is killed through a pidfd that
 //! was opened *before* its command line was read once more, so a number that has passed to another
 //! process in between is never hit. The shim goes first: it could not start anything afterwards. The
 //! pager goes last: the VMM, which may wait for a page, does not need it to die.
@@ -18,6 +19,7 @@ use nix::poll::{PollFd, PollFlags, poll};
 use crate::pager::main as pager;
 use crate::shim::error::SweepError;
 use crate::shim::main::{COMMAND, DIR_OPTION};
+use crate::vmm::cloud_hypervisor::spawn::NAME_PREFIX;
 use crate::vmm::jail::{pidfd_kill, pidfd_open};
 use crate::vmm::process::poll_timeout;
 
@@ -122,6 +124,11 @@ fn role_in(line: &[u8], dir: &Path) -> Option<Role> {
     if ours.is_some() {
         return ours;
     }
+    // As `cloud_hypervisor::spawn` writes it.
+    let first = args.first()?.strip_prefix(NAME_PREFIX.as_bytes());
+    if first == Some(dir) {
+        return Some(Role::Vmm);
+    }
     // As `qemu::args` writes it: commas doubled.
     let escaped = String::from_utf8_lossy(dir).replace(',', ",,");
     rest.windows(2)
@@ -145,7 +152,13 @@ mod tests {
             Some(Role::Vmm)
         );
         assert_eq!(role("wrenn pager --dir /d/cl-1,a "), Some(Role::Pager));
+        assert_eq!(
+            role("cloud-hypervisor:/d/cl-1,a --seccomp true "),
+            Some(Role::Vmm)
+        );
         for other in [
+            "cloud-hypervisor:/d/cl-1,a2 --seccomp true ",
+            "cloud-hypervisor --seccomp /d/cl-1,a ",
             "wrenn pager --dir /d/cl-1,a2 ",
             "wrenn shim --dir /d/cl-1,a2 ",
             "wrenn node --dir /d/cl-1,a ",

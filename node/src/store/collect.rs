@@ -77,8 +77,8 @@ impl Store {
     /// - [`CollectError::Pins`]: they could not be had; nothing was touched.
     /// - [`CollectError::Manifest`]: a pinned manifest is damaged, so what it needs is unknown;
     ///   nothing was touched.
-    /// - [`CollectError::Disk`], [`CollectError::Copy`]: it ended early; some may have been
-    ///   dropped.
+    /// - [`CollectError::Disk`], [`CollectError::Copy`], [`CollectError::Stopped`]: it ended early; some
+    ///   may have been dropped.
     pub fn collect<E>(
         &self,
         pins: impl FnOnce() -> Result<Vec<Pin>, E>,
@@ -108,9 +108,18 @@ impl Store {
 }
 
 impl Core {
+    /// Between any two steps, unless the store is being closed.
+    fn go_on(&self) -> Result<(), CollectError> {
+        match self.is_closing() {
+            true => Err(CollectError::Stopped),
+            false => Ok(()),
+        }
+    }
+
     fn mark(&self, pins: impl Iterator<Item = Pin>) -> Result<Marked, CollectError> {
         let mut marked = Marked::default();
         for pin in pins {
+            self.go_on()?;
             match pin {
                 Pin::Image(digest) => self.mark_image(&mut marked, digest)?,
                 Pin::Snapshot(digest) => {
@@ -159,6 +168,7 @@ impl Core {
         let all = all.map_err(CollectError::disk("list the manifests beside", dir))?;
         let mut dropped = 0;
         for pin in all.iter().filter(|pin| !marked.manifests.contains(pin)) {
+            self.go_on()?;
             let removed = self
                 .pins
                 .unless_manifest_held(pin, || self.manifests.remove(pin));
@@ -177,6 +187,7 @@ impl Core {
         let chosen = self.choose(marked);
         self.settle(self.packs.retire_active(&chosen))?;
         for number in chosen {
+            self.go_on()?;
             if let Some(pack) = self.packs.get(number) {
                 self.compact(&pack, marked, done)?;
             }
@@ -226,7 +237,8 @@ impl Core {
             let Some(place) = Place::of(pack.number(), offset, &head) else {
                 return Ok(());
             };
-            let moved = self.move_or_forget(pack, &head, &place, marked, done);
+            let moved = self.go_on();
+            let moved = moved.and_then(|()| self.move_or_forget(pack, &head, &place, marked, done));
             moved.map_err(|err| {
                 failed = Some(err);
                 io::Error::other("stopped")

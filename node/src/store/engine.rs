@@ -22,6 +22,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -89,12 +90,14 @@ pub(super) struct Core {
     decoders: Pool<Decoder>,
     pub(super) helper: Helper,
     pub(super) transfers: Transfers,
-    /// How many chunks turned out damaged since the store was opened.
+    /// How many chunks and manifests turned out damaged since the store was opened.
     damage: watch::Sender<u64>,
     /// How many snapshots that came piecemeal have become whole since.
     pub(super) completed: watch::Sender<u64>,
     /// One collection or check at a time.
     pub(super) collecting: Mutex<()>,
+    /// Whether collections and checks are to end, and none to begin.
+    is_closing: AtomicBool,
     /// Dropped, and with it released, last.
     _lock: Flock<File>,
 }
@@ -138,6 +141,7 @@ impl Store {
             damage: watch::Sender::default(),
             completed: watch::Sender::default(),
             collecting: Mutex::default(),
+            is_closing: AtomicBool::new(false),
             _lock: lock,
         };
         Ok(Self {
@@ -214,7 +218,7 @@ impl Store {
         self.core.manifests.list()
     }
 
-    /// How many chunks turned out damaged since the store was opened. They are missing from then on,
+    /// How many chunks and manifests turned out damaged since the store was opened. They are missing from then on,
     /// so whoever says that all of something is here looks again when this changes.
     #[must_use]
     pub fn damage(&self) -> watch::Receiver<u64> {
@@ -225,6 +229,13 @@ impl Store {
     #[must_use]
     pub fn completed(&self) -> watch::Receiver<u64> {
         self.core.completed.subscribe()
+    }
+
+    /// Ends every collection, check and count that is under way within one chunk, and lets none begin:
+    /// they take as long as the store is large, and whoever is about to go cannot wait for that. All
+    /// else goes on.
+    pub fn stop_chores(&self) {
+        self.core.is_closing.store(true, Ordering::Relaxed);
     }
 
     /// Keeps these, and all they need, from every collection that begins while the answer lives.
@@ -247,6 +258,11 @@ impl Kept {
 }
 
 impl Core {
+    /// Whether a long chore is to end.
+    pub(super) fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::Relaxed)
+    }
+
     /// Where the chunk lies, if it can be read from there.
     pub(super) fn find(&self, id: &ChunkId) -> Option<(Arc<Pack>, Place)> {
         let place = self.with_index(|index| index.get(id))??;
@@ -261,10 +277,15 @@ impl Core {
         let chunk = *id;
         let (pack, place) = self.find(id).ok_or(ReadChunkError::Missing { chunk })?;
         let disk = |source| ReadChunkError::Disk { chunk, source };
-        let stored = pack
-            .stored(place.offset, place.stored_bytes)
-            .map_err(disk)?;
-        let decoded = self.decode(id, &place, &stored).map_err(disk)?;
+        let stored = pack.stored(place.offset, place.stored_bytes);
+        let stored = match stored {
+            Err(err) if is_lost(&err) => None,
+            stored => Some(stored.map_err(disk)?),
+        };
+        let decoded = match &stored {
+            Some(stored) => self.decode(id, &place, stored).map_err(disk)?,
+            None => None,
+        };
         decoded.ok_or_else(|| {
             self.condemn(id, &pack, &place);
             ReadChunkError::Corrupt { chunk }
@@ -276,12 +297,17 @@ impl Core {
         let chunk = *id;
         let (pack, place) = self.find(id).ok_or(ReadChunkError::Missing { chunk })?;
         let disk = |source| ReadChunkError::Disk { chunk, source };
-        let head = pack.head(place.offset).map_err(disk)?;
-        let stored = pack
-            .stored(place.offset, place.stored_bytes)
-            .map_err(disk)?;
-        if head.is_some_and(|head| head.id == chunk && head.fits(&stored)) {
-            return Ok((place, stored));
+        let read = || {
+            let head = pack.head(place.offset)?;
+            let stored = pack.stored(place.offset, place.stored_bytes)?;
+            Ok(head
+                .filter(|head| head.id == chunk && head.fits(&stored))
+                .map(|_| stored))
+        };
+        match read() {
+            Ok(Some(stored)) => return Ok((place, stored)),
+            Err(err) if !is_lost(&err) => return Err(disk(err)),
+            Ok(None) | Err(_) => {}
         }
         self.condemn(id, &pack, &place);
         Err(ReadChunkError::Corrupt { chunk })
@@ -333,6 +359,11 @@ impl Core {
         done
     }
 
+    /// Wakes whoever says what is here.
+    pub(super) fn tell_damage(&self) {
+        self.damage.send_modify(|count| *count += 1);
+    }
+
     /// Forgets a damaged chunk for good, so that it can be fetched again.
     pub(super) fn condemn(&self, id: &ChunkId, pack: &Pack, place: &Place) {
         tracing::warn!(chunk = %id, pack = place.pack, offset = place.offset, "a chunk is damaged");
@@ -341,7 +372,7 @@ impl Core {
                 self.with_index(|index| index.remove(id));
             }
         });
-        self.damage.send_modify(|count| *count += 1);
+        self.tell_damage();
         let made_void = pack.head(place.offset).and_then(|head| match head {
             Some(head) if head.id == *id => pack.make_void(place.offset, head),
             // The head itself is damaged: no walk finds it.
@@ -405,6 +436,12 @@ fn fill_from(packs: &Packs, put: &mut dyn FnMut(ChunkId, Place)) {
             tracing::warn!(pack = pack.number(), %err, "could not read a pack to its end");
         }
     }
+}
+
+/// Whether a failed read says that the bytes are no more: a file that was cut off, or a sector that
+/// cannot be read. Another failure may be over the next time.
+fn is_lost(err: &io::Error) -> bool {
+    err.kind() == io::ErrorKind::UnexpectedEof || err.raw_os_error() == Some(Errno::EIO as i32)
 }
 
 fn take_lock(dir: &Path) -> Result<Flock<File>, OpenStoreError> {

@@ -12,6 +12,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -27,6 +28,15 @@ pub(super) const FIRST_RECORD: u32 = 16;
 const MAGIC: [u8; 8] = *b"wrenn-pk";
 /// Bytes read at once when searching for a head.
 const SEARCH_BYTES: u32 = 256 * 1024;
+
+/// How far a walk went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Walked {
+    /// Where the last sound record ends.
+    pub(super) sound_to: u32,
+    /// Where it would go on, if it was broken off.
+    pub(super) broken_off_at: Option<u32>,
+}
 
 /// A pack that is open.
 #[derive(Debug)]
@@ -199,13 +209,30 @@ impl Pack {
         depth: Depth,
         mut visit: impl FnMut(Found<'_>) -> io::Result<()>,
     ) -> io::Result<u32> {
+        let on = |found: Found<'_>| visit(found).map(ControlFlow::Continue);
+        Ok(self.walk_from(FIRST_RECORD, depth, on)?.sound_to)
+    }
+
+    /// The same from the record at `from` on, until `visit` breaks it off.
+    pub(super) fn walk_from(
+        &self,
+        from: u32,
+        depth: Depth,
+        mut visit: impl FnMut(Found<'_>) -> io::Result<ControlFlow<()>>,
+    ) -> io::Result<Walked> {
         let limit = self.end();
-        let mut at = FIRST_RECORD;
-        let mut sound_to = FIRST_RECORD;
+        let mut at = from.max(FIRST_RECORD);
+        let mut sound_to = at;
+        let broken_off = |sound_to, next| Walked {
+            sound_to,
+            broken_off_at: Some(next),
+        };
         while at < limit {
             let Some(head) = self.head_within(at, limit)? else {
                 let next = self.search(at, limit)?;
-                visit(Found::Gap { from: at, to: next })?;
+                if visit(Found::Gap { from: at, to: next })?.is_break() {
+                    return Ok(broken_off(sound_to, next));
+                }
                 at = next;
                 continue;
             };
@@ -219,10 +246,15 @@ impl Pack {
                 sound_to = next;
             }
             let offset = at;
-            visit(Found::Record { offset, head, body })?;
             at = next;
+            if visit(Found::Record { offset, head, body })?.is_break() {
+                return Ok(broken_off(sound_to, next));
+            }
         }
-        Ok(sound_to)
+        Ok(Walked {
+            sound_to,
+            broken_off_at: None,
+        })
     }
 
     /// The head at `at`, if its whole record lies before `limit`.

@@ -4,9 +4,11 @@
 //! `wrenn store` works on a stopped node's store by itself, and asks the daemon of a running one by
 //! its socket: one line of JSON each way, a [`Chore`] and a [`Told`].
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::collect::Collected;
+use super::rounds::Round;
 use super::scrub::Checked;
 use super::stats::Stats;
 
@@ -89,7 +91,7 @@ pub struct CollectReport {
 }
 
 /// What a store holds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StatsReport {
     /// Packs.
     pub packs: u64,
@@ -115,6 +117,31 @@ pub struct StatsReport {
     pub dedup_ratio: f64,
     /// The share of the packs' bytes that no manifest here needs.
     pub garbage_share: f64,
+    /// The reading of everything in search of damage that is under way.
+    #[serde(default)]
+    pub scrubbing: Option<ScrubReport>,
+    /// The last one that was finished.
+    #[serde(default)]
+    pub scrubbed: Option<ScrubReport>,
+}
+
+/// What one reading of everything came to, so far.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubReport {
+    /// When it began.
+    pub began_at: String,
+    /// When it ended, if it has.
+    pub ended_at: Option<String>,
+    /// Bytes it has read.
+    pub read_bytes: u64,
+    /// Chunks that were what their names say.
+    pub chunks: u64,
+    /// Chunks that were damaged.
+    pub damaged_chunks: u64,
+    /// Manifests that were.
+    pub damaged_manifests: u64,
+    /// Packs that the disk would not read to their ends.
+    pub unreadable_packs: u64,
 }
 
 impl From<&Checked> for CheckReport {
@@ -174,8 +201,31 @@ impl From<&Stats> for StatsReport {
             garbage_bytes: stats.garbage_bytes,
             dedup_ratio: stats.dedup_ratio(),
             garbage_share: stats.garbage_share(),
+            scrubbing: stats.rounds.under_way.as_ref().map(Into::into),
+            scrubbed: stats.rounds.last.as_ref().map(Into::into),
         }
     }
+}
+
+impl From<&Round> for ScrubReport {
+    fn from(round: &Round) -> Self {
+        Self {
+            began_at: when(round.began_at_ms),
+            ended_at: (round.ended_at_ms > 0).then(|| when(round.ended_at_ms)),
+            read_bytes: round.read_bytes,
+            chunks: round.chunks,
+            damaged_chunks: round.damaged_chunks,
+            damaged_manifests: round.damaged_manifests,
+            unreadable_packs: round.unreadable_packs,
+        }
+    }
+}
+
+/// An instant for people; the file it is from may say anything.
+fn when(at_ms: u64) -> String {
+    let at = i64::try_from(at_ms).unwrap_or(i64::MAX);
+    let at = Timestamp::from_millisecond(at);
+    at.map_or_else(|_| "unknown".to_owned(), |at| at.to_string())
 }
 
 fn names<'a>(all: impl IntoIterator<Item = &'a (impl ToString + 'a)>) -> Vec<String> {

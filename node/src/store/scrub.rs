@@ -5,14 +5,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::PoisonError;
 
 use super::chunk::ChunkId;
 use super::engine::{Core, Store};
 use super::error::{CheckError, ReadManifestError};
 use super::index::Place;
-use super::pack::{Depth, Found, Pack};
+use super::pack::{Depth, FIRST_RECORD, Found, Pack};
 use super::pin::Pin;
+use super::record::Head;
 
 /// What a check found. A sound and complete store has only the two counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,7 +48,8 @@ impl Store {
     /// Reads and hashes everything. Seals may go on meanwhile, collections wait.
     ///
     /// # Errors
-    /// The list of manifests could not be read. Damage is no error, it is what is looked for.
+    /// The list of manifests could not be read, or the store is being closed. Damage is no error, it is
+    /// what is looked for.
     pub fn check(&self) -> Result<Checked, CheckError> {
         let core = &self.core;
         let _one = core
@@ -54,14 +57,15 @@ impl Store {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut checked = Checked::default();
-        core.check_packs(&mut checked);
+        core.check_packs(&mut checked)?;
         let listed = core.manifests.list();
-        let listed = listed.map_err(|source| CheckError {
+        let listed = listed.map_err(|source| CheckError::Disk {
             path: core.packs.dir().to_owned(),
             source,
         })?;
         // Images come first, so by its turn it is known what a snapshot lacks.
         for pin in &listed {
+            core.unless_closing()?;
             self.check_manifest(pin, &mut checked);
         }
         Ok(checked)
@@ -90,19 +94,30 @@ impl Store {
             }
             // Gone since it was listed.
             Err(ReadManifestError::Missing { .. }) => {}
-            Err(err) => {
-                tracing::warn!(%err, "a manifest is damaged");
-                if let Err(err) = self.core.manifests.set_aside(pin) {
-                    tracing::warn!(%pin, %err, "could not move a damaged manifest");
-                }
-                checked.bad_manifests.insert(*pin);
-            }
+            Err(err) => self.core.set_aside(pin, &err, checked),
         }
     }
 }
 
 impl Core {
-    fn check_packs(&self, checked: &mut Checked) {
+    fn unless_closing(&self) -> Result<(), CheckError> {
+        match self.is_closing() {
+            true => Err(CheckError::Stopped),
+            false => Ok(()),
+        }
+    }
+
+    /// Moves a damaged manifest out of the way.
+    pub(super) fn set_aside(&self, pin: &Pin, why: &ReadManifestError, checked: &mut Checked) {
+        tracing::warn!(err = %why, "a manifest is damaged");
+        if let Err(err) = self.manifests.set_aside(pin) {
+            tracing::warn!(%pin, %err, "could not move a damaged manifest");
+        }
+        self.tell_damage();
+        checked.bad_manifests.insert(*pin);
+    }
+
+    fn check_packs(&self, checked: &mut Checked) -> Result<(), CheckError> {
         let ends = self.packs.lengths();
         for pack in self.packs.all() {
             let number = pack.number();
@@ -110,6 +125,7 @@ impl Core {
                 tracing::warn!(pack = number, %err, "could not read a pack to its end");
                 checked.unreadable_packs.insert(number);
             }
+            self.unless_closing()?;
         }
         // An entry that no walk came by names bytes that are no record any more.
         let old = |place: &Place| ends.get(&place.pack).is_some_and(|end| place.offset < *end);
@@ -119,25 +135,41 @@ impl Core {
             Ok(entries)
         });
         if entries.is_some_and(|entries| entries > checked.chunks) {
-            self.check_entries(checked);
+            self.check_entries(checked)?;
         }
+        Ok(())
     }
 
     fn check_pack(&self, pack: &Pack, checked: &mut Checked) -> io::Result<()> {
-        pack.walk(Depth::Bodies, |found| {
+        pack.walk_from(FIRST_RECORD, Depth::Bodies, |found| {
+            if self.is_closing() {
+                return Ok(ControlFlow::Break(()));
+            }
             match found {
                 Found::Record { offset, head, body } => {
-                    let place = Place::of(pack.number(), offset, &head);
-                    let entry = self.with_index(|index| index.get(&head.id)).flatten();
-                    if let Some(place) = place.filter(|place| entry == Some(*place)) {
-                        self.check_chunk(pack, &head.id, &place, body, checked)?;
-                    }
+                    self.check_record(pack, (offset, head), body, checked)?;
                 }
                 Found::Gap { from, to } => checked.garbled_bytes += u64::from(to - from),
             }
-            Ok(())
+            Ok(ControlFlow::Continue(()))
         })?;
         Ok(())
+    }
+
+    /// Looks at a record, if it is the one by which its chunk is read.
+    pub(super) fn check_record(
+        &self,
+        pack: &Pack,
+        (offset, head): (u32, Head),
+        body: Option<&[u8]>,
+        checked: &mut Checked,
+    ) -> io::Result<()> {
+        let place = Place::of(pack.number(), offset, &head);
+        let entry = self.with_index(|index| index.get(&head.id)).flatten();
+        match place.filter(|place| entry == Some(*place)) {
+            Some(place) => self.check_chunk(pack, &head.id, &place, body, checked),
+            None => Ok(()),
+        }
     }
 
     fn check_chunk(
@@ -162,7 +194,7 @@ impl Core {
     }
 
     /// Reads every chunk by its entry.
-    fn check_entries(&self, checked: &mut Checked) {
+    fn check_entries(&self, checked: &mut Checked) -> Result<(), CheckError> {
         let ids = self.with_index(|index| {
             let mut ids = Vec::new();
             index.each(|id, _| ids.push(id))?;
@@ -170,6 +202,7 @@ impl Core {
         });
         checked.chunks = 0;
         for id in ids.unwrap_or_default() {
+            self.unless_closing()?;
             let Some((pack, place)) = self.find(&id) else {
                 self.drop_entry(&id);
                 continue;
@@ -185,6 +218,7 @@ impl Core {
                 checked.damaged.insert(id);
             }
         }
+        Ok(())
     }
 
     /// An entry that leads nowhere.

@@ -6,6 +6,7 @@ use super::engine::Store;
 use super::error::ReadManifestError;
 use super::extent::Content;
 use super::pin::{ChunkSet, Pin};
+use super::rounds::Rounds;
 
 /// What a store holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub struct Stats {
     /// Bytes in packs that no manifest here needs. What a collection frees depends on its pins, and
     /// it frees whole packs.
     pub garbage_bytes: u64,
+    /// How far all of it was read again in search of damage.
+    pub rounds: Rounds,
 }
 
 impl Stats {
@@ -60,11 +63,17 @@ impl Store {
     /// Counts what is here. Reads all manifests and the whole index.
     ///
     /// # Errors
-    /// The manifests could not be listed.
+    /// The manifests could not be listed, or the store is being closed.
     pub fn stats(&self) -> io::Result<Stats> {
-        let mut stats = Stats::default();
+        let mut stats = Stats {
+            rounds: self.rounds(),
+            ..Stats::default()
+        };
         let mut needed = ChunkSet::default();
         for pin in self.manifests()? {
+            if self.core.is_closing() {
+                return Err(io::Error::other("the store is being closed"));
+            }
             match self.count_manifest(&pin, &mut stats, &mut needed) {
                 // A check tells more about those.
                 Ok(()) | Err(_) => {}

@@ -7,6 +7,10 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::base::remedy::Remedy;
+use crate::vmm::cloud_hypervisor::api::ApiError;
+use crate::vmm::cloud_hypervisor::kept::KeptError;
+use crate::vmm::cloud_hypervisor::offload::OffloadError;
+use crate::vmm::cloud_hypervisor::version::UnknownVersion;
 use crate::vmm::qemu::qmp::QmpError;
 
 /// A [`VmmSpec`](crate::vmm::VmmSpec) that no driver can start.
@@ -66,6 +70,51 @@ pub enum SpecError {
     },
 }
 
+/// How a conversation with a VMM failed, in the words of its driver.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum TalkError {
+    /// With QEMU.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// With Cloud Hypervisor.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// With Cloud Hypervisor, about the guest that is to be handed to it.
+    #[error(transparent)]
+    Offload(#[from] OffloadError),
+    /// Cloud Hypervisor is another release than we know.
+    #[error(transparent)]
+    Version(#[from] UnknownVersion),
+    /// Cloud Hypervisor has not mapped the memory that it was given.
+    #[error("the VMM has mapped {found} of {wanted} bytes of the guest's memory")]
+    HalfMapped {
+        /// How much it has.
+        found: u64,
+        /// How much there is.
+        wanted: u64,
+    },
+    /// A socket for it could not be made, or nobody came to it.
+    #[error("{doing}")]
+    Socket {
+        /// What we were doing.
+        doing: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl TalkError {
+    /// Whether the VMM closed the conversation, as one does that ends.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        matches!(
+            self,
+            Self::Qmp(QmpError::Closed { .. }) | Self::Api(ApiError::Closed { .. })
+        )
+    }
+}
+
 /// Why a VMM could not be started.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -97,8 +146,11 @@ pub enum SpawnVmmError {
         /// The end of what it wrote to its standard error.
         complaint: String,
         /// How the conversation broke off.
-        source: QmpError,
+        source: TalkError,
     },
+    /// What is there of the saved guest is not one of this machine.
+    #[error("read the saved guest")]
+    Saved(#[source] KeptError),
 }
 
 impl SpawnVmmError {
@@ -106,7 +158,7 @@ impl SpawnVmmError {
     #[must_use]
     pub fn remedy(&self) -> Remedy {
         match self {
-            Self::Spec(_) => Remedy::FixRequest,
+            Self::Spec(_) | Self::Saved(_) => Remedy::FixRequest,
             Self::Netns { .. } | Self::NotUp { .. } => Remedy::RetryLater,
             Self::Start { .. } => Remedy::CallOperator,
         }
@@ -119,7 +171,16 @@ impl SpawnVmmError {
 pub enum MoveStateError {
     /// The conversation about it failed; a VMM that cannot read a state ends, and so it looks.
     #[error("lead the VMM through it")]
-    Talk(#[from] QmpError),
+    Talk(#[from] TalkError),
+    /// The hand-over failed.
+    #[error("hand the guest over")]
+    Offload(#[from] OffloadError),
+    /// What was handed over is not what it should be.
+    #[error("take the guest's documents for what they are")]
+    Kept(#[from] KeptError),
+    /// The file refused.
+    #[error("move the state's bytes")]
+    File(#[source] io::Error),
     /// The VMM tried, and says why it could not.
     #[error("the VMM gave up: {reason}")]
     GaveUp {
@@ -168,7 +229,7 @@ pub enum VmmError {
         /// What it was told.
         verb: &'static str,
         /// How it failed.
-        source: QmpError,
+        source: TalkError,
     },
     /// The device state could not be written.
     #[error("have the VMM write its device state")]
@@ -202,6 +263,18 @@ pub enum VmmError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+impl From<QmpError> for MoveStateError {
+    fn from(err: QmpError) -> Self {
+        Self::Talk(err.into())
+    }
+}
+
+impl From<ApiError> for MoveStateError {
+    fn from(err: ApiError) -> Self {
+        Self::Talk(err.into())
+    }
 }
 
 impl VmmError {

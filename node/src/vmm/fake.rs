@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::vmm::error::MoveStateError;
+use crate::vmm::error::{MoveStateError, TalkError};
 use crate::vmm::qemu::machine;
 use crate::vmm::qemu::qmp::QmpError;
 use crate::vmm::{Accelerator, Hardware, Vmm, VmmError, VmmExit};
@@ -128,8 +128,10 @@ impl Vmm for FakeVmm {
 
     fn resume(&self, _: Instant) -> Result<(), VmmError> {
         let verb = "resume";
-        self.hear(verb)
-            .map_err(|source| VmmError::Told { verb, source })
+        self.hear(verb).map_err(|source| VmmError::Told {
+            verb,
+            source: source.into(),
+        })
     }
 
     fn save_state(&self, file: BorrowedFd<'_>, _: Instant) -> Result<(), VmmError> {
@@ -170,10 +172,10 @@ impl Vmm for FakeVmm {
         if self.frozen {
             return Err(VmmError::Told {
                 verb: "quit",
-                source: QmpError::TimedOut {
+                source: TalkError::Qmp(QmpError::TimedOut {
                     command: "quit",
                     waited: Duration::ZERO,
-                },
+                }),
             });
         }
         self.end(VmmExit {

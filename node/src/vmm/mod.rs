@@ -15,6 +15,9 @@
 //! What a crash leaves: nothing. A caller that is killed takes its VMM with it; files named in
 //! the [`VmmSpec`] belong to whoever made them.
 
+pub mod check;
+pub mod child;
+pub mod cloud_hypervisor;
 pub mod cmdline;
 pub mod error;
 pub mod fake;
@@ -22,6 +25,7 @@ pub mod hardware;
 pub mod jail;
 pub mod probe;
 pub mod process;
+pub mod processor;
 pub mod qemu;
 
 use std::os::fd::BorrowedFd;
@@ -32,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 
+pub use cloud_hypervisor::version::UnknownVersion;
 pub use error::{ForeignStateError, SpawnVmmError, VmmError};
 pub use hardware::Hardware;
 
@@ -63,6 +68,35 @@ impl Accelerator {
     }
 }
 
+/// Which hypervisor runs a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Driver {
+    /// QEMU: works everywhere.
+    #[default]
+    Qemu,
+    /// Cloud Hypervisor: needs KVM.
+    CloudHypervisor,
+}
+
+impl Driver {
+    /// The name by which files, the cluster and people know it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::CloudHypervisor => "cloud-hypervisor",
+        }
+    }
+
+    /// The driver called `name`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Qemu, Self::CloudHypervisor]
+            .into_iter()
+            .find(|known| known.name() == name)
+    }
+}
+
 /// The guest's one network card.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkSpec {
@@ -77,6 +111,8 @@ pub struct NetworkSpec {
 /// One guest, as a driver starts it. All paths are absolute and valid UTF-8.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmmSpec {
+    /// Which hypervisor it is.
+    pub driver: Driver,
     /// The hypervisor's executable.
     pub program: PathBuf,
     /// What runs the guest's instructions.
@@ -219,28 +255,50 @@ pub fn spawn(
     ram: BorrowedFd<'_>,
     deadline: Instant,
 ) -> Result<Started, SpawnVmmError> {
-    qemu::spawn::spawn(spec, None, name, ram, deadline)
+    match spec.driver {
+        Driver::Qemu => qemu::spawn::spawn(spec, None, name, ram, deadline),
+        Driver::CloudHypervisor => cloud_hypervisor::spawn::boot(spec, name, ram, deadline),
+    }
 }
 
 /// As [`spawn`], but the guest is one that was saved on `hardware`: it waits, without a kernel and
-/// without touching its memory or its disk, for [`Vmm::load_state`].
+/// without touching its memory or its disk, for [`Vmm::load_state`]. `state` is what will be given
+/// to that; its position is left where it is.
 ///
 /// # Errors
 /// See [`SpawnVmmError`]. Nothing is left running.
 pub fn spawn_incoming(
     spec: &VmmSpec,
     hardware: &Hardware,
+    state: BorrowedFd<'_>,
     name: &str,
     ram: BorrowedFd<'_>,
     deadline: Instant,
 ) -> Result<Started, SpawnVmmError> {
-    qemu::spawn::spawn(spec, Some(hardware), name, ram, deadline)
+    match spec.driver {
+        Driver::Qemu => qemu::spawn::spawn(spec, Some(hardware), name, ram, deadline),
+        Driver::CloudHypervisor => {
+            cloud_hypervisor::spawn::incoming(spec, hardware, state, name, ram, deadline)
+        }
+    }
 }
 
-/// What guests get that are started here now.
-#[must_use]
-pub fn hardware_of(accelerator: Accelerator) -> Hardware {
-    qemu::machine::of_new_guests(accelerator)
+/// What guests get that are started here now, by `driver` of `version`.
+///
+/// # Errors
+/// The driver has no such version, or none that this release knows.
+pub fn hardware_of(
+    driver: Driver,
+    version: &str,
+    accelerator: Accelerator,
+) -> Result<Hardware, UnknownVersion> {
+    match driver {
+        Driver::Qemu => Ok(qemu::machine::of_new_guests(accelerator)),
+        Driver::CloudHypervisor => {
+            let (version, _) = cloud_hypervisor::version::known(version)?;
+            Ok(cloud_hypervisor::machine::of_new_guests(version))
+        }
+    }
 }
 
 /// Whether a file that begins with `head` can be the device state of a guest on `hardware`. Finds
@@ -249,5 +307,8 @@ pub fn hardware_of(accelerator: Accelerator) -> Hardware {
 /// # Errors
 /// See [`ForeignStateError`].
 pub fn check_state(head: &[u8], hardware: &Hardware) -> Result<(), ForeignStateError> {
+    if cloud_hypervisor::machine::is_ours(hardware) {
+        return cloud_hypervisor::kept::check(head, hardware);
+    }
     qemu::state::check(head, hardware)
 }

@@ -26,7 +26,7 @@ use tracing::info;
 use crate::base::chain::chain;
 use crate::pager::memory::GuestMemory;
 use crate::vmm::cmdline::GuestArgs;
-use crate::vmm::{Accelerator, VmmSpec, spawn};
+use crate::vmm::{Accelerator, Driver, VmmSpec, spawn};
 
 /// What a guest that runs prints on its console.
 pub const OK_LINE: &str = "wrenn-probe: ok";
@@ -195,6 +195,7 @@ fn failed(accelerator: Accelerator, detail: String) -> Attempt {
 /// Boots one guest and waits for its word. The reason of a failure is for people.
 fn boot(request: &ProbeRequest, accelerator: Accelerator, deadline: Instant) -> Result<(), String> {
     let spec = VmmSpec {
+        driver: Driver::Qemu,
         program: request.qemu.clone(),
         accelerator,
         kernel: request.kernel.clone(),

@@ -15,6 +15,7 @@ use crate::cluster::join::JoinError;
 use crate::net::NetError;
 use crate::store::{OpenDataDirError, OpenStoreError};
 use crate::template::OpenCatalogError;
+use crate::vmm::UnknownVersion;
 use crate::vmm::probe::ProbeError;
 
 /// Why a node could not start, or stopped by itself.
@@ -30,6 +31,9 @@ pub enum RunError {
     /// No hypervisor runs a guest here.
     #[error("find out how to run guests")]
     Probe(#[from] ProbeError),
+    /// The hypervisor is a release that we do not know.
+    #[error("use this hypervisor")]
+    VmmVersion(#[from] UnknownVersion),
     /// The hypervisor asked for does not run guests here.
     #[error("the accelerator {wanted} does not run guests here: {why}")]
     Accelerator {

@@ -24,7 +24,6 @@ use crate::cluster::{ProposeError, Proposer};
 use crate::config::Config;
 use crate::store::{DataPaths, durable};
 use crate::template::Catalog;
-use crate::vmm::hardware_of;
 
 /// Pause before the cluster is told again what it could not be told.
 const TELL_AGAIN: Duration = Duration::from_secs(1);
@@ -63,7 +62,7 @@ impl Announcement {
                 created_at: Stamp::default(),
             })
         };
-        let hardware = hardware_of(chosen.accelerator);
+        let hardware = chosen.hardware.clone();
         Ok(Self {
             node: Node {
                 id: here,
@@ -74,7 +73,7 @@ impl Announcement {
                 bulk_address: config.advertise_bulk.to_string(),
                 disk: group.node().disk.0,
                 capacity: host::capacity(config),
-                vmm: "qemu".into(),
+                vmm: chosen.driver.name().to_owned(),
                 vmm_version: chosen.version.clone(),
                 accelerator: chosen.accelerator.name().to_owned(),
                 machine: hardware.machine,

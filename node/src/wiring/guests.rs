@@ -11,7 +11,7 @@ use proto::units::Stamp;
 use crate::base::clock::{Clock as _, SystemClock};
 use crate::cluster::View;
 use crate::guest::Guest;
-use crate::relay::{LocalFacts, LocalGuests, MemoryFacts, Transfer};
+use crate::relay::{LocalFacts, LocalGuests, MemoryFacts, Transfer, Waiting};
 use crate::sandbox::{Registry, StartTimings};
 use crate::store::{SnapshotDigest, Store};
 
@@ -35,6 +35,19 @@ impl RegistryGuests {
             bytes_done: progress.bytes_done,
             bytes_total: progress.bytes_total,
             sources: progress.sources,
+        })
+    }
+
+    /// What the sandbox's guest stands still for, by the wall clock.
+    fn waiting(&self, id: SandboxId) -> Option<Waiting> {
+        let waiting = self.registry.waiting(id)?;
+        let now = SystemClock.now().0;
+        let millis = |it: Duration| u64::try_from(it.as_millis()).unwrap_or(u64::MAX);
+        Some(Waiting {
+            nodes: waiting.reason.away,
+            why: waiting.reason.why,
+            since: Stamp(now.saturating_sub(millis(waiting.waited))),
+            until: Stamp(now.saturating_add(millis(waiting.left))),
         })
     }
 }
@@ -68,6 +81,7 @@ impl LocalGuests for RegistryGuests {
             start_stages: timings.map(stages).unwrap_or_default(),
             memory: None,
             transfer,
+            waiting: self.waiting(id),
         })
     }
 

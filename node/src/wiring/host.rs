@@ -17,8 +17,8 @@ use crate::sandbox::paging::Paging;
 use crate::sandbox::{Host, Keeping, WarmStarts};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
-use crate::vmm::Accelerator;
 use crate::vmm::probe::{ProbeOutcome, ProbeRequest, probe};
+use crate::vmm::{Accelerator, Driver, hardware_of};
 
 /// Digits of a slot tag, in base 36.
 const TAG_DIGITS: usize = 4;
@@ -45,10 +45,13 @@ pub(super) async fn choose_vmm(
         );
     }
     let accelerator = pick(config.accelerator, &outcome)?;
+    let driver = Driver::Qemu;
     Ok(Chosen {
         program,
+        hardware: hardware_of(driver, &outcome.version, accelerator)?,
         version: outcome.version,
         accelerator,
+        driver,
     })
 }
 
@@ -105,6 +108,7 @@ pub(super) fn of(
         kernel: guest.kernel.clone(),
         kernel_release: guest.kernel_release.clone(),
         initramfs: guest.initramfs.clone(),
+        vmm_driver: chosen.driver,
         vmm_program: chosen.program.clone(),
         accelerator: chosen.accelerator,
         wrenn: std::env::current_exe().map_err(disk("find this program"))?,

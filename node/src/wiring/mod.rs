@@ -26,6 +26,7 @@ mod membership;
 mod paging;
 mod peers;
 pub mod recover;
+mod scrub;
 mod snapshots;
 mod upkeep;
 
@@ -70,7 +71,7 @@ use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataDir, DataPaths, Store, durable};
 use crate::template::Catalog;
-use crate::vmm::Accelerator;
+use crate::vmm::{Accelerator, Driver, Hardware};
 
 /// The id of the node that founds a cluster; later ones get theirs from the log.
 const FOUNDER: NodeId = NodeId(1);
@@ -270,10 +271,15 @@ impl Running {
         let state = ApiState::new(proposer, relay, clock, node)
             .with_cluster(info)
             .with_spool_dir(paths.cache());
-        let router = api::router_with_pages(state, dashboard::routes());
+        let router = api::router_with_pages(state.clone(), dashboard::routes());
         let stop = self.api_tasks.token().clone();
-        let serve = api::serve(listener, router, stop);
+        let serve = api::serve(listener, router, stop.clone());
         self.api_tasks.spawn(info_span!("api"), serve);
+        self.api_tasks
+            .spawn(info_span!("api sessions"), async move {
+                stop.cancelled().await;
+                state.end_sessions().await;
+            });
         facts::write_ready(paths, here, &config.name, &url)?;
         info!(%url, node = %here, data = %paths.root().display(), "ready");
         Ok(())
@@ -545,6 +551,9 @@ struct Chosen {
     program: PathBuf,
     version: String,
     accelerator: Accelerator,
+    driver: Driver,
+    /// What new guests get.
+    hardware: Hardware,
 }
 
 /// Adds what was tried to an I/O error.

@@ -14,10 +14,11 @@ use tracing::debug;
 use transport::streams::{Inbound, StreamHandler};
 use transport::{Identity, Lane, Service};
 
-use super::{RunError, disk, upkeep};
+use super::{RunError, disk, scrub, upkeep};
 use crate::base::chain::chain;
+use crate::base::clock::SystemClock;
 use crate::base::stop::Tasks;
-use crate::cluster::{Cluster, Mesh, View};
+use crate::cluster::{Cluster, Mesh, Proposer, View};
 use crate::reconcile::copies::Copies;
 use crate::sandbox::Keeping;
 use crate::store::fetch::{Holders, Wire};
@@ -46,19 +47,20 @@ pub(super) async fn keeping(
         store: opened??,
         holders: Arc::new(MeshHolders {
             mesh: cluster.mesh().clone(),
-            view: cluster.proposer().view(),
+            proposer: cluster.proposer().clone(),
         }),
         identity,
     })
 }
 
-/// Answers `wrenn store` from now on.
+/// Answers `wrenn store` from now on, and looks for damage by itself.
 pub(super) fn keep_up(
     keeping: &Keeping,
     cluster: &Cluster,
     paths: &DataPaths,
     tasks: &Tasks,
 ) -> Result<(), RunError> {
+    scrub::spawn(keeping.store.clone(), Arc::new(SystemClock), tasks);
     let (store, proposer) = (keeping.store.clone(), cluster.proposer().clone());
     let served = upkeep::serve(store, proposer, &paths.store_socket(), tasks);
     served.map_err(disk("listen for questions about the store"))
@@ -89,12 +91,12 @@ pub(super) fn share(keeping: Keeping, cluster: &Cluster, tasks: &Tasks) {
 #[derive(Clone, Debug)]
 struct MeshHolders {
     mesh: Mesh,
-    view: View,
+    proposer: Proposer,
 }
 
 impl Holders for MeshHolders {
     fn holders(&self, digest: SnapshotDigest) -> Vec<NodeId> {
-        let state = self.view.state();
+        let state = self.proposer.view().state();
         let holders = by_digest(&state, digest).map(|it| it.holders.clone());
         let mut holders: Vec<NodeId> = holders.unwrap_or_default().into_iter().collect();
         holders.retain(|node| *node != self.mesh.here());
@@ -114,8 +116,18 @@ impl Holders for MeshHolders {
     }
 
     fn may_seal(&self, key: &NodeKey) -> bool {
-        let state = self.view.state();
+        let state = self.proposer.view().state();
         state.node_by_key(key).is_some() || state.removed_node(key).is_some()
+    }
+
+    fn renew(&self) -> BoxFuture<'_, bool> {
+        Box::pin(async { self.proposer.linearize().await.is_ok() })
+    }
+
+    fn name(&self, node: NodeId) -> String {
+        let state = self.proposer.view().state();
+        let name = state.node(node).map(|known| known.name.clone());
+        name.unwrap_or_else(|| node.to_string())
     }
 }
 

@@ -52,8 +52,11 @@ pub(super) fn serve(
     let upkeep = Arc::new(Upkeep { store, proposer });
     let (all, stop) = (tasks.clone(), tasks.token().clone());
     tasks.spawn(info_span!("upkeep"), async move {
+        let store = upkeep.store.clone();
         stop.run_until_cancelled(accept_all(upkeep, &listener, &all))
             .await;
+        // Nobody waits for their answers any more, but the process would for their end.
+        store.stop_chores();
     });
     Ok(())
 }
@@ -127,7 +130,7 @@ mod tests {
     use super::*;
     use crate::base::clock::SystemClock;
     use crate::cluster::MemoryLog;
-    use crate::store::Limits;
+    use crate::store::{CheckError, Limits};
 
     /// Asks as the command does.
     async fn ask(socket: &Path, line: &str) -> Told {
@@ -168,5 +171,31 @@ mod tests {
             assert!(matches!(told, Told::Failed(_)), "{told:?}");
         }
         tasks.stop_and_join().await;
+    }
+
+    /// The runtime joins what blocks, so a check that went on would hold up the end of the daemon.
+    #[tokio::test]
+    async fn a_check_under_way_does_not_outlive_a_stop() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Store::open(&dir.path().join("store"), Limits::default()).expect("a store");
+        let seal = store.begin();
+        for n in 0..200_u8 {
+            let mut chunk = vec![0; 64 << 10];
+            blake3::Hasher::new()
+                .update(&[n])
+                .finalize_xof()
+                .fill(&mut chunk);
+            seal.put(&chunk).expect("room");
+        }
+        drop(seal.finish(None).expect("room"));
+        let proposer = Proposer::new(Arc::new(MemoryLog::default()), Arc::new(SystemClock));
+        let (tasks, socket) = (Tasks::new(), dir.path().join("store.sock"));
+        serve(store.clone(), proposer, &socket, &tasks).expect("bound");
+        let mut stream = UnixStream::connect(&socket).await.expect("it listens");
+        stream.write_all(b"\"check\"\n").await.expect("it reads");
+        tasks.stop_and_join().await;
+        let checked = task::spawn_blocking(move || store.check());
+        let checked = checked.await.expect("no panic");
+        assert!(matches!(checked, Err(CheckError::Stopped)), "{checked:?}");
     }
 }

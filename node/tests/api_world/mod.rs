@@ -36,7 +36,7 @@ use wrenn_node::base::clock::HandClock;
 use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, TcpDial};
-use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay, Transfer};
+use wrenn_node::relay::{InProcessPeers, LocalFacts, LocalGuests, Relay, Transfer, Waiting};
 
 /// The key of team 1, and the one of team 2.
 pub const KEY: &str = "wrn_00000000000000000000000000000001";
@@ -67,6 +67,7 @@ pub struct Guests {
     pub active: Mutex<HashMap<SandboxId, Stamp>>,
     pub console: Mutex<Option<Vec<u8>>>,
     pub transfer: Mutex<Option<Transfer>>,
+    pub waiting: Mutex<Option<Waiting>>,
     /// Cancelled when the guests die.
     pub gone: CancellationToken,
     pub start: Mutex<Option<Fate>>,
@@ -91,6 +92,7 @@ impl LocalGuests for Guests {
             start: None,
             memory: None,
             transfer: *self.transfer.lock().unwrap(),
+            waiting: self.waiting.lock().unwrap().clone(),
         })
     }
 
@@ -157,6 +159,7 @@ pub struct World {
     pub cluster: Arc<Surmised>,
     pub agent: SocketAddr,
     http: Client<HttpConnector, Body>,
+    state: ApiState,
     _stop: DropGuard,
 }
 
@@ -261,7 +264,11 @@ impl World {
         let state = ApiState::new(proposer.clone(), relay, Arc::new(clock.clone()), facts)
             .with_cluster(cluster.clone())
             .with_waits(create, destroy);
-        tokio::spawn(api::serve(listener, api::router(state), stop.clone()));
+        tokio::spawn(api::serve(
+            listener,
+            api::router(state.clone()),
+            stop.clone(),
+        ));
         Self {
             address,
             guests,
@@ -270,8 +277,53 @@ impl World {
             cluster,
             agent,
             http: Client::builder(TokioExecutor::new()).build_http(),
+            state,
             _stop: stop.drop_guard(),
         }
+    }
+
+    /// Ends the sessions as a stopping node does.
+    pub async fn stop_sessions(&self) {
+        self.state.end_sessions().await;
+    }
+
+    /// The interface of another node of the same cluster, which runs nothing.
+    pub async fn another_node(&self) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let facts = NodeFacts {
+            id: ELSEWHERE,
+            name: "there".into(),
+            url: format!("http://{address}"),
+            version: "1.2.3".into(),
+        };
+        let nobody = Arc::new(Guests::default());
+        let relay = Relay::new(ELSEWHERE, self.proposer.view(), nobody);
+        let clock = Arc::new(self.clock.clone());
+        let state = ApiState::new(self.proposer.clone(), relay, clock, facts);
+        tokio::spawn(api::serve(
+            listener,
+            api::router(state),
+            CancellationToken::new(),
+        ));
+        address
+    }
+
+    /// Posts to the interface at `address` a request that may come again.
+    pub async fn post_again(
+        &self,
+        address: SocketAddr,
+        path: &str,
+        (retry_key, key): (&str, &str),
+        json: Value,
+    ) -> Answer {
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("http://{address}{path}"))
+            .header("x-api-key", key)
+            .header("idempotency-key", retry_key);
+        self.send(request.body(full(json.to_string())).unwrap())
+            .await
     }
 
     /// Sends a request as it is.

@@ -25,7 +25,7 @@ use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, GuestStream, TcpDial};
 use wrenn_node::relay::{
     InProcessPeers, LocalFacts, LocalGuests, PeerError, Peers, QuicPeers, QuicRelay, Relay, Server,
-    Transfer, Ways,
+    Transfer, Waiting, Ways,
 };
 
 /// No test waits longer than this for anything.
@@ -81,6 +81,12 @@ impl LocalGuests for Guests {
                 bytes_done: 5,
                 bytes_total: 9,
                 sources: 2,
+            }),
+            waiting: Some(Waiting {
+                nodes: vec!["b".into()],
+                why: "it is away".into(),
+                since: Stamp(11),
+                until: Stamp(13),
             }),
         })
     }

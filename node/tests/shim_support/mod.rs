@@ -23,7 +23,7 @@ use proto::units::Mib;
 use wrenn_node::shim::client::{self, ShimClient};
 use wrenn_node::shim::spec::ShimSpec;
 use wrenn_node::shim::sweep::kill_leftovers;
-use wrenn_node::vmm::{Accelerator, VmmSpec};
+use wrenn_node::vmm::{Accelerator, Driver, VmmSpec};
 
 /// Our own executable.
 pub const WRENN: &str = env!("CARGO_BIN_EXE_wrenn");
@@ -217,6 +217,7 @@ impl Sandbox {
             epoch: Epoch(7),
             lease: None,
             vmm: VmmSpec {
+                driver: Driver::Qemu,
                 program: QEMU.into(),
                 accelerator: Accelerator::Tcg,
                 kernel: images.kernel.clone(),

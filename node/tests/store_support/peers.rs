@@ -375,6 +375,8 @@ type Counted = Arc<Mutex<BTreeMap<NodeId, Vec<ChunkId>>>>;
 pub(crate) struct Peers {
     pub(crate) peers: Arc<Mutex<Vec<(NodeId, Peer)>>>,
     pub(crate) sealer: Option<NodeKey>,
+    /// Whether nobody can say who the holders are by now.
+    pub(crate) cut_off: Arc<AtomicBool>,
     counted: Counted,
 }
 
@@ -419,6 +421,11 @@ impl Holders for Peers {
     fn may_seal(&self, key: &NodeKey) -> bool {
         self.sealer == Some(*key)
     }
+
+    fn renew(&self) -> BoxFuture<'_, bool> {
+        let known = !self.cut_off.load(Ordering::Relaxed);
+        Box::pin(async move { known })
+    }
 }
 
 /// A store with nothing in it, a snapshot elsewhere, and who has sealed it.
@@ -455,6 +462,7 @@ impl World {
         Peers {
             peers: Arc::new(Mutex::new(peers.into_iter().collect())),
             sealer: Some(self.identity.key()),
+            cut_off: Arc::default(),
             counted: Counted::default(),
         }
     }

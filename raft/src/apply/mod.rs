@@ -101,6 +101,11 @@ impl State {
                 let new = NewSandbox { id, team, spec };
                 self.create_sandbox(at, Epoch(index), new, &hints)
             }
+            Command::ChangeSandbox {
+                id,
+                ports_open,
+                wakes,
+            } => self.change_sandbox(at, id, ports_open, wakes),
             Command::StopSandbox { id, cause } => self.stop_sandbox(at, id, cause),
             Command::ReportSandbox {
                 id,
@@ -123,6 +128,7 @@ impl State {
             Command::CheckpointSandbox(asked) => self.checkpoint_sandbox(at, index, asked),
             Command::DropNamed(which) => self.drop_name(&which),
             Command::PutWarm(snapshot) => self.put_warm(at, snapshot),
+            Command::RetireWarm(id) => self.give_up_warm(id),
             Command::HoldSnapshot { id, node, holds } => self.hold_snapshot(id, node, holds),
             Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
         }

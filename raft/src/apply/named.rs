@@ -43,7 +43,7 @@ impl State {
         let Some(known) = self.sandbox(id).cloned() else {
             return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
         };
-        if self.knows(&known, &checkpoint) {
+        if self.knows_checkpoint(known.team, id, &checkpoint) {
             return Applied::untouched(Ok(Receipt::Done(0)));
         }
         if known.epoch != epoch {
@@ -75,12 +75,14 @@ impl State {
         }
     }
 
-    /// Whether the checkpoint is under way, or what it asks for is there.
-    fn knows(&self, known: &Sandbox, checkpoint: &Checkpoint) -> bool {
-        let under_way = known.checkpoint.as_ref();
+    /// Whether a checkpoint of a sandbox of `team` is under way, or what it asks for is there.
+    #[must_use]
+    pub fn knows_checkpoint(&self, team: TeamId, id: SandboxId, checkpoint: &Checkpoint) -> bool {
+        let under_way = self.sandbox(id).filter(|it| it.team == team);
+        let under_way = under_way.and_then(|it| it.checkpoint.as_ref());
         let is_there = match &checkpoint.purpose {
             Purpose::Name { name, .. } => self
-                .named(known.team, name)
+                .named(team, name)
                 .is_some_and(|it| it.ask == checkpoint.ask),
             Purpose::Fork { ids } => ids.iter().any(|id| self.sandbox(*id).is_some()),
         };
@@ -316,19 +318,28 @@ impl State {
         };
         let over = self.warm().filter(|it| !is_of_use(it)).cloned();
         let over: Vec<Snapshot> = over.collect();
-        let mut touched = Vec::new();
-        for snapshot in over {
-            let id = snapshot.sealed.id;
-            let warm = snapshot.warm.clone();
-            let warm = warm.map(|warm| Warm {
-                retired: true,
-                ..warm
-            });
-            self.put_snapshot(Snapshot { warm, ..snapshot });
-            touched.push(RowKey::Snapshot(id));
-            self.forget_snapshots([id]);
-        }
-        touched
+        over.into_iter().map(|it| self.retire(it)).collect()
+    }
+
+    /// A node could not start anything from it.
+    pub(super) fn give_up_warm(&mut self, id: SnapshotId) -> Applied {
+        let is_kept = |it: &&Snapshot| it.warm.as_ref().is_some_and(|warm| !warm.retired);
+        let Some(known) = self.snapshot(id).filter(is_kept).cloned() else {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        };
+        Applied::touched(Receipt::Done(1), self.retire(known))
+    }
+
+    fn retire(&mut self, snapshot: Snapshot) -> RowKey {
+        let id = snapshot.sealed.id;
+        let warm = snapshot.warm.clone();
+        let warm = warm.map(|warm| Warm {
+            retired: true,
+            ..warm
+        });
+        self.put_snapshot(Snapshot { warm, ..snapshot });
+        self.forget_snapshots([id]);
+        RowKey::Snapshot(id)
     }
 }
 

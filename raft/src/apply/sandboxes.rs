@@ -13,7 +13,7 @@ use crate::state::{
 };
 
 /// What is said of a sandbox whose guest is lost, and which was paused before.
-const AS_PAUSED: &str = "it is as it was when it was last paused";
+const AS_PAUSED: &str = "it is as it was when it was last paused, and what it did since is lost";
 
 /// Whose report something is.
 #[derive(Clone, Copy)]
@@ -89,6 +89,35 @@ impl State {
         let owner =
             placement::place(self, team, spec, Source::Template, hints).map_err(Refusal::NoRoom)?;
         Ok((owner, self.warm_for(owner, spec)))
+    }
+
+    pub(super) fn change_sandbox(
+        &mut self,
+        at: Stamp,
+        id: SandboxId,
+        ports_open: Option<bool>,
+        wakes: Option<bool>,
+    ) -> Applied {
+        let Some(known) = self.sandbox(id).cloned() else {
+            return Applied::untouched(Err(Refusal::NoSuchSandbox(id.to_string())));
+        };
+        let spec = SandboxSpec {
+            ports_open: ports_open.unwrap_or(known.spec.ports_open),
+            wakes: wakes.unwrap_or(known.spec.wakes),
+            ..known.spec.clone()
+        };
+        if spec == known.spec || known.phase.is_ended() {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        }
+        let touched = self.put_next(Sandbox {
+            spec,
+            updated_at: at,
+            ..known
+        });
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
     }
 
     pub(super) fn stop_sandbox(&mut self, at: Stamp, id: SandboxId, cause: StopCause) -> Applied {

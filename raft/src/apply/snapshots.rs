@@ -112,7 +112,7 @@ impl State {
         if !holders.clone().any(|node| node.liveness.is_alive()) {
             let names: Vec<&str> = holders.map(|node| node.name.as_str()).collect();
             let why = if names.is_empty() {
-                "every host that held its snapshot is gone".to_owned()
+                "no host holds its snapshot any more".to_owned()
             } else {
                 format!(
                     "no host that holds its snapshot is reachable: {}",
@@ -142,7 +142,15 @@ impl State {
             next.holders.remove(&node);
         }
         self.put_snapshot(next);
-        Applied::touched(Receipt::Done(1), RowKey::Snapshot(id))
+        let mut touched = vec![RowKey::Snapshot(id)];
+        // From what nobody has nothing is started, and another is made in its place.
+        touched.extend(self.retire_warm());
+        touched.sort_unstable();
+        touched.dedup();
+        Applied {
+            answer: Ok(Receipt::Done(1)),
+            touched,
+        }
     }
 
     /// Takes over what the owner sealed: the sandbox rests as that from now on. `None` where it is

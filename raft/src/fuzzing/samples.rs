@@ -168,6 +168,11 @@ fn life() -> Vec<Command> {
             node: NodeId(1),
             holds: true,
         },
+        Command::ChangeSandbox {
+            id: SANDBOX,
+            ports_open: Some(true),
+            wakes: None,
+        },
         Command::StopSandbox {
             id: SANDBOX,
             cause: StopCause::Asked,

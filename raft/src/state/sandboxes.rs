@@ -85,6 +85,10 @@ pub struct SandboxSpec {
     pub node_tags: BTreeMap<String, String>,
     /// Only this node may run it.
     pub on_node: Option<NodeId>,
+    /// Whether its ports may be visited without a key.
+    pub ports_open: bool,
+    /// Whether a visit resumes it.
+    pub wakes: bool,
 }
 
 /// What becomes of a running sandbox that nobody uses.
@@ -300,6 +304,8 @@ impl From<&SandboxSpec> for pb::SandboxSpec {
             restart_on_host_loss: spec.on_host_loss == HostLoss::Restart,
             node_tags: spec.node_tags.clone(),
             on_node: spec.on_node.unwrap_or_default().0,
+            ports_open: spec.ports_open,
+            wakes: spec.wakes,
         }
     }
 }
@@ -325,6 +331,8 @@ impl From<pb::SandboxSpec> for SandboxSpec {
             },
             node_tags: row.node_tags,
             on_node: (row.on_node != 0).then_some(NodeId(row.on_node)),
+            ports_open: row.ports_open,
+            wakes: row.wakes,
         }
     }
 }

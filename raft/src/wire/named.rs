@@ -5,7 +5,7 @@ use proto::ids::{SandboxId, SnapshotId, TeamId};
 use proto::wire::raft as pb;
 
 use super::{array, hint_to_wire, hints_from_wire, some};
-use crate::command::{CheckpointSandbox, DropNamed};
+use crate::command::{CheckpointSandbox, Command, DropNamed};
 use crate::state::{BadRow, Snapshot};
 
 pub(super) fn checkpoint_to_wire(asked: &CheckpointSandbox) -> pb::proposal::Command {
@@ -48,4 +48,13 @@ pub(super) fn warm_to_wire(snapshot: &Snapshot) -> pb::proposal::Command {
     pb::proposal::Command::PutWarm(pb::PutWarm {
         snapshot: Some(snapshot.into()),
     })
+}
+
+pub(super) fn retired_to_wire(id: SnapshotId) -> pb::proposal::Command {
+    pb::proposal::Command::RetireWarm(pb::RetireWarm { id: id.0.to_vec() })
+}
+
+pub(super) fn retired_from_wire(wire: &pb::RetireWarm) -> Result<Command, BadRow> {
+    let id = SnapshotId(array("snapshot id", &wire.id)?);
+    Ok(Command::RetireWarm(id))
 }

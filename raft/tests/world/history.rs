@@ -153,6 +153,9 @@ pub enum Move {
         node: Index,
         memory: u32,
     },
+    RetireWarm {
+        n: u8,
+    },
     Hold {
         snapshot: Index,
         node: Index,
@@ -287,6 +290,7 @@ fn about_sandboxes() -> impl Strategy<Value = Move> {
         ),
         2 => (0..SNAPSHOTS, any::<Index>(), prop::sample::select(vec![1_u32, 256, 256]))
             .prop_map(|(n, node, memory)| Move::Warm { n, node, memory }),
+        1 => (0..SNAPSHOTS).prop_map(|n| Move::RetireWarm { n }),
         3 => (any::<Index>(), any::<Index>(), prop::bool::weighted(0.7)).prop_map(
             |(snapshot, node, holds)| Move::Hold { snapshot, node, holds }
         ),
@@ -475,7 +479,8 @@ impl World {
             Move::Checkpoint { .. }
             | Move::DropName { .. }
             | Move::CreateFrom { .. }
-            | Move::Warm { .. } => self.naming_command(what),
+            | Move::Warm { .. }
+            | Move::RetireWarm { .. } => self.naming_command(what),
             _ => return None,
         })
     }
@@ -539,6 +544,7 @@ impl World {
                 let node = self.any_node(*node)?;
                 Some(Command::PutWarm(warm(*n, node.id, *memory)))
             }
+            Move::RetireWarm { n } => Some(Command::RetireWarm(snapshot_id(*n))),
             _ => None,
         }
     }

@@ -336,7 +336,7 @@ fn own(number: libc::c_long) -> Result<OwnedFd, Errno> {
 
 /// Takes one packet and the descriptors that came with it. An empty packet without any is the
 /// end of the stream.
-pub(in crate::pager) fn receive(
+pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     packet: &mut [u8],
 ) -> Result<(usize, Vec<OwnedFd>), Errno> {

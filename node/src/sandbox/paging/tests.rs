@@ -70,6 +70,15 @@ impl World {
         self.store.image(&memory).expect("here")
     }
 
+    /// Damages the first chunk of a snapshot's memory.
+    fn spoil(&self, snapshot: SnapshotDigest) {
+        let map = map_of(&self.store, &self.memory(snapshot)).expect("a map");
+        let place = map.chunks()[0].place.clone().expect("here");
+        let pack = fs::OpenOptions::new().write(true).open(&*place.pack);
+        let pack = pack.expect("writable");
+        pack.write_all_at(b"rot", place.offset).expect("spoiled");
+    }
+
     fn admit(&self, snapshot: SnapshotDigest, bringer: impl Bringer) -> Admitted {
         self.paging.admit(GUEST, snapshot, Arc::new(bringer))
     }
@@ -121,7 +130,7 @@ impl Brings {
         Self {
             store: world.store.clone(),
             has: Vec::new(),
-            otherwise: NotBrought::NotNow("nobody answers".into()),
+            otherwise: not_now("nobody answers"),
         }
     }
 }
@@ -213,11 +222,7 @@ async fn a_guest_is_told_of_its_own_memory_only() {
 async fn a_damaged_chunk_is_brought_again_or_waited_for_or_given_up() {
     let world = World::new();
     let (kept, _hold) = world.seal(&[1]);
-    let map = map_of(&world.store, &world.memory(kept)).expect("a map");
-    let place = map.chunks()[0].place.clone().expect("here");
-    let pack = fs::OpenOptions::new().write(true).open(&*place.pack);
-    let pack = pack.expect("writable");
-    pack.write_all_at(b"rot", place.offset).expect("spoiled");
+    world.spoil(kept);
     let answered = async |has: &[u64], otherwise: &NotBrought| {
         let bringer = Brings {
             store: world.store.clone(),
@@ -227,7 +232,7 @@ async fn a_damaged_chunk_is_brought_again_or_waited_for_or_given_up() {
         let _admitted = world.admit(kept, bringer);
         world.paging.answer(&question(1, true)).await
     };
-    let later = NotBrought::NotNow("no holder answers".into());
+    let later = not_now("no holder answers");
     let never = NotBrought::Gone("no holder is left".into());
     assert_eq!(
         answered(&[], &later).await,
@@ -295,6 +300,39 @@ async fn a_pager_that_takes_bytes_is_given_them_and_an_older_one_a_place() {
     let found = world.paging.answer(&newer).await;
     assert_eq!(found, Answer::At(place));
     drop(hold);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_waits_for_others_is_seen_to_and_does_not_wait_for_ever() {
+    let world = World::new();
+    let (kept, _hold) = world.seal(&[1]);
+    world.spoil(kept);
+    let away = NotNow {
+        why: "b is away".into(),
+        away: vec!["b".into()],
+    };
+    let bringer = Brings {
+        otherwise: NotBrought::NotNow(away.clone()),
+        ..Brings::nothing(&world)
+    };
+    let _admitted = world.admit(kept, bringer);
+    let began = time::Instant::now();
+    let gone = loop {
+        match world.paging.answer(&question(1, true)).await {
+            Answer::NotNow(_) => time::sleep(Duration::from_secs(1)).await,
+            answer => break answer,
+        }
+        let waiting = world.paging.waiting(GUEST);
+        if let Some(waiting) = waiting {
+            assert_eq!(waiting.reason, away);
+        }
+    };
+    let told = format!(
+        "b is away; that was waited for {:?} long: try again once b can be reached",
+        longest()
+    );
+    assert_eq!(gone, Answer::Gone(told));
+    assert_eq!(began.elapsed(), longest());
 }
 
 #[tokio::test]

@@ -382,6 +382,9 @@ pub enum CollectError {
     /// What is kept could not be copied.
     #[error("copy what is kept")]
     Copy(#[from] SealError),
+    /// The store is being closed. What was not looked at is for the next collection.
+    #[error("the store is being closed")]
+    Stopped,
 }
 
 impl CollectError {
@@ -389,7 +392,7 @@ impl CollectError {
     #[must_use]
     pub fn remedy(&self) -> Remedy {
         match self {
-            Self::Pins(_) => Remedy::RetryLater,
+            Self::Pins(_) | Self::Stopped => Remedy::RetryLater,
             Self::Manifest(_) | Self::Disk { .. } => Remedy::CallOperator,
             Self::Copy(err) => err.remedy(),
         }
@@ -407,13 +410,30 @@ impl CollectError {
     }
 }
 
-/// The store's files could not be looked through.
+/// The store's files were not all looked through.
+#[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
-#[error("look through {}", path.display())]
-pub struct CheckError {
-    /// What could not be read.
-    pub path: PathBuf,
-    /// Why it failed.
-    #[source]
-    pub source: io::Error,
+pub enum CheckError {
+    /// The disk refused.
+    #[error("look through {}", path.display())]
+    Disk {
+        /// What could not be read.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The store is being closed. What was found by then has been forgotten, and is told of by nobody.
+    #[error("the store is being closed")]
+    Stopped,
+}
+
+impl CheckError {
+    /// Who must act next.
+    #[must_use]
+    pub const fn remedy(&self) -> Remedy {
+        match self {
+            Self::Disk { .. } => Remedy::CallOperator,
+            Self::Stopped => Remedy::RetryLater,
+        }
+    }
 }

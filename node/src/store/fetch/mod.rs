@@ -19,7 +19,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, ready};
 use proto::ids::{NodeId, NodeKey};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time;
@@ -69,6 +69,17 @@ pub trait Holders: fmt::Debug + Send + Sync + 'static {
 
     /// Whether a node with this key seals, or sealed, for this cluster.
     fn may_seal(&self, key: &NodeKey) -> bool;
+
+    /// Waits until [`Self::holders`] answers by all that the cluster has acknowledged; false where
+    /// that cannot be had now. Nothing is given up by what may be an old list.
+    fn renew(&self) -> BoxFuture<'_, bool> {
+        Box::pin(ready(true))
+    }
+
+    /// What people call a node.
+    fn name(&self, node: NodeId) -> String {
+        node.to_string()
+    }
 }
 
 /// A node that knows no other.
@@ -158,6 +169,11 @@ impl Failed {
             Self::Stream(err) => err.kind() == io::ErrorKind::InvalidData,
             Self::Stalled(_) | Self::Lacks(_) | Self::Store(_) => false,
         }
+    }
+
+    /// Whether it was reached and has no sound copy of what it was asked for.
+    fn is_answer(&self) -> bool {
+        matches!(self, Self::Lacks(_)) || self.is_lie()
     }
 }
 

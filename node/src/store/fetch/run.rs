@@ -43,8 +43,8 @@ const TRIES: u32 = 2;
 /// Bytes of chunks after which what has come is synced. A crash costs the transfer of these at most.
 const SYNC_EVERY_BYTES: u64 = 64 << 20;
 /// How long every holder there is must have said that it lacks what is missing, before that is
-/// believed: one that mends its copy is no holder meanwhile.
-pub(super) const GONE_AFTER: Duration = Duration::from_secs(60);
+/// believed: one that mends its copy is no holder meanwhile, and nobody stands still for the rest.
+const GONE_AFTER: Duration = Duration::from_secs(60);
 /// How often holders are asked again for what they lacked, where there is time.
 const LACKS_AGAIN: Duration = Duration::from_secs(20);
 
@@ -274,7 +274,7 @@ impl<'a> Crew<'a> {
             let failed = standing.and_then(|standing| standing.failed.clone());
             let lacks = || self.lacked(*node).map(|id| Failed::Lacks(id).to_string());
             let why = lacks().or(failed).unwrap_or_else(|| "not asked".to_owned());
-            format!("{node}: {why}")
+            format!("{}: {why}", self.shared.holders.name(*node))
         });
         let told: Vec<String> = told.collect();
         let tried = match told.is_empty() {

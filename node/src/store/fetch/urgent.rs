@@ -10,6 +10,10 @@
 //! written, and one that cannot be written counts as one that never came. A holder that is found to
 //! have sent wrong bytes is checked first from then on, and so is every answer to somebody who says
 //! that he was given wrong ones.
+//!
+//! A chunk is gone when all holders there are were reached and none had a sound copy of it, in two
+//! rounds, by a list that the quorum has confirmed. How long to wait for holders that cannot be
+//! reached is not decided here: whoever asks counts that.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -24,7 +28,6 @@ use tokio::task;
 use tokio::time::{self, Instant};
 use tracing::debug;
 
-use super::run::GONE_AFTER;
 use super::{Failed, Holders, Wire, patiently};
 use crate::base::at_once::at_once;
 use crate::base::chain::chain;
@@ -48,6 +51,13 @@ const LATE_AT_LEAST: Duration = Duration::from_millis(20);
 const LATE_AT_MOST: Duration = Duration::from_secs(1);
 /// How long a holder that failed is asked after all others.
 const FAILED_FOR: Duration = Duration::from_secs(5);
+/// How long after all holders lacked a chunk they are asked once more before it is called gone: one
+/// may just be moving it from one pack to another, or be told of a copy that is done.
+const ONCE_MORE_AFTER: Duration = Duration::from_secs(2);
+/// A round that is older than this was another wait: who asks does so every second or so.
+const SAME_WAIT: Duration = Duration::from_secs(60);
+/// Longest a quorum may take to confirm who the holders are.
+const RENEW_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a chunk could not be brought.
 #[non_exhaustive]
@@ -60,10 +70,11 @@ pub enum BringError {
         chunk: ChunkId,
         /// What came of each holder.
         tried: String,
+        /// Those that are said to have it and could not be asked.
+        away: Vec<NodeId>,
     },
-    /// For a minute every node that is said to have it has answered that it does not, or there was
-    /// none. It is lost.
-    #[error("no node is left that holds chunk {chunk}: {tried}")]
+    /// Every node that is said to have it was asked twice and has no sound copy, or there is none.
+    #[error("no host has a sound copy of chunk {chunk}: {tried}")]
     Gone {
         /// Which.
         chunk: ChunkId,
@@ -130,8 +141,8 @@ pub(super) struct Urgent {
     questions: Mutex<HashMap<ChunkId, Awaited<Came>>>,
     slots: Arc<Semaphore>,
     peers: Mutex<BTreeMap<NodeId, Peer>>,
-    /// Chunks that everybody there is lacks, and since when.
-    lacking: Mutex<HashMap<ChunkId, Instant>>,
+    /// Chunks that all holders were found to lack, and when that was found first and last.
+    lacking: Mutex<HashMap<ChunkId, (Instant, Instant)>>,
 }
 
 /// When what has come is checked against the chunk's name.
@@ -193,6 +204,7 @@ impl Urgent {
         let not_now = |tried: &str| BringError::NotNow {
             chunk,
             tried: tried.to_owned(),
+            away: Vec::new(),
         };
         if let Some(location) = self.locate(chunk).await {
             return Ok(location);
@@ -259,6 +271,7 @@ impl Urgent {
             let cut = |err: task::JoinError| BringError::NotNow {
                 chunk,
                 tried: err.to_string(),
+                away: Vec::new(),
             };
             written.await.map_err(cut)?
         };
@@ -274,8 +287,9 @@ impl Urgent {
                 peer.lied = true;
                 peer.failed_at = Some(Instant::now());
             });
-            let tried = format!("{from}: {}", Failed::Wrong(chunk));
-            return BringError::NotNow { chunk, tried };
+            let tried = format!("{}: {}", self.holders.name(from), Failed::Wrong(chunk));
+            let away = Vec::new();
+            return BringError::NotNow { chunk, tried, away };
         }
         let source = Arc::new(source);
         BringError::Store { chunk, source }
@@ -306,8 +320,11 @@ impl Urgent {
                     }
                     Err(err) => {
                         since.remove(&node);
-                        let lacks = matches!(err, Failed::Lacks(_));
-                        tried.push((node, lacks, chain(&err)));
+                        let why = match &err {
+                            Failed::Lacks(_) => "it does not have it".to_owned(),
+                            err => chain(err),
+                        };
+                        tried.push((node, err.is_answer(), why));
                         next_at = Instant::now();
                     }
                 },
@@ -321,7 +338,7 @@ impl Urgent {
                 else => break,
             }
         }
-        Err(self.judge(chunk, &listed, &tried))
+        Err(self.judge(chunk, &listed, &tried).await)
     }
 
     /// Whoever is listed, the quickest first and those that failed lately last; then those who gave
@@ -362,31 +379,58 @@ impl Urgent {
         }
     }
 
-    fn judge(
+    async fn judge(
         &self,
         chunk: ChunkId,
         listed: &[NodeId],
         tried: &[(NodeId, bool, String)],
     ) -> BringError {
-        let lacks = |node: &NodeId| tried.iter().any(|(of, lacks, _)| of == node && *lacks);
-        let told: Vec<String> = tried
-            .iter()
-            .map(|(node, _, why)| format!("{node}: {why}"))
-            .collect();
-        let tried = match told.is_empty() {
-            true => "there is none".to_owned(),
-            false => told.join("; "),
+        let answered = |node: &&NodeId| tried.iter().any(|(of, had, _)| of == *node && *had);
+        let away: Vec<NodeId> = listed.iter().filter(|it| !answered(it)).copied().collect();
+        let told = self.in_words(tried);
+        let not_now = |tried: String| BringError::NotNow {
+            chunk,
+            tried,
+            away: away.clone(),
         };
+        if !away.is_empty() {
+            lock(&self.lacking).remove(&chunk);
+            return not_now(told);
+        }
+        if !self.is_newest(listed).await {
+            return not_now(format!("{told}; whether others have it is not known now"));
+        }
+        match self.lacked_before(chunk) {
+            true => BringError::Gone { chunk, tried: told },
+            false => not_now(told),
+        }
+    }
+
+    fn in_words(&self, tried: &[(NodeId, bool, String)]) -> String {
+        let told = |(node, _, why): &(NodeId, bool, String)| {
+            format!("{}: {why}", self.holders.name(*node))
+        };
+        match tried.is_empty() {
+            true => "none holds any of the snapshot".to_owned(),
+            false => tried.iter().map(told).collect::<Vec<_>>().join("; "),
+        }
+    }
+
+    /// Whether these are the holders by the cluster's newest state.
+    async fn is_newest(&self, listed: &[NodeId]) -> bool {
+        let renewed = time::timeout(RENEW_TIMEOUT, self.holders.renew()).await;
+        let now = self.holders.holders(self.digest);
+        matches!(renewed, Ok(true)) && now.iter().all(|node| listed.contains(node))
+    }
+
+    /// Notes that all holders lack the chunk; says whether they did so a while ago as well.
+    fn lacked_before(&self, chunk: ChunkId) -> bool {
+        let now = Instant::now();
         let mut lacking = lock(&self.lacking);
-        if !listed.iter().all(lacks) {
-            lacking.remove(&chunk);
-            return BringError::NotNow { chunk, tried };
-        }
-        let since = *lacking.entry(chunk).or_insert_with(Instant::now);
-        match since.elapsed() >= GONE_AFTER {
-            true => BringError::Gone { chunk, tried },
-            false => BringError::NotNow { chunk, tried },
-        }
+        lacking.retain(|_, (_, last)| now - *last < SAME_WAIT);
+        let (first, last) = lacking.entry(chunk).or_insert((now, now));
+        *last = now;
+        now - *first >= ONCE_MORE_AFTER
     }
 
     /// Asks one holder, on a stream that is open if there is one.

@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::vmm::error::SpecError;
 use crate::vmm::qemu::machine;
-use crate::vmm::{Accelerator, Hardware, MAX_VCPUS, MIN_MEMORY, NetworkSpec, VmmSpec, cmdline};
+use crate::vmm::{Accelerator, Hardware, NetworkSpec, VmmSpec, check, cmdline};
 
 /// The options of [`machine::MACHINE_TYPE`].
 const MACHINE_OPTIONS: &str = "usb=off,sata=off,smbus=off,i8042=off,hpet=off,vmport=off,\
@@ -47,8 +47,6 @@ const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resour
 /// from the guest.
 const KERNEL_WORDS: &str =
     "console=ttyS0 panic=-1 quiet 8250.nr_uarts=1 cryptomgr.notests no_timer_check";
-/// The largest guest memory: what its type can hold, so that the sum below cannot overflow.
-const MAX_MEMORY_MIB: u32 = 1 << 24;
 
 /// Descriptors that QEMU inherits, under the numbers given here.
 #[derive(Clone, Copy, Debug)]
@@ -80,9 +78,7 @@ pub fn arguments(
     name: &str,
     fds: Inherited,
 ) -> Result<Vec<String>, SpecError> {
-    check_range("vcpus", 1, u64::from(MAX_VCPUS), u64::from(spec.vcpus))?;
-    let (least, most) = (u64::from(MIN_MEMORY.0), u64::from(MAX_MEMORY_MIB));
-    check_range("memory in MiB", least, most, u64::from(spec.memory.0))?;
+    check::numbers(spec)?;
     let mut args = Args::default();
     args.flag("-nodefaults");
     args.flag("-no-user-config");
@@ -164,8 +160,8 @@ fn channels(args: &mut Args, fds: Inherited) {
 }
 
 fn kernel(args: &mut Args, spec: &VmmSpec) -> Result<(), SpecError> {
-    args.option("-kernel", utf8("kernel", &spec.kernel)?);
-    args.option("-initrd", utf8("initramfs", &spec.initramfs)?);
+    args.option("-kernel", check::utf8("kernel", &spec.kernel)?);
+    args.option("-initrd", check::utf8("initramfs", &spec.initramfs)?);
     args.option("-append", &cmdline::join(KERNEL_WORDS, &spec.cmdline)?);
     Ok(())
 }
@@ -191,7 +187,7 @@ fn root_disk(args: &mut Args, disk: &Path) -> Result<(), SpecError> {
         "driver": "qcow2",
         "node-name": "root",
         "discard": "unmap",
-        "file": { "driver": "file", "filename": utf8("root disk", disk)?, "discard": "unmap" },
+        "file": { "driver": "file", "filename": check::utf8("root disk", disk)?, "discard": "unmap" },
     });
     args.option("-blockdev", &node.to_string());
     let device =
@@ -202,42 +198,14 @@ fn root_disk(args: &mut Args, disk: &Path) -> Result<(), SpecError> {
 
 fn network_card(args: &mut Args, network: &NetworkSpec) -> Result<(), SpecError> {
     let tap = &network.tap;
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    // 15 is the longest name the kernel gives an interface.
-    if tap.is_empty() || tap.len() > 15 || !tap.chars().all(plain) {
-        return Err(SpecError::Word {
-            what: "tap name",
-            value: tap.clone(),
-        });
-    }
-    let mac = network.mac.map(|byte| format!("{byte:02x}")).join(":");
+    check::tap(tap)?;
+    let mac = check::mac(network.mac);
     let backend = format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost=off");
     args.option("-netdev", &backend);
     // No boot ROM: the guest never boots from the network.
     let card = format!("virtio-net-pci,id=card,addr={CARD_SLOT},netdev=net,mac={mac},romfile=");
     args.option("-device", &card);
     Ok(())
-}
-
-fn check_range(what: &'static str, least: u64, most: u64, found: u64) -> Result<(), SpecError> {
-    if (least..=most).contains(&found) {
-        return Ok(());
-    }
-    Err(SpecError::OutOfRange {
-        what,
-        least,
-        most,
-        found,
-    })
-}
-
-fn utf8<'a>(what: &'static str, path: &'a Path) -> Result<&'a str, SpecError> {
-    path.to_str()
-        .filter(|_| path.is_absolute())
-        .ok_or_else(|| SpecError::Path {
-            what,
-            path: path.to_owned(),
-        })
 }
 
 /// A comma ends a value in an option list unless it is doubled.
@@ -250,6 +218,7 @@ mod tests {
     use proto::units::Mib;
 
     use super::*;
+    use crate::vmm::Driver;
 
     const NAME: &str = "/data/sandboxes/cl-1,a";
     const FDS: Inherited = Inherited {
@@ -260,6 +229,7 @@ mod tests {
 
     fn spec() -> VmmSpec {
         VmmSpec {
+            driver: Driver::Qemu,
             program: "/usr/bin/qemu-system-x86_64".into(),
             accelerator: Accelerator::Tcg,
             kernel: "/images/vmlinuz".into(),

@@ -10,9 +10,8 @@
 //! each release. Under KVM it is the host's own, and its name says which that is: a guest saved
 //! on another one is refused.
 
-use std::fs;
-
 use crate::vmm::error::SpecError;
+use crate::vmm::processor::{HOST_PREFIX, host_processor};
 use crate::vmm::{Accelerator, Hardware};
 
 /// The machine type, versioned: `q35` alone means another machine after an upgrade of QEMU.
@@ -21,8 +20,6 @@ pub const MACHINE_TYPE: &str = "pc-q35-7.2";
 pub const LAYOUT: u32 = 1;
 /// The processor of guests under TCG.
 const TCG_PROFILE: &str = "tcg-1";
-/// The beginning of the name of a host's own processor.
-const HOST_PREFIX: &str = "host-";
 
 /// [`TCG_PROFILE`]: what TCG of QEMU 7.2 can do, as `max` says there, without nested
 /// virtualisation, what current kernels and compilers have given up (3DNow!, MPX), and five levels
@@ -84,23 +81,6 @@ fn unknown(what: &'static str, name: &str) -> SpecError {
     }
 }
 
-fn host_processor() -> String {
-    let told = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    host_processor_in(&told)
-}
-
-/// Vendor, family, model and stepping: what decides on a processor's features. The kernel's list
-/// of them would change with the kernel.
-fn host_processor_in(told: &str) -> String {
-    let word = |name: &str| {
-        let fields = told.lines().filter_map(|line| line.split_once(':'));
-        let mut values = fields.filter(|(field, _)| field.trim() == name);
-        values.next().map_or("unknown", |(_, value)| value.trim())
-    };
-    let words = ["vendor_id", "cpu family", "model", "stepping"].map(word);
-    format!("{HOST_PREFIX}{}", words.join("-"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,16 +132,5 @@ mod tests {
         // A guest of one accelerator does not run under the other.
         let emulated = of_new_guests(Accelerator::Tcg);
         assert!(processor(&emulated, Accelerator::Kvm).is_err());
-    }
-
-    #[test]
-    fn a_host_processor_is_named_by_what_decides_on_its_features() {
-        let told = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\n\
-                    model name\t: AMD EPYC\nstepping\t: 1\nmicrocode\t: 0xffff\n";
-        assert_eq!(host_processor_in(told), "host-AuthenticAMD-25-1-1");
-        assert_eq!(
-            host_processor_in(""),
-            "host-unknown-unknown-unknown-unknown"
-        );
     }
 }

@@ -43,7 +43,14 @@ impl Qemu {
         self.qmp
             .execute(command, json!({}), deadline)
             .map(drop)
-            .map_err(|source| VmmError::Told { verb, source })
+            .map_err(|source| told(verb, source))
+    }
+}
+
+fn told(verb: &'static str, source: QmpError) -> VmmError {
+    VmmError::Told {
+        verb,
+        source: source.into(),
     }
 }
 
@@ -66,7 +73,7 @@ impl Vmm for Qemu {
 
     fn resume(&self, deadline: Instant) -> Result<(), VmmError> {
         let verb = "resume";
-        migrate::settle(&self.qmp, deadline).map_err(|source| VmmError::Told { verb, source })?;
+        migrate::settle(&self.qmp, deadline).map_err(|source| told(verb, source))?;
         self.tell(verb, "cont", deadline)
     }
 
@@ -85,10 +92,7 @@ impl Vmm for Qemu {
     fn quit(&self, deadline: Instant) -> Result<(), VmmError> {
         match self.tell("quit", "quit", deadline) {
             // It may be gone before its answer has left.
-            Err(VmmError::Told {
-                source: QmpError::Closed { .. },
-                ..
-            }) => Ok(()),
+            Err(VmmError::Told { source, .. }) if source.is_end() => Ok(()),
             told => told,
         }
     }

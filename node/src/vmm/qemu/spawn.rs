@@ -1,24 +1,19 @@
 //! Starting QEMU: sockets, the jail around the child, and the handshake that shows it lives.
 
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-
+use crate::vmm::child::{not_up, open_netns, take_stderr};
 use crate::vmm::jail::Jail;
 use crate::vmm::process::VmmProcess;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::qemu::args::{Inherited, Origin, arguments};
 use crate::vmm::qemu::machine;
-use crate::vmm::qemu::qmp::{Qmp, QmpError};
+use crate::vmm::qemu::qmp::Qmp;
 use crate::vmm::{Hardware, SpawnVmmError, Started, VmmSpec};
-
-/// How much of a failed QEMU's complaint is repeated in the error.
-const COMPLAINT_BYTES: usize = 2048;
 
 /// Starts QEMU for `spec` and shakes hands: to boot its kernel, or to wait for the state of a
 /// guest that was saved on `saved_on`. See [`crate::vmm::spawn`] and
@@ -77,57 +72,6 @@ pub fn spawn(
             stderr,
             took: spawned.elapsed(),
         }),
-        Err(source) => Err(not_up(spec, &process, stderr, source)),
+        Err(source) => Err(not_up(spec, &process, stderr, source.into())),
     }
-}
-
-fn open_netns(spec: &VmmSpec) -> Result<Option<OwnedFd>, SpawnVmmError> {
-    let Some(network) = &spec.network else {
-        return Ok(None);
-    };
-    let opened = File::open(&network.netns).map_err(|source| SpawnVmmError::Netns {
-        path: network.netns.clone(),
-        source,
-    })?;
-    Ok(Some(opened.into()))
-}
-
-fn take_stderr(child: &mut Child) -> io::Result<ChildStderr> {
-    child
-        .stderr
-        .take()
-        .ok_or_else(|| io::Error::other("the child has no standard error"))
-}
-
-/// Ends what is left of a QEMU that did not come up, and asks it why.
-fn not_up(
-    spec: &VmmSpec,
-    process: &VmmProcess,
-    mut stderr: ChildStderr,
-    source: QmpError,
-) -> SpawnVmmError {
-    // Its end is what matters; `process` reaps when dropped even if the signal fails.
-    let _killed = process.kill();
-    // Never waits: what a process wrote before it died is in the pipe already.
-    let complaint = match fcntl(&stderr, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)) {
-        Ok(_) => tail(&mut stderr),
-        Err(_) => String::new(),
-    };
-    SpawnVmmError::NotUp {
-        program: spec.program.clone(),
-        complaint: if complaint.is_empty() {
-            "it gave no reason".to_owned()
-        } else {
-            complaint
-        },
-        source,
-    }
-}
-
-fn tail(stderr: &mut ChildStderr) -> String {
-    let mut text = Vec::new();
-    // Ends at the first read that would wait; what came before it is kept.
-    let _would_block = stderr.read_to_end(&mut text);
-    let from = text.len().saturating_sub(COMPLAINT_BYTES);
-    String::from_utf8_lossy(&text[from..]).trim().to_owned()
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use node::base::stop::Tasks;
+use node::sandbox::NotNow;
 use node::sandbox::paging::{Admitted, Bringer, NotBrought, Paging};
 use node::store::fetch::{Holders, Incoming, Wire};
 use node::store::serve::{Asked, Wants};
@@ -261,5 +262,9 @@ impl Bringer for Urgent {
 }
 
 fn not_now(err: BringError) -> NotBrought {
-    NotBrought::NotNow(err.to_string())
+    let why = err.to_string();
+    NotBrought::NotNow(NotNow {
+        why,
+        away: Vec::new(),
+    })
 }

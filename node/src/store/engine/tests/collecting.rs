@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::super::super::error::CollectError;
+use super::super::super::error::{CheckError, CollectError};
 use super::*;
 
 #[test]
@@ -210,4 +210,31 @@ fn seals_and_collections_at_once_never_lose_a_pinned_chunk() {
         }
     }
     assert!(store.check().unwrap().is_sound());
+}
+
+/// Whoever closes the store waits for a chunk at most, and not for all of them.
+#[test]
+fn a_check_and_a_collection_end_when_the_store_is_to_close_and_all_else_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (digest, _) = seal(&store, 0..200);
+    seal(&store, 200..220);
+    let keep = || Ok::<_, Infallible>(vec![Pin::Image(digest)]);
+    std::thread::scope(|scope| {
+        // Each ends by that alone.
+        scope.spawn(|| while !matches!(store.check(), Err(CheckError::Stopped)) {});
+        scope.spawn(|| while !matches!(store.collect(keep), Err(CollectError::Stopped)) {});
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        store.stop_chores();
+    });
+    assert!(store.stats().is_err());
+    reads_back(&store, 0..200);
+    let (other, _) = seal(&store, 300..301);
+    assert!(store.image(&other).is_ok());
+    drop(store);
+
+    let store = open(dir.path());
+    assert!(store.check().unwrap().is_sound());
+    collect(&store, &[Pin::Image(digest)]);
+    reads_back(&store, 0..200);
 }

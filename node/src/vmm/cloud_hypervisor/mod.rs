@@ -1,0 +1,336 @@
+//! The Cloud Hypervisor driver, for hosts whose KVM runs Linux.
+//!
+//! [`config`] says what machine it builds and [`machine`] how that is called, [`spawn`] starts it,
+//! [`api`] tells it what to do, [`events`] hears what it does by itself, [`version`] knows its
+//! releases. A guest leaves and enters it by its migration protocol ([`offload`]), with us as the
+//! other side: its memory is a memfd of ours all the time, and what goes over are two documents,
+//! which [`kept`] turns into a file and back.
+//!
+//! A saved guest's hand-over is left open at its last question. Cloud Hypervisor waits, the guest
+//! stands still, and when it is to go on the question is answered with a refusal: to Cloud
+//! Hypervisor that is a migration that failed, and it has the guest as before. No other way is
+//! there in its release 53 to save a guest and have it go on.
+
+pub mod api;
+pub mod config;
+pub mod events;
+pub mod http;
+pub mod kept;
+pub mod layout;
+pub mod machine;
+pub mod offload;
+pub mod sockets;
+pub mod spawn;
+pub mod version;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::pager::region::Region;
+use crate::vmm::cloud_hypervisor::api::{Api, ApiError, Call, Pending};
+use crate::vmm::cloud_hypervisor::events::Events;
+use crate::vmm::cloud_hypervisor::kept::{Foundation, Kept, KeptError};
+use crate::vmm::cloud_hypervisor::offload::OffloadError;
+use crate::vmm::cloud_hypervisor::offload::link::{self, Given, Held};
+use crate::vmm::cloud_hypervisor::sockets::{Nameless, path_of};
+use crate::vmm::cloud_hypervisor::version::Version;
+use crate::vmm::error::MoveStateError;
+use crate::vmm::process::VmmProcess;
+use crate::vmm::{Hardware, Vmm, VmmError, VmmExit};
+
+/// How long a dead VMM's last reports are looked for; they are in the pipe already.
+const LAST_REPORTS: Duration = Duration::from_millis(100);
+/// Pause between two attempts while it is still busy with a hand-over that was called off: at
+/// first, and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// See [`FIRST_PAUSE`].
+const LONGEST_PAUSE: Duration = Duration::from_millis(16);
+/// What it says to everything while a hand-over is under way.
+const BUSY: &str = "migrating";
+
+/// A machine that waits for its guest's state.
+#[derive(Debug)]
+pub struct Incoming {
+    given: Given,
+    /// Of the call that has been under way since.
+    answer: Pending,
+    foundation: Foundation,
+}
+
+/// What stands between the guest and its going on.
+#[derive(Debug, Default)]
+struct Pass {
+    held: Option<Held>,
+    incoming: Option<Incoming>,
+}
+
+/// One running Cloud Hypervisor.
+#[derive(Debug)]
+pub struct CloudHypervisor {
+    process: Arc<VmmProcess>,
+    api: Api,
+    /// The API is reached through it.
+    _api_inode: OwnedFd,
+    /// Where it lays its guest open. The VMM has its inode under the same number.
+    saves: Nameless,
+    events: Events,
+    memory: OwnedFd,
+    region: Region,
+    version: String,
+    hardware: Hardware,
+    pass: Mutex<Pass>,
+    told_to_quit: AtomicBool,
+}
+
+impl CloudHypervisor {
+    fn new(
+        process: Arc<VmmProcess>,
+        api: (Api, OwnedFd),
+        saves: Nameless,
+        events: Events,
+        memory: (OwnedFd, Region),
+        identity: (Version, String, Hardware),
+        incoming: Option<Incoming>,
+    ) -> Self {
+        let (_, version, hardware) = identity;
+        Self {
+            process,
+            api: api.0,
+            _api_inode: api.1,
+            saves,
+            events,
+            memory: memory.0,
+            region: memory.1,
+            version,
+            hardware,
+            pass: Mutex::new(Pass {
+                held: None,
+                incoming,
+            }),
+            told_to_quit: AtomicBool::new(false),
+        }
+    }
+
+    /// Brings the guest into `wanted` by `call`. One that is there already is left in peace, and as
+    /// long as a hand-over is being called off we wait.
+    fn bring(&self, call: &Call<'_>, wanted: &str, deadline: Instant) -> Result<(), ApiError> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let refused = match self.api.call(call, deadline) {
+                Err(ApiError::Refused {
+                    reason,
+                    status,
+                    call,
+                }) => ApiError::Refused {
+                    call,
+                    status,
+                    reason,
+                },
+                told => return told.map(drop),
+            };
+            let busy =
+                matches!(&refused, ApiError::Refused { reason, .. } if reason.contains(BUSY));
+            if !busy {
+                let there = self.api.info(deadline)?.state == wanted;
+                return if there { Ok(()) } else { Err(refused) };
+            }
+            if !rest(&mut pause, deadline) {
+                return Err(refused);
+            }
+        }
+    }
+
+    fn save(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<Held, MoveStateError> {
+        self.bring(&Call::Pause, "Paused", deadline)?;
+        self.saves.turn_away();
+        let place = path_of(self.saves.inode());
+        let address = format!("unix:{}", place.display());
+        self.api.call(&Call::Send(&address), deadline)?;
+        const DOING: &str = "waiting for it to lay the guest open";
+        let socket = |source| OffloadError::Socket {
+            doing: DOING,
+            source,
+        };
+        let stream = self.saves.accept(self.process.pidfd(), deadline);
+        let stream = stream.map_err(socket)?;
+        let taken = link::take(stream, self.memory.as_fd(), deadline)?;
+        let foundation = Foundation::of_config(&taken.config, self.region.bytes())?;
+        same_slots(&taken.slots, &foundation.slots())?;
+        let kept = Kept {
+            machine: self.hardware.machine.clone(),
+            foundation,
+            state: taken.state,
+        };
+        let bytes = kept.encode()?;
+        let mut file = own(file)?;
+        file.write_all(&bytes).map_err(MoveStateError::File)?;
+        Ok(taken.held)
+    }
+
+    fn load(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), MoveStateError> {
+        let Some(incoming) = self.pass().incoming.take() else {
+            return Err(MoveStateError::GaveUp {
+                reason: "it does not wait for a guest".to_owned(),
+            });
+        };
+        let mut bytes = Vec::new();
+        let read = own(file)?.take(kept::MAX_BYTES + 1).read_to_end(&mut bytes);
+        read.map_err(MoveStateError::File)?;
+        let kept = Kept::decode(&bytes, self.region.bytes())?;
+        if kept.foundation != incoming.foundation {
+            return Err(KeptError::Garbled.into());
+        }
+        let memory = self.memory.as_fd();
+        incoming.given.state(memory, &kept.state, deadline)?;
+        incoming.answer.finish(deadline)?;
+        Ok(())
+    }
+
+    fn tell(&self, verb: &'static str, outcome: Result<(), ApiError>) -> Result<(), VmmError> {
+        outcome.map_err(|source| VmmError::Told {
+            verb,
+            source: source.into(),
+        })
+    }
+
+    fn pass(&self) -> MutexGuard<'_, Pass> {
+        self.pass.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Calls off the hand-over of a saved guest, if there is one: the VMM keeps it.
+    fn keep_guest(&self) {
+        if let Some(held) = self.pass().held.take() {
+            held.keep_it();
+        }
+    }
+}
+
+impl Vmm for CloudHypervisor {
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn version(&self) -> &str {
+        &self.version
+    }
+
+    fn hardware(&self) -> &Hardware {
+        &self.hardware
+    }
+
+    fn pause(&self, deadline: Instant) -> Result<(), VmmError> {
+        self.tell("pause", self.bring(&Call::Pause, "Paused", deadline))
+    }
+
+    fn resume(&self, deadline: Instant) -> Result<(), VmmError> {
+        self.keep_guest();
+        self.tell("resume", self.bring(&Call::Resume, "Running", deadline))
+    }
+
+    fn save_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError> {
+        if self.pass().held.is_some() {
+            return Err(VmmError::Save(MoveStateError::GaveUp {
+                reason: "the guest is saved already".to_owned(),
+            }));
+        }
+        // Whatever fails drops the connection, and with it the hand-over.
+        let held = self.save(file, deadline).map_err(VmmError::Save)?;
+        self.pass().held = Some(held);
+        Ok(())
+    }
+
+    fn load_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError> {
+        self.load(file, deadline).map_err(VmmError::Load)
+    }
+
+    fn shutdown(&self, deadline: Instant) -> Result<(), VmmError> {
+        let pressed = self.api.call(&Call::PowerButton, deadline).map(drop);
+        self.tell("press the power button", pressed)
+    }
+
+    fn quit(&self, deadline: Instant) -> Result<(), VmmError> {
+        self.keep_guest();
+        self.told_to_quit.store(true, Ordering::Relaxed);
+        match self.bring(&Call::Shutdown, "Shutdown", deadline) {
+            // It may be gone before its answer has left.
+            Err(ApiError::Closed { .. }) => Ok(()),
+            outcome => self.tell("quit", outcome),
+        }
+    }
+
+    fn freeze(&self) -> Result<(), VmmError> {
+        self.process.freeze()
+    }
+
+    fn thaw(&self) -> Result<(), VmmError> {
+        self.process.thaw()
+    }
+
+    fn kill(&self) -> Result<(), VmmError> {
+        self.process.kill()
+    }
+
+    fn wait(&self, deadline: Instant) -> Result<Option<VmmExit>, VmmError> {
+        let Some(mut exit) = self.process.wait(deadline)? else {
+            return Ok(None);
+        };
+        self.events.await_end(Instant::now() + LAST_REPORTS);
+        exit.reason = if self.told_to_quit.load(Ordering::Relaxed) {
+            "host-quit".to_owned()
+        } else {
+            self.events.last_words().to_owned()
+        };
+        Ok(Some(exit))
+    }
+}
+
+/// The descriptors that came must be those of the layout: one too few would be mapped from nothing.
+fn same_slots(came: &[u32], wanted: &[u32]) -> Result<(), OffloadError> {
+    let missing = wanted.iter().find(|slot| !came.contains(slot));
+    let unknown = came.iter().find(|slot| !wanted.contains(slot));
+    match (missing, unknown) {
+        (None, None) => Ok(()),
+        (Some(&slot), _) => Err(OffloadError::Slot {
+            slot,
+            what: "in its layout, and sent no memory for it",
+        }),
+        (None, Some(&slot)) => Err(OffloadError::Slot {
+            slot,
+            what: "that is not in its layout",
+        }),
+    }
+}
+
+fn own(file: BorrowedFd<'_>) -> Result<File, MoveStateError> {
+    let owned = file.try_clone_to_owned().map_err(MoveStateError::File)?;
+    Ok(File::from(owned))
+}
+
+/// Pauses, each time longer; `false` when `deadline` has come.
+fn rest(pause: &mut Duration, deadline: Instant) -> bool {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return false;
+    }
+    thread::sleep(left.min(*pause));
+    *pause = (*pause * 2).min(LONGEST_PAUSE);
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_without_memory_or_memory_without_a_slot_is_no_guest() {
+        same_slots(&[1, 0], &[0, 1]).expect("all of them");
+        let missing = same_slots(&[0], &[0, 1]).expect_err("one is missing");
+        assert!(missing.to_string().contains("slot 1"), "{missing}");
+        assert!(same_slots(&[0, 7], &[0]).is_err());
+    }
+}
