@@ -15,7 +15,10 @@ use store_support::LIMITS;
 use store_support::peers::{BAD, GOOD, LACKS, Peer, Peers, Piece, Sealed, Sent, World};
 use tokio::time::{Instant, sleep, timeout};
 use wrenn_node::store::fetch::{FetchError, NoHolders};
-use wrenn_node::store::{BringError, CHUNK_BYTES, ChunkId, Incoming, Limits, SealError, Store};
+use wrenn_node::store::{
+    BringError, CHUNK_BYTES, Came, Carried, ChunkId, Decoder, Holding, Incoming, Limits, SealError,
+    Store,
+};
 
 /// How long after everybody lacked a chunk they are asked once more before it is called gone.
 const ONCE_MORE_AFTER: Duration = Duration::from_secs(2);
@@ -89,6 +92,122 @@ async fn a_chunk_is_brought_when_it_is_asked_for_and_never_twice() {
         bytes[..],
         world.sealed.images[0][7 * CHUNK_BYTES..8 * CHUNK_BYTES]
     );
+}
+
+/// A guest goes on with it before it is stored; stored it is all the same, and asked for only once.
+#[tokio::test(start_paused = true)]
+async fn a_chunk_in_a_hurry_is_handed_over_and_stored_after_that() {
+    let world = World::new();
+    let peers = world.peers([(GOOD, Peer::honest(&world.sealed))]);
+    let incoming = lazily(&world, &peers).await;
+    let before = peers.asked_of(GOOD);
+    let chunk = world.sealed.memory_chunks()[7];
+    let rushed = join_all((0..10).map(|_| incoming.rush(chunk))).await;
+    for came in rushed {
+        let came = came.unwrap();
+        let carried = came.carried().clone();
+        let mut decoder = Decoder::new().unwrap();
+        let bytes = decoder.decode(
+            chunk,
+            carried.encoding,
+            &carried.stored,
+            carried.chunk_bytes,
+        );
+        assert_eq!(bytes.unwrap().len(), CHUNK_BYTES);
+        came.stored().await.unwrap();
+        assert!(world.store.has(&chunk));
+    }
+    assert_eq!(peers.asked_of(GOOD), before + 1);
+}
+
+/// Whoever is in a hurry checks for himself. Nothing wrong is stored, and who asks again gets it from
+/// somebody else; from then on the liar is checked first.
+#[tokio::test(start_paused = true)]
+async fn wrong_bytes_in_a_hurry_are_never_stored_and_come_from_a_holder_once() {
+    let world = World::new();
+    let lies = |piece: Piece, mut bytes: Vec<u8>| {
+        if let Piece::Chunk(..) = piece {
+            let last = bytes.len() - 1;
+            bytes[last] ^= 1;
+        }
+        Sent::Bytes(bytes)
+    };
+    // The rest of the snapshot is here, so that the liar is not known when the first chunk is asked for.
+    let honest = world.peers([(GOOD, Peer::honest(&world.sealed))]);
+    drop(lazily(&world, &honest).await);
+    let bad = Peer::spoiled(&world.sealed, lies);
+    let alone = world.peers([(BAD, bad.clone())]);
+    let incoming = lazily(&world, &alone).await;
+    let chunks = world.sealed.memory_chunks();
+    let right = |came: &Came, chunk| {
+        let Carried {
+            encoding,
+            chunk_bytes,
+            stored,
+        } = came.carried();
+        let mut decoder = Decoder::new().unwrap();
+        let decoded = decoder.decode(chunk, *encoding, stored, *chunk_bytes);
+        decoded.is_ok()
+    };
+    let came = incoming.rush(chunks[0]).await.unwrap();
+    assert!(!right(&came, chunks[0]), "the world is not as it should be");
+    let refused = came.stored().await;
+    assert!(
+        matches!(refused, Err(BringError::NotNow { .. })),
+        "{refused:?}"
+    );
+    assert!(!world.store.has(&chunks[0]));
+    // It is known now, and there is nobody else.
+    let refused = incoming.rush(chunks[1]).await;
+    assert!(
+        matches!(refused, Err(BringError::NotNow { .. })),
+        "{refused:?}"
+    );
+    drop(incoming);
+
+    let both = world.peers([(BAD, bad), (GOOD, Peer::honest(&world.sealed))]);
+    let incoming = lazily(&world, &both).await;
+    let mut wrong = 0;
+    for chunk in &chunks[..20] {
+        let came = incoming.rush(*chunk).await.unwrap();
+        if !right(&came, *chunk) {
+            wrong += 1;
+            incoming.bring(*chunk).await.unwrap();
+        }
+        let _stored = came.stored().await;
+        assert!(world.store.get(chunk).is_ok());
+    }
+    assert!(wrong <= 1, "{wrong} times");
+}
+
+/// No room: the guest goes on, and nobody takes this node for a holder.
+#[tokio::test(start_paused = true)]
+async fn a_chunk_that_was_handed_over_and_not_stored_is_still_missing() {
+    let world = World::new();
+    let dir = world.dir.path().join("small");
+    let tight = Limits {
+        budget_bytes: 4 << 20,
+        ..LIMITS
+    };
+    let peers = world.peers([(GOOD, Peer::honest(&world.sealed))]);
+    let store = Store::open(&dir, tight).unwrap();
+    let digest = world.sealed.digest();
+    let incoming = store.fetch_lazily(digest, Arc::new(peers.clone()));
+    let incoming = incoming.await.unwrap();
+    let mut refused = 0;
+    for chunk in world.sealed.memory_chunks() {
+        let came = incoming.rush(chunk).await.unwrap();
+        if let Err(err) = came.stored().await {
+            assert!(matches!(err, BringError::Store { .. }), "{err:?}");
+            assert!(!store.has(&chunk));
+            refused += 1;
+        }
+    }
+    assert!(refused > 0, "there is room for all");
+    assert_ne!(store.holding(digest), Holding::Whole);
+    let full = incoming.complete().await;
+    let over = matches!(&full, Err(FetchError::Store(SealError::OverBudget { .. })));
+    assert!(over, "{full:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,5 +1,6 @@
 //! Words every room of the node may use: clocks, remedies, sockets, stopping, telemetry names.
 
+pub mod at_once;
 pub mod chain;
 pub mod clock;
 pub mod fault;

@@ -1,13 +1,17 @@
-//! Asking the daemon where a chunk is, over a unix socket: both halves.
+//! Asking the daemon for a chunk, over a unix socket: both halves.
 //!
-//! A pager that needs a chunk which is not on this node, or whose bytes here are wrong, asks. The
-//! daemon fetches it from another holder, verifies and stores it, and answers with the place; so
-//! bytes never cross the socket. One question is under way on a connection at a time.
+//! A pager that needs a chunk which is not on this node, or whose bytes here are wrong, asks. What
+//! the daemon has to fetch from another holder it hands over as it comes, and verifies and stores it
+//! while the guest goes on; of what is in the store it says where. The pager believes neither: it
+//! hashes what it reads and what it is given, and whoever was given wrong bytes once is told a place
+//! the next time, of a chunk that the daemon has verified. One question is under way on a connection at a time.
 //!
 //! ```text
 //! frame     length:u32 (little-endian), then one protobuf message
-//! question  version, sandbox, chunk, whether the place known so far held wrong bytes
-//! answer    a place | "not now" and a reason | "gone for good" and a reason
+//! question  version, sandbox, chunk, whether the place known so far held wrong bytes,
+//!           whether the chunk itself may be the answer (not from pagers of older releases)
+//! answer    a place | the chunk, as packs have it | "not now" and a reason | "gone for good" and a
+//!           reason
 //! ```
 //!
 //! The daemon may be restarted at any time. A pager then asks again, as long as it takes: its guest
@@ -18,6 +22,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use bytes::Bytes;
 use prost::Message;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -26,8 +31,8 @@ use crate::store::chunk::ChunkId;
 
 /// The words below. A daemon answers those of older releases too: pagers outlive daemons.
 const VERSION: u32 = 1;
-/// The largest frame: a path and a reason.
-const MAX_FRAME_BYTES: u32 = 16 * 1024;
+/// The largest frame: a chunk, or a path, or a reason.
+const MAX_FRAME_BYTES: u32 = MAX_STORED_BYTES + 16 * 1024;
 
 /// A pager's question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,13 +43,26 @@ pub struct Question {
     pub chunk: ChunkId,
     /// The bytes at the place that was known, or answered, are missing or not the chunk's.
     pub spoiled: bool,
+    /// The answer may be [`Answer::Here`].
+    pub takes_bytes: bool,
+}
+
+/// A chunk as packs have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// How to read it.
+    pub encoding: Encoding,
+    /// What is stored of it.
+    pub bytes: Bytes,
 }
 
 /// The daemon's answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// The chunk is here now.
+    /// The chunk is in the store now.
     At(Place),
+    /// This is the chunk. It may not be in the store yet.
+    Here(Stored),
     /// No holder can be reached, or there is no room; asking again may help.
     NotNow(String),
     /// Nobody has it any more. The guest cannot go on.
@@ -88,11 +106,13 @@ mod wire {
         pub(super) chunk: Vec<u8>,
         #[prost(bool, tag = "4")]
         pub(super) spoiled: bool,
+        #[prost(bool, tag = "5")]
+        pub(super) takes_bytes: bool,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
     pub(super) struct Answer {
-        #[prost(oneof = "Kind", tags = "1, 2, 3")]
+        #[prost(oneof = "Kind", tags = "1, 2, 3, 4")]
         pub(super) kind: Option<Kind>,
     }
 
@@ -104,6 +124,16 @@ mod wire {
         NotNow(String),
         #[prost(string, tag = "3")]
         Gone(String),
+        #[prost(message, tag = "4")]
+        Here(Stored),
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub(super) struct Stored {
+        #[prost(bytes = "bytes", tag = "1")]
+        pub(super) bytes: bytes::Bytes,
+        #[prost(uint32, tag = "2")]
+        pub(super) encoding: u32,
     }
 
     #[derive(Clone, PartialEq, prost::Message)]
@@ -126,6 +156,7 @@ impl Question {
             sandbox: self.sandbox.clone(),
             chunk: self.chunk.0.to_vec(),
             spoiled: self.spoiled,
+            takes_bytes: self.takes_bytes,
         }
     }
 
@@ -139,6 +170,7 @@ impl Question {
             sandbox: wire.sandbox,
             chunk: ChunkId(chunk),
             spoiled: wire.spoiled,
+            takes_bytes: wire.takes_bytes,
         })
     }
 }
@@ -152,6 +184,10 @@ impl Answer {
                 stored_bytes: place.stored_bytes,
                 encoding: u32::from(place.encoding.code()),
             }),
+            Self::Here(stored) => wire::Kind::Here(wire::Stored {
+                bytes: stored.bytes.clone(),
+                encoding: u32::from(stored.encoding.code()),
+            }),
             Self::NotNow(reason) => wire::Kind::NotNow(reason.clone()),
             Self::Gone(reason) => wire::Kind::Gone(reason.clone()),
         };
@@ -159,34 +195,54 @@ impl Answer {
     }
 
     fn from_wire(wire: wire::Answer) -> Result<Self, AskError> {
-        let place = match wire.kind.ok_or_else(|| malformed("the answer is empty"))? {
-            wire::Kind::NotNow(reason) => return Ok(Self::NotNow(reason)),
-            wire::Kind::Gone(reason) => return Ok(Self::Gone(reason)),
-            wire::Kind::At(place) => place,
-        };
-        if place.stored_bytes == 0 || place.stored_bytes > MAX_STORED_BYTES {
-            return Err(malformed("the stored length is none"));
-        }
-        let code = u8::try_from(place.encoding).ok();
-        Ok(Self::At(Place {
-            pack: Path::new(OsStr::from_bytes(&place.pack)).into(),
-            offset: place.offset,
-            stored_bytes: place.stored_bytes,
-            encoding: code
-                .and_then(Encoding::from_code)
-                .ok_or_else(|| malformed("nobody knows the encoding"))?,
-        }))
+        Ok(
+            match wire.kind.ok_or_else(|| malformed("the answer is empty"))? {
+                wire::Kind::NotNow(reason) => Self::NotNow(reason),
+                wire::Kind::Gone(reason) => Self::Gone(reason),
+                wire::Kind::Here(stored) => {
+                    check_length(stored.bytes.len())?;
+                    Self::Here(Stored {
+                        encoding: encoding(stored.encoding)?,
+                        bytes: stored.bytes,
+                    })
+                }
+                wire::Kind::At(place) => {
+                    check_length(place.stored_bytes as usize)?;
+                    Self::At(Place {
+                        pack: Path::new(OsStr::from_bytes(&place.pack)).into(),
+                        offset: place.offset,
+                        stored_bytes: place.stored_bytes,
+                        encoding: encoding(place.encoding)?,
+                    })
+                }
+            },
+        )
     }
 }
 
+fn check_length(stored_bytes: usize) -> Result<(), AskError> {
+    match (1..=MAX_STORED_BYTES as usize).contains(&stored_bytes) {
+        true => Ok(()),
+        false => Err(malformed("the stored length is none")),
+    }
+}
+
+fn encoding(code: u32) -> Result<Encoding, AskError> {
+    let code = u8::try_from(code).ok();
+    code.and_then(Encoding::from_code)
+        .ok_or_else(|| malformed("nobody knows the encoding"))
+}
+
 fn frame(message: &impl Message) -> Result<Vec<u8>, AskError> {
-    let body = message.encode_to_vec();
-    let length = u32::try_from(body.len())
+    let whole = message.encoded_len();
+    let length = u32::try_from(whole)
         .ok()
         .filter(|&length| length <= MAX_FRAME_BYTES)
         .ok_or_else(|| malformed("it is longer than a frame"))?;
-    let mut frame = length.to_le_bytes().to_vec();
-    frame.extend(body);
+    let mut frame = Vec::with_capacity(size_of::<u32>() + whole);
+    frame.extend(length.to_le_bytes());
+    let encoded = message.encode(&mut frame);
+    encoded.map_err(|_| malformed("it is longer than it said"))?;
     Ok(frame)
 }
 
@@ -198,8 +254,9 @@ fn body_for(header: [u8; 4]) -> Result<Vec<u8>, AskError> {
     }
 }
 
-fn decode<M: Message + Default>(body: &[u8]) -> Result<M, AskError> {
-    M::decode(body).map_err(|_| malformed("it is no message"))
+fn decode<M: Message + Default>(body: Vec<u8>) -> Result<M, AskError> {
+    // Bytes in it are not copied out of the body.
+    M::decode(Bytes::from(body)).map_err(|_| malformed("it is no message"))
 }
 
 /// The pager's half: asks, and waits for the answer as long as `stream` is set to.
@@ -207,12 +264,28 @@ fn decode<M: Message + Default>(body: &[u8]) -> Result<M, AskError> {
 /// # Errors
 /// See [`AskError`]. The stream is of no further use.
 pub fn ask(stream: &mut (impl Read + Write), question: &Question) -> Result<Answer, AskError> {
-    stream.write_all(&frame(&question.to_wire())?)?;
+    send(stream, question)?;
+    receive(stream)
+}
+
+/// The first part of [`ask`]. It does not wait where nothing else is under way on the stream.
+///
+/// # Errors
+/// See [`AskError`]. The stream is of no further use.
+pub fn send(stream: &mut impl Write, question: &Question) -> Result<(), AskError> {
+    Ok(stream.write_all(&frame(&question.to_wire())?)?)
+}
+
+/// The second part of [`ask`].
+///
+/// # Errors
+/// See [`AskError`]. The stream is of no further use.
+pub fn receive(stream: &mut impl Read) -> Result<Answer, AskError> {
     let mut header = [0; 4];
     stream.read_exact(&mut header)?;
     let mut body = body_for(header)?;
     stream.read_exact(&mut body)?;
-    Answer::from_wire(decode(&body)?)
+    Answer::from_wire(decode(body)?)
 }
 
 /// The daemon's half: the next question, or `None` when the pager has no more.
@@ -231,7 +304,7 @@ where
     };
     let mut body = body_for(header)?;
     stream.read_exact(&mut body).await?;
-    Question::from_wire(decode(&body)?).map(Some)
+    Question::from_wire(decode(body)?).map(Some)
 }
 
 /// The daemon's half: answers the question that was read last.
@@ -273,6 +346,7 @@ mod tests {
             sandbox: "cl-1".to_owned(),
             chunk: ChunkId([7; 32]),
             spoiled: true,
+            takes_bytes: true,
         }
     }
 
@@ -289,6 +363,10 @@ mod tests {
     async fn every_answer_arrives_as_it_was_given() {
         let answers = [
             Answer::At(place()),
+            Answer::Here(Stored {
+                encoding: Encoding::Raw,
+                bytes: vec![7; MAX_STORED_BYTES as usize].into(),
+            }),
             Answer::NotNow("no holder answers".to_owned()),
             Answer::Gone("no holder is left".to_owned()),
         ];
@@ -327,6 +405,33 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_of_no_length_or_more_than_one_is_refused() {
+        let refused = |length: usize, encoding| {
+            let bytes = vec![7; length].into();
+            let kind = Some(wire::Kind::Here(wire::Stored { bytes, encoding }));
+            Answer::from_wire(wire::Answer { kind }).is_err()
+        };
+        let (raw, whole) = (u32::from(Encoding::Raw.code()), MAX_STORED_BYTES as usize);
+        assert!(refused(0, raw));
+        assert!(refused(whole + 1, raw));
+        assert!(refused(whole, 9));
+        assert!(!refused(whole, raw));
+    }
+
+    /// Pagers outlive daemons: one of an older release knows places only.
+    #[test]
+    fn an_older_pager_does_not_take_bytes() {
+        let older = wire::Question {
+            version: VERSION,
+            sandbox: "cl-1".to_owned(),
+            chunk: vec![7; 32],
+            ..wire::Question::default()
+        };
+        let heard = Question::from_wire(older).expect("understood");
+        assert!(!heard.takes_bytes);
+    }
+
+    #[test]
     fn a_frame_past_the_limit_is_refused_before_anything_is_read() {
         let refused = body_for((MAX_FRAME_BYTES + 1).to_le_bytes());
         assert!(matches!(refused, Err(AskError::TooLong { .. })));
@@ -335,10 +440,10 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_make_either_reader_panic(bytes: Vec<u8>) {
-            if let Ok(wire) = decode::<wire::Question>(&bytes) {
+            if let Ok(wire) = decode::<wire::Question>(bytes.clone()) {
                 let _ = Question::from_wire(wire);
             }
-            if let Ok(wire) = decode::<wire::Answer>(&bytes) {
+            if let Ok(wire) = decode::<wire::Answer>(bytes) {
                 let _ = Answer::from_wire(wire);
             }
         }

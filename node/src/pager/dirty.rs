@@ -202,7 +202,7 @@ fn read_parent(
     window: WindowIndex,
     scratch: &mut Scratch,
 ) -> Result<(), SourceError> {
-    if parent.read(window, scratch)? == Content::Hole {
+    if parent.read(window, None, scratch)? == Content::Hole {
         scratch.window.fill(0);
     }
     Ok(())

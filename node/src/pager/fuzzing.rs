@@ -9,7 +9,7 @@ use proto::fuzzing::Target;
 use proto::units::Mib;
 use serde::Serialize;
 
-use super::ask::{self, Answer, Question};
+use super::ask::{self, Answer, Question, Stored};
 use super::control::{Channel, FromPager, Setup, ToPager};
 use super::page_map::{Encoding, MappedChunk, PageMap, Place};
 use super::prefetch::Fill;
@@ -153,6 +153,7 @@ fn asked() -> Question {
         sandbox: "cl-1".to_owned(),
         chunk: ChunkId([7; 32]),
         spoiled: true,
+        takes_bytes: true,
     }
 }
 
@@ -188,6 +189,10 @@ fn question(bytes: &[u8]) {
 fn answers() -> Vec<Vec<u8>> {
     let answers = [
         Answer::At(place()),
+        Answer::Here(Stored {
+            encoding: Encoding::Zstd,
+            bytes: vec![5; 300].into(),
+        }),
         Answer::NotNow("no holder answers".to_owned()),
         Answer::Gone("no holder is left".to_owned()),
     ];

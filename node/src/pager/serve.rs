@@ -31,7 +31,7 @@ use crate::pager::layout::{Hva, Layout, Mapping};
 use crate::pager::region::{
     ImageOffset, PAGE_BYTES, PageIndex, WINDOW_BYTES, WINDOW_PAGES, WindowIndex, index,
 };
-use crate::pager::source::{Content, PageSource, Scratch, SourceError};
+use crate::pager::source::{Asked, Content, PageSource, Scratch, SourceError};
 use crate::pager::states::{PageState, StateTable};
 use crate::pager::stats::{Counters, add};
 use crate::pager::uffd::{Obstacle, Uffd};
@@ -96,6 +96,8 @@ struct Fetch {
     window: WindowIndex,
     claims: Vec<Claim>,
     since: Instant,
+    /// Asked by the thread that read the fault: the answer is on its way while a fetcher wakes up.
+    asked: Option<Asked>,
 }
 
 /// Whom to tell when a guest cannot be served any more. Called from any thread, perhaps twice.
@@ -252,7 +254,7 @@ impl Server {
         let here = self.source.read_here(window, scratch);
         let content = match here {
             Some(content) => Ok(content),
-            None => self.source.read(window, scratch),
+            None => self.source.read(window, None, scratch),
         };
         let Ok(content) = content else {
             for_each_page(&claims, |page| self.table.give_up(page));
@@ -323,6 +325,7 @@ impl Server {
                 window,
                 claims,
                 since,
+                asked: self.source.ask_ahead(window),
             };
             lock(&self.fetches).push_back(fetch);
             self.fetch_there.notify_one();
@@ -346,7 +349,7 @@ impl Server {
                 Some(scratch) => scratch,
                 none => none.insert(new_scratch()?),
             };
-            let content = self.source.read(fetch.window, scratch)?;
+            let content = self.source.read(fetch.window, fetch.asked, scratch)?;
             let bytes = bytes_of(content, scratch);
             let put = self.put(fetch.window, &fetch.claims, bytes)?;
             self.counters.latency.record(fetch.since.elapsed());

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::pager::ask::{Answer, AskError, Question, ask};
+use crate::pager::ask::{self, Answer, AskError, Question, Stored};
 use crate::pager::page_map::{Encoding, MappedChunk, PageMap, Place};
 use crate::pager::region::{WINDOW_BYTES, WindowIndex, index};
 use crate::store::chunk::{CHUNK_BYTES, ChunkId};
@@ -108,6 +108,9 @@ pub enum LoadError {
         /// Where in it.
         offset: u64,
     },
+    /// What the daemon gave in a place's stead is not the chunk.
+    #[error("what the daemon gave is another chunk, or none")]
+    Given,
 }
 
 /// What one thread needs to read windows.
@@ -142,21 +145,60 @@ pub trait PageSource: Send + Sync {
     /// Reads `window` into the scratch's from this node's disk alone; `None` if that does not do.
     fn read_here(&self, window: WindowIndex, scratch: &mut Scratch) -> Option<Content>;
 
+    /// Asks for what of `window` is elsewhere, without waiting for an answer or for anything else; that
+    /// is for [`Self::read`]. `None` where nothing is, or where it would have to wait.
+    fn ask_ahead(&self, window: WindowIndex) -> Option<Asked>;
+
     /// Reads `window` into the scratch's. Takes as long as it takes: a holder may have to be found.
+    /// `asked` is what was asked ahead for it.
     ///
     /// # Errors
     /// See [`SourceError`].
-    fn read(&self, window: WindowIndex, scratch: &mut Scratch) -> Result<Content, SourceError>;
+    fn read(
+        &self,
+        window: WindowIndex,
+        asked: Option<Asked>,
+        scratch: &mut Scratch,
+    ) -> Result<Content, SourceError>;
+}
+
+/// A question for a chunk that is under way.
+#[derive(Debug)]
+pub struct Asked {
+    chunk: ChunkId,
+    stream: UnixStream,
 }
 
 /// Finds chunks that are not where the page map says, or nowhere in it.
 pub trait Finder: Send + Sync {
-    /// Where `chunk` is on this node now. Blocks until it is there. `spoiled` says that the place
-    /// known so far does not hold its bytes.
+    /// Where `chunk` is on this node now, or the chunk itself. Blocks until it is there. `spoiled` says
+    /// that the place known so far does not hold its bytes.
     ///
     /// # Errors
     /// The reason why it will never be there.
-    fn find(&self, chunk: ChunkId, spoiled: bool) -> Result<Place, String>;
+    fn find(&self, chunk: ChunkId, spoiled: bool) -> Result<Found, String>;
+
+    /// Asks for `chunk`, if that takes no waiting.
+    fn ask_ahead(&self, _chunk: ChunkId) -> Option<Asked> {
+        None
+    }
+
+    /// The answer to that; `None` where it has to be asked for anew.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    fn hear(&self, _asked: Asked) -> Option<Result<Found, String>> {
+        None
+    }
+}
+
+/// What a [`Finder`] has found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Where it lies.
+    At(Place),
+    /// What is stored of it.
+    Here(Stored),
 }
 
 /// The image that a page map describes.
@@ -188,7 +230,7 @@ impl ImageSource {
         &self,
         window: WindowIndex,
         scratch: &mut Scratch,
-        load: impl Fn(&MappedChunk, &mut Scratch) -> Result<(), E>,
+        mut load: impl FnMut(&MappedChunk, &mut Scratch) -> Result<(), E>,
     ) -> Result<Content, E> {
         let extents = self.map.extents_of(window);
         if extents.is_empty() {
@@ -207,8 +249,15 @@ impl ImageSource {
         Ok(Content::Bytes)
     }
 
-    /// Leaves the chunk's bytes in `scratch.chunk`, wherever they have to come from.
-    fn load_chunk(&self, chunk: &MappedChunk, scratch: &mut Scratch) -> Result<(), SourceError> {
+    /// Leaves the chunk's bytes in `scratch.chunk`, wherever they have to come from. What was asked
+    /// ahead is taken if it is this chunk.
+    fn load_chunk(
+        &self,
+        chunk: &MappedChunk,
+        asked: &mut Option<Asked>,
+        scratch: &mut Scratch,
+    ) -> Result<(), SourceError> {
+        let mut asked = asked.take_if(|asked| asked.chunk == chunk.id);
         let mut failure = match &chunk.place {
             Some(place) => match self.load(place, chunk, scratch) {
                 Ok(()) => return Ok(()),
@@ -217,14 +266,17 @@ impl ImageSource {
             None => None,
         };
         for _ in 0..MAX_WRONG_ANSWERS {
-            let place = self
-                .finder
-                .find(chunk.id, failure.is_some())
-                .map_err(|reason| SourceError::Gone {
-                    chunk: chunk.id,
-                    reason,
-                })?;
-            match self.load(&place, chunk, scratch) {
+            let heard = asked.take().and_then(|asked| self.finder.hear(asked));
+            let found = heard.unwrap_or_else(|| self.finder.find(chunk.id, failure.is_some()));
+            let found = found.map_err(|reason| SourceError::Gone {
+                chunk: chunk.id,
+                reason,
+            })?;
+            let loaded = match found {
+                Found::At(place) => self.load(&place, chunk, scratch),
+                Found::Here(stored) => unpack_given(&stored, chunk, scratch),
+            };
+            match loaded {
                 Ok(()) => return Ok(()),
                 Err(err) => failure = Some(err),
             }
@@ -257,21 +309,18 @@ impl ImageSource {
                     source,
                 }
             })?;
-        // Of a chunk that was elsewhere the map says only how much of it the image needs.
-        if !decode(place.encoding, scratch) || (scratch.chunk.len() as u64) < u64::from(chunk.bytes)
-        {
-            return Err(LoadError::Undecodable {
-                pack: Arc::clone(&place.pack),
-                offset: place.offset,
-            });
+        let Scratch {
+            stored,
+            chunk: into,
+            decoder,
+            ..
+        } = scratch;
+        let (pack, offset) = (Arc::clone(&place.pack), place.offset);
+        match unpack(decoder, place.encoding, stored, chunk, into) {
+            Ok(()) => Ok(()),
+            Err(NotIt::Undecodable) => Err(LoadError::Undecodable { pack, offset }),
+            Err(NotIt::WrongHash) => Err(LoadError::WrongHash { pack, offset }),
         }
-        if ChunkId::of(&scratch.chunk) != chunk.id {
-            return Err(LoadError::WrongHash {
-                pack: Arc::clone(&place.pack),
-                offset: place.offset,
-            });
-        }
-        Ok(())
     }
 
     fn read_stored(&self, place: &Place, stored: &mut Vec<u8>) -> io::Result<()> {
@@ -299,20 +348,51 @@ impl ImageSource {
     }
 }
 
-/// Decodes what was stored into the chunk buffer; false if it cannot be.
-fn decode(encoding: Encoding, scratch: &mut Scratch) -> bool {
-    scratch.chunk.clear();
+/// How stored bytes fail to be a chunk.
+enum NotIt {
+    Undecodable,
+    WrongHash,
+}
+
+/// Leaves in `into` the chunk that `stored` is of.
+fn unpack(
+    decoder: &mut zstd::bulk::Decompressor<'_>,
+    encoding: Encoding,
+    stored: &[u8],
+    chunk: &MappedChunk,
+    into: &mut Vec<u8>,
+) -> Result<(), NotIt> {
+    into.clear();
     match encoding {
-        Encoding::Raw => {
-            scratch.chunk.extend_from_slice(&scratch.stored);
-            true
-        }
+        Encoding::Raw => into.extend_from_slice(stored),
         // Never writes past the capacity, whatever the frame claims.
-        Encoding::Zstd => scratch
-            .decoder
-            .decompress_to_buffer(&scratch.stored, &mut scratch.chunk)
-            .is_ok(),
+        Encoding::Zstd => {
+            let unpacked = decoder.decompress_to_buffer(stored, into);
+            unpacked.map_err(|_| NotIt::Undecodable)?;
+        }
     }
+    // Of a chunk that was elsewhere the map says only how much of it the image needs.
+    if (into.len() as u64) < u64::from(chunk.bytes) {
+        return Err(NotIt::Undecodable);
+    }
+    match ChunkId::of(into) == chunk.id {
+        true => Ok(()),
+        false => Err(NotIt::WrongHash),
+    }
+}
+
+fn unpack_given(
+    given: &Stored,
+    chunk: &MappedChunk,
+    scratch: &mut Scratch,
+) -> Result<(), LoadError> {
+    let Scratch {
+        chunk: into,
+        decoder,
+        ..
+    } = scratch;
+    let unpacked = unpack(decoder, given.encoding, &given.bytes, chunk, into);
+    unpacked.map_err(|_| LoadError::Given)
 }
 
 impl PageSource for ImageSource {
@@ -339,9 +419,21 @@ impl PageSource for ImageSource {
         .ok()
     }
 
-    fn read(&self, window: WindowIndex, scratch: &mut Scratch) -> Result<Content, SourceError> {
+    fn ask_ahead(&self, window: WindowIndex) -> Option<Asked> {
+        let extents = self.map.extents_of(window).iter();
+        let mut chunks = extents.map(|extent| &self.map.chunks()[index(u64::from(extent.chunk))]);
+        let elsewhere = chunks.find(|chunk| chunk.place.is_none())?;
+        self.finder.ask_ahead(elsewhere.id)
+    }
+
+    fn read(
+        &self,
+        window: WindowIndex,
+        mut asked: Option<Asked>,
+        scratch: &mut Scratch,
+    ) -> Result<Content, SourceError> {
         self.assemble(window, scratch, |chunk, scratch| {
-            self.load_chunk(chunk, scratch)
+            self.load_chunk(chunk, &mut asked, scratch)
         })
     }
 }
@@ -374,13 +466,22 @@ impl Daemon {
         self.stalled.load(Ordering::Relaxed)
     }
 
+    fn question(&self, chunk: ChunkId, spoiled: bool) -> Question {
+        Question {
+            sandbox: self.sandbox.clone(),
+            chunk,
+            spoiled,
+            takes_bytes: true,
+        }
+    }
+
     fn ask_once(&self, question: &Question) -> Result<Answer, AskError> {
         let idle = lock(&self.idle).pop();
         let mut stream = match idle {
             Some(stream) => stream,
             None => self.connect()?,
         };
-        let answer = ask(&mut stream, question)?;
+        let answer = ask::ask(&mut stream, question)?;
         lock(&self.idle).push(stream);
         Ok(answer)
     }
@@ -400,18 +501,15 @@ impl Daemon {
 }
 
 impl Finder for Daemon {
-    fn find(&self, chunk: ChunkId, spoiled: bool) -> Result<Place, String> {
-        let question = Question {
-            sandbox: self.sandbox.clone(),
-            chunk,
-            spoiled,
-        };
+    fn find(&self, chunk: ChunkId, spoiled: bool) -> Result<Found, String> {
+        let question = self.question(chunk, spoiled);
         let asked = Instant::now();
         let mut pause = FIRST_PAUSE;
         let mut counted = None;
         loop {
             match self.ask_once(&question) {
-                Ok(Answer::At(place)) => return Ok(place),
+                Ok(Answer::At(place)) => return Ok(Found::At(place)),
+                Ok(Answer::Here(stored)) => return Ok(Found::Here(stored)),
                 Ok(Answer::Gone(reason)) => return Err(reason),
                 Ok(Answer::NotNow(_)) => {}
                 // A daemon that was restarted leaves connections that are none. They go first.
@@ -422,6 +520,28 @@ impl Finder for Daemon {
             }
             thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn ask_ahead(&self, chunk: ChunkId) -> Option<Asked> {
+        // To connect may take waiting.
+        let mut stream = lock(&self.idle).pop()?;
+        let sent = ask::send(&mut stream, &self.question(chunk, false));
+        sent.is_ok().then_some(Asked { chunk, stream })
+    }
+
+    fn hear(&self, asked: Asked) -> Option<Result<Found, String>> {
+        let mut stream = asked.stream;
+        let Ok(answer) = ask::receive(&mut stream) else {
+            lock(&self.idle).clear();
+            return None;
+        };
+        lock(&self.idle).push(stream);
+        match answer {
+            Answer::At(place) => Some(Ok(Found::At(place))),
+            Answer::Here(stored) => Some(Ok(Found::Here(stored))),
+            Answer::Gone(reason) => Some(Err(reason)),
+            Answer::NotNow(_) => None,
         }
     }
 }
@@ -443,8 +563,16 @@ impl Drop for Stalled<'_> {
 }
 
 impl Finder for Arc<Daemon> {
-    fn find(&self, chunk: ChunkId, spoiled: bool) -> Result<Place, String> {
+    fn find(&self, chunk: ChunkId, spoiled: bool) -> Result<Found, String> {
         Daemon::find(self, chunk, spoiled)
+    }
+
+    fn ask_ahead(&self, chunk: ChunkId) -> Option<Asked> {
+        Daemon::ask_ahead(self, chunk)
+    }
+
+    fn hear(&self, asked: Asked) -> Option<Result<Found, String>> {
+        Daemon::hear(self, asked)
     }
 }
 

@@ -26,7 +26,7 @@ use super::spec::Keeping;
 use super::waits::NotNow;
 use crate::base::chain::chain;
 use crate::store::fetch::{BringError, FetchError, Incoming};
-use crate::store::{ChunkId, Kept, Pin, SnapshotDigest};
+use crate::store::{Carried, ChunkId, Kept, Pin, SnapshotDigest};
 
 /// Pause before the rest is asked for again, after it could not be had: a holder may be back by then.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -121,32 +121,47 @@ impl Coming {
         }
     }
 
-    async fn bring_one(&self, chunk: ChunkId) -> Result<(), NotBrought> {
-        let not_now = |why: &dyn std::error::Error| {
-            let (why, away) = (chain(why), Vec::new());
-            NotBrought::NotNow(NotNow { why, away })
-        };
-        let incoming = self.incoming().await.map_err(|err| not_now(&err))?;
-        match incoming.bring(chunk).await {
-            Ok(_) => Ok(()),
+    async fn to_bring(&self) -> Result<&Incoming, NotBrought> {
+        let incoming = self.incoming().await;
+        incoming.map_err(|err| not_now(&err))
+    }
+
+    fn not_brought(&self, err: BringError) -> NotBrought {
+        match err {
             // Whoever asks names the chunk.
-            Err(BringError::Gone { tried, .. }) => Err(NotBrought::Gone(format!(
-                "no host has a sound copy: {tried}"
-            ))),
-            Err(BringError::NotNow { tried, away, .. }) => {
+            BringError::Gone { tried, .. } => {
+                NotBrought::Gone(format!("no host has a sound copy: {tried}"))
+            }
+            BringError::NotNow { tried, away, .. } => {
                 let holders = &self.0.keeping.holders;
                 let away = away.iter().map(|node| holders.name(*node)).collect();
-                Err(NotBrought::NotNow(NotNow { why: tried, away }))
+                NotBrought::NotNow(NotNow { why: tried, away })
             }
-            Err(err) => Err(not_now(&err)),
+            err => not_now(&err),
         }
     }
 }
 
 impl Bringer for Coming {
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
-        Box::pin(self.bring_one(chunk))
+        Box::pin(async move {
+            let brought = self.to_bring().await?.bring(chunk).await;
+            brought.map(drop).map_err(|err| self.not_brought(err))
+        })
     }
+
+    fn rush(&self, chunk: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
+        Box::pin(async move {
+            let came = self.to_bring().await?.rush(chunk).await;
+            let came = came.map_err(|err| self.not_brought(err))?;
+            Ok(Some(came.carried().clone()))
+        })
+    }
+}
+
+fn not_now(why: &dyn std::error::Error) -> NotBrought {
+    let (why, away) = (chain(why), Vec::new());
+    NotBrought::NotNow(NotNow { why, away })
 }
 
 /// What a guest goes on from.

@@ -4,7 +4,8 @@
 //! resume    memory manifest, and where each chunk lies > D/pages, working set > D/working-set; the
 //!           guest is admitted
 //! pause     D/working-set, as the pager has left it > the next snapshot
-//! it runs   pager.sock: "chunk C of sandbox S?" > in the store? > else brought into it > where it is
+//! it runs   pager.sock: "chunk C of sandbox S?" > in the store? where it is
+//!                                               > else brought: the chunk itself, and into the store
 //! restart   a guest that is retaken is admitted again, by the parent in its record
 //! ```
 //!
@@ -29,7 +30,6 @@ use nix::unistd::geteuid;
 use proto::ids::SandboxId;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task;
 use tokio::time;
 use tracing::{debug, info_span, warn};
 
@@ -37,16 +37,17 @@ use super::coming::{Coming, Source};
 use super::resources::Held;
 use super::spec::Host;
 use super::waits::{NotNow, Waiting, Waits, longest};
+use crate::base::at_once::at_once;
 use crate::base::chain::chain;
 use crate::base::socket;
 use crate::base::stop::Tasks;
-use crate::pager::ask::{self, Answer, AskError, Question};
+use crate::pager::ask::{self, Answer, AskError, Question, Stored};
 use crate::pager::handle::{PAGES, WORKING_SET};
 use crate::pager::page_map::{self, MappedChunk, PageMap, PageMapError, Place};
 use crate::pager::region::{ImageOffset, Region};
 use crate::pager::working_set::{self, WorkingSet};
 use crate::store::{
-    ChunkId, Content, Encoding, ImageRef, Location, Manifest, Pin, ReadChunkError,
+    Carried, ChunkId, Content, Encoding, ImageRef, Location, Manifest, Pin, ReadChunkError,
     ReadManifestError, Seal, SealError, SnapshotDigest, SnapshotManifest, Store,
 };
 
@@ -70,8 +71,14 @@ pub enum NotBrought {
 
 /// Brings chunks of one snapshot into the store of this node.
 pub trait Bringer: fmt::Debug + Send + Sync + 'static {
-    /// Brings `chunk`. Dropping the future may give up what is under way.
+    /// Brings `chunk` into the store. Dropping the future may give up what is under way.
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>>;
+
+    /// The same for a guest that stands still: what has come, as it came, for whoever asked to check;
+    /// it is checked here and stored after that. `None` where it is stored already.
+    fn rush(&self, chunk: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
+        Box::pin(async move { self.bring(chunk).await.map(|()| None) })
+    }
 }
 
 /// The guests of this node whose memory comes as they touch it.
@@ -217,11 +224,11 @@ impl Paging {
             // It may be retaken in a moment, or be on its way out.
             return Answer::NotNow("no such guest is known on this host".into());
         };
-        let found = self.find(&source, question.chunk, question.spoiled);
+        let found = self.find(&source, question);
         let found = time::timeout(ANSWER_TIMEOUT, found).await;
         let found = found.unwrap_or_else(|_| Err(not_now("it takes long to bring it")));
         match source.unless_too_long(question.chunk, found) {
-            Ok(location) => Answer::At(place(location)),
+            Ok(answer) => answer,
             Err(NotBrought::NotNow(reason)) => Answer::NotNow(reason.why),
             Err(NotBrought::Gone(why)) => {
                 warn!(sandbox = question.sandbox, chunk = %question.chunk, why, "memory is lost");
@@ -230,19 +237,23 @@ impl Paging {
         }
     }
 
-    async fn find(
-        &self,
-        source: &Arc<Memory>,
-        chunk: ChunkId,
-        spoiled: bool,
-    ) -> Result<Location, NotBrought> {
-        if let Some(location) = self.look(source, chunk, spoiled).await? {
-            return Ok(location);
+    async fn find(&self, source: &Arc<Memory>, question: &Question) -> Result<Answer, NotBrought> {
+        let chunk = question.chunk;
+        if let Some(location) = self.look(source, chunk, question.spoiled).await? {
+            return Ok(Answer::At(place(location)));
         }
-        source.bringer.bring(chunk).await?;
+        // Who was given wrong bytes is given none again: they are checked here, and holders tried, first.
+        if question.takes_bytes && !question.spoiled {
+            if let Some(carried) = source.bringer.rush(chunk).await? {
+                return Ok(Answer::Here(given(carried)));
+            }
+        } else {
+            source.bringer.bring(chunk).await?;
+        }
         let location = self.look(source, chunk, false).await?;
         // Collected in the same instant, or damaged again.
-        location.ok_or_else(|| not_now("it was brought, and is not here"))
+        let lost = || not_now("it was brought, and is not here");
+        location.map(place).map(Answer::At).ok_or_else(lost)
     }
 
     /// Where the chunk is on this node, if it is.
@@ -253,7 +264,7 @@ impl Paging {
         spoiled: bool,
     ) -> Result<Option<Location>, NotBrought> {
         let (store, source) = (self.shared.store.clone(), Arc::clone(source));
-        let looked = task::spawn_blocking(move || {
+        let looked = at_once(move || {
             if !source.has(&store, &chunk)? {
                 let gone = "it is not of this guest's memory";
                 return Err(NotBrought::Gone(gone.into()));
@@ -493,10 +504,22 @@ fn place(location: Location) -> Place {
         pack: location.pack.into(),
         offset: location.offset_bytes,
         stored_bytes: location.stored_bytes,
-        encoding: match location.encoding {
-            Encoding::Raw => page_map::Encoding::Raw,
-            Encoding::Zstd => page_map::Encoding::Zstd,
-        },
+        encoding: pagers(location.encoding),
+    }
+}
+
+/// A chunk as a pager is given it.
+fn given(carried: Carried) -> Stored {
+    Stored {
+        encoding: pagers(carried.encoding),
+        bytes: carried.stored,
+    }
+}
+
+fn pagers(encoding: Encoding) -> page_map::Encoding {
+    match encoding {
+        Encoding::Raw => page_map::Encoding::Raw,
+        Encoding::Zstd => page_map::Encoding::Zstd,
     }
 }
 

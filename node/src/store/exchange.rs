@@ -14,6 +14,7 @@
 
 use std::io;
 
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::task;
 
@@ -28,6 +29,9 @@ const HEADER_BYTES: usize = 1 + 1 + 32;
 /// Most names in one request: 1 MiB of answers, of which either end holds one request's at most.
 /// Smaller ones would be asked for all the time, larger ones split badly among holders.
 pub(super) const NAMES_AT_ONCE: usize = 16;
+
+/// Bytes before what is stored of a chunk: its encoding and two lengths.
+const HEAD_BYTES: usize = 1 + 4 + 4;
 
 const LACKS: u8 = 0;
 const RAW: u8 = 1;
@@ -88,12 +92,15 @@ impl Asked {
     }
 }
 
-/// A chunk on its way, as it lies in a pack.
+/// A chunk on its way, as it lies in a pack. Clones share its bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Carried {
-    pub(super) encoding: Encoding,
-    pub(super) chunk_bytes: u32,
-    pub(super) stored: Vec<u8>,
+pub struct Carried {
+    /// How to read what is stored.
+    pub encoding: Encoding,
+    /// How long the chunk is.
+    pub chunk_bytes: u32,
+    /// What is stored of it.
+    pub stored: Bytes,
 }
 
 /// The answer to one name.
@@ -143,11 +150,13 @@ pub(super) async fn write_answer(
         Encoding::Zstd => ZSTD,
     };
     let stored_bytes = u32::try_from(carried.stored.len()).map_err(io::Error::other)?;
-    let mut head = [encoding; 9];
-    head[1..5].copy_from_slice(&carried.chunk_bytes.to_be_bytes());
-    head[5..].copy_from_slice(&stored_bytes.to_be_bytes());
-    wire.write_all(&head).await?;
-    wire.write_all(&carried.stored).await
+    // In one piece, or the head would go out in a packet of its own.
+    let mut whole = Vec::with_capacity(HEAD_BYTES + carried.stored.len());
+    whole.push(encoding);
+    whole.extend(carried.chunk_bytes.to_be_bytes());
+    whole.extend(stored_bytes.to_be_bytes());
+    whole.extend_from_slice(&carried.stored);
+    wire.write_all(&whole).await
 }
 
 /// The answer to one name. No more than a chunk of memory is taken, whatever the peer claims.
@@ -170,7 +179,7 @@ pub(super) async fn read_answer(wire: &mut (impl AsyncRead + Unpin)) -> io::Resu
     Ok(Answer::Here(Carried {
         encoding,
         chunk_bytes,
-        stored,
+        stored: stored.into(),
     }))
 }
 
@@ -261,7 +270,7 @@ mod tests {
         fn answers_survive_the_way(stored in vec(any::<u8>(), 1..500), more in 0_u32..100, zstd: bool) {
             let chunk_bytes = u32::try_from(stored.len()).expect("short") + more;
             let encoding = if zstd { Encoding::Zstd } else { Encoding::Raw };
-            let answers = [Answer::Lacks, Answer::Here(Carried { encoding, chunk_bytes, stored })];
+            let answers = [Answer::Lacks, Answer::Here(Carried { encoding, chunk_bytes, stored: stored.into() })];
             for answer in answers {
                 let mut sent = Vec::new();
                 now(write_answer(&mut sent, &answer)).expect("room");

@@ -531,7 +531,7 @@ fn answers() -> Vec<Vec<u8>> {
         Answer::Here(Carried {
             encoding,
             chunk_bytes: 300,
-            stored: stored.to_vec(),
+            stored: stored.to_vec().into(),
         })
     };
     let all = [

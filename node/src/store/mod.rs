@@ -59,9 +59,10 @@ pub use error::{
     DecodeSnapshotError, OpenDataDirError, OpenStoreError, ReadChunkError, ReadImageError,
     ReadManifestError, SealError,
 };
+pub use exchange::Carried;
 pub use extent::{Content, Extent};
 pub use fetch::progress::Progress;
-pub use fetch::{BringError, FetchError, Holding, Incoming};
+pub use fetch::{BringError, Came, FetchError, Holding, Incoming};
 pub use image::SealedImage;
 pub use manifest::{ImageDigest, Manifest};
 pub use packs::Limits;

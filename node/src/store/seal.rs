@@ -107,7 +107,7 @@ impl Seal {
     /// As [`Self::put_named`].
     pub(super) fn put_carried(&self, id: ChunkId, carried: &Carried) -> Result<(), SealError> {
         let not_it = || SealError::NotTheChunk { chunk: id };
-        let (encoding, stored) = (carried.encoding, carried.stored.as_slice());
+        let (encoding, stored) = (carried.encoding, &carried.stored[..]);
         let chunk_bytes = carried.chunk_bytes;
         let unpacked = self.core.unpack(id, encoding, stored, chunk_bytes);
         let unpacked = unpacked.map_err(|source| SealError::Read { source })?;

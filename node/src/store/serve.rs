@@ -16,6 +16,7 @@ use super::engine::Store;
 use super::error::ReadManifestError;
 use super::exchange::{Answer, Carried, blocking, read_names, write_answer, write_part};
 use super::snapshot::SnapshotDigest;
+use crate::base::at_once::at_once;
 
 pub use super::exchange::{Asked, Wants};
 
@@ -64,7 +65,12 @@ impl Store {
                 break;
             }
             let store = self.clone();
-            for answer in blocking(move || store.answers(&names)).await? {
+            let answers = move || store.answers(&names);
+            let answers = match asked.wants {
+                Wants::Urgent => at_once(answers).await.map_err(io::Error::other)?,
+                Wants::Manifests | Wants::Chunks => blocking(answers).await?,
+            };
+            for answer in answers {
                 write_answer(stream, &answer).await?;
             }
             stream.flush().await?;
@@ -88,7 +94,7 @@ impl Store {
             Ok((place, stored)) => Answer::Here(Carried {
                 encoding: place.encoding,
                 chunk_bytes: place.chunk_bytes,
-                stored,
+                stored: stored.into(),
             }),
             // Whatever is the matter here, the fetcher must ask somebody else.
             Err(_) => Answer::Lacks,

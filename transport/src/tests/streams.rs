@@ -290,6 +290,33 @@ async fn a_reader_that_stops_holds_its_writer_and_nobody_else() {
     stop([a, b]).await;
 }
 
+/// Whatever state a transfer is in, heartbeats have a connection, a socket and a window of their own.
+#[tokio::test]
+async fn transfers_that_stand_still_both_ways_hold_up_no_call() {
+    let (a, b) = bulk_pair().await;
+    b.register(SERVICE, Echo);
+    connect(&a, &b).await;
+    let mut stuffed = Vec::new();
+    for _ in 0..4 {
+        let (near, far) = both_ends(&a, &b).await;
+        for mut end in [near, far] {
+            let chunk = [7; 256 << 10];
+            while timeout(Duration::from_millis(50), end.write_all(&chunk))
+                .await
+                .is_ok()
+            {}
+            stuffed.push(end);
+        }
+    }
+    for number in 0..50_u32 {
+        let body = Bytes::copy_from_slice(&number.to_be_bytes());
+        let back = a.call(b.key(), ECHO, body.clone(), deadline()).await;
+        assert_eq!(back.expect("answered"), body);
+    }
+    drop(stuffed);
+    stop([a, b]).await;
+}
+
 #[tokio::test]
 async fn a_reader_that_never_reads_loses_its_stream_by_name() {
     let (a, b) = two(Limits {

@@ -1,13 +1,23 @@
-//! The delay of a small call every 5 ms while one stream saturates loopback.
+//! What small calls and raft suffer beside bulk.
 //!
-//! Two nodes' transports, on runtimes of their own. Three layouts in turns: nothing else under
-//! way; the stream on the bulk lane, as the product has it; the stream on the connection of the
-//! calls, which is what the bulk lane is there to avoid.
+//! First the delay of a small call every 5 ms while one stream saturates loopback. Two nodes'
+//! transports, on runtimes of their own. Three layouts in turns: nothing else under way; the stream
+//! on the bulk lane, as the product has it; the stream on the connection of the calls, which is
+//! what the bulk lane is there to avoid.
+//!
+//! Then a group of three members ([`crate::trio`]), processes of their own that talk raft as daemons
+//! do. Its leader holds a snapshot of [`Run::memory_mib`], and another member fetches all of it over
+//! the bulk lane of the same transports: read, checked, hashed, encrypted, stored and made durable on
+//! the disk that has their logs. Beside it one client writes one thing after the other, each of which
+//! takes a round trip from the leader to a follower and a sync on both. Elections are counted by the
+//! term. A lease is renewed by such a write: one that takes longer than the time between two
+//! renewals is counted as late.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use node::cluster::lease::RENEW_EVERY;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::runtime::Runtime;
 use tokio::time::{self, MissedTickBehavior};
@@ -16,7 +26,9 @@ use transport::{
     Call, Config, Handler, Identity, Lane, Membership, Method, RpcError, Service, Transport,
 };
 
-use crate::figures::{Samples, at_most, ratio};
+use crate::figures::{Samples, at_most, figure, ratio};
+use crate::trio::Store as _;
+use crate::trio::ours::{Door, Ours};
 use crate::{Outcome, Run};
 
 /// A service of this benchmark's.
@@ -37,6 +49,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LOADED_GOAL: f64 = 2.0;
 /// A heartbeat comes every 100 ms and the shortest election timeout is 300 ms.
 const P99_GOAL_MS: f64 = 50.0;
+
+/// How long the group is written to while nothing else is under way: as long as the fetch takes.
+const CALM: Duration = Duration::from_secs(3);
+/// The next write begins so much after the last one's answer, so that the client is no load itself.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// One layout.
 struct Layout {
@@ -104,7 +121,104 @@ pub(crate) fn run(run: &Run) -> Outcome {
     at_most("heartbeat_beside_bulk_p99", beside.beats.p99(), P99_GOAL_MS);
     stop(&here, near);
     stop(&there, far);
+    beside_snapshot(run)
+}
+
+/// Writes of a raft group while a snapshot goes from its leader to another member.
+fn beside_snapshot(run: &Run) -> Outcome {
+    let folder = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
+    let runtime = Runtime::new()?;
+    let mut group = Beside::default();
+    runtime.block_on(group.measure(run, folder.path()))?;
+    group.print(run);
     Ok(())
+}
+
+/// What a raft group's writes took.
+#[derive(Default)]
+struct Beside {
+    idle: Samples,
+    beside: Samples,
+    mib_per_second: Samples,
+    elections: u64,
+    late: usize,
+}
+
+impl Beside {
+    async fn measure(&mut self, run: &Run, folder: &std::path::Path) -> Outcome {
+        let ours = Ours::start(folder).await?;
+        let leader = ours.leader().await?;
+        let mut doors = ours.doors();
+        let leads = doors.swap_remove(leader);
+        let takes = doors.swap_remove(0);
+        let held = leads.hold(run.memory_mib).await?;
+        let term = ours.term().await?;
+        for round in 1..=run.runs.div_ceil(2) {
+            run.go_on()?;
+            let calm = async {
+                time::sleep(CALM).await;
+                Ok(())
+            };
+            let idle = self.writes(&leads, calm).await?;
+            idle.into_iter().for_each(|took| self.idle.add_ms(took));
+            let began = Instant::now();
+            let beside = self.writes(&leads, takes.fetch(&held)).await?;
+            let mib = f64::from(run.memory_mib);
+            self.mib_per_second.add(mib / began.elapsed().as_secs_f64());
+            beside.into_iter().for_each(|took| self.beside.add_ms(took));
+            run.note(&format!("raft beside a snapshot, round {round}"));
+        }
+        self.elections = ours.term().await? - term;
+        Ok(())
+    }
+
+    /// Writes one thing after the other until `until` is done.
+    async fn writes(
+        &mut self,
+        leader: &Door,
+        until: impl Future<Output = Result<(), String>>,
+    ) -> Outcome<Vec<Duration>> {
+        let mut times = Vec::new();
+        let mut until = std::pin::pin!(until);
+        loop {
+            let began = Instant::now();
+            let mut put = std::pin::pin!(leader.put(0));
+            let over = tokio::select! {
+                put = &mut put => {
+                    put?;
+                    false
+                }
+                over = &mut until => {
+                    over?;
+                    put.await?;
+                    true
+                }
+            };
+            times.push(began.elapsed());
+            if over {
+                break;
+            }
+            time::sleep(PAUSE).await;
+        }
+        self.late += times.iter().filter(|took| **took >= RENEW_EVERY).count();
+        Ok(times)
+    }
+
+    fn print(&self, run: &Run) {
+        figure("heartbeat_snapshot", run.memory_mib.into(), "MiB");
+        self.idle.print("heartbeat_raft_idle", "ms");
+        self.beside.print("heartbeat_raft_beside_snapshot", "ms");
+        let speed = "heartbeat_raft_beside_snapshot_bulk";
+        self.mib_per_second.print_p50(speed, "MiB/s");
+        let (beside, idle) = (self.beside.p99(), self.idle.p99());
+        // As bad as bulk may be for anybody: what counts is that nobody misses a heartbeat.
+        figure("heartbeat_raft_p99_over_idle", beside / idle, "x");
+        at_most("heartbeat_raft_beside_snapshot_p99", beside, P99_GOAL_MS);
+        // Neither may happen at all.
+        let times = |name: &str, count: f64| ratio(name, count, 1.0, 0.0);
+        times("heartbeat_raft_elections", self.elections as f64);
+        times("heartbeat_raft_late_renewals", self.late as f64);
+    }
 }
 
 fn start(runtime: &Runtime) -> Outcome<Arc<Transport>> {

@@ -68,7 +68,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 18] = [
+const BENCHMARKS: [Benchmark; 19] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -140,6 +140,11 @@ const BENCHMARKS: [Benchmark; 18] = [
         run: snapshots::resume::run,
     },
     Benchmark {
+        name: "anywhere",
+        about: "resumes where it was paused, where a copy is, and where nothing is",
+        run: snapshots::anywhere::run,
+    },
+    Benchmark {
         name: "qemu",
         about: "QEMU's own saving and loading of the same guest, beside pause and resume",
         run: snapshots::qemu::run,
@@ -162,10 +167,10 @@ const BENCHMARKS: [Benchmark; 18] = [
 ];
 
 /// What one name stands for: all that is about snapshots.
-const SNAPSHOTS: (&str, [&str; 7]) = (
+const SNAPSHOTS: (&str, [&str; 8]) = (
     "snapshots",
     [
-        "faults", "pause", "resume", "qemu", "transfer", "at-once", "dedup",
+        "faults", "pause", "resume", "anywhere", "qemu", "transfer", "at-once", "dedup",
     ],
 );
 

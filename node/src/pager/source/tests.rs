@@ -10,12 +10,12 @@ use crate::pager::region::{ImageOffset, Region};
 /// Answers from a list, and remembers whether it was told that a place was spoiled.
 #[derive(Default)]
 struct Fake {
-    answers: Mutex<Vec<Result<Place, String>>>,
+    answers: Mutex<Vec<Result<Found, String>>>,
     told: Arc<Mutex<Vec<bool>>>,
 }
 
 impl Finder for Fake {
-    fn find(&self, _chunk: ChunkId, spoiled: bool) -> Result<Place, String> {
+    fn find(&self, _chunk: ChunkId, spoiled: bool) -> Result<Found, String> {
         lock(&self.told).push(spoiled);
         let mut answers = lock(&self.answers);
         if answers.len() > 1 {
@@ -62,6 +62,17 @@ impl Packs {
         place: Option<Place>,
         answers: Vec<Result<Place, String>>,
     ) -> ImageSource {
+        let answers = answers.into_iter().map(|it| it.map(Found::At));
+        self.source_told(bytes, place, answers.collect())
+    }
+
+    /// The same, where the answers need not be places.
+    fn source_told(
+        &self,
+        bytes: &[u8],
+        place: Option<Place>,
+        answers: Vec<Result<Found, String>>,
+    ) -> ImageSource {
         let mut builder = PageMap::builder(Region::new(Mib(1)));
         let chunk = MappedChunk {
             id: ChunkId::of(bytes),
@@ -91,7 +102,7 @@ fn bytes() -> Vec<u8> {
 
 fn read(source: &ImageSource) -> Result<Vec<u8>, SourceError> {
     let mut scratch = Scratch::new().expect("room");
-    let content = source.read(WindowIndex(1), &mut scratch)?;
+    let content = source.read(WindowIndex(1), None, &mut scratch)?;
     assert_eq!(content, Content::Bytes);
     Ok(scratch.window.into_vec())
 }
@@ -116,10 +127,14 @@ fn what_no_chunk_covers_is_a_hole_or_zero() {
     let source = packs.source(half, Some(place), Vec::new());
     let mut scratch = Scratch::new().expect("room");
     scratch.window.fill(0xff);
-    let hole = source.read(WindowIndex(0), &mut scratch).expect("read");
+    let hole = source
+        .read(WindowIndex(0), None, &mut scratch)
+        .expect("read");
     assert_eq!(hole, Content::Hole);
     assert_eq!(source.whereabouts(WindowIndex(0)), Whereabouts::Nowhere);
-    source.read(WindowIndex(1), &mut scratch).expect("read");
+    source
+        .read(WindowIndex(1), None, &mut scratch)
+        .expect("read");
     assert_eq!(&scratch.window[..8192], half);
     assert!(scratch.window[8192..].iter().all(|byte| *byte == 0));
 }
@@ -170,6 +185,48 @@ fn a_daemon_that_is_wrong_again_and_again_is_not_believed_for_ever() {
     let err = read(&source).expect_err("damaged");
     assert!(matches!(err, SourceError::Damaged { .. }), "{err}");
     assert_eq!(packs.told(), [false, true, true, true]);
+}
+
+#[test]
+fn a_chunk_that_is_given_is_used_as_it_is() {
+    let packs = Packs::new();
+    let frame = zstd::bulk::compress(&bytes(), 1).expect("compressed");
+    for (encoding, stored) in [(Encoding::Raw, bytes()), (Encoding::Zstd, frame)] {
+        let given = Found::Here(Stored {
+            encoding,
+            bytes: stored.into(),
+        });
+        let source = packs.source_told(&bytes(), None, vec![Ok(given)]);
+        assert_eq!(read(&source).expect("read"), bytes());
+    }
+    assert_eq!(packs.told(), [false, false]);
+}
+
+#[test]
+fn wrong_bytes_that_are_given_never_reach_the_guest() {
+    let bomb = zstd::bulk::compress(&vec![0; 50 << 20], 1).expect("compressed");
+    let wrong = [
+        (Encoding::Raw, vec![1; CHUNK_BYTES]),
+        (Encoding::Raw, bytes()[..4096].to_vec()),
+        (Encoding::Zstd, bytes()),
+        (Encoding::Zstd, bomb),
+    ];
+    for (encoding, stored) in wrong {
+        let packs = Packs::new();
+        let bytes_given = stored.into();
+        let given = Found::Here(Stored {
+            encoding,
+            bytes: bytes_given,
+        });
+        let better = Found::At(packs.pack("good", &bytes(), Encoding::Raw));
+        let source = packs.source_told(&bytes(), None, vec![Ok(given.clone()), Ok(better)]);
+        assert_eq!(read(&source).expect("read"), bytes());
+        assert_eq!(packs.told(), [false, true]);
+
+        let source = packs.source_told(&bytes(), None, vec![Ok(given)]);
+        let err = read(&source).expect_err("damaged");
+        assert!(matches!(err, SourceError::Damaged { .. }), "{err}");
+    }
 }
 
 #[test]

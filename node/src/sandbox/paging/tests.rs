@@ -9,7 +9,7 @@ use proto::units::{Mib, Stamp};
 use transport::Identity;
 
 use super::*;
-use crate::pager::source::{Daemon, Finder as _};
+use crate::pager::source::{Daemon, Finder as _, Found};
 use crate::store::snapshot::{GuestFacts, MachineFacts};
 use crate::store::{Decoder, ImageDigest, ImageRef, Kept, Limits, SignedSnapshot};
 
@@ -154,6 +154,7 @@ fn question(number: u64, spoiled: bool) -> Question {
         sandbox: GUEST.to_string(),
         chunk: ChunkId::of(&window(number)),
         spoiled,
+        takes_bytes: true,
     }
 }
 
@@ -247,6 +248,60 @@ async fn a_damaged_chunk_is_brought_again_or_waited_for_or_given_up() {
     assert_eq!(read(&place, question(1, false).chunk), window(1));
 }
 
+/// Gives a chunk without storing it, where it may. Whether it is right it does not know.
+#[derive(Debug)]
+struct Gives(Brings);
+
+impl Bringer for Gives {
+    fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
+        self.0.bring(chunk)
+    }
+
+    fn rush(&self, _: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
+        let carried = Carried {
+            encoding: Encoding::Raw,
+            chunk_bytes: u32::try_from(WINDOW).expect("small"),
+            stored: window(1).into(),
+        };
+        Box::pin(async move { Ok(Some(carried)) })
+    }
+}
+
+#[tokio::test]
+async fn a_pager_that_takes_bytes_is_given_them_and_an_older_one_a_place() {
+    let world = World::new();
+    let (kept, hold) = world.seal(&[1]);
+    let map = map_of(&world.store, &world.memory(kept)).expect("a map");
+    let place = map.chunks()[0].place.clone().expect("here");
+    let pack = fs::OpenOptions::new().write(true).open(&*place.pack);
+    pack.expect("writable")
+        .write_all_at(b"rot", place.offset)
+        .expect("spoiled");
+    let newer = question(1, false);
+    let _forgotten = world.store.get(&newer.chunk).expect_err("damaged");
+    let has = Brings {
+        has: vec![1],
+        ..Brings::nothing(&world)
+    };
+    let _admitted = world.admit(kept, Gives(has));
+    let Answer::Here(stored) = world.paging.answer(&newer).await else {
+        panic!("it is given");
+    };
+    assert_eq!(stored.bytes, window(1));
+    let older = Question {
+        takes_bytes: false,
+        ..newer.clone()
+    };
+    let Answer::At(place) = world.paging.answer(&older).await else {
+        panic!("it takes no bytes");
+    };
+    assert_eq!(read(&place, older.chunk), window(1));
+    // Once it is in the store nobody is given it any more.
+    let found = world.paging.answer(&newer).await;
+    assert_eq!(found, Answer::At(place));
+    drop(hold);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_waits_for_others_is_seen_to_and_does_not_wait_for_ever() {
     let world = World::new();
@@ -305,16 +360,19 @@ async fn a_pager_is_answered_on_a_socket_with_a_long_path_by_one_daemon_after_th
     world.paging.serve(&socket, &first).expect("bound");
     let ask = || {
         let daemon = Arc::clone(&daemon);
-        task::spawn_blocking(move || daemon.find(chunk, false))
+        tokio::task::spawn_blocking(move || daemon.find(chunk, false))
     };
-    let place = ask().await.expect("asked").expect("found");
+    let found = ask().await.expect("asked").expect("found");
+    let Found::At(place) = found.clone() else {
+        panic!("it is in the store: {found:?}");
+    };
     assert_eq!(read(&place, chunk), window(1));
     first.stop_and_join().await;
     // Asked while there is none.
     let waits = ask();
     let second = Tasks::new();
     world.paging.serve(&socket, &second).expect("bound again");
-    assert_eq!(waits.await.expect("asked").expect("found"), place);
+    assert_eq!(waits.await.expect("asked").expect("found"), found);
     second.stop_and_join().await;
 }
 

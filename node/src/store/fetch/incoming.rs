@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, watch};
 use super::opening;
 use super::progress::{Meter, Progress};
 use super::run::Patience;
-use super::urgent::{BringError, Urgent};
+use super::urgent::{BringError, Came, Urgent};
 use super::{FetchError, Holders, Part, blocking};
 use crate::store::chunk::ChunkId;
 use crate::store::engine::{Kept, Location, Store};
@@ -70,6 +70,16 @@ impl Incoming {
     /// See [`BringError`]; only [`BringError::Gone`] is final.
     pub async fn bring(&self, chunk: ChunkId) -> Result<Location, BringError> {
         self.0.urgent.bring(chunk).await
+    }
+
+    /// Brings one chunk of it that is not here, before all others, and hands it over as it came: the
+    /// caller has to check it against its name, and asks by [`Self::bring`] where it is wrong. Here it
+    /// is checked as well, and then stored; where that fails [`Self::complete`] asks for it again.
+    ///
+    /// # Errors
+    /// See [`BringError`]; only [`BringError::Gone`] is final.
+    pub async fn rush(&self, chunk: ChunkId) -> Result<Came, BringError> {
+        self.0.urgent.rush(chunk).await
     }
 
     /// Brings everything that is missing, makes it durable and keeps it: then this node holds the

@@ -42,7 +42,7 @@ mod urgent;
 
 pub use incoming::Incoming;
 pub use opening::Holding;
-pub use urgent::BringError;
+pub use urgent::{BringError, Came};
 
 use ledger::Ledger;
 use opening::{First, Opened};

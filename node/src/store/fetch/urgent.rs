@@ -5,33 +5,42 @@
 //! longer than it did before, another holder is asked as well, and the first answer wins. Whoever
 //! asks for a chunk that is asked for already waits along.
 //!
+//! For somebody in a hurry, what has come is handed over as it is, and checked against the chunk's
+//! name and written down after that; he has to check it himself. It is kept in memory until it is
+//! written, and one that cannot be written counts as one that never came. A holder that is found to
+//! have sent wrong bytes is checked first from then on, and so is every answer to somebody who says
+//! that he was given wrong ones.
+//!
 //! A chunk is gone when all holders there are were reached and none had a sound copy of it, in two
 //! rounds, by a list that the quorum has confirmed. How long to wait for holders that cannot be
 //! reached is not decided here: whoever asks counts that.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt as _, Shared};
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use proto::ids::NodeId;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task;
 use tokio::time::{self, Instant};
 use tracing::debug;
 
-use super::{Failed, Holders, Wire, blocking, patiently};
+use super::{Failed, Holders, Wire, patiently};
+use crate::base::at_once::at_once;
 use crate::base::chain::chain;
 use crate::base::remedy::Remedy;
 use crate::store::chunk::ChunkId;
 use crate::store::engine::{Location, Store};
 use crate::store::error::SealError;
-use crate::store::exchange::{Answer, Asked, Wants, read_answer, write_names};
+use crate::store::exchange::{Answer, Asked, Carried, Wants, read_answer, write_names};
 use crate::store::snapshot::SnapshotDigest;
 
 /// Longest one holder may take to answer. A guest waits: whoever is slower is asked again after.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Questions under way at once; the pager has about as many faults to serve.
+/// Questions under way at once, those included whose chunk is being written down: 4 MiB of memory.
 const AT_ONCE: usize = 64;
 /// Streams that are kept open to each holder while nobody asks.
 const WARM: usize = 4;
@@ -94,7 +103,33 @@ impl BringError {
     }
 }
 
-type Question = Shared<BoxFuture<'static, Result<(), BringError>>>;
+/// A chunk as it came from its holder, on its way into the store. Nobody has checked yet whether it is
+/// the one of that name, unless [`Self::stored`] has answered.
+#[derive(Clone, Debug)]
+pub struct Came {
+    carried: Carried,
+    stored: Awaited<()>,
+}
+
+impl Came {
+    /// The chunk, as it lies in the holder's pack.
+    #[must_use]
+    pub fn carried(&self) -> &Carried {
+        &self.carried
+    }
+
+    /// Waits until it is checked and in the store, where it need not be durable yet.
+    ///
+    /// # Errors
+    /// - [`BringError::NotNow`]: it is another chunk, or none.
+    /// - [`BringError::Store`]: the store does not take it.
+    pub async fn stored(self) -> Result<(), BringError> {
+        self.stored.await
+    }
+}
+
+/// What several wait for.
+type Awaited<T> = Shared<BoxFuture<'static, Result<T, BringError>>>;
 
 /// Brings single chunks of one snapshot.
 #[derive(Debug)]
@@ -102,11 +137,27 @@ pub(super) struct Urgent {
     store: Store,
     holders: Arc<dyn Holders>,
     digest: SnapshotDigest,
-    questions: Mutex<HashMap<ChunkId, Question>>,
-    slots: Semaphore,
+    /// Asked for, or here and not written down yet.
+    questions: Mutex<HashMap<ChunkId, Awaited<Came>>>,
+    slots: Arc<Semaphore>,
     peers: Mutex<BTreeMap<NodeId, Peer>>,
     /// Chunks that all holders were found to lack, and when that was found first and last.
     lacking: Mutex<HashMap<ChunkId, (Instant, Instant)>>,
+}
+
+/// When what has come is checked against the chunk's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Check {
+    /// Before anybody gets it, so that the next holder is asked where it is wrong.
+    First,
+    /// By whoever gets it, and before it is stored.
+    After,
+}
+
+/// What a holder sent in a chunk's name.
+struct Arrived {
+    from: NodeId,
+    carried: Carried,
 }
 
 /// What is known of a holder.
@@ -116,6 +167,8 @@ struct Peer {
     /// How long it takes to answer, lately.
     usual: Option<Duration>,
     failed_at: Option<Instant>,
+    /// It has sent wrong bytes.
+    lied: bool,
 }
 
 impl std::fmt::Debug for Peer {
@@ -141,7 +194,7 @@ impl Urgent {
             holders,
             digest,
             questions: Mutex::default(),
-            slots: Semaphore::new(AT_ONCE),
+            slots: Arc::new(Semaphore::new(AT_ONCE)),
             peers: Mutex::default(),
             lacking: Mutex::default(),
         }
@@ -156,34 +209,95 @@ impl Urgent {
         if let Some(location) = self.locate(chunk).await {
             return Ok(location);
         }
-        let question = {
-            let mut questions = lock(&self.questions);
-            let ask = || Arc::clone(self).ask_once(chunk).boxed().shared();
-            questions.entry(chunk).or_insert_with(ask).clone()
-        };
-        question.await?;
+        // Along with somebody in a hurry, it may have been asked for without a check.
+        let stored = self.ask_for(chunk, Check::First).await?.stored().await;
+        if let Err(BringError::NotNow { .. }) = stored {
+            self.ask_for(chunk, Check::First).await?.stored().await?;
+        } else {
+            stored?;
+        }
         let location = self.locate(chunk).await;
         location.ok_or_else(|| not_now("it came and was lost again"))
     }
 
+    /// Brings a chunk that is not in the store, and neither checks it nor waits until it is stored.
+    pub(super) async fn rush(self: &Arc<Self>, chunk: ChunkId) -> Result<Came, BringError> {
+        self.ask_for(chunk, Check::After).await
+    }
+
+    async fn ask_for(self: &Arc<Self>, chunk: ChunkId, check: Check) -> Result<Came, BringError> {
+        let question = {
+            let mut questions = lock(&self.questions);
+            let ask = || Arc::clone(self).ask_once(chunk, check).boxed().shared();
+            questions.entry(chunk).or_insert_with(ask).clone()
+        };
+        question.await
+    }
+
     async fn locate(&self, chunk: ChunkId) -> Option<Location> {
         let store = self.store.clone();
-        let located = blocking(move || store.locate(&chunk)).await;
-        located.ok().flatten()
+        at_once(move || store.locate(&chunk)).await.ok().flatten()
     }
 
     /// Asks, for everybody who waits for this chunk.
-    async fn ask_once(self: Arc<Self>, chunk: ChunkId) -> Result<(), BringError> {
-        let slot = self.slots.acquire().await;
-        let outcome = self.ask_holders(chunk).await;
-        drop(slot);
-        lock(&self.questions).remove(&chunk);
-        outcome
+    async fn ask_once(self: Arc<Self>, chunk: ChunkId, check: Check) -> Result<Came, BringError> {
+        let slot = Arc::clone(&self.slots).acquire_owned().await;
+        match self.ask_holders(chunk, check).await {
+            Ok(arrived) => Ok(self.write_down(chunk, arrived, slot.ok())),
+            Err(err) => {
+                lock(&self.questions).remove(&chunk);
+                Err(err)
+            }
+        }
+    }
+
+    /// Has it checked and written down, behind the back of whoever waits for it. Until that is done
+    /// whoever else asks is answered from memory.
+    fn write_down(
+        self: Arc<Self>,
+        chunk: ChunkId,
+        arrived: Arrived,
+        slot: Option<OwnedSemaphorePermit>,
+    ) -> Came {
+        let carried = arrived.carried.clone();
+        let written = task::spawn_blocking(move || {
+            let stored = self.store.begin().put_carried(chunk, &arrived.carried);
+            let stored = stored.map_err(|err| self.not_stored(chunk, arrived.from, err));
+            lock(&self.questions).remove(&chunk);
+            drop(slot);
+            stored
+        });
+        let stored = async move {
+            let cut = |err: task::JoinError| BringError::NotNow {
+                chunk,
+                tried: err.to_string(),
+                away: Vec::new(),
+            };
+            written.await.map_err(cut)?
+        };
+        let stored = stored.boxed().shared();
+        Came { carried, stored }
+    }
+
+    /// Remembers who sent it if it is wrong. Whoever brings the rest asks for it again.
+    fn not_stored(&self, chunk: ChunkId, from: NodeId, source: SealError) -> BringError {
+        debug!(digest = %self.digest, node = %from, %chunk, why = chain(&source), "a chunk was not stored");
+        if let SealError::NotTheChunk { .. } = source {
+            self.peer(from, |peer| {
+                peer.lied = true;
+                peer.failed_at = Some(Instant::now());
+            });
+            let tried = format!("{}: {}", self.holders.name(from), Failed::Wrong(chunk));
+            let away = Vec::new();
+            return BringError::NotNow { chunk, tried, away };
+        }
+        let source = Arc::new(source);
+        BringError::Store { chunk, source }
     }
 
     /// Asks one holder after the other, the next one early where one is late. The first who has it
     /// wins.
-    async fn ask_holders(&self, chunk: ChunkId) -> Result<(), BringError> {
+    async fn ask_holders(&self, chunk: ChunkId, check: Check) -> Result<Arrived, BringError> {
         let listed = self.holders.holders(self.digest);
         let mut left = self.in_order(&listed).into_iter();
         let mut asked = FuturesUnordered::new();
@@ -194,11 +308,11 @@ impl Urgent {
             tokio::select! {
                 biased;
                 Some((node, outcome)) = asked.next(), if !asked.is_empty() => match outcome {
-                    Ok(()) => {
+                    Ok(arrived) => {
                         since.remove(&node);
                         self.note_outrun(&since);
                         lock(&self.lacking).remove(&chunk);
-                        return Ok(());
+                        return Ok(arrived);
                     }
                     Err(Failed::Store(source)) => {
                         let source = Arc::new(source);
@@ -218,7 +332,7 @@ impl Urgent {
                     if let Some(node) = left.next() {
                         since.insert(node, Instant::now());
                         next_at = Instant::now() + self.late_after(node);
-                        asked.push(async move { (node, self.ask(node, chunk).await) });
+                        asked.push(async move { (node, self.ask(node, chunk, check).await) });
                     }
                 }
                 else => break,
@@ -320,17 +434,17 @@ impl Urgent {
     }
 
     /// Asks one holder, on a stream that is open if there is one.
-    async fn ask(&self, node: NodeId, chunk: ChunkId) -> Result<(), Failed> {
+    async fn ask(&self, node: NodeId, chunk: ChunkId, check: Check) -> Result<Arrived, Failed> {
         let warm = self.peer(node, |peer| peer.warm.pop());
         let was_warm = warm.is_some();
-        let mut outcome = self.ask_on(node, chunk, warm).await;
+        let mut outcome = self.ask_on(node, chunk, check, warm).await;
         if was_warm && matches!(outcome, Err(Failed::Stream(_))) {
             // It was closed while nobody used it, and so were the others.
             self.peer(node, |peer| peer.warm.clear());
-            outcome = self.ask_on(node, chunk, None).await;
+            outcome = self.ask_on(node, chunk, check, None).await;
         }
         match &outcome {
-            Ok(()) | Err(Failed::Store(_)) => {}
+            Ok(_) | Err(Failed::Store(_)) => {}
             Err(err) => {
                 debug!(digest = %self.digest, %node, %chunk, why = chain(err), "no chunk from a holder");
                 self.peer(node, |peer| peer.failed_at = Some(Instant::now()));
@@ -343,8 +457,9 @@ impl Urgent {
         &self,
         node: NodeId,
         chunk: ChunkId,
+        check: Check,
         warm: Option<Box<dyn Wire>>,
-    ) -> Result<(), Failed> {
+    ) -> Result<Arrived, Failed> {
         let began = Instant::now();
         let mut wire = match warm {
             Some(wire) => wire,
@@ -373,12 +488,20 @@ impl Urgent {
             Answer::Here(carried) => carried,
             Answer::Lacks => return Err(Failed::Lacks(chunk)),
         };
-        let store = self.store.clone();
-        let stored = blocking(move || store.begin().put_carried(chunk, &carried)).await?;
-        match stored {
-            Err(SealError::NotTheChunk { chunk }) => Err(Failed::Wrong(chunk)),
-            stored => Ok(stored?),
+        let doubted = check == Check::First || self.peer(node, |peer| peer.lied);
+        if doubted && !self.is_it(chunk, &carried)? {
+            self.peer(node, |peer| peer.lied = true);
+            return Err(Failed::Wrong(chunk));
         }
+        let from = node;
+        Ok(Arrived { from, carried })
+    }
+
+    fn is_it(&self, chunk: ChunkId, carried: &Carried) -> io::Result<bool> {
+        let (encoding, stored) = (carried.encoding, &carried.stored);
+        let core = &self.store.core;
+        let unpacked = core.unpack(chunk, encoding, stored, carried.chunk_bytes);
+        unpacked.map(|it| it.is_some())
     }
 
     fn peer<T>(&self, node: NodeId, with: impl FnOnce(&mut Peer) -> T) -> T {

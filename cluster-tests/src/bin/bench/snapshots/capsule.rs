@@ -134,10 +134,19 @@ impl Capsule {
         })
     }
 
-    /// Resumes it and runs a first command.
+    /// Resumes it where it likes, and runs a first command.
     pub(super) fn resume(&mut self) -> Outcome<Resumed> {
+        self.resume_by("resume")
+    }
+
+    /// The same on the node of that name.
+    pub(super) fn resume_on(&mut self, node: &str) -> Outcome<Resumed> {
+        self.resume_by(&format!("resume?node={node}"))
+    }
+
+    fn resume_by(&mut self, route: &str) -> Outcome<Resumed> {
         let began = Instant::now();
-        let (running, _) = self.ask("resume", "running")?;
+        let (running, _) = self.ask(route, "running")?;
         self.exec("true")?;
         let first_answer = ms(began.elapsed());
         Ok(Resumed {

@@ -36,7 +36,7 @@ use tempfile::TempDir;
 use wrenn_cluster_tests::world::wrenn;
 
 use super::peer::Peer;
-use super::rounds;
+use super::{floor, rounds};
 use crate::figures::{Samples, at_most, ratio};
 use crate::{Outcome, Run};
 
@@ -85,6 +85,8 @@ pub(crate) fn run(run: &Run) -> Outcome {
     let peer = print("peer", peer);
     ratio("fault_peer_over_local_p50", peer.p50(), local.p50(), 3.0);
     at_most("fault_peer_p99", peer.p99(), P99_GOAL_US);
+    floor::stream()?.print("fault_floor_stream", "us");
+    floor::socket()?.print("fault_floor_socket", "us");
     Ok(())
 }
 

@@ -4,22 +4,25 @@
 //! |---|---|
 //! | `pause` | pauses after 1, 5 and 25 % of the memory was written, beside a full pause |
 //! | `resume` | memory that comes as it is touched, beside memory copied whole before |
+//! | `anywhere` | resumes through three daemons: where it was paused, where a copy is, where nothing is |
 //! | `at-once` | many capsules resumed at the same instant |
 //! | `dedup` | several capsules of one template in one store |
 //! | `qemu` | QEMU's own saving and loading of the same guest, memory included |
 //! | `transfer` | a snapshot from one node to another, beside scp and rsync of the same image |
 //! | `faults` | a page from this node's packs and from a peer, beside a mapped file |
 //!
-//! `snapshots` on the command line means all seven. Guests have [`Run::memory_mib`] of memory, of
+//! `snapshots` on the command line means all eight. Guests have [`Run::memory_mib`] of memory, of
 //! which a file in a tmpfs of the guest fills [`FILLED`]: bytes that no two pages share, so that
 //! nothing is won by compressing or by chance.
 
+pub(crate) mod anywhere;
 pub(crate) mod at_once;
 mod capsule;
 pub(crate) mod dedup;
 pub(crate) mod faults;
+mod floor;
 pub(crate) mod pause;
-mod peer;
+pub(crate) mod peer;
 pub(crate) mod qemu;
 pub(crate) mod resume;
 pub(crate) mod transfer;

@@ -18,7 +18,8 @@ use node::store::fetch::{Holders, Incoming, Wire};
 use node::store::serve::{Asked, Wants};
 use node::store::snapshot::{GuestFacts, MachineFacts};
 use node::store::{
-    ChunkId, ImageRef, Limits, SignedSnapshot, SnapshotDigest, SnapshotManifest, Store,
+    BringError, Carried, ChunkId, ImageRef, Limits, SignedSnapshot, SnapshotDigest,
+    SnapshotManifest, Store,
 };
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, NodeKey};
@@ -105,7 +106,7 @@ impl Peer {
     }
 }
 
-pub(super) fn soon() -> Instant {
+pub(crate) fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
@@ -116,7 +117,7 @@ pub(super) fn begin(runtime: &Runtime, identity: &Identity) -> Outcome<Arc<Trans
 }
 
 /// Has a node hand out what is in `store`.
-pub(super) fn hand_out(node: &Transport, store: &Store) {
+pub(crate) fn hand_out(node: &Transport, store: &Store) {
     node.register_streams(Service::STORE, Lane::Bulk, Hands(store.clone()));
 }
 
@@ -201,14 +202,14 @@ impl StreamHandler for Hands {
 }
 
 /// The one holder there is.
-pub(super) struct Only {
+pub(crate) struct Only {
     near: Arc<Transport>,
     holder: NodeKey,
 }
 
 impl Only {
     /// Asked by `near`.
-    pub(super) fn new(near: &Arc<Transport>, holder: NodeKey) -> Self {
+    pub(crate) fn new(near: &Arc<Transport>, holder: NodeKey) -> Self {
         let near = Arc::clone(near);
         Self { near, holder }
     }
@@ -248,14 +249,22 @@ impl Bringer for Urgent {
     fn bring(&self, chunk: ChunkId) -> BoxFuture<'_, Result<(), NotBrought>> {
         Box::pin(async move {
             let brought = self.0.bring(chunk).await;
-            let not_now = |err: &dyn fmt::Display| {
-                let why = err.to_string();
-                NotBrought::NotNow(NotNow {
-                    why,
-                    away: Vec::new(),
-                })
-            };
-            brought.map(|_| ()).map_err(|err| not_now(&err))
+            brought.map(drop).map_err(not_now)
         })
     }
+
+    fn rush(&self, chunk: ChunkId) -> BoxFuture<'_, Result<Option<Carried>, NotBrought>> {
+        Box::pin(async move {
+            let came = self.0.rush(chunk).await.map_err(not_now)?;
+            Ok(Some(came.carried().clone()))
+        })
+    }
+}
+
+fn not_now(err: BringError) -> NotBrought {
+    let why = err.to_string();
+    NotBrought::NotNow(NotNow {
+        why,
+        away: Vec::new(),
+    })
 }

@@ -115,7 +115,7 @@ pub(crate) fn measure(run: &Run, link: &str) -> Outcome {
 
 /// A memory image of windows of which half is bytes of chance and half one byte, as a file and
 /// sealed in a store.
-struct Image {
+pub(crate) struct Image {
     dir: TempDir,
     file: File,
     store: Store,
@@ -126,7 +126,16 @@ struct Image {
 
 impl Image {
     fn make(bytes: u64) -> Outcome<Self> {
-        let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
+        let mib = u32::try_from(bytes / MIB_BYTES)?;
+        Self::make_at(&std::env::temp_dir(), mib, Identity::ephemeral()?)
+    }
+
+    /// One of so many MiB in a folder of its own in `dir`, sealed by `identity`.
+    pub(crate) fn make_at(dir: &Path, mib: u32, identity: Identity) -> Outcome<Self> {
+        let bytes = u64::from(mib) * MIB_BYTES;
+        let dir = tempfile::Builder::new()
+            .prefix("wrenn-bench-")
+            .tempdir_in(dir)?;
         let mut file = File::options()
             .read(true)
             .write(true)
@@ -140,7 +149,6 @@ impl Image {
         }
         file.sync_all()?;
         let store = Store::open(&dir.path().join("store"), Limits::default())?;
-        let identity = Identity::ephemeral()?;
         let digest = sealed(&store, &file, bytes, &identity)?;
         Ok(Self {
             dir,
@@ -165,6 +173,16 @@ impl Image {
         self.file.sync_all()?;
         self.digest = sealed(&self.store, &self.file, self.bytes, &self.identity)?;
         Ok(())
+    }
+
+    /// Where it is sealed.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The newest snapshot of it.
+    pub(crate) fn digest(&self) -> SnapshotDigest {
+        self.digest
     }
 
     fn path(&self) -> PathBuf {

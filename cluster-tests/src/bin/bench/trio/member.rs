@@ -29,6 +29,7 @@ use transport::{
     Call, Config, Handler, Identity, Lane, Membership, Method, RpcError, Service, Transport,
 };
 
+use super::copies::Copies;
 use super::free_address;
 use crate::Outcome;
 
@@ -40,6 +41,12 @@ pub(crate) const PROPOSE: Method = Service::CLUSTER.method(1);
 pub(crate) const SYNCS: Method = Service::CLUSTER.method(2);
 /// Asks whether this member leads; one byte.
 pub(crate) const LEADS: Method = Service::CLUSTER.method(3);
+/// Asks for its term, big-endian: it grows with every election.
+pub(crate) const TERM: Method = Service::CLUSTER.method(4);
+/// Has it seal a snapshot of as many MiB as the body says; answers with a [`Held`].
+pub(crate) const HOLD: Method = Service::CLUSTER.method(5);
+/// Has it fetch all of the snapshot that the [`Held`] in the body names, into an empty store.
+pub(crate) const FETCH: Method = Service::CLUSTER.method(6);
 /// Longest a member waits for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -47,6 +54,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) type Who = (u64, [u8; 32], String, [u8; 16]);
 /// What members are told: who all are, the key of the client, whether to form the group.
 pub(crate) type Told = (Vec<Who>, [u8; 32], bool);
+
+/// A snapshot that a member holds: its digest, the holder's key, where it hands it out.
+pub(crate) type Held = ([u8; 32], [u8; 32], SocketAddr);
 
 /// Lives until standard input ends.
 pub(crate) fn run(id: &str, address: &str, folder: &str) -> Outcome {
@@ -65,6 +75,7 @@ async fn live(id: NodeId, address: SocketAddr, folder: &Path) -> Outcome {
     let front = Front {
         group: group.clone(),
         syncs: Arc::clone(&counting.syncs),
+        copies: Copies::new(identity, Arc::clone(&transport), folder),
     };
     transport.register(Service::CLUSTER, front);
     let who: Who = (
@@ -136,6 +147,7 @@ impl Handler for Raft {
 struct Front {
     group: Group<State>,
     syncs: Arc<AtomicU64>,
+    copies: Copies,
 }
 
 impl Handler for Front {
@@ -153,9 +165,20 @@ impl Handler for Front {
             LEADS => Ok(Bytes::copy_from_slice(&[u8::from(
                 self.group.role() == Role::Leader,
             )])),
+            TERM => {
+                let term = self.group.metrics().term;
+                Ok(Bytes::copy_from_slice(&term.to_be_bytes()))
+            }
+            HOLD => self.copies.hold(&call.body).map_err(failed),
+            FETCH => self.copies.fetch(&call.body).await.map_err(failed),
             method => Err(RpcError::NotServed { method }),
         }
     }
+}
+
+fn failed(err: Box<dyn std::error::Error>) -> RpcError {
+    let reason = err.to_string();
+    RpcError::Failed { reason }
 }
 
 fn refusal(err: ProposeError) -> RpcError {

@@ -5,6 +5,7 @@
 //! talk to the leader over one connection, ours over QUIC, etcd's over gRPC. What is not alike:
 //! our traffic is encrypted and proven on both ends, etcd's here is plain.
 
+mod copies;
 pub(crate) mod etcd;
 pub(crate) mod member;
 pub(crate) mod ours;

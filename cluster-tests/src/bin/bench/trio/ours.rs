@@ -13,9 +13,10 @@ use proto::units::Stamp;
 use raft::command::{Command as Change, Proposal};
 use raft::state::Key;
 use tokio::time;
+use transport::limits::MAX_CALL;
 use transport::{Config, Identity, Lane, Membership, Method, Transport};
 
-use super::member::{LEADS, PROPOSE, SYNCS, Told, Who, folder_of};
+use super::member::{FETCH, HOLD, LEADS, PROPOSE, SYNCS, TERM, Told, Who, folder_of};
 use super::{MEMBERS, Store, VALUE_BYTES, free_address};
 use crate::Outcome;
 
@@ -153,6 +154,16 @@ impl Ours {
         Ok(sum as f64)
     }
 
+    /// The newest term of all members: it grows with every election.
+    pub(crate) async fn term(&self) -> Outcome<u64> {
+        let mut newest = 0;
+        for door in self.doors() {
+            let term = door.ask(TERM, Bytes::new(), PATIENCE).await?;
+            newest = newest.max(u64::from_be_bytes(term.as_ref().try_into()?));
+        }
+        Ok(newest)
+    }
+
     /// Kills a member as a power cut would.
     pub(crate) fn kill(&mut self, at: usize) -> Outcome {
         self.members[at].process.kill()?;
@@ -194,6 +205,19 @@ impl Door {
     pub(crate) async fn put_within(&self, client: u8, within: Duration) -> Result<(), String> {
         let body = proposal(client).into();
         self.ask(PROPOSE, body, within).await.map(drop)
+    }
+}
+
+impl Door {
+    /// Has the member seal a snapshot of `mib`; the answer is for [`Self::fetch`].
+    pub(crate) async fn hold(&self, mib: u32) -> Result<Bytes, String> {
+        let body = serde_json::to_vec(&mib).map_err(|err| err.to_string())?;
+        self.ask(HOLD, body.into(), MAX_CALL).await
+    }
+
+    /// Has the member fetch all of what another holds.
+    pub(crate) async fn fetch(&self, held: &Bytes) -> Result<(), String> {
+        self.ask(FETCH, held.clone(), MAX_CALL).await.map(drop)
     }
 }
 
