@@ -4,6 +4,7 @@
 //! request. Nothing of the agent's own environment is inherited but the search path.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 
 use crate::users::User;
 
@@ -58,6 +59,16 @@ impl Global {
                 }
             }
         }
+    }
+
+    /// Tells processes where the host's events are.
+    pub fn set_events(&mut self, address: IpAddr) {
+        let address = match address {
+            IpAddr::V4(address) => address.to_string(),
+            IpAddr::V6(address) => format!("[{address}]"),
+        };
+        let url = format!("http://{address}");
+        self.builtin.insert("E2B_EVENTS_ADDRESS".to_owned(), url);
     }
 
     /// All global variables.

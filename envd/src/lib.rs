@@ -28,6 +28,9 @@ pub mod clock;
 pub mod connections;
 pub mod environment;
 pub mod files;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod http;
 pub mod log;
 pub mod metrics;

@@ -6,11 +6,12 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::time::Duration;
 
+use buffa::Message as _;
 use bytes::Bytes;
-use common::{BOTH, Codec, Envd, basic, full, shell, soon, streamed};
+use common::{BOTH, Codec, Envd, basic, by_pid, by_tag, command, full, shell, soon, streamed};
 use futures::{StreamExt, stream};
 use http::{Method, Request};
-use proto::envd::filesystem as files;
+use proto::envd::{filesystem as files, process};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -129,6 +130,54 @@ fn looks() -> Vec<Vec<u8>> {
     ]
 }
 
+/// As [`looks`], in the other codec: the frames that our own host sends.
+fn frames() -> Vec<Vec<u8>> {
+    let start = process::StartRequest {
+        tag: Some("t".into()),
+        ..command("/bin/true", &["x"])
+    };
+    let signal = process::SendSignalRequest {
+        process: by_pid(4_000_000).into(),
+        signal: process::Signal::SIGNAL_SIGTERM.into(),
+        ..Default::default()
+    };
+    let connect = process::ConnectRequest {
+        process: by_tag("none").into(),
+        ..Default::default()
+    };
+    let listing = files::ListDirRequest {
+        path: "/etc/default".into(),
+        depth: 2,
+        ..Default::default()
+    };
+    let watch = files::CreateWatcherRequest {
+        path: "/etc".into(),
+        recursive: true,
+        ..Default::default()
+    };
+    let unary = |method: &str, message: &[u8]| {
+        let proto = "content-type: application/proto\r\nconnect-protocol-version: 1\r\n";
+        plain("POST", &format!("/{method}"), proto, message)
+    };
+    let streamed = |method: &str, message: &[u8]| {
+        let proto = "content-type: application/connect+proto\r\nconnect-timeout-ms: 1000\r\n";
+        let length = u32::try_from(message.len()).expect("short");
+        let frame = [&[0][..], &length.to_be_bytes(), message].concat();
+        plain("POST", &format!("/{method}"), proto, frame)
+    };
+    vec![
+        streamed("process.Process/Start", &start.encode_to_bytes()),
+        streamed("process.Process/Connect", &connect.encode_to_bytes()),
+        streamed("process.Process/StreamInput", &connect.encode_to_bytes()),
+        unary("process.Process/SendSignal", &signal.encode_to_bytes()),
+        unary("filesystem.Filesystem/ListDir", &listing.encode_to_bytes()),
+        unary(
+            "filesystem.Filesystem/CreateWatcher",
+            &watch.encode_to_bytes(),
+        ),
+    ]
+}
+
 /// Sound requests that might change something.
 fn changes() -> Vec<Vec<u8>> {
     let octets = "content-type: application/octet-stream\r\nx-metadata-a: b\r\n";
@@ -160,7 +209,7 @@ async fn damaged_requests_are_refused_and_harm_nobody() {
     let token = json!({"accessToken": "t"}).to_string();
     assert_eq!(guarded.post("/init", token).await.status, 204);
     let mut dice = Dice(7);
-    for (envd, requests) in [(&open, looks()), (&guarded, changes())] {
+    for (envd, requests) in [(&open, looks()), (&open, frames()), (&guarded, changes())] {
         for number in 0..24 * requests.len() {
             let damaged = dice.damage(&requests[number % requests.len()]);
             let answer = raw(envd, &damaged).await;
@@ -501,4 +550,38 @@ async fn wrong_methods_types_and_paths_have_their_own_answers() {
     }
     let ran = envd.start_process(Codec::Json, shell("true"), &[]).await;
     ran.run().await.expect("it goes on");
+}
+
+/// The loopback is one peer like any other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_peer_has_a_bounded_number_of_connections() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).expect("known");
+    setrlimit(Resource::RLIMIT_NOFILE, most.min(8192), most).expect("raised");
+    let envd = Envd::start();
+    let connect = || TcpStream::connect(&envd.address);
+    let mut open = Vec::new();
+    for _ in 0..envd::connections::MAX_PER_PEER {
+        open.push(connect().await.expect("connected"));
+    }
+    let mut answer = Vec::new();
+    let mut refused = connect().await.expect("accepted, and refused");
+    soon(refused.read_to_end(&mut answer)).await.expect("read");
+    let answer = String::from_utf8(answer).expect("text");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    assert!(head.starts_with("HTTP/1.1 429 "), "{head}");
+    assert!(
+        head.contains(&format!("content-length: {}", body.len())),
+        "{head}"
+    );
+    let body: Value = serde_json::from_str(body).expect("JSON");
+    assert_eq!(body["code"], 429);
+    drop(open);
+    soon(async {
+        while !matches!(raw(&envd, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await, ok if ok.starts_with(b"HTTP/1.1 200")) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    envd.is_well(SOUND_MIB).await;
 }

@@ -183,7 +183,7 @@ async fn entropy_and_names_are_checked_outside_a_guest_too() {
 async fn oversized_init_is_refused() {
     let envd = Envd::start();
     let body = json!({"envVars": {"A": "x".repeat(5 << 20)}});
-    assert_eq!(init(&envd, body).await, 400);
+    assert_eq!(init(&envd, body).await, 413);
 }
 
 #[tokio::test]
@@ -251,4 +251,18 @@ async fn http2_without_tls_is_served_on_the_same_port() {
         (answer.status().as_u16(), answer.version()),
         (200, http::Version::HTTP_2)
     );
+}
+
+#[tokio::test]
+async fn init_tells_its_version_and_where_the_hosts_events_are() {
+    let envd = Envd::start();
+    let answer = envd
+        .post("/init", json!({"hyperloopIP": "10.1.2.3"}).to_string())
+        .await;
+    assert_eq!(answer.status, 204);
+    assert_eq!(answer.header("x-envd-version"), Some(proto::version::ENVD));
+    let envs = envd.get("/envs").await.json();
+    assert_eq!(envs["E2B_EVENTS_ADDRESS"], "http://10.1.2.3");
+    let volumes = json!({"volumeMounts": [{"nfs_target": "h:/p", "path": "/p"}]});
+    assert_eq!(envd.post("/init", volumes.to_string()).await.status, 501);
 }

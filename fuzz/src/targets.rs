@@ -11,6 +11,7 @@ pub fn all() -> Vec<Target> {
     let mut all = transport::rpc::fuzzing::TARGETS.to_vec();
     all.extend(raft::fuzzing::TARGETS);
     all.extend(node::fuzzing::targets());
+    all.extend(envd::fuzzing::TARGETS);
     all
 }
 

@@ -97,7 +97,7 @@ async fn an_undone_quiesce_costs_only_time(place: &Place, guest: &Guest) {
     let seen = numbers(guest, "/tmp/seen").await;
     // The longest row of equal counts: the outsider went on, and the workload did not.
     let same = seen.chunk_by(|a, b| a == b).map(<[_]>::len).max();
-    assert!(same >= Some(8), "the workload ran: {seen:?}");
+    assert!(same >= Some(5), "the workload ran: {seen:?}");
     let ticks = numbers(guest, "/tmp/ticks").await.len();
     let line = format!(
         "until [ $(wc -l < /tmp/ticks) -gt {} ]; do sleep 0.1; done",

@@ -21,6 +21,7 @@ pub mod mounts;
 pub mod name;
 pub mod network;
 pub mod power;
+pub mod trust;
 
 use std::fs::{self, OpenOptions};
 use std::io;

@@ -1,6 +1,7 @@
 //! The guest's name, in the kernel and in `/etc`.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 
 use nix::unistd::sethostname;
@@ -23,6 +24,27 @@ pub fn set(hostname: &str) -> Result<(), BootError> {
         HOSTS,
         &hosts(&fs::read_to_string(HOSTS).unwrap_or_default(), hostname),
     )
+}
+
+/// The name by which programs reach the host's events.
+const EVENTS: &str = "events.e2b.local";
+
+/// Makes the host's events resolvable by their name.
+///
+/// # Errors
+/// [`BootError::File`] names the file.
+pub fn set_events(address: IpAddr) -> Result<(), BootError> {
+    let existing = fs::read_to_string(HOSTS).unwrap_or_default();
+    write(HOSTS, &with_events(&existing, address))
+}
+
+/// The hosts file with the events' address in it, in the place of an earlier one. Pure.
+fn with_events(existing: &str, address: IpAddr) -> String {
+    let is_theirs = |line: &&str| line.split_ascii_whitespace().nth(1) == Some(EVENTS);
+    let own = format!("{address}\t{EVENTS}");
+    let mut lines: Vec<_> = existing.lines().filter(|line| !is_theirs(line)).collect();
+    lines.push(&own);
+    lines.join("\n") + "\n"
 }
 
 /// Writes a file under `/etc`, through no symbolic link: an image's link may lead anywhere.
@@ -77,5 +99,12 @@ mod tests {
         let again = hosts(&format!("{made}10.0.0.1 db\n"), "other");
         let expected = "127.0.0.1\tlocalhost\n::1\tlocalhost\n10.0.0.1 db\n127.0.1.1\tother\n";
         assert_eq!(again, expected);
+    }
+    #[test]
+    fn the_events_have_one_address() {
+        let one = with_events("127.0.0.1\tlocalhost\n", [10, 0, 0, 1].into());
+        assert_eq!(one, "127.0.0.1\tlocalhost\n10.0.0.1\tevents.e2b.local\n");
+        let other = with_events(&one, [10, 0, 0, 2].into());
+        assert_eq!(other, "127.0.0.1\tlocalhost\n10.0.0.2\tevents.e2b.local\n");
     }
 }

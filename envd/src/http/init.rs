@@ -6,13 +6,14 @@
 //! every spelling that existing hosts use; unknown fields are ignored.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{Extension, FromRequest, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -24,7 +25,7 @@ use super::NO_STORE;
 use super::error::ApiError;
 use crate::agent::Agent;
 use crate::auth::{Token, TokenChange, decide_init};
-use crate::boot::{identity, name};
+use crate::boot::{identity, name, trust};
 use crate::clock;
 use crate::connections::ConnectionId;
 use crate::environment::Identity;
@@ -37,6 +38,8 @@ use crate::sys::{self, MAX_ENTROPY_BYTES};
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest body: some hundred variables and a bundle of certificates.
 const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+/// Tells the host which agent it has set up.
+const VERSION_HEADER: HeaderName = HeaderName::from_static("x-envd-version");
 /// Longest host name Linux accepts.
 const MAX_HOSTNAME_BYTES: usize = 64;
 
@@ -56,6 +59,12 @@ struct Body {
     sandbox_id: Option<String>,
     #[serde(alias = "templateID", alias = "templateId")]
     template_id: Option<String>,
+    #[serde(alias = "hyperloopIP", alias = "hyperloopIp")]
+    hyperloop_ip: Option<IpAddr>,
+    #[serde(alias = "caBundle")]
+    ca_bundle: Option<String>,
+    #[serde(alias = "volumeMounts")]
+    volume_mounts: Option<Vec<serde_json::Value>>,
     /// Our extension: base64 of fresh random bytes for the kernel's pool.
     entropy: Option<String>,
     /// Our extension: the name the guest goes by from now on.
@@ -76,7 +85,21 @@ impl Body {
         {
             return Err(ApiError::bad_request("hostname is not a host name"));
         }
+        body.check_extras()?;
         Ok(body)
+    }
+
+    fn check_extras(&self) -> Result<(), ApiError> {
+        if self.volume_mounts.as_ref().is_some_and(|it| !it.is_empty()) {
+            // Better than a guest whose volumes are empty directories.
+            let words = "network volumes are not supported";
+            return Err(ApiError::new(StatusCode::NOT_IMPLEMENTED, words));
+        }
+        let bundle = self.ca_bundle.as_deref().filter(|it| !it.is_empty());
+        if bundle.is_some_and(|bundle| !trust::is_bundle(bundle)) {
+            return Err(ApiError::bad_request("caBundle is not certificates in PEM"));
+        }
+        Ok(())
     }
 
     fn seed(&self) -> Result<Option<Vec<u8>>, ApiError> {
@@ -144,7 +167,20 @@ pub async fn init(
     }
     let own = connection.map_or(ConnectionId::NEVER_PAST, |Extension(id)| id);
     agent.snapshots.after_init(own);
-    Ok((StatusCode::NO_CONTENT, [NO_STORE]))
+    let version = HeaderValue::from_static(proto::version::ENVD);
+    Ok((
+        StatusCode::NO_CONTENT,
+        [NO_STORE, (VERSION_HEADER, version)],
+    ))
+}
+
+/// Parses a body; for the fuzz targets.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(text: &[u8]) {
+    if let Ok(body) = Body::parse(text) {
+        let _refused = body.seed();
+        assert!(body.hostname.as_deref().is_none_or(is_hostname));
+    }
 }
 
 pub(crate) async fn read_body(request: Request) -> Result<Bytes, ApiError> {
@@ -178,6 +214,9 @@ fn apply_settings(agent: &Agent, body: &Body) {
         settings.global.replace_user(variables.clone());
     }
     settings.global.identify(&body.identity());
+    if let Some(address) = body.hyperloop_ip {
+        settings.global.set_events(address);
+    }
     if let Some(user) = body.default_user.as_ref().filter(|user| !user.is_empty()) {
         settings.default_user.clone_from(user);
     }
@@ -215,7 +254,10 @@ fn apply_to_guest(body: &Body, seed: Option<&[u8]>) {
     }
     let published = identity::publish(&body.identity());
     // After the seed: before it, a young guest may draw what its twin draws.
-    for done in [published, give_machine_id(Path::new("/"))] {
+    let events = body.hyperloop_ip.map_or(Ok(()), name::set_events);
+    let bundle = body.ca_bundle.as_deref().filter(|it| !it.is_empty());
+    let trusted = bundle.map_or(Ok(()), |bundle| trust::install(Path::new("/"), bundle));
+    for done in [published, events, trusted, give_machine_id(Path::new("/"))] {
         if let Err(err) = done {
             log!("{}", chain(&err));
         }
@@ -253,6 +295,24 @@ mod tests {
         for name in ["", "a b", "-a", "a..b", "a\\nb", &"a".repeat(65)] {
             let text = format!(r#"{{"hostname":"{name}"}}"#);
             assert!(Body::parse(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_refused_and_not_passed_over() {
+        let parse = |text: &str| {
+            Body::parse(text.as_bytes())
+                .map(drop)
+                .map_err(|e| e.to_string())
+        };
+        assert!(parse(r#"{"volumeMounts":[],"lifecycleID":"x","caBundle":""}"#).is_ok());
+        assert!(parse(r#"{"hyperloopIP":"10.0.0.1"}"#).is_ok());
+        for text in [
+            r#"{"volumeMounts":[{"nfs_target":"h:/p","path":"/p"}]}"#,
+            r#"{"caBundle":"x"}"#,
+            r#"{"hyperloop_ip":"here"}"#,
+        ] {
+            assert!(parse(text).is_err(), "{text}");
         }
     }
 

@@ -25,7 +25,7 @@ use super::super::extract::CapsuleId;
 use super::super::run::Run;
 use super::super::state::ApiState;
 use super::session::{Down, ErrorFrame, Frame, Gone, Session, Up, Upgrade};
-use super::watch::{Unwatched, started, unexpected};
+use super::watch::{Unwatched, started};
 use crate::guest::{
     EventStream, GuestCode, GuestError, ProcessCommand, ProcessEvent, Selector, Signal,
     TerminalSize,
@@ -132,19 +132,25 @@ async fn begin(
         ApiError::invalid(format!("the first frame must be start or connect: {err}"))
     })?;
     let guest = api.guest(caller, id).await?;
-    let (tag, opened) = match first {
+    let (tag, mut events) = match first {
         First::Connect { tag } => {
-            let found = guest.attach(Selector::Tag(tag.clone())).await;
+            let found = guest
+                .told(guest.attach(Selector::Tag(tag.clone())).await)
+                .await?;
             (tag, found)
         }
         First::Start(start) => {
             let tag = format!("pty-{:08x}", rand::random::<u32>());
             let (command, size) = start.checked(tag.clone())?;
-            (tag, guest.start_terminal(command, size).await)
+            (
+                tag,
+                guest
+                    .told(guest.start_terminal(command, size).await)
+                    .await?,
+            )
         }
     };
-    let mut events = guest.told(opened).await?;
-    let pid = guest.told(started(&mut events).await).await?;
+    let pid = started(&guest, &mut events).await?;
     Ok((Terminal { guest, tag, pid }, events))
 }
 
@@ -181,7 +187,7 @@ async fn stream(terminal: &Terminal, events: EventStream, mut session: Session) 
         }
     };
     match outcome {
-        Unwatched::Broken(err) => session.refuse(&terminal.guest.explained(err).await).await,
+        Unwatched::Broken(err) => session.refuse(&err).await,
         Unwatched::Exited | Unwatched::Gone => session.close(close_code::NORMAL, "").await,
     }
 }
@@ -202,7 +208,7 @@ async fn show(
     }
     loop {
         let sent = tokio::select! {
-            event = events.next() => match event {
+            event = events.next() => match terminal.guest.told(event).await {
                 Ok(Some(ProcessEvent::End { exit_code })) => {
                     return match down.send(&Told::Exit { exit_code }).await {
                         Ok(()) => Unwatched::Exited,
@@ -210,7 +216,7 @@ async fn show(
                     };
                 }
                 Ok(Some(event)) => show_one(event, down).await,
-                Ok(None) => return unexpected("no end").into(),
+                Ok(None) => return unended().into(),
                 Err(err) => return err.into(),
             },
             Some(data) = complaints.recv() => {
@@ -222,6 +228,11 @@ async fn show(
             return gone.into();
         }
     }
+}
+
+fn unended() -> ApiError {
+    let message = "the guest agent streamed no end";
+    ApiError::new(super::super::error::Code::AgentError, message)
 }
 
 async fn show_one(event: ProcessEvent, down: &mut Down) -> Result<(), Gone> {
