@@ -14,6 +14,7 @@ pub fn targets() -> Vec<Target> {
         crate::store::fuzzing::TARGETS,
         crate::pager::fuzzing::TARGETS,
         crate::vmm::qemu::fuzzing::TARGETS,
+        crate::vmm::cloud_hypervisor::fuzzing::TARGETS,
         crate::shim::fuzzing::TARGETS,
         crate::guest::fuzzing::TARGETS,
         crate::net::fuzzing::TARGETS,

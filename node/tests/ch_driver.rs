@@ -7,7 +7,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use ch_world::{End, Payload, World, content_of, soon};
-use wrenn_node::vmm::{VmmError, VmmExit};
+use wrenn_node::vmm::probe::{ProbeError, ProbeRequest, probe};
+use wrenn_node::vmm::{Driver, VmmError, VmmExit};
 
 #[test]
 fn a_guest_boots_and_ends_when_told() {
@@ -77,11 +78,14 @@ fn a_saved_guest_goes_on_as_if_nothing_had_been_again_and_again() {
 
 #[test]
 fn a_saved_guest_goes_on_in_another_vmm_where_it_was_for_generations() {
-    let Some(world) = World::new() else { return };
+    let Some(mut world) = World::new() else {
+        return;
+    };
     let mut guest = world.boot();
     for generation in 0..3 {
         let saved = guest.save();
         drop(guest);
+        world.move_disk(&format!("disk-{generation}.qcow2"));
         guest = world.incoming(&saved, saved.copied());
         let began = Instant::now();
         guest
@@ -113,4 +117,45 @@ fn a_vmm_that_is_killed_ends_a_save_at_once() {
         ..VmmExit::default()
     };
     assert_eq!(exit, killed);
+}
+
+/// The payload says nothing that the probe waits for, so the probe names what it saw: a guest that
+/// ran, was saved, went on, and did not say its word.
+#[test]
+fn the_probe_saves_a_guest_and_tells_why_it_does_not_count() {
+    let Some(world) = World::new() else { return };
+    let request = ProbeRequest {
+        driver: Driver::CloudHypervisor,
+        program: world.spec.program.clone(),
+        kernel: world.spec.kernel.clone(),
+        initramfs: world.spec.initramfs.clone(),
+        cache: Some(world.home.path().join("probe.json")),
+        forgoable: true,
+    };
+    let refused = probe(&request).expect_err("not our guest");
+    let told = refused.to_string();
+    assert!(told.contains("did not say it runs"), "{told}");
+    assert!(told.contains("round "), "it went on after its save: {told}");
+    let began = Instant::now();
+    let remembered = probe(&request).expect_err("as before");
+    assert!(matches!(remembered, ProbeError::NoneWorks { .. }));
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "it was remembered"
+    );
+}
+
+#[test]
+fn a_program_that_is_not_cloud_hypervisor_is_refused_by_what_it_says() {
+    let Some(world) = World::new() else { return };
+    let request = ProbeRequest {
+        driver: Driver::CloudHypervisor,
+        program: "/usr/bin/as".into(),
+        kernel: world.spec.kernel.clone(),
+        initramfs: world.spec.initramfs.clone(),
+        cache: None,
+        forgoable: false,
+    };
+    let refused = probe(&request).expect_err("binutils");
+    assert!(matches!(refused, ProbeError::Version { .. }), "{refused}");
 }

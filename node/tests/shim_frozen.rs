@@ -161,6 +161,7 @@ impl Node {
     /// Starts a guest and waits until it can be used.
     async fn start(&self) -> Guest {
         self.registry.start(StartSpec {
+            let_begin: true,
             id: ID,
             epoch: EPOCH,
             template: "minimal".into(),

@@ -230,6 +230,7 @@ impl Node {
     /// Starts a guest and waits until it can be used.
     async fn start(&self, origin: Origin) -> Guest {
         self.registry.start(StartSpec {
+            let_begin: true,
             id: ID,
             epoch: self.epoch,
             template: "minimal".into(),

@@ -3,15 +3,17 @@
 mod shim_support;
 
 use shim_support::{QEMU, images};
-use wrenn_node::vmm::Accelerator;
 use wrenn_node::vmm::probe::{ProbeError, ProbeRequest, probe};
+use wrenn_node::vmm::{Accelerator, Driver};
 
 #[test]
 #[ignore = "boots real guests"]
 fn the_fastest_accelerator_that_boots_is_chosen_and_remembered() {
     let dir = tempfile::tempdir().expect("tempdir");
     let request = ProbeRequest {
-        qemu: QEMU.into(),
+        driver: Driver::Qemu,
+        program: QEMU.into(),
+        forgoable: false,
         kernel: images().kernel.clone(),
         initramfs: images().initramfs.clone(),
         cache: Some(dir.path().join("probe.json")),
@@ -35,7 +37,9 @@ fn the_fastest_accelerator_that_boots_is_chosen_and_remembered() {
 #[ignore = "starts real VMMs"]
 fn where_no_guest_boots_every_reason_is_given() {
     let request = ProbeRequest {
-        qemu: QEMU.into(),
+        driver: Driver::Qemu,
+        program: QEMU.into(),
+        forgoable: false,
         // Not a kernel: QEMU itself refuses it.
         kernel: images().initramfs.clone(),
         initramfs: images().initramfs.clone(),

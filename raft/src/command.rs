@@ -254,6 +254,9 @@ impl StopCause {
 /// What the owner of a sandbox saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
+    /// Everything is ready for the guest's first instruction, which the answer allows: from then on
+    /// nobody else gets the sandbox because its node is away.
+    Begins,
     /// The guest answered and is ready for work.
     Running(GuestVersions),
     /// Everything it used is released; `reason` is empty when a stop was asked for.

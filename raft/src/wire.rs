@@ -380,6 +380,7 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
 fn report_to_wire(report: &Report) -> pb::report_sandbox::Report {
     use pb::report_sandbox::Report as Wire;
     match report {
+        Report::Begins => Wire::Begins(pb::Begins {}),
         Report::Running(versions) => Wire::Running(versions.into()),
         Report::Stopped { reason } => Wire::Stopped(pb::Ended {
             reason: reason.clone(),
@@ -397,6 +398,7 @@ fn report_to_wire(report: &Report) -> pb::report_sandbox::Report {
 fn report_from_wire(wire: pb::report_sandbox::Report) -> Result<Report, BadRow> {
     use pb::report_sandbox::Report as Wire;
     Ok(match wire {
+        Wire::Begins(pb::Begins {}) => Report::Begins,
         Wire::Running(versions) => Report::Running(versions.into()),
         Wire::Stopped(ended) => Report::Stopped {
             reason: ended.reason,

@@ -23,6 +23,8 @@ struct Memory {
     keys: BTreeMap<NodeId, NodeKey>,
     removed: BTreeSet<NodeKey>,
     redeemed: BTreeMap<TokenId, BTreeSet<NodeId>>,
+    /// The runs that were let begin: a guest of them may have executed something.
+    begun: BTreeSet<(SandboxId, Epoch)>,
 }
 
 /// One command and both sides of it.
@@ -80,8 +82,18 @@ impl Step<'_> {
     fn check(&self, memory: &mut Memory) {
         self.check_rows();
         self.check_reservations();
+        if let Command::ReportSandbox {
+            id,
+            epoch,
+            report: Report::Begins | Report::Running(_),
+            ..
+        } = self.command
+            && self.applied.answer.is_ok()
+        {
+            memory.begun.insert((*id, *epoch));
+        }
         for sandbox in self.after.sandboxes() {
-            self.check_sandbox(sandbox);
+            self.check_sandbox(sandbox, memory);
             let newest = memory.epochs.entry(sandbox.id).or_default();
             assert!(sandbox.epoch >= *newest, "the epoch of {} fell", sandbox.id);
             *newest = sandbox.epoch;
@@ -192,7 +204,13 @@ impl Step<'_> {
         assert_eq!(self.after.ended_sandboxes().collect::<Vec<_>>(), ended);
     }
 
-    fn check_sandbox(&self, sandbox: &Sandbox) {
+    fn check_sandbox(&self, sandbox: &Sandbox, memory: &Memory) {
+        if sandbox.not_begun {
+            let starts = matches!(sandbox.phase, Phase::Starting | Phase::Resuming);
+            assert!(starts, "{sandbox:?} was not begun");
+            let begun = memory.begun.contains(&(sandbox.id, sandbox.epoch));
+            assert!(!begun, "{} was let begin", sandbox.id);
+        }
         if sandbox.phase.holds_resources() {
             assert!(
                 self.after.node(sandbox.owner).is_some(),
@@ -227,12 +245,13 @@ impl Step<'_> {
             owner.id
         );
         if let Some(known) = known {
-            self.check_given_out_again(known);
+            self.check_given_out_again(known, memory);
         }
     }
 
-    /// Only what is bound to a lease, and only once that is certainly over.
-    fn check_given_out_again(&self, known: &Sandbox) {
+    /// Only what is bound to a lease, once that is certainly over; and what its owner, which cannot be
+    /// reached, was never let begin.
+    fn check_given_out_again(&self, known: &Sandbox, memory: &Memory) {
         if known.phase == Phase::Paused {
             let meant = |id, snapshot| id == known.id && known.snapshot == Some(snapshot);
             let asked = matches!(self.command,
@@ -251,6 +270,10 @@ impl Step<'_> {
             );
             return;
         }
+        let begun = memory.begun.contains(&(known.id, known.epoch));
+        if self.gives_up_owner(known) && !begun && known.not_begun {
+            return;
+        }
         assert_eq!(known.spec.on_host_loss, HostLoss::Restart);
         assert!(known.phase.holds_resources(), "what ended stays ended");
         let owner = self.before.node(known.owner).expect("it had one");
@@ -262,6 +285,17 @@ impl Step<'_> {
             ) if *node == owner.id && *incarnation == owner.incarnation
         );
         assert!(lost_now, "{:?} gave {} out again", self.command, known.id);
+    }
+
+    /// Whether the command says that the owner cannot be reached.
+    fn gives_up_owner(&self, known: &Sandbox) -> bool {
+        let away = self.after.node(known.owner);
+        let away = away.is_none_or(|node| !node.liveness.is_alive());
+        let about = match self.command {
+            Command::JudgeNode { node, .. } | Command::RemoveNode { node, .. } => Some(*node),
+            _ => None,
+        };
+        away && about == Some(known.owner)
     }
 
     fn check_nodes(&self, memory: &mut Memory) {
@@ -477,25 +511,33 @@ fn naming_event(world: &World, proposal: &Proposal, applied: &Applied) -> Option
     })
 }
 
+/// The word for what became of a node's sandboxes when it was judged.
+fn judged(world: &World, verdict: Verdict, applied: &Applied) -> &'static str {
+    let mut settled = applied.touched.iter().filter_map(|key| match key {
+        RowKey::Sandbox(id) => world.state.sandbox(*id),
+        _ => None,
+    });
+    match settled.next().map(|it| it.phase) {
+        None => "judged",
+        Some(Phase::Starting | Phase::Resuming) if verdict == Verdict::Missing => {
+            "never begun and given out again"
+        }
+        Some(Phase::Starting) => "given out again",
+        Some(Phase::Resuming) => "resumed elsewhere",
+        Some(Phase::Paused) => "back to its last pause",
+        Some(Phase::Error) => "found no room elsewhere",
+        Some(_) => "stopped with its node",
+    }
+}
+
 /// The word for what a command came to.
 fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str {
     if let Some(event) = naming_event(world, proposal, applied) {
         return event;
     }
     match (&proposal.command, &applied.answer) {
-        (Command::JudgeNode { .. }, Ok(Receipt::Done(1))) => {
-            let mut settled = applied.touched.iter().filter_map(|key| match key {
-                RowKey::Sandbox(id) => world.state.sandbox(*id),
-                _ => None,
-            });
-            match settled.next().map(|it| it.phase) {
-                None => "judged",
-                Some(Phase::Starting) => "given out again",
-                Some(Phase::Resuming) => "resumed elsewhere",
-                Some(Phase::Paused) => "back to its last pause",
-                Some(Phase::Error) => "found no room elsewhere",
-                Some(_) => "stopped with its node",
-            }
+        (Command::JudgeNode { verdict, .. }, Ok(Receipt::Done(1))) => {
+            judged(world, *verdict, applied)
         }
         (Command::JudgeNode { .. }, Ok(_)) => "no step",
         (Command::RemoveNode { .. }, Ok(Receipt::Done(1))) if applied.touched.len() > 2 => {
@@ -529,6 +571,13 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
             },
             Ok(Receipt::Done(1)),
         ) => "thawed",
+        (
+            Command::ReportSandbox {
+                report: Report::Begins,
+                ..
+            },
+            Ok(Receipt::Done(1)),
+        ) => "let begin",
         (_, Ok(Receipt::Placed { .. })) => "placed",
         (_, Ok(Receipt::Admitted(_))) if applied.touched.is_empty() => "same id again",
         (_, Ok(Receipt::Admitted(_))) => "let in",
@@ -570,7 +619,7 @@ fn the_histories_reach_what_they_are_about() {
                   not resumed, not paused, cannot be resumed, holder told, resumed elsewhere, \
                   back to its last pause, snapshotting, named, named at rest, forked, forked at rest, \
                   name taken, name dropped, kept warm, not kept warm, given up, starts warm, \
-                  starts from a name";
+                  starts from a name, never begun and given out again, let begin";
     for event in wanted.split(", ") {
         let times = seen.get(event).copied().unwrap_or_default();
         assert!(times >= 5, "{event}: {times} times; all: {seen:?}");

@@ -39,6 +39,10 @@ pub enum Bug {
     ForkKeepsItsOriginsName,
     /// A fork runs under the ownership of what it comes from.
     ForkTakesItsOriginsEpoch,
+    /// A guest begins before the cluster has let it.
+    BeginsUnasked,
+    /// What was let begin is given out again as if it had not been.
+    BegunIsGivenOut,
     /// A node that lost its disk votes under its old id.
     WipedDiskVotes,
 }

@@ -435,6 +435,13 @@ impl Daemon {
         let now = context.now;
         match step {
             Step::Start(id) => self.start_guest(id, state, context),
+            Step::Begin(id) => {
+                if let Some(guest) = context.body.guests.get_mut(&id)
+                    && let GuestState::Waiting(takes) = guest.state
+                {
+                    guest.state = GuestState::Booting(now + takes);
+                }
+            }
             Step::Stop(id) => {
                 let gone_at = now + context.rng.within(20, 400);
                 if let Some(guest) = context.body.guests.get_mut(&id) {
@@ -512,14 +519,19 @@ impl Daemon {
             return;
         }
         self.seen_epochs.insert(id, record.epoch);
-        let ready_at = context.now + context.rng.within(200, 6000);
+        let takes = context.rng.within(200, 6000);
+        let asks = record.not_begun && !context.has(Bug::BeginsUnasked);
+        let begun = match asks {
+            true => GuestState::Waiting(takes),
+            false => GuestState::Booting(context.now + takes),
+        };
         let origin = record.origin.and_then(|from| state.snapshot(from));
         let keeps = context.has(Bug::ForkKeepsItsOriginsName) && record.snapshot.is_none();
         let is = origin.filter(|_| keeps).map_or(id, |it| it.sandbox);
         let guest = Guest {
             epoch: record.epoch,
             bound,
-            state: GuestState::Booting(ready_at),
+            state: begun,
             frozen: false,
             is,
         };

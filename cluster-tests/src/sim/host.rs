@@ -38,6 +38,8 @@ pub(crate) struct Guest {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum GuestState {
+    /// It waits for the cluster's word, and takes so long to boot then.
+    Waiting(Ms),
     /// It boots, and answers at that instant.
     Booting(Ms),
     Ready,
@@ -133,8 +135,9 @@ impl Body {
     pub(crate) fn observed(&self) -> BTreeMap<SandboxId, Observed> {
         let seen = |guest: &Guest| Observed {
             epoch: guest.epoch,
+            let_begin: !matches!(guest.state, GuestState::Waiting(_)),
             state: match &guest.state {
-                GuestState::Booting(_) => ObservedState::Starting,
+                GuestState::Waiting(_) | GuestState::Booting(_) => ObservedState::Starting,
                 GuestState::Ready => ObservedState::Ready(GuestVersions::default()),
                 GuestState::Sealing(..) => ObservedState::Sealing,
                 GuestState::Sealed(sealed) => ObservedState::Sealed(sealed.clone()),

@@ -9,7 +9,7 @@ use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use proto::wire::raft as pb;
 use raft::command::{Command, Proposal, Receipt, Report};
-use raft::state::{Desired, Phase, Resources, RowKey, State};
+use raft::state::{Desired, Phase, Resources, RowKey, Sandbox, State};
 
 use super::bugs::Bug;
 use super::log::{Body, Entry};
@@ -101,6 +101,7 @@ impl Oracle {
         let mut answer = Ok(Receipt::Done(0));
         if let Body::Command(proposal) = &entry.body {
             let proposal = self.planted(&state, Proposal::clone(proposal));
+            self.plant_before(&mut state, &proposal.command);
             let command = proposal.command.clone();
             answer = state.apply(index, proposal).answer;
             self.plant(&before, &mut state);
@@ -126,6 +127,28 @@ impl Oracle {
             (*epoch, *node) = (known.epoch, known.owner);
         }
         proposal
+    }
+
+    /// The state as a broken state machine would take it for.
+    fn plant_before(&self, state: &mut State, command: &Command) {
+        if self.bug != Some(Bug::BegunIsGivenOut) || !matches!(command, Command::JudgeNode { .. }) {
+            return;
+        }
+        let starts = |it: &&Sandbox| matches!(it.phase, Phase::Starting | Phase::Resuming);
+        let ids: Vec<SandboxId> = state.sandboxes().filter(starts).map(|it| it.id).collect();
+        let mut changes = Vec::new();
+        for id in ids {
+            let key = RowKey::Sandbox(id);
+            let row = state.row(&key);
+            let row = row.and_then(|row| pb::SandboxRow::decode(&row[..]).ok());
+            if let Some(mut row) = row {
+                row.not_begun = true;
+                changes.push((key.encode(), Some(row.encode_to_vec())));
+            }
+        }
+        if let Err(err) = state.follow(changes) {
+            unreachable!("own rows are readable: {err}");
+        }
     }
 
     /// What a broken state machine would have made of it.

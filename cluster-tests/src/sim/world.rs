@@ -51,6 +51,8 @@ pub struct Setup {
     pub drift_ppm: u32,
     /// The lease's grace; `None` lets chance choose.
     pub grace_s: Option<u64>,
+    /// Whether nodes ask before a guest begins; one in four is of a release that does not, anyway.
+    pub asks: bool,
 }
 
 /// What a simulation that went well went through.
@@ -251,6 +253,7 @@ impl World {
                 sandboxes: 8,
             },
             templates: BTreeMap::from([(template().name, template().digest)]),
+            asks_first: self.setup.asks && !number.is_multiple_of(4),
             ..Node::default()
         }
     }

@@ -14,7 +14,8 @@ use serde::Serialize;
 
 use super::error::{CliError, chain};
 use super::{Global, Hooks, node, print};
-use crate::config::{Config, Machine};
+use crate::config::{Config, Machine, VmmChoice};
+use crate::vmm::cloud_hypervisor::version;
 
 /// Bits of the effective capabilities that a node needs, with their names.
 const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
@@ -123,10 +124,11 @@ fn examine(hooks: Hooks, config: &Config, boot: bool) -> Vec<Check> {
     let mut checks = vec![root(), kvm_device()];
     let (program, has_qemu) = qemu(&config.qemu);
     checks.push(program);
+    checks.push(cloud_hypervisor(config));
     if boot && has_qemu {
         checks.push(accelerator(hooks, config));
     }
-    checks.push(paging(hooks));
+    checks.extend([paging(hooks), huge_pages()]);
     checks.extend(images(&config.images_dir));
     checks.extend([tun_device(), nftables(), forwarding()]);
     checks.extend(docker());
@@ -235,6 +237,58 @@ fn qemu(program: &Path) -> (Check, bool) {
             (Check::new(name, Verdict::Fail, detail, action), false)
         }
     }
+}
+
+/// Whether there is a Cloud Hypervisor, and one that we know. A node can do without.
+fn cloud_hypervisor(config: &Config) -> Check {
+    let name = "cloud-hypervisor";
+    let program = &config.cloud_hypervisor;
+    let wanted = config.vmm == VmmChoice::CloudHypervisor;
+    let lacks = if wanted { Verdict::Fail } else { Verdict::Warn };
+    let action = format!(
+        "install an official release of Cloud Hypervisor, {} to {}, or set cloud_hypervisor",
+        version::OLDEST,
+        version::NEWEST
+    );
+    let ran = match Command::new(program).arg("--version").output() {
+        Ok(ran) => ran,
+        Err(err) if err.kind() == io::ErrorKind::NotFound && !wanted => {
+            return Check::ok(name, "not installed; guests run in QEMU");
+        }
+        Err(err) => {
+            let detail = format!("{}: {err}", program.display());
+            return Check::new(name, lacks, detail, action);
+        }
+    };
+    let text = String::from_utf8_lossy(&ran.stdout);
+    match version::known(text.lines().next().unwrap_or_default()) {
+        Ok((version, _)) => Check::ok(name, format!("version {version}")),
+        Err(err) => Check::new(name, lacks, err.to_string(), action),
+    }
+}
+
+/// Huge pages in shared memory would make every missing page one of 2 MiB.
+fn huge_pages() -> Check {
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let name = "huge pages";
+    let Ok(text) = fs::read_to_string(SETTING) else {
+        return Check::ok(name, "the kernel has none for shared memory");
+    };
+    let setting = chosen_in(&text).unwrap_or("unknown");
+    let detail = format!("shared memory: {setting}");
+    if ["never", "advise"].contains(&setting) {
+        return Check::ok(name, detail);
+    }
+    let detail = format!("{detail}; a resumed guest gets 2 MiB for each page that it touches");
+    let action = format!("echo never > {SETTING}");
+    let fix = Fix::Parameter(SETTING, "never".to_owned());
+    Check::new(name, Verdict::Warn, detail, action).fixed_by(fix)
+}
+
+/// The word in brackets.
+fn chosen_in(text: &str) -> Option<&str> {
+    let (_, rest) = text.split_once('[')?;
+    rest.split_once(']').map(|(chosen, _)| chosen)
 }
 
 fn accelerator(hooks: Hooks, config: &Config) -> Check {

@@ -111,6 +111,9 @@ pub(super) struct Settings {
     /// The QEMU program.
     #[arg(long, value_name = "PROGRAM")]
     qemu: Option<PathBuf>,
+    /// The Cloud Hypervisor program.
+    #[arg(long, value_name = "PROGRAM")]
+    cloud_hypervisor: Option<PathBuf>,
     /// Index of this node's first network slot.
     #[arg(long, value_name = "N")]
     slot_base: Option<u16>,
@@ -177,6 +180,7 @@ impl Settings {
             vmm: self.vmm,
             accelerator: self.accelerator,
             qemu: self.qemu,
+            cloud_hypervisor: self.cloud_hypervisor,
             slot_base: self.slot_base,
             slot_count: self.slot_count,
             slot_pool: self.slot_pool,

@@ -57,6 +57,8 @@ pub struct Config {
     pub accelerator: AcceleratorChoice,
     /// The QEMU program; a bare name is looked up in `PATH`.
     pub qemu: PathBuf,
+    /// The Cloud Hypervisor program.
+    pub cloud_hypervisor: PathBuf,
     /// Index of the first network slot.
     pub slot_base: u16,
     /// How many network slots there are.
@@ -134,9 +136,12 @@ impl Config {
             join: peering::token(written.join, &data_dir)?,
             tags: peering::tags(written.tags)?,
             public_url: public_url(written.public_url, listen, machine)?,
-            vmm: vmm(written.vmm.unwrap_or_default())?,
+            vmm: vmm(written.vmm, written.accelerator)?,
             accelerator: written.accelerator.unwrap_or_default(),
             qemu: written.qemu.unwrap_or_else(|| defaults::QEMU.into()),
+            cloud_hypervisor: written
+                .cloud_hypervisor
+                .unwrap_or_else(|| defaults::CLOUD_HYPERVISOR.into()),
             egress_allow: networks.map(|it| (it.network, it.prefix)).collect(),
             capacity: capacity(written.capacity, machine)?,
             boot_timeout: boot_timeout(written.boot_timeout)?,
@@ -208,15 +213,20 @@ fn public_url(
     Err(value("public_url", url, "expected http://… or https://…"))
 }
 
-fn vmm(choice: VmmChoice) -> Result<VmmChoice, ConfigError> {
-    match choice {
-        VmmChoice::Auto | VmmChoice::Qemu => Ok(choice),
-        VmmChoice::CloudHypervisor => Err(value(
+fn vmm(
+    choice: Option<VmmChoice>,
+    accelerator: Option<AcceleratorChoice>,
+) -> Result<VmmChoice, ConfigError> {
+    let choice = choice.unwrap_or_default();
+    let emulated = accelerator == Some(AcceleratorChoice::Tcg);
+    if choice == VmmChoice::CloudHypervisor && emulated {
+        return Err(value(
             "vmm",
             "cloud-hypervisor",
-            "this version does not have that driver yet; use qemu or auto",
-        )),
+            "it cannot emulate; use accelerator = \"kvm\" or \"auto\", or vmm = \"qemu\"",
+        ));
     }
+    Ok(choice)
 }
 
 fn slots(written: &Written) -> Result<(u16, u16, u16), ConfigError> {
@@ -374,7 +384,7 @@ mod tests {
     #[test]
     fn values_that_make_no_sense_are_refused_with_their_setting() {
         for (toml, setting) in [
-            ("vmm = \"cloud-hypervisor\"", "vmm"),
+            ("vmm = \"cloud-hypervisor\"\naccelerator = \"tcg\"", "vmm"),
             ("listen = \"127.0.0.1:0\"", "listen"),
             ("cluster_listen = \"127.0.0.1:65535\"", "cluster_listen"),
             ("name = \"../x\"", "name"),

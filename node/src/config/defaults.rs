@@ -19,6 +19,8 @@ pub const CLUSTER_LISTEN_ALONE: SocketAddr =
     SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 7321));
 /// Debian's name for it, found through `PATH`.
 pub const QEMU: &str = "qemu-system-x86_64";
+/// Cloud Hypervisor, looked up in `PATH`.
+pub const CLOUD_HYPERVISOR: &str = "cloud-hypervisor";
 /// Alone on its host, a node starts at the first slot.
 pub const SLOT_BASE: u16 = 0;
 /// More capsules than a common host has memory for, and few enough to sweep quickly.

@@ -42,6 +42,8 @@ pub struct Written {
     pub accelerator: Option<AcceleratorChoice>,
     /// The QEMU program.
     pub qemu: Option<PathBuf>,
+    /// The Cloud Hypervisor program.
+    pub cloud_hypervisor: Option<PathBuf>,
     /// Index of the first network slot; nodes on one host need ranges of their own.
     pub slot_base: Option<u16>,
     /// How many network slots, and so capsules, there can be.
@@ -118,6 +120,7 @@ impl Written {
             vmm: env.parsed("WRENN_VMM")?,
             accelerator: env.parsed("WRENN_ACCELERATOR")?,
             qemu: env.parsed("WRENN_QEMU")?,
+            cloud_hypervisor: env.parsed("WRENN_CLOUD_HYPERVISOR")?,
             slot_base: env.parsed("WRENN_SLOT_BASE")?,
             slot_count: env.parsed("WRENN_SLOT_COUNT")?,
             slot_pool: env.parsed("WRENN_SLOT_POOL")?,
@@ -152,6 +155,7 @@ impl Written {
             vmm: self.vmm.or(below.vmm),
             accelerator: self.accelerator.or(below.accelerator),
             qemu: self.qemu.or(below.qemu),
+            cloud_hypervisor: self.cloud_hypervisor.or(below.cloud_hypervisor),
             slot_base: self.slot_base.or(below.slot_base),
             slot_count: self.slot_count.or(below.slot_count),
             slot_pool: self.slot_pool.or(below.slot_pool),

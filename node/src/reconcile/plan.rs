@@ -3,11 +3,13 @@
 //! | record on this node | observed here | step |
 //! |---|---|---|
 //! | wanted running, `starting` | nothing | start |
+//! | wanted running, `starting`, not begun | on its way up | ask whether it may begin |
+//! | wanted running, `starting`, begun | on its way up, and does not know | let begin |
 //! | wanted running, `starting` | ready | report running |
 //! | wanted running, `running` | ready, was sealed when it had booted | tell of that |
 //! | wanted running, `running` | nothing | report failed: its VMM is gone; one that is bound to the lease: start |
 //! | wanted running, `running` | ready, idle too long | ask for a pause, or a stop, for idleness |
-//! | wanted running, `resuming` | nothing, ready | as `starting`, from what it rests as |
+//! | wanted running, `resuming` | nothing, on its way up, ready | as `starting`, from what it rests as |
 //! | wanted paused, `pausing` | ready | seal |
 //! | wanted paused, `pausing` | sealed | report sealed |
 //! | wanted paused, `pausing` | frozen: it could not be sealed | report thawed |
@@ -15,12 +17,16 @@
 //! | wanted running, `running` | frozen | thaw |
 //! | wanted running, `snapshotting` | ready, sealed, frozen | as `pausing`; once the cluster knows: thaw, then report running |
 //! | wanted running, `snapshotting` | nothing | report failed; one that is bound to the lease: report thawed |
-//! | wanted running, `starting` | gone, its start was cut short | forget |
+//! | wanted running, `starting`, or not begun | gone, its start was cut short | forget |
 //! | wanted stopped | starting or ready | stop |
 //! | wanted stopped | nothing | report stopped |
 //! | not ended | gone | report how it ended; one that is wanted and lost its lease: forget |
 //! | ended, another epoch or owner, or no record | gone | forget |
 //! | ended, another epoch or owner, or no record | anything else | stop |
+//!
+//! A guest executes its first instruction only once the record says, under its epoch, that it was let:
+//! until then the cluster may give the sandbox to another node as soon as this one cannot be reached.
+//! Everything else of a start goes on meanwhile.
 //!
 //! A guest that was frozen to be sealed thaws only after the cluster has taken the report that it
 //! does: a seal that was reported, or may have been, may be resumed elsewhere at any moment. One that
@@ -51,6 +57,8 @@ const REASON_CHARS: usize = 4096;
 pub enum Step {
     /// Start a sandbox here.
     Start(SandboxId),
+    /// Let a guest execute its first instruction.
+    Begin(SandboxId),
     /// End a sandbox here.
     Stop(SandboxId),
     /// Seal a sandbox here.
@@ -90,6 +98,7 @@ impl Step {
     pub const fn sandbox(&self) -> Option<SandboxId> {
         match self {
             Self::Start(id)
+            | Self::Begin(id)
             | Self::Stop(id)
             | Self::Thaw(id)
             | Self::Forget(id)
@@ -185,13 +194,17 @@ fn for_record(
     match &seen.state {
         // It ended for want of a lease, and is still ours: it begins again with the next one.
         ObservedState::Gone(End::LeaseLost { .. }) if runs && is_bound => Some(Step::Forget(id)),
-        // Whoever began it told nobody: it may begin again.
-        ObservedState::Gone(End::Unfinished { .. }) if runs && record.phase == Phase::Starting => {
+        // Whoever began it told nobody, or nothing of it has run: it may begin again.
+        ObservedState::Gone(End::Unfinished { .. })
+            if runs && (record.phase == Phase::Starting || record.not_begun) =>
+        {
             Some(Step::Forget(id))
         }
         ObservedState::Gone(end) => report(ended_report(end)),
         ObservedState::Releasing => None,
         _ if !wanted => Some(Step::Stop(id)),
+        ObservedState::Starting if !seen.let_begin && record.not_begun => report(Report::Begins),
+        ObservedState::Starting if !seen.let_begin => Some(Step::Begin(id)),
         ObservedState::Starting | ObservedState::Sealing => None,
         ObservedState::Ready(versions) => match record.phase {
             Phase::Starting | Phase::Resuming => report(Report::Running(versions.clone())),

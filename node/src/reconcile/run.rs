@@ -140,6 +140,7 @@ impl Reconciler {
         let subject = step.sandbox();
         match step {
             Step::Start(id) => self.start(id).await,
+            Step::Begin(id) => self.registry.begin(id),
             Step::Stop(id) => self.registry.stop(id),
             Step::Seal { id, pause } => self.registry.seal(id, pause),
             Step::Thaw(id) => self.registry.thaw(id),
@@ -192,6 +193,7 @@ impl Reconciler {
             keep_warm,
             id,
             epoch: record.epoch,
+            let_begin: !record.not_begun,
             template: record.spec.template.clone(),
             origin,
             // The API bounds what may be asked for far below.

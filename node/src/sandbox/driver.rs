@@ -163,15 +163,24 @@ impl Driver {
             let mark = Instant::now();
             held.make_disk(&self.host, base, spec.disk).await?;
             timings.disk = mark.elapsed();
-            let mark = Instant::now();
-            timings.vmm = held.start_vmm(&self.host, spec, None).await?;
-            timings.shim = mark.elapsed().saturating_sub(timings.vmm);
             Ok(())
         }
         .await;
         if let Err(err) = acquired {
             return Some(start_failed(&err));
         }
+        // Its guest boots as soon as there is a VMM.
+        let mark = Instant::now();
+        if let Err(over) = self.unless_over(None, self.shared.let_begin()).await {
+            return over;
+        }
+        timings.word = mark.elapsed();
+        let mark = Instant::now();
+        match held.start_vmm(&self.host, spec, None).await {
+            Ok(took) => timings.vmm = took,
+            Err(err) => return Some(start_failed(&err)),
+        }
+        timings.shim = mark.elapsed().saturating_sub(timings.vmm);
         if spec.keep_warm
             && let Some(over) = self.keep_warm(spec, base, held, &mut timings).await
         {

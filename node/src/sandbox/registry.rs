@@ -40,6 +40,8 @@ pub struct Observed {
     pub epoch: Epoch,
     /// Where it stands.
     pub state: ObservedState,
+    /// Whether its guest was let execute its first instruction.
+    pub let_begin: bool,
     /// How long nobody has used it.
     pub idle_for: Duration,
     /// Whether the cluster is to be told about a warm snapshot: made of it, or found spoilt by it.
@@ -106,6 +108,8 @@ const ORDERS: usize = 1;
 /// What a driver tells everybody else about its sandbox.
 pub(super) struct Shared {
     epoch: Epoch,
+    /// Cancelled once its guest may execute its first instruction.
+    begin: CancellationToken,
     paths: SandboxPaths,
     changed: Arc<watch::Sender<()>>,
     told: Mutex<Told>,
@@ -149,10 +153,16 @@ impl Shared {
         };
         Self {
             epoch,
+            begin: CancellationToken::new(),
             paths,
             changed,
             told: Mutex::new(told),
         }
+    }
+
+    /// Waits until the guest may execute its first instruction.
+    pub(super) async fn let_begin(&self) {
+        self.begin.cancelled().await;
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
@@ -254,6 +264,7 @@ impl Shared {
         Observed {
             epoch: self.epoch,
             state,
+            let_begin: self.begin.is_cancelled(),
             idle_for: told.last_used.elapsed(),
             has_warm: told.warm.is_some(),
         }
@@ -294,7 +305,7 @@ impl Registry {
     /// been given out again since is refused.
     pub fn start(&self, spec: StartSpec) {
         let id = spec.id;
-        if let Some(driver) = self.enter(id, spec.epoch) {
+        if let Some(driver) = self.enter(id, spec.epoch, spec.let_begin) {
             let span = info_span!(parent: None, "sandbox", %id, epoch = %spec.epoch);
             self.tasks.spawn(span, driver.start(spec));
         }
@@ -303,7 +314,8 @@ impl Registry {
     /// Takes over a sandbox that an earlier daemon started.
     pub(super) fn adopt(&self, id: SandboxId, held: Held) {
         let epoch = held.record.epoch();
-        if let Some(driver) = self.enter(id, epoch) {
+        // What an earlier daemon left was let begin, or ends now.
+        if let Some(driver) = self.enter(id, epoch, true) {
             let span = info_span!(parent: None, "sandbox", %id, %epoch);
             self.tasks.spawn(span, driver.adopt(held));
         }
@@ -312,9 +324,17 @@ impl Registry {
     /// Releases what an earlier daemon left of a sandbox that has ended.
     pub(super) fn bury(&self, id: SandboxId, held: Held, end: End) {
         let epoch = held.record.epoch();
-        if let Some(driver) = self.enter(id, epoch) {
+        // What an earlier daemon left was let begin, or ends now.
+        if let Some(driver) = self.enter(id, epoch, true) {
             let span = info_span!(parent: None, "sandbox", %id, %epoch);
             self.tasks.spawn(span, driver.bury(held, end));
+        }
+    }
+
+    /// Lets a guest execute its first instruction.
+    pub fn begin(&self, id: SandboxId) {
+        if let Some(shared) = self.shared(id) {
+            shared.begin.cancel();
         }
     }
 
@@ -485,9 +505,12 @@ impl Registry {
     }
 
     /// Makes room for a sandbox; `None` where it is known already, or `epoch` overtaken.
-    fn enter(&self, id: SandboxId, epoch: Epoch) -> Option<Driver> {
+    fn enter(&self, id: SandboxId, epoch: Epoch, let_begin: bool) -> Option<Driver> {
         let paths = self.host.data.sandbox(id);
         let shared = Arc::new(Shared::new(epoch, paths, Arc::clone(&self.changed)));
+        if let_begin {
+            shared.begin.cancel();
+        }
         let stop = CancellationToken::new();
         let (orders, received) = mpsc::channel(ORDERS);
         let entry = Entry {

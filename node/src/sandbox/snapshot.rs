@@ -169,6 +169,9 @@ impl Driver {
         held: &mut Held,
         timings: &mut StartTimings,
     ) -> Result<ReadyFacts, AcquireError> {
+        let asked = Instant::now();
+        self.shared.let_begin().await;
+        timings.word = asked.elapsed();
         let began = Instant::now();
         if let Some(shim) = &held.shim {
             shim.thaw().await?;

@@ -35,6 +35,9 @@ pub struct StartSpec {
     pub disk: Mib,
     /// Whether its guest is to be kept as it is when it has booted, for others to start from.
     pub keep_warm: bool,
+    /// Whether its guest may execute its first instruction at once; otherwise it waits for
+    /// [`Registry::begin`](super::Registry::begin), and nobody minds if it is dropped before.
+    pub let_begin: bool,
     /// Whether it may run only under this node's lease, because the cluster may give its
     /// ownership out again without this node's word. The lease must have been written before.
     pub lease_bound: bool,
@@ -121,6 +124,8 @@ pub struct StartTimings {
     pub slot: Duration,
     /// Root disk overlay made.
     pub disk: Duration,
+    /// Waited, with nothing else left to do, for the cluster's word that the guest may begin.
+    pub word: Duration,
     /// Shim started, without its VMM.
     pub shim: Duration,
     /// VMM started, from its spawn to its first answer.
@@ -185,6 +190,7 @@ impl StartTimings {
             record,
             slot,
             disk,
+            word,
             shim,
             vmm,
             guest,
@@ -192,6 +198,6 @@ impl StartTimings {
             kept,
             way: _,
         } = *self;
-        record + slot + disk + shim + vmm + guest + setup + kept
+        record + slot + disk + word + shim + vmm + guest + setup + kept
     }
 }

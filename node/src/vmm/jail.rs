@@ -7,20 +7,23 @@
 //! A VMM keeps one capability, that of reading files and entering directories: images may lie
 //! below a directory that only a person, not root, may enter. It loses all others, may gain none,
 //! writes no core files (they would hold the guest's memory) and holds only the descriptors
-//! named. It still has root's user id, so it may write what belongs to root; handing it its files
-//! as descriptors and an id of its own is the next step.
+//! named. It still has root's user id; what that may write and run can be cut down to a few files
+//! ([`FileRules`], by Landlock). Handing it its files as descriptors and an id of its own is the next
+//! step.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, Pid, getppid};
 
 /// Descriptors a VMM may have open: its own few dozen, with room for threads and block jobs.
@@ -35,6 +38,7 @@ const CAPABILITY_END: libc::c_ulong = 64;
 pub struct Jail {
     netns: Option<OwnedFd>,
     inherit: Vec<RawFd>,
+    rules: Option<FileRules>,
 }
 
 impl Jail {
@@ -45,7 +49,16 @@ impl Jail {
         Self {
             netns,
             inherit: inherit.iter().map(AsRawFd::as_raw_fd).collect(),
+            rules: None,
         }
+    }
+
+    /// As it is, and writing and running only what `rules` allow; all of it, where the kernel has
+    /// no such rules.
+    #[must_use]
+    pub fn with_rules(mut self, rules: Option<FileRules>) -> Self {
+        self.rules = rules;
+        self
     }
 
     /// Makes `command` start inside this jail, bound to the life of the calling thread.
@@ -65,6 +78,9 @@ impl Jail {
         setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES)?;
         drop_capabilities()?;
         prctl::set_no_new_privs()?;
+        if let Some(rules) = &self.rules {
+            rules.restrict()?;
+        }
         close_on_exec_from(3)?;
         for &fd in &self.inherit {
             // SAFETY: the parent keeps these descriptors open until the child was started.
@@ -78,6 +94,111 @@ impl Jail {
         } else {
             Err(Errno::ESRCH)
         }
+    }
+}
+
+/// What a child may still do to files: reading is not touched, everything that changes or runs one
+/// is refused unless it is allowed here. Its open descriptors are not affected, and neither are
+/// memfds.
+#[derive(Debug)]
+pub struct FileRules {
+    ruleset: OwnedFd,
+    truncation: bool,
+}
+
+/// What may be done to a file, or to all below a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// Being run, as a program or as its loader.
+    Run,
+    /// Being written and cut short.
+    Write,
+    /// Having sockets made in it.
+    MakeSockets,
+}
+
+/// `LANDLOCK_ACCESS_FS_EXECUTE`, and so on; see `landlock(7)`.
+const LANDLOCK_EXECUTE: u64 = 1;
+const LANDLOCK_WRITE_FILE: u64 = 1 << 1;
+const LANDLOCK_MAKE_SOCK: u64 = 1 << 9;
+const LANDLOCK_TRUNCATE: u64 = 1 << 14;
+/// Removing and making files and directories of all kinds.
+const LANDLOCK_CHANGES: u64 = 0b1_1111_1111 << 4;
+/// From this version of the interface on, cutting a file short is a right of its own.
+const LANDLOCK_WITH_TRUNCATE: libc::c_long = 3;
+/// `LANDLOCK_CREATE_RULESET_VERSION`.
+const LANDLOCK_TELL_VERSION: libc::c_uint = 1;
+/// `LANDLOCK_RULE_PATH_BENEATH`.
+const LANDLOCK_BENEATH: libc::c_int = 1;
+
+impl FileRules {
+    /// Rules that allow nothing; `None` where the kernel has none.
+    ///
+    /// # Errors
+    /// The kernel has no descriptor to give.
+    pub fn nothing() -> io::Result<Option<Self>> {
+        let (none, tell) = (std::ptr::null::<u64>(), LANDLOCK_TELL_VERSION);
+        // SAFETY: asked for the version alone, with no attributes to read.
+        let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0, tell) };
+        if version < 1 {
+            return Ok(None);
+        }
+        let truncation = version >= LANDLOCK_WITH_TRUNCATE;
+        let mut handled = LANDLOCK_EXECUTE | LANDLOCK_WRITE_FILE | LANDLOCK_CHANGES;
+        if truncation {
+            handled |= LANDLOCK_TRUNCATE;
+        }
+        let (attributes, length) = (&raw const handled, size_of_val(&handled));
+        // SAFETY: the attributes are one integer, which lives through the call.
+        let fd = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, attributes, length, 0) };
+        let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| io::ErrorKind::InvalidData)?;
+        // SAFETY: the kernel has just handed us this descriptor, and nobody else knows it.
+        let ruleset = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Some(Self {
+            ruleset,
+            truncation,
+        }))
+    }
+
+    /// Allows something at `path`, and below it if it is a directory. One that is not there needs
+    /// no rule.
+    ///
+    /// # Errors
+    /// The kernel refused, or the path cannot be opened.
+    pub fn allow(&self, path: &Path, allowed: Allowed) -> io::Result<()> {
+        #[repr(C, packed)]
+        struct Beneath {
+            allowed: u64,
+            parent: i32,
+        }
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let place = match open(path, flags, Mode::empty()) {
+            Err(Errno::ENOENT) => return Ok(()),
+            opened => opened?,
+        };
+        let rule = Beneath {
+            allowed: match allowed {
+                Allowed::Run => LANDLOCK_EXECUTE,
+                Allowed::Write if self.truncation => LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE,
+                Allowed::Write => LANDLOCK_WRITE_FILE,
+                Allowed::MakeSockets => LANDLOCK_MAKE_SOCK,
+            },
+            parent: place.as_raw_fd(),
+        };
+        let (fd, kind) = (self.ruleset.as_raw_fd(), LANDLOCK_BENEATH);
+        // SAFETY: `rule` is laid out as the kernel wants it, and lives through the call, as does
+        // the descriptor in it.
+        let added =
+            unsafe { libc::syscall(libc::SYS_landlock_add_rule, fd, kind, &raw const rule, 0) };
+        Ok(Errno::result(added).map(drop)?)
+    }
+
+    /// Puts the calling thread under these rules, and whatever it runs.
+    fn restrict(&self) -> Result<(), Errno> {
+        let fd = self.ruleset.as_raw_fd();
+        // SAFETY: takes two integers and touches no memory of ours.
+        let restricted = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, fd, 0) };
+        Errno::result(restricted).map(drop)
     }
 }
 
@@ -192,4 +313,61 @@ fn close_on_exec_from(first: libc::c_uint) -> Result<(), Errno> {
         )
     };
     Errno::result(marked).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `script` in a shell under `rules`; whether it succeeded.
+    fn runs(script: &str, rules: Option<FileRules>) -> bool {
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(script);
+        command.stderr(std::process::Stdio::null());
+        Jail::new(None, &[]).with_rules(rules).confine(&mut command);
+        command.status().is_ok_and(|status| status.success())
+    }
+
+    fn rules(allowed: &[(&Path, Allowed)]) -> Option<FileRules> {
+        let rules = FileRules::nothing().expect("a ruleset");
+        if let Some(rules) = &rules {
+            for shell in ["/bin/sh", "/lib", "/lib64", "/usr/lib"] {
+                rules.allow(Path::new(shell), Allowed::Run).expect("added");
+            }
+            for (path, allowed) in allowed {
+                rules.allow(path, *allowed).expect("added");
+            }
+        }
+        rules
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_neither_written_nor_made_nor_run() {
+        let home = tempfile::tempdir().expect("tempdir");
+        let file = home.path().join("file");
+        std::fs::write(&file, "old").expect("written");
+        let name = file.display();
+        let overwrite = format!("echo new > {name}");
+        let (make, remove) = (format!("echo > {name}2"), format!("rm {name}"));
+        if rules(&[]).is_none() {
+            return;
+        }
+        assert!(runs(
+            &format!("read x < {name}; [ \"$x\" ]; true"),
+            rules(&[])
+        ));
+        for refused in [&overwrite, &make, &remove, "/usr/bin/env true"] {
+            assert!(!runs(refused, rules(&[])), "{refused}");
+        }
+        assert!(runs(&overwrite, rules(&[(&file, Allowed::Write)])));
+        assert!(!runs(&make, rules(&[(&file, Allowed::Write)])));
+        assert_eq!(std::fs::read(&file).expect("there"), b"new\n");
+    }
+
+    #[test]
+    fn a_path_that_is_not_there_needs_no_rule() {
+        let Some(rules) = rules(&[]) else { return };
+        let nowhere = Path::new("/nonexistent/place");
+        rules.allow(nowhere, Allowed::Write).expect("nothing to do");
+    }
 }

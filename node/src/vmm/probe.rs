@@ -5,9 +5,15 @@
 //! sandboxes will boot, told to say [`OK_LINE`] on its console, first under KVM and, if that does
 //! not come in time, under TCG. The whole of it is bounded by the two timeouts.
 //!
-//! A good outcome is remembered in a file beside what it depends on (QEMU, kernel, initramfs,
-//! this boot of the host), so that a restarted node does not boot probes. A crash leaves nothing:
-//! the probe's guest dies with the thread that runs it.
+//! Cloud Hypervisor is tried under KVM only, and has to lay its guest open once before the guest
+//! counts: there are KVMs on which its save fails (one that has no state of nested guests), and
+//! builds whose own filter of system calls ends them in the middle of it. Either would lose the
+//! first sandbox that is paused.
+//!
+//! An outcome is remembered in a file beside what it depends on (VMM, kernel, initramfs, this boot
+//! of the host), so that a restarted node does not boot probes; of a VMM that is only to be
+//! preferred, a bad one as well. A crash leaves nothing: the probe's guest dies with the thread that
+//! runs it.
 
 use std::fs;
 use std::io::{self, Read};
@@ -26,7 +32,7 @@ use tracing::info;
 use crate::base::chain::chain;
 use crate::pager::memory::GuestMemory;
 use crate::vmm::cmdline::GuestArgs;
-use crate::vmm::{Accelerator, Driver, VmmSpec, spawn};
+use crate::vmm::{Accelerator, Driver, UnknownVersion, Vmm, VmmSpec, hardware_of, spawn};
 
 /// What a guest that runs prints on its console.
 pub const OK_LINE: &str = "wrenn-probe: ok";
@@ -39,7 +45,9 @@ const TCG_TIMEOUT: Duration = Duration::from_secs(45);
 /// Memory of a probe's guest: its kernel, its initramfs, and room.
 const MEMORY: Mib = Mib(256);
 /// The layout of the remembered outcome.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// In the place of an accelerator's name, where none works.
+const NONE: &str = "none";
 /// How much console is searched. A boot without trouble prints a few lines.
 const MAX_CONSOLE_BYTES: usize = 1 << 20;
 /// The end of the console that a failed attempt quotes.
@@ -50,14 +58,18 @@ const KVM_DEVICE: &str = "/dev/kvm";
 /// What is to be tried.
 #[derive(Clone, Debug)]
 pub struct ProbeRequest {
-    /// QEMU's executable.
-    pub qemu: PathBuf,
+    /// Which hypervisor.
+    pub driver: Driver,
+    /// Its executable.
+    pub program: PathBuf,
     /// The kernel of the sandboxes.
     pub kernel: PathBuf,
     /// Their initramfs.
     pub initramfs: PathBuf,
-    /// Where a good outcome is remembered; `None` to try anew.
+    /// Where the outcome is remembered; `None` to try anew.
     pub cache: Option<PathBuf>,
+    /// Whether a bad outcome is remembered too: where the node can do with another hypervisor.
+    pub forgoable: bool,
 }
 
 /// How one accelerator did.
@@ -80,7 +92,7 @@ pub struct ProbeOutcome {
     pub attempts: Vec<Attempt>,
     /// Whether this was remembered from an earlier start.
     pub remembered: bool,
-    /// What QEMU calls its version.
+    /// What the hypervisor calls its version.
     pub version: String,
 }
 
@@ -88,13 +100,21 @@ pub struct ProbeOutcome {
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// QEMU itself does not run.
-    #[error("run {qemu:?}")]
-    Qemu {
+    /// The hypervisor itself does not run.
+    #[error("run {program:?}")]
+    Program {
         /// The executable.
-        qemu: PathBuf,
+        program: PathBuf,
         /// What the kernel said.
         source: io::Error,
+    },
+    /// It is a release that we do not know.
+    #[error("use {program:?}")]
+    Version {
+        /// The executable.
+        program: PathBuf,
+        /// Which release.
+        source: UnknownVersion,
     },
     /// The kernel or the initramfs is not there.
     #[error("look at {path:?}")]
@@ -123,7 +143,7 @@ struct Remembered {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Key {
-    qemu: String,
+    program: String,
     kernel: String,
     initramfs: String,
     boot: String,
@@ -137,14 +157,18 @@ struct Key {
 /// See [`ProbeError`].
 pub fn probe(request: &ProbeRequest) -> Result<ProbeOutcome, ProbeError> {
     let key = key(request)?;
-    if let Some(outcome) = recall(request.cache.as_deref(), &key) {
-        return Ok(outcome);
+    let known = |source| ProbeError::Version {
+        program: request.program.clone(),
+        source,
+    };
+    hardware_of(request.driver, &key.program, Accelerator::Kvm).map_err(known)?;
+    match recall(request.cache.as_deref(), &key) {
+        Some(Err(_)) if !request.forgoable => {}
+        Some(outcome) => return outcome,
+        None => {}
     }
     let mut attempts = Vec::new();
-    for (accelerator, timeout) in [
-        (Accelerator::Kvm, KVM_TIMEOUT),
-        (Accelerator::Tcg, TCG_TIMEOUT),
-    ] {
+    for &(accelerator, timeout) in accelerators_of(request.driver) {
         let attempt = if accelerator == Accelerator::Kvm && !key.kvm_device {
             failed(accelerator, format!("there is no {KVM_DEVICE}"))
         } else {
@@ -159,8 +183,8 @@ pub fn probe(request: &ProbeRequest) -> Result<ProbeOutcome, ProbeError> {
         let ok = attempt.ok;
         attempts.push(attempt);
         if ok {
-            let version = key.qemu.clone();
-            remember(request.cache.as_deref(), key, accelerator, &attempts);
+            let version = key.program.clone();
+            remember(request.cache.as_deref(), key, Some(accelerator), &attempts);
             return Ok(ProbeOutcome {
                 accelerator,
                 attempts,
@@ -169,7 +193,22 @@ pub fn probe(request: &ProbeRequest) -> Result<ProbeOutcome, ProbeError> {
             });
         }
     }
+    if request.forgoable {
+        remember(request.cache.as_deref(), key, None, &attempts);
+    }
     Err(ProbeError::NoneWorks { attempts })
+}
+
+/// What `driver` can run under, the best first, and how long that may take.
+fn accelerators_of(driver: Driver) -> &'static [(Accelerator, Duration)] {
+    const BOTH: [(Accelerator, Duration); 2] = [
+        (Accelerator::Kvm, KVM_TIMEOUT),
+        (Accelerator::Tcg, TCG_TIMEOUT),
+    ];
+    match driver {
+        Driver::Qemu => &BOTH,
+        Driver::CloudHypervisor => &BOTH[..1],
+    }
 }
 
 fn attempt(request: &ProbeRequest, accelerator: Accelerator, timeout: Duration) -> Attempt {
@@ -195,8 +234,8 @@ fn failed(accelerator: Accelerator, detail: String) -> Attempt {
 /// Boots one guest and waits for its word. The reason of a failure is for people.
 fn boot(request: &ProbeRequest, accelerator: Accelerator, deadline: Instant) -> Result<(), String> {
     let spec = VmmSpec {
-        driver: Driver::Qemu,
-        program: request.qemu.clone(),
+        driver: request.driver,
+        program: request.program.clone(),
         accelerator,
         kernel: request.kernel.clone(),
         initramfs: request.initramfs.clone(),
@@ -216,14 +255,27 @@ fn boot(request: &ProbeRequest, accelerator: Accelerator, deadline: Instant) -> 
         let _ended = stderr.read_to_end(&mut text);
         text
     });
-    let said = await_word(&mut started.console, deadline);
+    let saves = match request.driver {
+        Driver::Qemu => Ok(()),
+        Driver::CloudHypervisor => save_once(&*started.vmm, deadline),
+    };
+    let said = saves.and_then(|()| await_word(&mut started.console, deadline));
     // Dropping the VMM kills and reaps it, and that ends its streams.
     drop(started.vmm);
     let complaints = complaints.join().unwrap_or_default();
     said.map_err(|reason| match last_line(&complaints) {
-        Some(line) => format!("{reason}; QEMU said: {line}"),
+        Some(line) => format!("{reason}; the VMM said: {line}"),
         None => reason,
     })
+}
+
+/// Lays a guest open that has just begun to boot, and lets it go on.
+fn save_once(vmm: &dyn Vmm, deadline: Instant) -> Result<(), String> {
+    let failed = |err: &dyn std::error::Error| format!("it cannot be saved: {}", chain(err));
+    let file = tempfile::tempfile().map_err(|err| failed(&err))?;
+    let saved = vmm.save_state(file.as_fd(), deadline);
+    let gone_on = saved.and_then(|()| vmm.resume(deadline));
+    gone_on.map_err(|err| failed(&err))
 }
 
 fn await_word(console: &mut UnixStream, deadline: Instant) -> Result<(), String> {
@@ -295,7 +347,7 @@ fn describe(attempts: &[Attempt]) -> String {
 
 fn key(request: &ProbeRequest) -> Result<Key, ProbeError> {
     Ok(Key {
-        qemu: qemu_version(&request.qemu)?,
+        program: version_of(&request.program)?,
         kernel: fingerprint(&request.kernel)?,
         initramfs: fingerprint(&request.initramfs)?,
         boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
@@ -303,13 +355,13 @@ fn key(request: &ProbeRequest) -> Result<Key, ProbeError> {
     })
 }
 
-fn qemu_version(qemu: &Path) -> Result<String, ProbeError> {
-    let output = Command::new(qemu)
+fn version_of(program: &Path) -> Result<String, ProbeError> {
+    let output = Command::new(program)
         .arg("--version")
         .stdin(Stdio::null())
         .output()
-        .map_err(|source| ProbeError::Qemu {
-            qemu: qemu.to_owned(),
+        .map_err(|source| ProbeError::Program {
+            program: program.to_owned(),
             source,
         })?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -331,30 +383,39 @@ fn fingerprint(path: &Path) -> Result<String, ProbeError> {
     ))
 }
 
-fn recall(cache: Option<&Path>, key: &Key) -> Option<ProbeOutcome> {
+fn recall(cache: Option<&Path>, key: &Key) -> Option<Result<ProbeOutcome, ProbeError>> {
     let content = fs::read(cache?).ok()?;
     // Whatever cannot be read, or is of another version, is as good as not there.
     let remembered: Remembered = serde_json::from_slice(&content).ok()?;
     if remembered.version != VERSION || remembered.key != *key {
         return None;
     }
-    Some(ProbeOutcome {
+    let attempts = remembered.attempts;
+    if remembered.accelerator == NONE {
+        return Some(Err(ProbeError::NoneWorks { attempts }));
+    }
+    Some(Ok(ProbeOutcome {
         accelerator: Accelerator::from_name(&remembered.accelerator)?,
-        attempts: remembered.attempts,
+        attempts,
         remembered: true,
-        version: remembered.key.qemu,
-    })
+        version: remembered.key.program,
+    }))
 }
 
 /// Best effort: without it the next start boots a probe again.
-fn remember(cache: Option<&Path>, key: Key, accelerator: Accelerator, attempts: &[Attempt]) {
+fn remember(
+    cache: Option<&Path>,
+    key: Key,
+    accelerator: Option<Accelerator>,
+    attempts: &[Attempt],
+) {
     let Some(cache) = cache else {
         return;
     };
     let remembered = Remembered {
         version: VERSION,
         key,
-        accelerator: accelerator.name().to_owned(),
+        accelerator: accelerator.map_or(NONE, Accelerator::name).to_owned(),
         attempts: attempts.to_vec(),
     };
     if let Ok(content) = serde_json::to_vec(&remembered) {
@@ -370,7 +431,7 @@ mod tests {
 
     fn key() -> Key {
         Key {
-            qemu: "QEMU 7.2".into(),
+            program: "QEMU 7.2".into(),
             kernel: "k".into(),
             initramfs: "i".into(),
             boot: "b".into(),
@@ -383,17 +444,21 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let cache = dir.path().join("probe.json");
         let attempts = [failed(Accelerator::Kvm, "aborted".into())];
-        remember(Some(&cache), key(), Accelerator::Tcg, &attempts);
+        remember(Some(&cache), key(), Some(Accelerator::Tcg), &attempts);
         let outcome = recall(Some(&cache), &key()).expect("remembered");
+        let outcome = outcome.expect("a good one");
         assert_eq!(outcome.accelerator, Accelerator::Tcg);
         assert_eq!(outcome.attempts, attempts);
         let upgraded = Key {
-            qemu: "QEMU 10".into(),
+            program: "QEMU 10".into(),
             ..key()
         };
-        assert_eq!(recall(Some(&cache), &upgraded), None);
+        assert!(recall(Some(&cache), &upgraded).is_none());
+        remember(Some(&cache), key(), None, &attempts);
+        let outcome = recall(Some(&cache), &key()).expect("remembered");
+        assert!(matches!(outcome, Err(ProbeError::NoneWorks { .. })));
         fs::write(&cache, "not JSON").expect("spoiled");
-        assert_eq!(recall(Some(&cache), &key()), None);
+        assert!(recall(Some(&cache), &key()).is_none());
     }
 
     #[test]
@@ -405,7 +470,9 @@ mod tests {
     #[test]
     fn a_missing_image_is_named() {
         let request = ProbeRequest {
-            qemu: "/bin/true".into(),
+            driver: Driver::Qemu,
+            program: "/bin/true".into(),
+            forgoable: false,
             kernel: "/nonexistent/vmlinuz".into(),
             initramfs: "/nonexistent/initramfs".into(),
             cache: None,

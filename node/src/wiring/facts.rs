@@ -18,7 +18,8 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{BOOTSTRAP_KEY_FILE, Chosen, READY_FILE, RunError, disk, host};
+use super::hypervisor::Chosen;
+use super::{BOOTSTRAP_KEY_FILE, READY_FILE, RunError, disk, host};
 use crate::base::chain::chain;
 use crate::cluster::{ProposeError, Proposer};
 use crate::config::Config;
@@ -81,6 +82,7 @@ impl Announcement {
                 version: version::PRODUCT.to_owned(),
                 templates: held,
                 tags: config.tags.clone(),
+                asks_first: true,
                 ..Node::default()
             },
             templates: catalog

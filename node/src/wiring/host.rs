@@ -4,90 +4,23 @@ use std::fs::File;
 use std::io;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use raft::state::Resources;
-use tokio::task;
-use tracing::info;
 
-use super::{Chosen, RunError, disk};
-use crate::config::{AcceleratorChoice, Config};
+use super::hypervisor::Chosen;
+use super::{RunError, disk};
+use crate::config::Config;
 use crate::net::{SlotPool, SlotTag};
 use crate::sandbox::paging::Paging;
 use crate::sandbox::{Host, Keeping, WarmStarts};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
-use crate::vmm::probe::{ProbeOutcome, ProbeRequest, probe};
-use crate::vmm::{Accelerator, Driver, hardware_of};
 
 /// Digits of a slot tag, in base 36.
 const TAG_DIGITS: usize = 4;
 /// Digits of the hash by which guests of the same releases are told apart.
 const IMAGES_DIGITS: usize = 16;
-
-/// Decides what runs guests, by running one.
-pub(super) async fn choose_vmm(
-    config: &Config,
-    catalog: &Catalog,
-    paths: &DataPaths,
-) -> Result<Chosen, RunError> {
-    let cache = paths.cache().join("probe.json");
-    let request = probe_request(config, catalog.guest(), Some(cache));
-    let program = request.qemu.clone();
-    let probed = task::spawn_blocking(move || probe(&request)).await;
-    let outcome = probed.map_err(|err| RunError::Broke(err.to_string()))??;
-    for attempt in &outcome.attempts {
-        let remembered = outcome.remembered;
-        let (name, ok, detail) = (&attempt.accelerator, attempt.ok, &attempt.detail);
-        info!(
-            accelerator = name,
-            ok, detail, remembered, "tried to run a guest"
-        );
-    }
-    let accelerator = pick(config.accelerator, &outcome)?;
-    let driver = Driver::Qemu;
-    Ok(Chosen {
-        program,
-        hardware: hardware_of(driver, &outcome.version, accelerator)?,
-        version: outcome.version,
-        accelerator,
-        driver,
-    })
-}
-
-/// What the probe is to try.
-pub(super) fn probe_request(
-    config: &Config,
-    guest: &GuestImages,
-    cache: Option<PathBuf>,
-) -> ProbeRequest {
-    ProbeRequest {
-        qemu: find_program(&config.qemu),
-        kernel: guest.kernel.clone(),
-        initramfs: guest.initramfs.clone(),
-        cache,
-    }
-}
-
-fn pick(choice: AcceleratorChoice, outcome: &ProbeOutcome) -> Result<Accelerator, RunError> {
-    let wanted = match choice {
-        AcceleratorChoice::Auto => return Ok(outcome.accelerator),
-        AcceleratorChoice::Kvm => Accelerator::Kvm,
-        AcceleratorChoice::Tcg => Accelerator::Tcg,
-    };
-    let tried = outcome
-        .attempts
-        .iter()
-        .find(|attempt| attempt.accelerator == wanted.name());
-    match tried {
-        Some(attempt) if !attempt.ok => Err(RunError::Accelerator {
-            wanted: wanted.name(),
-            why: attempt.detail.clone(),
-        }),
-        // Emulation is not tried where KVM works; it needs nothing that KVM does not.
-        Some(_) | None => Ok(wanted),
-    }
-}
 
 /// What all sandboxes of this node share.
 pub(super) fn of(
@@ -142,18 +75,6 @@ pub(super) fn capacity(config: &Config) -> Resources {
         disk: config.capacity.disk,
         sandboxes: u32::from(config.slot_count),
     }
-}
-
-/// Where a program lies; a bare name is looked up in `PATH`, as a shell would.
-fn find_program(program: &Path) -> PathBuf {
-    if program.components().count() > 1 {
-        return program.to_owned();
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut places = std::env::split_paths(&path).map(|dir| dir.join(program));
-    places
-        .find(|place| place.is_file())
-        .unwrap_or_else(|| program.to_owned())
 }
 
 /// The tag of the node whose slots begin at `base`: nodes of one host have other bases.

@@ -19,6 +19,7 @@ mod facts;
 pub(crate) mod fuzzing;
 mod guests;
 mod host;
+mod hypervisor;
 mod info;
 mod lease;
 mod member;
@@ -33,7 +34,7 @@ mod upkeep;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -71,7 +72,6 @@ use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataDir, DataPaths, Store, durable};
 use crate::template::Catalog;
-use crate::vmm::{Accelerator, Driver, Hardware};
 
 /// The id of the node that founds a cluster; later ones get theirs from the log.
 const FOUNDER: NodeId = NodeId(1);
@@ -184,7 +184,7 @@ impl Running {
         );
         cluster_tasks.spawn(info_span!("membership"), remember);
 
-        let chosen = host::choose_vmm(&config, &catalog, paths).await?;
+        let chosen = hypervisor::choose(&config, &catalog, paths).await?;
         let (slot_tasks, tasks, api_tasks) = (Tasks::new(), Tasks::new(), Tasks::new());
         let leftovers = adopt::scan(paths)
             .await
@@ -524,16 +524,9 @@ pub async fn clean_up(data_dir: &Path) -> Result<(), RunError> {
 /// [`RunError::Images`] and [`RunError::Probe`].
 pub fn probe_accelerator(config: &Config) -> Result<String, RunError> {
     let guest = crate::template::find_guest(&config.images_dir)?;
-    let outcome = crate::vmm::probe::probe(&host::probe_request(config, &guest, None))?;
-    let tried = outcome.attempts.iter();
-    let tried: Vec<_> = tried
-        .map(|it| format!("{}: {}", it.accelerator, it.detail))
-        .collect();
-    Ok(format!(
-        "{} ({})",
-        outcome.accelerator.name(),
-        tried.join("; ")
-    ))
+    let (chosen, tried) = hypervisor::try_out(config, &guest)?;
+    let (vmm, accelerator) = (chosen.driver.name(), chosen.accelerator.name());
+    Ok(format!("{vmm} and {accelerator} ({})", tried.join("; ")))
 }
 
 /// Finds out how the memory of resumed guests comes on this machine, and says so in a sentence. For
@@ -543,17 +536,6 @@ pub fn probe_accelerator(config: &Config) -> Result<String, RunError> {
 /// No pager can serve: memory is copied before a guest runs.
 pub fn probe_paging() -> Result<String, pager::probe::ProbeError> {
     paging::probe().map(paging::words)
-}
-
-/// The choice of hypervisor, and what led to it.
-#[derive(Clone, Debug)]
-struct Chosen {
-    program: PathBuf,
-    version: String,
-    accelerator: Accelerator,
-    driver: Driver,
-    /// What new guests get.
-    hardware: Hardware,
 }
 
 /// Adds what was tried to an I/O error.

@@ -95,6 +95,17 @@ impl Payload {
     }
 }
 
+/// An empty overlay over an empty raw image, which the payload never touches.
+fn make_disk(home: &Path) -> PathBuf {
+    let (base, overlay) = (home.join("base.raw"), home.join("root.qcow2"));
+    let sparse = File::create(&base).and_then(|file| file.set_len(1 << 20));
+    sparse.expect("made");
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]);
+    run(command.args([&base, &overlay]));
+    overlay
+}
+
 fn run(command: &mut Command) {
     let output = command.output().expect("binutils are installed");
     assert!(output.status.success(), "{command:?}: {output:?}");
@@ -161,7 +172,7 @@ impl World {
             cmdline: "wrenn.probe=1".to_owned(),
             vcpus: 1,
             memory: MEMORY,
-            root_disk: None,
+            root_disk: Some(make_disk(home.path())),
             network: None,
         };
         Some(Self {
@@ -169,6 +180,13 @@ impl World {
             spec,
             payload,
         })
+    }
+
+    /// Its disk lies elsewhere from now on, as on another host.
+    pub(crate) fn move_disk(&mut self, name: &str) {
+        let place = self.home.path().join(name);
+        let disk = self.spec.root_disk.replace(place.clone());
+        std::fs::rename(disk.expect("it has one"), place).expect("moved");
     }
 
     /// A guest that has begun to count.

@@ -218,6 +218,7 @@ impl State {
             Ok(owner) => Sandbox {
                 owner,
                 origin: Some(from),
+                not_begun: self.asks_first(owner),
                 ..fork
             },
             Err(refusal) => Sandbox {

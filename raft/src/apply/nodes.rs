@@ -83,10 +83,26 @@ impl State {
         for node in lost {
             touched.extend(self.shut_out(at, *node));
         }
+        touched.extend(self.forget_who_has_not_begun());
         Applied {
             answer: Ok(Receipt::Done(1)),
             touched,
         }
+    }
+
+    /// Takes everything for begun: the word that let it may be among what was lost of the log.
+    fn forget_who_has_not_begun(&mut self) -> Vec<RowKey> {
+        let waits = self.sandboxes().filter(|it| it.not_begun);
+        let waits: Vec<Sandbox> = waits.cloned().collect();
+        let mut touched = Vec::new();
+        for sandbox in waits {
+            touched.push(RowKey::Sandbox(sandbox.id));
+            self.put_sandbox(Sandbox {
+                not_begun: false,
+                ..sandbox
+            });
+        }
+        touched
     }
 
     /// Refuses a node's key from now on. What it had is settled when it is removed, which has to
@@ -351,6 +367,9 @@ impl State {
         let name = known.name.clone();
         self.put_node(Node { liveness, ..known });
         let mut touched = vec![RowKey::Node(id)];
+        if !liveness.is_alive() {
+            touched.extend(self.place_those_not_begun(at, epoch, id));
+        }
         if verdict == Verdict::Lost {
             let why = format!("its host {name} was lost");
             touched.extend(self.settle_sandboxes(at, epoch, id, false, &why));

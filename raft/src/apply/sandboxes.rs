@@ -65,6 +65,7 @@ impl State {
             owner,
             epoch,
             origin,
+            not_begun: self.asks_first(owner),
             ..new_sandbox(at, NewSandbox { id, team, spec })
         });
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
@@ -169,6 +170,7 @@ impl State {
         if next.phase != Phase::Snapshotting {
             next.checkpoint = None;
         }
+        next.not_begun &= matches!(next.phase, Phase::Starting | Phase::Resuming);
         self.put_sandbox(next);
         touched.extend(self.forget_snapshots(needed));
         touched
@@ -177,8 +179,71 @@ impl State {
     /// Whether the guest is certainly not running, although its owner cannot be asked.
     fn guest_is_dead(&self, sandbox: &Sandbox) -> bool {
         let owner = self.node(sandbox.owner);
+        let away = owner.is_none_or(|node| !node.liveness.is_alive());
+        self.guest_was_killed(sandbox) || away && sandbox.not_begun
+    }
+
+    /// Whether the guest was killed because its owner has lost its lease.
+    fn guest_was_killed(&self, sandbox: &Sandbox) -> bool {
+        let owner = self.node(sandbox.owner);
         let lost = owner.is_none_or(|node| matches!(node.liveness, Liveness::Lost { .. }));
         lost && sandbox.spec.on_host_loss == HostLoss::Restart
+    }
+
+    /// Whether a guest on this node begins only once its owner was let.
+    pub(super) fn asks_first(&self, owner: NodeId) -> bool {
+        self.node(owner).is_some_and(|node| node.asks_first)
+    }
+
+    /// Gives those out again that a node which cannot be reached never began. Whoever nobody can take
+    /// stays: the node may be back.
+    pub(super) fn place_those_not_begun(
+        &mut self,
+        at: Stamp,
+        epoch: Epoch,
+        node: NodeId,
+    ) -> Vec<RowKey> {
+        let held = self.sandboxes_on(node);
+        let waits = |it: &&Sandbox| it.not_begun && it.desired == Desired::Running;
+        let waits: Vec<Sandbox> = held.filter(waits).cloned().collect();
+        let mut touched = Vec::new();
+        for known in waits {
+            // Its own reservation is on a node that nothing is placed on now.
+            if let Ok((owner, origin)) = self.place_again(&known) {
+                let next = Sandbox {
+                    updated_at: at,
+                    ..self.given_out_again(at, epoch, (owner, origin), known)
+                };
+                touched.extend(self.put_next(next));
+            }
+        }
+        touched
+    }
+
+    /// The record of a sandbox that begins anew on another node: from what it was sealed as last, or
+    /// else from its origin or template.
+    fn given_out_again(
+        &self,
+        at: Stamp,
+        epoch: Epoch,
+        (owner, origin): (NodeId, Option<SnapshotId>),
+        known: Sandbox,
+    ) -> Sandbox {
+        let not_begun = self.asks_first(owner);
+        if known.snapshot.is_some() {
+            return resumed(at, epoch, (owner, not_begun), known);
+        }
+        Sandbox {
+            desired: Desired::Running,
+            owner,
+            epoch,
+            phase: Phase::Starting,
+            started_at: None,
+            versions: GuestVersions::default(),
+            origin,
+            not_begun,
+            ..known
+        }
     }
 
     /// Decides about what a node had, now that nobody else will: bound sandboxes of a lost node
@@ -195,7 +260,7 @@ impl State {
         let mut touched = Vec::new();
         for sandbox in held {
             let dead = self.guest_is_dead(&sandbox);
-            if dead || all {
+            if all || self.guest_was_killed(&sandbox) {
                 touched.extend(self.settle(at, epoch, sandbox, dead, why));
             }
         }
@@ -225,17 +290,7 @@ impl State {
             }
         } else if dead && (wanted == Desired::Running || known.snapshot.is_none()) {
             match self.place_again(&known) {
-                Ok((owner, _)) if known.snapshot.is_some() => resumed(at, epoch, owner, known),
-                Ok((owner, origin)) => Sandbox {
-                    desired: Desired::Running,
-                    owner,
-                    epoch,
-                    phase: Phase::Starting,
-                    started_at: None,
-                    versions: GuestVersions::default(),
-                    origin,
-                    ..known
-                },
+                Ok(placed) => self.given_out_again(at, epoch, placed, known),
                 Err(lack) => {
                     let why = format!("{why}; it could not be started elsewhere: {lack}");
                     self.given_up(known, why)
@@ -309,6 +364,7 @@ impl State {
         }
         let known = known.clone();
         let touched = match report {
+            Report::Begins => return self.begin_sandbox(at, known),
             Report::Sealed(sealed) if known.phase == Phase::Snapshotting => {
                 self.seal_checkpoint(at, Epoch(index), known, sealed)
             }
@@ -322,6 +378,25 @@ impl State {
             answer: Ok(Receipt::Done(1)),
             touched,
         }
+    }
+
+    /// Lets a guest begin, once and for all under this epoch.
+    fn begin_sandbox(&mut self, at: Stamp, known: Sandbox) -> Applied {
+        let starts = matches!(known.phase, Phase::Starting | Phase::Resuming);
+        if !starts || known.desired != Desired::Running {
+            let why = "nothing of it is to begin here any more".into();
+            return Applied::untouched(Err(Refusal::Unfit(why)));
+        }
+        if !known.not_begun {
+            return Applied::untouched(Ok(Receipt::Done(0)));
+        }
+        let id = known.id;
+        self.put_sandbox(Sandbox {
+            not_begun: false,
+            updated_at: at,
+            ..known
+        });
+        Applied::touched(Receipt::Done(1), RowKey::Sandbox(id))
     }
 
     pub(super) fn prune_sandboxes(&mut self, ended_before: Stamp) -> Applied {
@@ -363,6 +438,7 @@ pub(super) fn new_sandbox(at: Stamp, new: NewSandbox) -> Sandbox {
         bound_for: None,
         origin: None,
         checkpoint: None,
+        not_begun: false,
     }
 }
 
@@ -388,7 +464,7 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
         next(Desired::Stopped, phase, reason)
     };
     match (known.phase, report) {
-        (Phase::Stopped | Phase::Error | Phase::Paused, _) => None,
+        (Phase::Stopped | Phase::Error | Phase::Paused, _) | (_, Report::Begins) => None,
         (Phase::Stopping, Report::Running(_)) => None,
         (Phase::Running, Report::Running(versions)) if versions == known.versions => None,
         // The guest of a sandbox that is being paused runs until it is frozen.
@@ -402,6 +478,7 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
             started_at: known.started_at.or(Some(at)),
             updated_at: at,
             versions,
+            not_begun: false,
             ..known.clone()
         }),
         (Phase::Pausing | Phase::Snapshotting, Report::Thawed { reason }) => {

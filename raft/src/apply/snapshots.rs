@@ -93,7 +93,8 @@ impl State {
             Ok(owner) => owner,
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
-        self.put_sandbox(resumed(at, epoch, owner, known.clone()));
+        let placed = (owner, self.asks_first(owner));
+        self.put_sandbox(resumed(at, epoch, placed, known.clone()));
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
     }
 
@@ -195,14 +196,17 @@ impl State {
         let Some(from) = paused.snapshot else {
             return paused;
         };
-        let place = |to| self.place_from(paused.team, &paused.spec, (from, to), &[]);
+        let place = |to| {
+            let owner = self.place_from(paused.team, &paused.spec, (from, to), &[])?;
+            Ok::<_, Refusal>((owner, self.asks_first(owner)))
+        };
         let there = place(Some(to));
         let why = match there {
-            Ok(owner) => return resumed(at, epoch, owner, paused),
+            Ok(placed) => return resumed(at, epoch, placed, paused),
             Err(refusal) => format!("it could not be moved: {refusal}"),
         };
         let next = match place(None) {
-            Ok(owner) => resumed(at, epoch, owner, paused),
+            Ok(placed) => resumed(at, epoch, placed, paused),
             Err(_) => paused,
         };
         Sandbox {
@@ -281,9 +285,16 @@ pub(super) fn sealed_by_owner(at: Stamp, known: &Sandbox, sealed: Sealed) -> Sna
     }
 }
 
-/// The record of a sandbox that is given out again, to go on from its snapshot.
-pub(super) fn resumed(at: Stamp, epoch: Epoch, owner: NodeId, known: Sandbox) -> Sandbox {
+/// The record of a sandbox that is given out again, to go on from its snapshot: by whom, and whether
+/// that node asks first.
+pub(super) fn resumed(
+    at: Stamp,
+    epoch: Epoch,
+    (owner, not_begun): (NodeId, bool),
+    known: Sandbox,
+) -> Sandbox {
     Sandbox {
+        not_begun,
         desired: Desired::Running,
         phase: Phase::Resuming,
         reason: String::new(),

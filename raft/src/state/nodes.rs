@@ -57,6 +57,11 @@ pub struct Node {
     pub templates: BTreeMap<String, [u8; 32]>,
     /// The only team it serves, where it is a host of one team.
     pub team: Option<TeamId>,
+    /// Whether it asks before a guest of its executes anything ([`Sandbox::not_begun`]); releases
+    /// before did not.
+    ///
+    /// [`Sandbox::not_begun`]: super::Sandbox::not_begun
+    pub asks_first: bool,
 }
 
 /// What the cluster knows of a node's lease.
@@ -189,6 +194,7 @@ impl From<&Node> for pb::NodeRow {
             accelerator: node.accelerator.clone(),
             machine: node.machine.clone(),
             cpu: node.cpu.clone(),
+            asks_first: node.asks_first,
             version: node.version.clone(),
             admitted_at_ms: node.admitted_at.0,
         }
@@ -234,6 +240,7 @@ impl TryFrom<pb::NodeRow> for Node {
             accelerator: row.accelerator,
             machine: row.machine,
             cpu: row.cpu,
+            asks_first: row.asks_first,
             version: row.version,
             admitted_at: Stamp(row.admitted_at_ms),
         })

@@ -53,6 +53,10 @@ pub struct Sandbox {
     /// What it is being sealed for while it is [`Phase::Snapshotting`]; `None` once it is sealed, and
     /// its guest is about to go on.
     pub checkpoint: Option<Checkpoint>,
+    /// Its owner has not been let begin under this epoch: no guest of it has executed anything, and
+    /// none does before the owner has asked. While the owner cannot be reached it may be given out
+    /// again.
+    pub not_begun: bool,
 }
 
 impl Sandbox {
@@ -218,6 +222,7 @@ impl From<&Sandbox> for pb::SandboxRow {
             bound_for: sandbox.bound_for.map_or(0, |node| node.0),
             origin: sandbox.origin.map(|id| id.0.to_vec()).unwrap_or_default(),
             checkpoint: sandbox.checkpoint.as_ref().map(Into::into),
+            not_begun: sandbox.not_begun,
         }
     }
 }
@@ -251,6 +256,7 @@ impl TryFrom<pb::SandboxRow> for Sandbox {
             bound_for: (row.bound_for != 0).then_some(NodeId(row.bound_for)),
             origin: optional("snapshot id", &row.origin)?.map(SnapshotId),
             checkpoint: row.checkpoint.map(TryInto::try_into).transpose()?,
+            not_begun: row.not_begun,
         })
     }
 }

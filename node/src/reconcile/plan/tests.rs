@@ -25,15 +25,24 @@ fn at() -> Circumstances {
 
 /// A state in which `commands` were applied after a node, a template and a create of `ID`.
 fn state_after(commands: impl IntoIterator<Item = Command>) -> State {
-    state_of(HostLoss::Wait, commands)
+    state_of(HostLoss::Wait, false, commands)
 }
 
 /// The same, with an `ID` that is bound to its node's lease.
 fn bound_after(commands: impl IntoIterator<Item = Command>) -> State {
-    state_of(HostLoss::Restart, commands)
+    state_of(HostLoss::Restart, false, commands)
 }
 
-fn state_of(on_host_loss: HostLoss, commands: impl IntoIterator<Item = Command>) -> State {
+/// The same on a node that asks before a guest begins.
+fn asking_after(commands: impl IntoIterator<Item = Command>) -> State {
+    state_of(HostLoss::Wait, true, commands)
+}
+
+fn state_of(
+    on_host_loss: HostLoss,
+    asks_first: bool,
+    commands: impl IntoIterator<Item = Command>,
+) -> State {
     let room = Resources {
         vcpus: 8,
         memory: Mib(4096),
@@ -46,6 +55,7 @@ fn state_of(on_host_loss: HostLoss, commands: impl IntoIterator<Item = Command>)
         key: NodeKey([1; 32]),
         capacity: room,
         templates: BTreeMap::from([("minimal".into(), [0; 32])]),
+        asks_first,
         ..Node::default()
     };
     let template = Template {
@@ -121,6 +131,7 @@ fn seen_under(
     BTreeMap::from([(
         ID,
         Observed {
+            let_begin: true,
             epoch,
             state,
             idle_for,
@@ -151,6 +162,24 @@ fn a_wanted_sandbox_that_is_not_here_is_started() {
 #[test]
 fn a_starting_sandbox_is_left_to_start() {
     assert_eq!(steps(&state_after([]), &seen(ObservedState::Starting)), []);
+    let waits = BTreeMap::from([(
+        ID,
+        Observed {
+            let_begin: false,
+            ..seen(ObservedState::Starting)[&ID].clone()
+        },
+    )]);
+    // Of a release that did not ask.
+    assert_eq!(steps(&state_after([]), &waits), [Step::Begin(ID)]);
+    let asks = Step::Report {
+        id: ID,
+        epoch: Epoch(3),
+        report: Report::Begins,
+    };
+    assert_eq!(steps(&asking_after([]), &waits), [asks]);
+    let begun = asking_after([report(Report::Begins)]);
+    assert_eq!(steps(&begun, &waits), [Step::Begin(ID)]);
+    assert_eq!(steps(&begun, &seen(ObservedState::Starting)), []);
 }
 
 #[test]

@@ -14,6 +14,8 @@
 pub mod api;
 pub mod config;
 pub mod events;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 pub mod http;
 pub mod kept;
 pub mod layout;

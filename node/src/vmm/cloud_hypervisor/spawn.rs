@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{ChildStderr, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,12 +36,18 @@ use crate::vmm::cloud_hypervisor::sockets::{Meeting, Nameless, path_of};
 use crate::vmm::cloud_hypervisor::version::{self, Version};
 use crate::vmm::cloud_hypervisor::{CloudHypervisor, Incoming, machine};
 use crate::vmm::error::{ForeignStateError, SpecError, TalkError};
-use crate::vmm::jail::{Jail, pidfd_open};
+use crate::vmm::jail::{Allowed, FileRules, Jail, pidfd_open};
 use crate::vmm::process::VmmProcess;
 use crate::vmm::{Accelerator, Hardware, SpawnVmmError, Started, VmmSpec};
 
 /// What the first argument begins with; the name of the guest follows.
 pub const NAME_PREFIX: &str = "cloud-hypervisor:";
+
+/// Where the loader of a program lies that is not linked statically.
+const LIBRARIES: [&str; 4] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64"];
+/// The processor, the network card's other end, and what a pager may have it open
+/// ([`crate::pager::inject`]).
+const DEVICES: [&str; 3] = ["/dev/kvm", "/dev/net/tun", "/dev/userfaultfd"];
 
 /// Starts `spec` and boots its kernel. See [`crate::vmm::spawn`].
 ///
@@ -172,7 +179,8 @@ impl Young {
             reports_theirs.as_fd(),
         ];
         inherited.extend(meeting.as_ref().map(Meeting::dir));
-        let jail = Jail::new(netns, &inherited);
+        let rules = file_rules(spec, meeting.as_ref())?;
+        let jail = Jail::new(netns, &inherited).with_rules(rules);
         let mut command = Command::new(&spec.program);
         command
             .arg0(first_argument(name))
@@ -306,6 +314,27 @@ impl Young {
             took: self.spawned.elapsed(),
         })
     }
+}
+
+/// All that it may write or run: its disk, the devices it works with, itself and its loader.
+fn file_rules(spec: &VmmSpec, meeting: Option<&Meeting>) -> io::Result<Option<FileRules>> {
+    let Some(rules) = FileRules::nothing()? else {
+        return Ok(None);
+    };
+    rules.allow(&spec.program, Allowed::Run)?;
+    for libraries in LIBRARIES {
+        rules.allow(Path::new(libraries), Allowed::Run)?;
+    }
+    for device in DEVICES {
+        rules.allow(Path::new(device), Allowed::Write)?;
+    }
+    if let Some(disk) = &spec.root_disk {
+        rules.allow(disk, Allowed::Write)?;
+    }
+    if let Some(meeting) = meeting {
+        rules.allow(meeting.path(), Allowed::MakeSockets)?;
+    }
+    Ok(Some(rules))
 }
 
 /// Reads its reports, and ends it if its guest resets itself.

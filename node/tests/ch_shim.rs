@@ -1,0 +1,153 @@
+//! A guest under Cloud Hypervisor in a real shim: saved, let go on, brought back by a pager in
+//! another shim, generation after generation, and swept.
+
+mod ch_world;
+mod pager_world;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use ch_world::{MEMORY, World};
+use pager_world::{Image, SOON, eventually};
+use proto::epoch::Epoch;
+use proto::ids::SandboxId;
+use wrenn_node::pager::region::Region;
+use wrenn_node::shim::client::{self, ShimClient};
+use wrenn_node::shim::dirty::DirtyList;
+use wrenn_node::shim::saved::{GuestStand, Saved};
+use wrenn_node::shim::spec::{MemoryImage, RestoreSpec, ShimSpec};
+use wrenn_node::shim::sweep::kill_leftovers;
+use wrenn_node::vmm::Hardware;
+
+const WRENN: &str = env!("CARGO_BIN_EXE_wrenn");
+const LONG: Duration = Duration::from_secs(30);
+
+/// A directory for a sandbox, swept when dropped.
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("tempdir"))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// The last round on the console.
+    fn round(&self) -> u64 {
+        let said = fs::read_to_string(self.path().join("console.log")).unwrap_or_default();
+        let whole = said.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let rounds = whole.lines().filter_map(|line| line.strip_prefix("round "));
+        let rounds = rounds.map(|rest| rest.split_once(" bad ").expect(rest));
+        rounds.fold(0, |_, (round, bad)| {
+            assert_eq!(bad, "00000000", "{said}");
+            u64::from_str_radix(round, 16).expect("a number")
+        })
+    }
+
+    fn await_round(&self, round: u64) {
+        assert!(
+            eventually(LONG, || self.round() >= round),
+            "{}",
+            self.round()
+        );
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _swept = kill_leftovers(self.path());
+    }
+}
+
+async fn start(world: &World, dir: &Dir, restore: Option<RestoreSpec>) -> ShimClient {
+    let spec = ShimSpec {
+        sandbox: SandboxId([7; 16]),
+        epoch: Epoch(1),
+        lease: None,
+        vmm: world.spec.clone(),
+        restore,
+    };
+    let spawned = client::spawn(dir.path(), &spec, Path::new(WRENN)).await;
+    spawned.expect("it comes up")
+}
+
+/// What a snapshot of the guest would hold: what was listed, over its parent.
+fn merged(dir: &Dir, saved: &Saved, parent: &[u8]) -> Vec<u8> {
+    let list = DirtyList::read(dir.path(), Region::new(MEMORY)).expect("listed");
+    let memory = saved.memory.open().expect("still there");
+    let mut whole = parent.to_vec();
+    for range in list.ranges() {
+        let index = |at: u64| usize::try_from(at).expect("small");
+        let part = &mut whole[index(range.start)..index(range.end)];
+        memory.read_exact_at(part, range.start).expect("read");
+    }
+    whole
+}
+
+fn restoring(dir: &Dir, saved: &Saved, hardware: Hardware, memory: &[u8]) -> RestoreSpec {
+    Image::of(dir.path(), memory);
+    let path = dir.path().join("resume-state");
+    fs::copy(&saved.state.path, &path).expect("copied");
+    let mut state = saved.state.clone();
+    state.path = path;
+    RestoreSpec {
+        state,
+        hardware,
+        memory: MemoryImage::Paged {
+            daemon: dir.path().join("pager.sock"),
+        },
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_moves_from_shim_to_shim() {
+    let Some(world) = World::new() else { return };
+    let mut dir = Dir::new();
+    let mut shim = start(&world, &dir, None).await;
+    let mut memory = vec![0; usize::try_from(MEMORY.bytes()).expect("small")];
+    dir.await_round(2);
+    for generation in 0..3 {
+        let first = shim.save(SOON).await.expect("saved");
+        // Whoever could not seal it lets it go on, and tries again.
+        shim.thaw().await.expect("goes on");
+        dir.await_round(dir.round() + 2);
+        let saved = shim.save(SOON).await.expect("saved again");
+        eprintln!(
+            "generation {generation}: state {:?} and {:?}, {} listed, {:?} to list",
+            first.state_took, saved.state_took, saved.memory.dirty_bytes, saved.dirty_took
+        );
+        memory = merged(&dir, &saved, &memory);
+        let next = Dir::new();
+        let hardware = shim.known_status().hardware.clone();
+        let restore = restoring(&next, &saved, hardware, &memory);
+        let exit = shim.stop(Duration::ZERO).await.expect("ended");
+        assert_eq!((exit.code, exit.signal), (Some(0), None), "{exit:?}");
+        let round = dir.round();
+        shim = start(&world, &next, Some(restore)).await;
+        dir = next;
+        let status = shim.status().await.expect("answers");
+        assert!(matches!(status.stand, GuestStand::Still), "{status:?}");
+        eprintln!("vmm {:?}, {:?}", status.vmm_start, status.restored);
+        shim.thaw().await.expect("goes on");
+        dir.await_round(round + 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_a_killed_shim_leaves_is_found_by_its_name() {
+    let Some(world) = World::new() else { return };
+    let dir = Dir::new();
+    let shim = start(&world, &dir, None).await;
+    dir.await_round(1);
+    let vmm = shim.known_status().vmm_pid;
+    let killed = kill_leftovers(dir.path()).expect("swept");
+    assert!(killed.contains(&shim.known_status().shim_pid), "{killed:?}");
+    // A zombie is dead too; who reaps it is not our affair.
+    let stat = fs::read_to_string(format!("/proc/{vmm}/stat")).unwrap_or_default();
+    let state = stat.rsplit(") ").next().and_then(|it| it.chars().next());
+    assert!(matches!(state, None | Some('Z')), "{stat}");
+}
