@@ -355,12 +355,12 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::CheckpointSandbox(it) => Command::CheckpointSandbox(named::checkpoint_from_wire(it)?),
         Wire::DropNamed(it) => Command::DropNamed(named::unnamed_from_wire(it)?),
         Wire::PutWarm(it) => Command::PutWarm(some("snapshot", it.snapshot)?.try_into()?),
+        Wire::RetireWarm(it) => named::retired_from_wire(&it)?,
         Wire::ChangeSandbox(it) => Command::ChangeSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             ports_open: it.ports_open,
             wakes: it.wakes,
         },
-        Wire::RetireWarm(it) => named::retired_from_wire(&it)?,
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
             cause: cause_from_wire(it.cause())?,

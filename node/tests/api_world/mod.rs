@@ -282,11 +282,6 @@ impl World {
         }
     }
 
-    /// Ends the sessions as a stopping node does.
-    pub async fn stop_sessions(&self) {
-        self.state.end_sessions().await;
-    }
-
     /// The interface of another node of the same cluster, which runs nothing.
     pub async fn another_node(&self) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -324,6 +319,11 @@ impl World {
             .header("idempotency-key", retry_key);
         self.send(request.body(full(json.to_string())).unwrap())
             .await
+    }
+
+    /// Ends the sessions as a stopping node does.
+    pub async fn stop_sessions(&self) {
+        self.state.end_sessions().await;
     }
 
     /// Sends a request as it is.

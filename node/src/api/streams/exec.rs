@@ -80,7 +80,7 @@ async fn begin(
     let command = command(&session.first().await?)?;
     let guest = api.guest(caller, id).await?;
     let mut events = guest.told(guest.start(command, None).await).await?;
-    let pid = started(&guest, &mut events).await?;
+    let pid = guest.told(started(&mut events).await).await?;
     Ok((guest, pid, events))
 }
 
@@ -107,7 +107,7 @@ fn command(text: &str) -> Result<ProcessCommand, ApiError> {
 
 async fn stream(guest: Run, pid: u32, mut events: EventStream, mut session: Session) {
     let outcome = tokio::select! {
-        outcome = watch(&guest, pid, &mut events, &mut session.down) => outcome,
+        outcome = watch(pid, &mut events, &mut session.down) => outcome,
         () = stopped(&mut session.up) => Unwatched::Gone,
         () = session.stop.cancelled() => {
             return session.close(close_code::AWAY, "this node stops; attach again by pid").await;
@@ -115,14 +115,14 @@ async fn stream(guest: Run, pid: u32, mut events: EventStream, mut session: Sess
     };
     match outcome {
         Unwatched::Exited => session.close(close_code::NORMAL, "").await,
-        Unwatched::Broken(err) => session.refuse(&err).await,
+        Unwatched::Broken(err) => session.refuse(&guest.explained(err).await).await,
         Unwatched::Gone => {
             if let Err(err) = guest.signal(Selector::Pid(pid), Signal::Kill).await {
                 debug!(%err, pid, "a command whose client left was gone already");
             }
             // One that said stop reads on: it is told how the command ended.
-            match watch(&guest, pid, &mut events, &mut session.down).await {
-                Unwatched::Broken(err) => session.refuse(&err).await,
+            match watch(pid, &mut events, &mut session.down).await {
+                Unwatched::Broken(err) => session.refuse(&guest.explained(err).await).await,
                 Unwatched::Exited | Unwatched::Gone => session.close(close_code::NORMAL, "").await,
             }
         }

@@ -51,20 +51,20 @@ async fn attach(
 ) -> Result<(Run, u32, EventStream), ApiError> {
     let guest = api.guest(caller, id).await?;
     let mut events = guest.told(guest.attach(process).await).await?;
-    let pid = started(&guest, &mut events).await?;
+    let pid = guest.told(started(&mut events).await).await?;
     Ok((guest, pid, events))
 }
 
 async fn stream(guest: &Run, pid: u32, mut events: EventStream, mut session: Session) {
     let outcome = tokio::select! {
-        outcome = watch(guest, pid, &mut events, &mut session.down) => outcome,
+        outcome = watch(pid, &mut events, &mut session.down) => outcome,
         () = left(&mut session.up) => Unwatched::Gone,
         () = session.stop.cancelled() => {
             return session.close(close_code::AWAY, "this node stops; attach again").await;
         }
     };
     match outcome {
-        Unwatched::Broken(err) => session.refuse(&err).await,
+        Unwatched::Broken(err) => session.refuse(&guest.explained(err).await).await,
         Unwatched::Exited | Unwatched::Gone => session.close(close_code::NORMAL, "").await,
     }
 }

@@ -25,7 +25,7 @@ use super::super::extract::CapsuleId;
 use super::super::run::Run;
 use super::super::state::ApiState;
 use super::session::{Down, ErrorFrame, Frame, Gone, Session, Up, Upgrade};
-use super::watch::{Unwatched, started};
+use super::watch::{Unwatched, started, unexpected};
 use crate::guest::{
     EventStream, GuestCode, GuestError, ProcessCommand, ProcessEvent, Selector, Signal,
     TerminalSize,
@@ -132,25 +132,19 @@ async fn begin(
         ApiError::invalid(format!("the first frame must be start or connect: {err}"))
     })?;
     let guest = api.guest(caller, id).await?;
-    let (tag, mut events) = match first {
+    let (tag, opened) = match first {
         First::Connect { tag } => {
-            let found = guest
-                .told(guest.attach(Selector::Tag(tag.clone())).await)
-                .await?;
+            let found = guest.attach(Selector::Tag(tag.clone())).await;
             (tag, found)
         }
         First::Start(start) => {
             let tag = format!("pty-{:08x}", rand::random::<u32>());
             let (command, size) = start.checked(tag.clone())?;
-            (
-                tag,
-                guest
-                    .told(guest.start_terminal(command, size).await)
-                    .await?,
-            )
+            (tag, guest.start_terminal(command, size).await)
         }
     };
-    let pid = started(&guest, &mut events).await?;
+    let mut events = guest.told(opened).await?;
+    let pid = guest.told(started(&mut events).await).await?;
     Ok((Terminal { guest, tag, pid }, events))
 }
 
@@ -187,7 +181,7 @@ async fn stream(terminal: &Terminal, events: EventStream, mut session: Session) 
         }
     };
     match outcome {
-        Unwatched::Broken(err) => session.refuse(&err).await,
+        Unwatched::Broken(err) => session.refuse(&terminal.guest.explained(err).await).await,
         Unwatched::Exited | Unwatched::Gone => session.close(close_code::NORMAL, "").await,
     }
 }
@@ -208,7 +202,7 @@ async fn show(
     }
     loop {
         let sent = tokio::select! {
-            event = events.next() => match terminal.guest.told(event).await {
+            event = events.next() => match event {
                 Ok(Some(ProcessEvent::End { exit_code })) => {
                     return match down.send(&Told::Exit { exit_code }).await {
                         Ok(()) => Unwatched::Exited,
@@ -216,7 +210,7 @@ async fn show(
                     };
                 }
                 Ok(Some(event)) => show_one(event, down).await,
-                Ok(None) => return unended().into(),
+                Ok(None) => return unexpected("no end").into(),
                 Err(err) => return err.into(),
             },
             Some(data) = complaints.recv() => {
@@ -228,11 +222,6 @@ async fn show(
             return gone.into();
         }
     }
-}
-
-fn unended() -> ApiError {
-    let message = "the guest agent streamed no end";
-    ApiError::new(super::super::error::Code::AgentError, message)
 }
 
 async fn show_one(event: ProcessEvent, down: &mut Down) -> Result<(), Gone> {

@@ -2,11 +2,9 @@
 
 use serde::Serialize;
 
-use super::super::error::{ApiError, Code};
-use super::super::run::Run;
 use super::session::{Down, Gone};
 use super::text::Decoder;
-use crate::guest::{EventStream, ProcessEvent};
+use crate::guest::{EventStream, GuestError, ProcessEvent};
 
 /// What a client is told of a process.
 #[derive(Serialize)]
@@ -25,7 +23,7 @@ pub(super) enum Unwatched {
     /// The client does not read any more.
     Gone,
     /// Its events broke off.
-    Broken(ApiError),
+    Broken(GuestError),
 }
 
 impl From<Gone> for Unwatched {
@@ -34,15 +32,15 @@ impl From<Gone> for Unwatched {
     }
 }
 
-impl From<ApiError> for Unwatched {
-    fn from(err: ApiError) -> Self {
+impl From<GuestError> for Unwatched {
+    fn from(err: GuestError) -> Self {
         Self::Broken(err)
     }
 }
 
 /// Waits for the first event of a process, its start.
-pub(super) async fn started(guest: &Run, events: &mut EventStream) -> Result<u32, ApiError> {
-    while let Some(event) = guest.told(events.next().await).await? {
+pub(super) async fn started(events: &mut EventStream) -> Result<u32, GuestError> {
+    while let Some(event) = events.next().await? {
         match event {
             ProcessEvent::Start { pid } => return Ok(pid),
             ProcessEvent::KeepAlive => {}
@@ -52,33 +50,23 @@ pub(super) async fn started(guest: &Run, events: &mut EventStream) -> Result<u32
     Err(unexpected("no start"))
 }
 
-fn unexpected(what: &str) -> ApiError {
-    let message = format!("the guest agent streamed {what}");
-    ApiError::new(Code::AgentError, message)
+/// The error of events that make no sense.
+pub(super) fn unexpected(what: &str) -> GuestError {
+    GuestError::Nonsense(format!("it streamed {what}"))
 }
 
-/// Tells the client what becomes of process `pid` of `guest`, until it ends.
-pub(super) async fn watch(
-    guest: &Run,
-    pid: u32,
-    events: &mut EventStream,
-    down: &mut Down,
-) -> Unwatched {
-    match follow(guest, pid, events, down).await {
+/// Tells the client what becomes of process `pid`, until it ends.
+pub(super) async fn watch(pid: u32, events: &mut EventStream, down: &mut Down) -> Unwatched {
+    match follow(pid, events, down).await {
         Ok(()) => Unwatched::Exited,
         Err(why) => why,
     }
 }
 
-async fn follow(
-    guest: &Run,
-    pid: u32,
-    events: &mut EventStream,
-    down: &mut Down,
-) -> Result<(), Unwatched> {
+async fn follow(pid: u32, events: &mut EventStream, down: &mut Down) -> Result<(), Unwatched> {
     down.send(&Told::Start { pid }).await?;
     let (mut stdout, mut stderr) = (Decoder::default(), Decoder::default());
-    while let Some(event) = guest.told(events.next().await).await? {
+    while let Some(event) = events.next().await? {
         match event {
             ProcessEvent::Stdout(bytes) | ProcessEvent::Pty(bytes) => {
                 tell_stdout(stdout.push(&bytes), down).await?;
