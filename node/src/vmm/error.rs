@@ -13,6 +13,9 @@ use crate::vmm::cloud_hypervisor::offload::OffloadError;
 use crate::vmm::cloud_hypervisor::version::UnknownVersion;
 use crate::vmm::qemu::qmp::QmpError;
 
+/// Longest name of hardware that is told: ours are shorter.
+const NAME_CHARS: usize = 64;
+
 /// A [`VmmSpec`](crate::vmm::VmmSpec) that no driver can start.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
@@ -68,6 +71,16 @@ pub enum SpecError {
         /// What is here.
         found: String,
     },
+}
+
+impl SpecError {
+    /// Virtual hardware that this release cannot build. Its name may come from a peer, so it is cut.
+    pub(super) fn unknown(what: &'static str, name: &str) -> Self {
+        Self::UnknownHardware {
+            what,
+            name: name.chars().take(NAME_CHARS).collect(),
+        }
+    }
 }
 
 /// How a conversation with a VMM failed, in the words of its driver.

@@ -9,7 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,6 +18,9 @@ use nix::sys::signal::Signal;
 
 use crate::vmm::jail::{pidfd_open, pidfd_signal};
 use crate::vmm::{VmmError, VmmExit};
+
+/// Longest between two looks at a VMM that is at work: what a guest that stands still may wait for nothing.
+const LONGEST_PAUSE: Duration = Duration::from_millis(16);
 
 /// A running or ended child.
 #[derive(Debug)]
@@ -147,4 +151,14 @@ fn exit_of(status: ExitStatus) -> VmmExit {
         signal: status.signal(),
         reason: String::new(),
     }
+}
+/// Pauses between two looks at a VMM, each time longer; `false` when `deadline` has come.
+pub(super) fn rest(pause: &mut Duration, deadline: Instant) -> bool {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return false;
+    }
+    thread::sleep(left.min(*pause));
+    *pause = (*pause * 2).min(LONGEST_PAUSE);
+    true
 }

@@ -30,7 +30,7 @@ pub fn of_new_guests(version: Version) -> Hardware {
 pub fn check(hardware: &Hardware, version: Version) -> Result<(), SpecError> {
     let here = of_new_guests(version);
     if hardware.machine != here.machine {
-        return Err(unknown("machine", &hardware.machine));
+        return Err(SpecError::unknown("machine", &hardware.machine));
     }
     if hardware.cpu == here.cpu {
         return Ok(());
@@ -41,7 +41,7 @@ pub fn check(hardware: &Hardware, version: Version) -> Result<(), SpecError> {
             found: here.cpu,
         });
     }
-    Err(unknown("processor", &hardware.cpu))
+    Err(SpecError::unknown("processor", &hardware.cpu))
 }
 
 /// Whether `hardware` is of this driver.
@@ -53,13 +53,6 @@ pub fn is_ours(hardware: &Hardware) -> bool {
 fn name(version: Version) -> String {
     let major = version.major;
     format!("{PREFIX}{major}/{LAYOUT}")
-}
-
-fn unknown(what: &'static str, name: &str) -> SpecError {
-    SpecError::UnknownHardware {
-        what,
-        name: name.chars().take(64).collect(),
-    }
 }
 
 #[cfg(test)]

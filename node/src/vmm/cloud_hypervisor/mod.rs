@@ -30,7 +30,6 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::pager::region::Region;
@@ -42,16 +41,14 @@ use crate::vmm::cloud_hypervisor::offload::link::{self, Given, Held};
 use crate::vmm::cloud_hypervisor::sockets::{Nameless, path_of};
 use crate::vmm::cloud_hypervisor::version::Version;
 use crate::vmm::error::MoveStateError;
-use crate::vmm::process::VmmProcess;
+use crate::vmm::process::{VmmProcess, rest};
 use crate::vmm::{Hardware, Vmm, VmmError, VmmExit};
 
 /// How long a dead VMM's last reports are looked for; they are in the pipe already.
 const LAST_REPORTS: Duration = Duration::from_millis(100);
-/// Pause between two attempts while it is still busy with a hand-over that was called off: at
-/// first, and at most.
+/// Pause between two attempts while it is still busy with a hand-over that was called off, at
+/// first.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// See [`FIRST_PAUSE`].
-const LONGEST_PAUSE: Duration = Duration::from_millis(16);
 /// What it says to everything while a hand-over is under way.
 const BUSY: &str = "migrating";
 
@@ -311,17 +308,6 @@ fn same_slots(came: &[u32], wanted: &[u32]) -> Result<(), OffloadError> {
 fn own(file: BorrowedFd<'_>) -> Result<File, MoveStateError> {
     let owned = file.try_clone_to_owned().map_err(MoveStateError::File)?;
     Ok(File::from(owned))
-}
-
-/// Pauses, each time longer; `false` when `deadline` has come.
-fn rest(pause: &mut Duration, deadline: Instant) -> bool {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return false;
-    }
-    thread::sleep(left.min(*pause));
-    *pause = (*pause * 2).min(LONGEST_PAUSE);
-    true
 }
 
 #[cfg(test)]

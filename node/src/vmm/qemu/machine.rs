@@ -49,7 +49,7 @@ pub fn of_new_guests(accelerator: Accelerator) -> Hardware {
 pub fn processor(hardware: &Hardware, accelerator: Accelerator) -> Result<&'static str, SpecError> {
     let here = of_new_guests(accelerator);
     if hardware.machine != here.machine {
-        return Err(unknown("machine", &hardware.machine));
+        return Err(SpecError::unknown("machine", &hardware.machine));
     }
     match accelerator {
         Accelerator::Tcg if hardware.cpu == here.cpu => Ok(TCG_1),
@@ -60,7 +60,7 @@ pub fn processor(hardware: &Hardware, accelerator: Accelerator) -> Result<&'stat
                 found: here.cpu,
             })
         }
-        Accelerator::Kvm | Accelerator::Tcg => Err(unknown("processor", &hardware.cpu)),
+        Accelerator::Kvm | Accelerator::Tcg => Err(SpecError::unknown("processor", &hardware.cpu)),
     }
 }
 
@@ -72,13 +72,6 @@ pub fn type_of(machine: &str) -> &str {
 
 fn machine_name() -> String {
     format!("{MACHINE_TYPE}/{LAYOUT}")
-}
-
-fn unknown(what: &'static str, name: &str) -> SpecError {
-    SpecError::UnknownHardware {
-        what,
-        name: name.chars().take(64).collect(),
-    }
 }
 
 #[cfg(test)]

@@ -20,22 +20,20 @@
 //! QEMU reports an incoming state that it cannot read on its standard error, and exits.
 
 use std::os::fd::BorrowedFd;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::vmm::error::MoveStateError;
+use crate::vmm::process::rest;
 use crate::vmm::qemu::qmp::{Qmp, QmpError};
 
 /// What leaves the guest's memory out of the state.
 const DEVICES_ONLY: &str = "x-ignore-shared";
 /// The name under which QEMU keeps the file for us.
 const FD_NAME: &str = "state";
-/// Pause between two looks at a migration: at first, and at most. Most are over in 20 ms.
+/// Pause between two looks at a migration, at first. Most are over in 20 ms.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// See [`FIRST_PAUSE`].
-const LONGEST_PAUSE: Duration = Duration::from_millis(16);
 /// How long a migration that is given up may take to end. Beyond its deadline, so that a save
 /// that ran out of time is still called off.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -127,17 +125,6 @@ fn await_end(qmp: &Qmp, deadline: Instant) -> Result<(), MoveStateError> {
             });
         }
     }
-}
-
-/// Pauses, each time longer; `false` when `deadline` has come.
-fn rest(pause: &mut Duration, deadline: Instant) -> bool {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return false;
-    }
-    thread::sleep(left.min(*pause));
-    *pause = (*pause * 2).min(LONGEST_PAUSE);
-    true
 }
 
 /// A migration says that it is over a moment before it has put the guest into the state in which it
