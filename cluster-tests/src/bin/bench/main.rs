@@ -31,6 +31,7 @@ mod process;
 mod qemu;
 mod relay;
 mod slots;
+mod slow_link;
 mod snapshots;
 mod statemachine;
 mod trio;
@@ -198,9 +199,9 @@ struct Arguments {
     /// Be the process whose memory is paged, for `faults`.
     #[arg(long, hide = true, value_name = "SOCKET")]
     paged: Option<PathBuf>,
-    /// Measure `transfer` over the loopback of this network namespace, under this name.
-    #[arg(long, hide = true, value_name = "NAME")]
-    link: Option<String>,
+    /// Measure `transfer` over a slow link, in this network namespace.
+    #[arg(long, hide = true)]
+    slow_link: bool,
     /// Be a member of a group that is measured.
     #[arg(long, hide = true, num_args = 3, value_names = ["ID", "ADDRESS", "FOLDER"])]
     member: Vec<String>,
@@ -261,9 +262,9 @@ fn exit(outcome: Outcome) -> ExitCode {
 
 fn run(arguments: &Arguments) -> Outcome {
     let chosen = choose(&arguments.names)?;
-    let least = match arguments.link {
-        Some(_) => 1,
-        None => LEAST_MEMORY_MIB,
+    let least = match arguments.slow_link {
+        true => 1,
+        false => LEAST_MEMORY_MIB,
     };
     let run = Run {
         runs: if arguments.quick {
@@ -276,8 +277,8 @@ fn run(arguments: &Arguments) -> Outcome {
         at_once: arguments.at_once.max(1),
         interrupted: notice_interrupts()?,
     };
-    if let Some(link) = &arguments.link {
-        return snapshots::transfer::measure(&run, link);
+    if arguments.slow_link {
+        return snapshots::transfer::run_slow(&run);
     }
     if run.runs < LEAST_RUNS {
         eprintln!("fewer than {LEAST_RUNS} runs: the medians below are not worth writing down");

@@ -14,7 +14,7 @@ use tokio::runtime::Runtime;
 use transport::streams::{Inbound, StreamHandler};
 use transport::{Identity, Lane, Service, Transport};
 
-use super::peer::{begin, join, soon};
+use super::peer::{LOOPBACK, begin, join, soon};
 use crate::Outcome;
 use crate::figures::Samples;
 
@@ -31,10 +31,10 @@ const WARM_UP: usize = 200;
 /// Microseconds of round trips over a byte stream between two nodes.
 pub(super) fn stream() -> Outcome<Samples> {
     let (there, here) = (Runtime::new()?, Runtime::new()?);
-    let far = begin(&there, &Identity::ephemeral()?)?;
-    let near = begin(&here, &Identity::ephemeral()?)?;
+    let far = begin(&there, &Identity::ephemeral()?, LOOPBACK)?;
+    let near = begin(&here, &Identity::ephemeral()?, LOOPBACK)?;
     far.register_streams(SERVICE, Lane::Bulk, Answers);
-    join(&here, &near, &far)?;
+    join(&here, &near, &far, LOOPBACK)?;
     let (asking, peer) = (std::sync::Arc::clone(&near), far.key());
     let samples = here.block_on(here.spawn(async move {
         let trips = trips(&asking, peer).await;

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +35,8 @@ use crate::Outcome;
 
 /// Longest anything here may take.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Both nodes are here.
+pub(super) const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// The node that holds the snapshot.
 const HOLDER: NodeId = NodeId(9);
 
@@ -63,10 +65,10 @@ impl Peer {
         let identity = Identity::ephemeral()?;
         let digest = seal(store, memory, &identity)?;
         let (there, here) = (Runtime::new()?, Runtime::new()?);
-        let far = begin(&there, &identity)?;
-        let near = begin(&here, &Identity::ephemeral()?)?;
+        let far = begin(&there, &identity, LOOPBACK)?;
+        let near = begin(&here, &Identity::ephemeral()?, LOOPBACK)?;
         hand_out(&far, store);
-        join(&here, &near, &far)?;
+        join(&here, &near, &far, LOOPBACK)?;
         let dir = tempfile::Builder::new()
             .prefix("lacking-")
             .tempdir_in(dir)?;
@@ -110,9 +112,13 @@ pub(crate) fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
-pub(super) fn begin(runtime: &Runtime, identity: &Identity) -> Outcome<Arc<Transport>> {
+pub(super) fn begin(
+    runtime: &Runtime,
+    identity: &Identity,
+    listen: IpAddr,
+) -> Outcome<Arc<Transport>> {
     let _inside = runtime.enter();
-    let any = "127.0.0.1:0".parse()?;
+    let any = SocketAddr::new(listen, 0);
     Ok(Arc::new(Transport::start(identity, Config::at(any, any))?))
 }
 
@@ -122,7 +128,7 @@ pub(crate) fn hand_out(node: &Transport, store: &Store) {
 }
 
 /// Makes two nodes one cluster, with a connection from `near` to `far`.
-pub(super) fn join(here: &Runtime, near: &Transport, far: &Transport) -> Outcome {
+pub(super) fn join(here: &Runtime, near: &Transport, far: &Transport, dial: IpAddr) -> Outcome {
     for node in [near, far] {
         node.set_membership(Membership {
             index: 1,
@@ -130,7 +136,7 @@ pub(super) fn join(here: &Runtime, near: &Transport, far: &Transport) -> Outcome
             join_open: false,
         });
     }
-    let address = far.local_addr(Lane::Bulk)?;
+    let address = SocketAddr::new(dial, far.local_addr(Lane::Bulk)?.port());
     here.block_on(near.connect(Lane::Bulk, address, far.key(), soon()))?;
     Ok(())
 }

@@ -6,14 +6,14 @@
 //! synced at the end. The holder and the taker are two runtimes of one process, as sshd and scp are
 //! two processes.
 //!
-//! Once over loopback as it is, and once over one with 20 ms there and back and 1 % of the packets
-//! lost, with an eighth of the bytes: in a network namespace of its own, which ends with the process.
-//! sshd listens on loopback only, with keys that are made for it and thrown away. Without sshd
-//! (Debian: openssh-server) ours alone is measured, and where the kernel has no netem, the fast link.
+//! Once over loopback as it is, and once over a link with 20 ms there and back and 1 % of the packets
+//! lost ([`slow_link`]), with an eighth of the bytes: in a network namespace of its own, which ends with
+//! the process. sshd listens there only, with keys that are made for it and thrown away. Without sshd
+//! (Debian: openssh-server) ours alone is measured.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,15 +30,12 @@ use transport::{Identity, Transport};
 use super::peer::{Only, begin, hand_out, join, seal, soon};
 use super::rounds;
 use crate::figures::{Samples, figure, ratio};
-use crate::{Outcome, Run};
+use crate::{Outcome, Run, slow_link};
 
 /// One window in so many is written between the two snapshots: 5 %.
 const CHANGED: usize = 20;
 /// The slow link moves so much less, or it would take all day.
 const SLOW_SHARE: u32 = 8;
-/// What makes a loopback slow, and then runs what follows in there.
-const SLOW: &str = "ip link set lo up && \
-    tc qdisc add dev lo root netem delay 10ms loss 1% limit 100000 && exec \"$@\"";
 /// Where sshd lies: it must be started by its full path.
 const SSHD: &str = "/usr/sbin/sshd";
 /// Longest until sshd listens.
@@ -50,32 +47,49 @@ const COLD_GOAL: f64 = 1.0 / 0.9;
 /// Most of rsync's time that the next snapshot may take.
 const CHANGED_GOAL: f64 = 0.5;
 
+/// How the two sides meet.
+struct Link {
+    name: &'static str,
+    listen: IpAddr,
+    dial: IpAddr,
+}
+
+const LOOPBACK: Link = Link {
+    name: "loopback",
+    listen: IpAddr::V4(Ipv4Addr::LOCALHOST),
+    dial: IpAddr::V4(Ipv4Addr::LOCALHOST),
+};
+const SLOW: Link = Link {
+    name: "slow",
+    listen: slow_link::HERE,
+    dial: slow_link::THERE,
+};
+
 /// Measures both links.
 pub(crate) fn run(run: &Run) -> Outcome {
-    measure(run, "loopback")?;
-    let mut slowed = Command::new("unshare");
-    slowed.args(["-n", "sh", "-c", SLOW, "sh", "true"]);
-    if !slowed.stderr(Stdio::null()).status()?.success() {
-        run.note("this kernel cannot make a link slow (netem): that part is left out");
-        return Ok(());
-    }
+    measure(run, &LOOPBACK)?;
     let runs = run.runs.to_string();
     let memory = (run.memory_mib / SLOW_SHARE).to_string();
     let program = std::env::current_exe()?;
     let mut slow = Command::new("unshare");
-    slow.args(["-n", "sh", "-c", SLOW, "sh"]).arg(program);
-    slow.args(["--link", "slow", "--runs", &runs, "--memory", &memory]);
+    slow.arg("-n").arg(program);
+    slow.args(["--slow-link", "--runs", &runs, "--memory", &memory]);
     match slow.status()?.success() {
         true => Ok(()),
         false => Err("the slow link could not be measured".into()),
     }
 }
 
-/// Measures one link, which is that of this process.
-pub(crate) fn measure(run: &Run, link: &str) -> Outcome {
+/// Measures the slow link, in the network namespace of this process.
+pub(crate) fn run_slow(run: &Run) -> Outcome {
+    slow_link::open()?;
+    measure(run, &SLOW)
+}
+
+fn measure(run: &Run, link: &Link) -> Outcome {
     let bytes = u64::from(run.memory_mib) * MIB_BYTES;
     let sshd = match Path::new(SSHD).exists() {
-        true => Some(Sshd::start()?),
+        true => Some(Sshd::start(link)?),
         false => {
             run.note("there is no sshd: nothing to compare with");
             None
@@ -85,7 +99,7 @@ pub(crate) fn measure(run: &Run, link: &str) -> Outcome {
     for round in 1..=rounds(run) {
         run.go_on()?;
         let mut image = Image::make(bytes)?;
-        let mut pair = Pair::start(&image)?;
+        let mut pair = Pair::start(&image, link)?;
         cold.add_ms(pair.fetch(image.digest)?);
         if let Some(sshd) = &sshd {
             scp.add_ms(sshd.scp(&image.path(), &image.copy())?);
@@ -96,9 +110,9 @@ pub(crate) fn measure(run: &Run, link: &str) -> Outcome {
             rsync.add_ms(sshd.rsync(&image.path(), &image.copy())?);
         }
         pair.stop();
-        run.note(&format!("{link}: round {round}"));
+        run.note(&format!("{}: round {round}", link.name));
     }
-    let name = |what: &str| format!("transfer_{link}_{what}");
+    let name = |what: &str| format!("transfer_{}_{what}", link.name);
     cold.print_p50(&name("cold"), "ms");
     let mib = f64::from(run.memory_mib);
     figure(&name("cold_speed"), mib / (cold.p50() / 1e3), "MiB/s");
@@ -215,12 +229,12 @@ struct Pair {
 }
 
 impl Pair {
-    fn start(image: &Image) -> Outcome<Self> {
+    fn start(image: &Image, link: &Link) -> Outcome<Self> {
         let (there, here) = (Runtime::new()?, Runtime::new()?);
-        let far = begin(&there, &image.identity)?;
-        let near = begin(&here, &Identity::ephemeral()?)?;
+        let far = begin(&there, &image.identity, link.listen)?;
+        let near = begin(&here, &Identity::ephemeral()?, link.listen)?;
         hand_out(&far, &image.store);
-        join(&here, &near, &far)?;
+        join(&here, &near, &far, link.dial)?;
         let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
         let taker = Store::open(&dir.path().join("store"), Limits::default())?;
         Ok(Self {
@@ -254,11 +268,12 @@ impl Pair {
 struct Sshd {
     child: Child,
     port: u16,
+    dial: IpAddr,
     dir: TempDir,
 }
 
 impl Sshd {
-    fn start() -> Outcome<Self> {
+    fn start(link: &Link) -> Outcome<Self> {
         // Its privilege separation wants this one, which Debian makes when the service starts.
         fs::create_dir_all("/run/sshd")?;
         let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
@@ -271,10 +286,10 @@ impl Sshd {
                 return Err("ssh-keygen made no key".into());
             }
         }
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let at = dir.path().display();
+        let port = TcpListener::bind((link.listen, 0))?.local_addr()?.port();
+        let (at, listen) = (dir.path().display(), link.listen);
         let config = format!(
-            "Port {port}\nListenAddress 127.0.0.1\nHostKey {at}/host\nPidFile none\n\
+            "Port {port}\nListenAddress {listen}\nHostKey {at}/host\nPidFile none\n\
              AuthorizedKeysFile {at}/user.pub\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n\
              PasswordAuthentication no\nSubsystem sftp internal-sftp\n"
         );
@@ -284,9 +299,15 @@ impl Sshd {
             .arg(dir.path().join("config"))
             .stderr(Stdio::null())
             .spawn()?;
-        let sshd = Self { child, port, dir };
+        let dial = link.dial;
+        let sshd = Self {
+            child,
+            port,
+            dial,
+            dir,
+        };
         let until = Instant::now() + SSHD_PATIENCE;
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        while TcpStream::connect((dial, port)).is_err() {
             if Instant::now() > until {
                 return Err("sshd does not listen".into());
             }
@@ -314,7 +335,7 @@ impl Sshd {
         scp.args(["-q", "-P", &self.port.to_string()])
             .args(self.options());
         timed(
-            scp.arg(format!("root@127.0.0.1:{}", from.display()))
+            scp.arg(format!("root@{}:{}", self.dial, from.display()))
                 .arg(to),
             to,
         )
@@ -333,7 +354,7 @@ impl Sshd {
         ]);
         timed(
             rsync
-                .arg(format!("root@127.0.0.1:{}", from.display()))
+                .arg(format!("root@{}:{}", self.dial, from.display()))
                 .arg(to),
             to,
         )
