@@ -156,7 +156,7 @@ async fn unknown_routes_and_wrong_methods_have_the_envelope() {
         (Method::PUT, "/v1/capsules"),
         (Method::DELETE, "/v1/nodes"),
         (Method::POST, "/healthz"),
-        (Method::PATCH, &format!("/api/v1/capsules/{ID}")),
+        (Method::PUT, &format!("/api/v1/capsules/{ID}")),
     ] {
         let answer = world.ask(method, path, KEY, "").await;
         answer.refused(405, "method_not_allowed");
@@ -170,12 +170,6 @@ async fn routes_that_come_later_say_what_they_wait_for() {
         (Method::GET, format!("/v1/capsules/{ID}/metrics"), "usage"),
         (Method::GET, "/v1/capsules/stats".into(), "usage"),
         (Method::GET, "/api/v1/capsules/usage".into(), "usage"),
-        (
-            Method::GET,
-            format!("/v1/capsules/{ID}/exec/stream"),
-            "streams",
-        ),
-        (Method::GET, format!("/v1/capsules/{ID}/pty"), "streams"),
         (Method::GET, "/v1/events/stream".into(), "event"),
         (Method::GET, "/v1/hosts".into(), "teams"),
         (Method::POST, "/v1/admin/builds/x/cancel".into(), "teams"),

@@ -102,8 +102,15 @@ fn a_node_that_cannot_be_configured_names_the_setting() {
         (&["node", "start", "--config", "c.toml"][..], "slot_cuont"),
         (&["node", "start", "--config", "none.toml"], "none.toml"),
         (
-            &["node", "start", "--vmm", "cloud-hypervisor"],
-            "cloud-hypervisor",
+            &[
+                "node",
+                "start",
+                "--vmm",
+                "cloud-hypervisor",
+                "--accelerator",
+                "tcg",
+            ],
+            "it cannot emulate",
         ),
         (
             &["node", "start", "--slot-pool", "65", "--slot-count", "64"],
