@@ -115,8 +115,8 @@ fn holds_no_more_than(data: &Path, sealed: u64) {
     assert!(figure("pack_bytes") <= 2 * needed + SLACK_BYTES, "{stats}");
 }
 
-/// What `wrenn store` says of a stopped node's store.
-fn store(data: &Path, what: &str) -> Value {
+/// What `wrenn store` says of a node's store.
+pub(crate) fn store(data: &Path, what: &str) -> Value {
     let told = Command::new(wrenn())
         .args(["store", what, "--json", "--data-dir"])
         .arg(data)

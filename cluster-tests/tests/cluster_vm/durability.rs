@@ -7,6 +7,7 @@ use wrenn_cluster_tests::cluster::ClusterWorld;
 use wrenn_cluster_tests::contents::Contents;
 use wrenn_cluster_tests::world::World;
 
+use crate::cycles::store;
 use crate::pausing::{act, order};
 use crate::{MEMORY_MB, PATIENCE, led_to, name, others, wait_state, wait_voters};
 
@@ -49,6 +50,10 @@ fn i3_the_newest_pause_outlives_a_disk_that_dies_and_an_old_copy_that_returns() 
         [STAYS, third],
         "an old copy is none"
     );
+    // It takes room until it is collected, and nobody needs it.
+    let _dropped = store(cluster.client(returns).data(), "gc");
+    let kept = store(cluster.client(returns).data(), "stats");
+    assert_eq!(kept["snapshots"], 0, "{kept}");
     resumed_on(&cluster, &id, returns);
     contents.are_there(cluster.client(STAYS), &id);
     contents.rewrite(cluster.client(STAYS), &id, WRITTEN_KIB, 2);
