@@ -120,8 +120,10 @@ impl Driver {
     }
 
     /// Publishes a guest whose processors run. An earlier daemon may have ended between its quiesce and
-    /// its save, or after its thaw: then the agent holds the workload, until it is told to let go.
+    /// its save, or after its thaw: then the agent holds the workload, until it is told to let go. Clients
+    /// need not wait for that: its agent answers them meanwhile.
     async fn take_over(&self, held: &Held, facts: ReadyFacts) -> Option<Event> {
+        let first = self.ready(held, facts);
         // One that is frozen for want of a lease answers nobody. It is told the time once it has
         // thawed, which lets it go as well.
         if !self.shared.frozen()
@@ -129,10 +131,11 @@ impl Driver {
         {
             let told = self.undo_quiesce(held, &guest);
             if let Err(over) = self.unless_over(held.shim.as_ref(), told).await {
+                self.shared.forget_guest();
                 return over;
             }
         }
-        self.ready(held, facts)
+        first
     }
 
     /// Releases what an earlier daemon left of a sandbox that has ended.
