@@ -51,8 +51,8 @@ fn i3_the_newest_pause_outlives_a_disk_that_dies_and_an_old_copy_that_returns() 
         "an old copy is none"
     );
     // It takes room until it is collected, and nobody needs it.
-    let _dropped = store(cluster.client(returns).data(), "gc");
-    let kept = store(cluster.client(returns).data(), "stats");
+    let _dropped = store(&cluster.client(returns).data(), "gc");
+    let kept = store(&cluster.client(returns).data(), "stats");
     assert_eq!(kept["snapshots"], 0, "{kept}");
     resumed_on(&cluster, &id, returns);
     contents.are_there(cluster.client(STAYS), &id);
