@@ -124,6 +124,9 @@ impl Driver {
     /// need not wait for that: its agent answers them meanwhile.
     async fn take_over(&self, held: &Held, facts: ReadyFacts) -> Option<Event> {
         let first = self.ready(held, facts);
+        if matches!(first, Some(Event::GuestReady)) {
+            self.shared.set_phase(Phase::Ready);
+        }
         // One that is frozen for want of a lease answers nobody. It is told the time once it has
         // thawed, which lets it go as well.
         if !self.shared.frozen()
