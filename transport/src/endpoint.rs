@@ -8,7 +8,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
-use quinn::congestion::CubicConfig;
+use quinn::congestion::{ControllerFactory, CubicConfig};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{
     Connection, Endpoint, EndpointConfig, IdleTimeout, Runtime, ServerConfig, TokioRuntime,
@@ -18,6 +18,7 @@ use tracing::warn;
 
 use crate::alpn::Alpn;
 use crate::bulk;
+use crate::congestion::PatientConfig;
 use crate::limits::{
     BULK_STREAMS, BULK_WINDOW_BYTES, CONTROL_IDLE, CONTROL_KEEP_ALIVE, CONTROL_STREAM_WINDOW_BYTES,
     CONTROL_STREAMS, CONTROL_WINDOW_BYTES, DATAGRAM_BUFFER_BYTES, INCOMING_BUFFER_BYTES,
@@ -101,22 +102,30 @@ pub(crate) fn bind(
         Some(faults) => sim::wrap(socket, faults),
         None => socket,
     };
-    let (config, runtime) = (EndpointConfig::default(), Arc::new(TokioRuntime));
+    let (mut config, runtime) = (EndpointConfig::default(), Arc::new(TokioRuntime));
+    if lane == Lane::Bulk {
+        // Where larger packets pass (jumbo frames, loopback), the bulk lane finds out and uses them.
+        let taken = config.max_udp_payload_size(MAX_MTU);
+        taken.map_err(io::Error::other)?;
+    }
     Endpoint::new_with_abstract_socket(config, Some(server), socket, runtime)
 }
 
 /// The QUIC parameters of one end of a connection on `lane`.
 pub(crate) fn transport_config(lane: Lane, end: End, path: Path) -> Arc<TransportConfig> {
-    let mut config = match lane {
-        Lane::Control => control_config(end),
-        Lane::Bulk => bulk::transport_config(end),
+    let (mut config, congestion): (_, Arc<dyn ControllerFactory + Send + Sync>) = match lane {
+        Lane::Control => (control_config(end), Arc::new(CubicConfig::default())),
+        Lane::Bulk => (
+            bulk::transport_config(end),
+            Arc::new(PatientConfig::default()),
+        ),
     };
     config
         .max_concurrent_uni_streams(0_u32.into())
         .send_fairness(true)
         .initial_mtu(path.initial_mtu.clamp(MIN_MTU, MAX_MTU))
         .enable_segmentation_offload(path.segmentation_offload)
-        .congestion_controller_factory(Arc::new(CubicConfig::default()));
+        .congestion_controller_factory(congestion);
     if end == End::Acceptor {
         config
             .max_concurrent_bidi_streams(UNPROVEN_STREAMS.into())

@@ -22,6 +22,7 @@ mod bucket;
 pub mod bulk;
 pub mod close;
 mod complaints;
+mod congestion;
 pub mod datagram;
 pub mod endpoint;
 pub mod gate;

@@ -8,18 +8,24 @@ pub(crate) mod pace;
 
 pub use pace::Pace;
 
-use quinn::{IdleTimeout, TransportConfig};
+use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig};
 
-use crate::endpoint::End;
+use crate::endpoint::{End, MAX_MTU};
 use crate::limits::{
-    BULK_IDLE, BULK_KEEP_ALIVE, BULK_SEND_WINDOW_BYTES, BULK_STREAM_WINDOW_BYTES, BULK_STREAMS,
-    BULK_WINDOW_BYTES,
+    BULK_ACK_DELAY, BULK_ACK_EVERY, BULK_IDLE, BULK_KEEP_ALIVE, BULK_SEND_WINDOW_BYTES,
+    BULK_STREAM_WINDOW_BYTES, BULK_STREAMS, BULK_WINDOW_BYTES,
 };
 
 /// The QUIC parameters that are the lane's own.
 pub(crate) fn transport_config(end: End) -> TransportConfig {
     let mut config = TransportConfig::default();
+    let (mut mtu, mut acks) = (MtuDiscoveryConfig::default(), AckFrequencyConfig::default());
+    mtu.upper_bound(MAX_MTU);
+    acks.ack_eliciting_threshold(BULK_ACK_EVERY.into())
+        .max_ack_delay(Some(BULK_ACK_DELAY));
     config
+        .mtu_discovery_config(Some(mtu))
+        .ack_frequency_config(Some(acks))
         .max_idle_timeout(IdleTimeout::try_from(BULK_IDLE).ok())
         .keep_alive_interval((end == End::Dialler).then_some(BULK_KEEP_ALIVE))
         .max_concurrent_bidi_streams(BULK_STREAMS.into())
