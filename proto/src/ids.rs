@@ -80,9 +80,44 @@ random_id!(
     "tok"
 );
 random_id!(
+    /// A person who holds keys of teams.
+    UserId,
+    "usr"
+);
+random_id!(
+    /// A record of the audit log.
+    AuditId,
+    "log"
+);
+
+impl AuditId {
+    /// The record that the log's entry `index` made.
+    #[must_use]
+    pub fn of_entry(index: u64) -> Self {
+        Self(u128::from(index).to_be_bytes())
+    }
+
+    /// The entry that made it; `None` for an id that no entry makes.
+    #[must_use]
+    pub fn entry(self) -> Option<u64> {
+        u64::try_from(u128::from_be_bytes(self.0)).ok()
+    }
+}
+
+random_id!(
     /// A snapshot: a sandbox sealed at one instant.
     SnapshotId,
     "snap"
+);
+random_id!(
+    /// A receiver of events over HTTP.
+    ChannelId,
+    "ch"
+);
+random_id!(
+    /// The building of a template.
+    BuildId,
+    "bld"
 );
 random_id!(
     /// A cluster, from its founding on. Nodes of two clusters never mistake each other.

@@ -6,13 +6,15 @@
 use std::collections::BTreeMap;
 
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{
+    BuildId, ChannelId, ClusterId, KeyId, NodeId, SandboxId, SnapshotId, TeamId, TokenId, UserId,
+};
 use proto::units::Stamp;
 
 use crate::placement::{Lack, LoadHint};
 use crate::state::{
-    Checkpoint, GuestVersions, Key, Liveness, Node, SandboxSpec, Sealed, Settings, Snapshot,
-    Template, Token,
+    Actor, Build, BuildStatus, Channel, Checkpoint, EventId, GuestVersions, Key, Liveness, Member,
+    Node, SandboxSpec, Sealed, Settings, Snapshot, Team, Template, Token,
 };
 
 /// A command and the proposer's clock when it was made.
@@ -176,11 +178,152 @@ pub enum Command {
         /// What was seen.
         report: Report,
     },
+    /// Adds a channel, or replaces what its team says of it: how far it has been told stays.
+    PutChannel(Channel),
+    /// Takes a channel away.
+    DropChannel {
+        /// Whose.
+        team: TeamId,
+        /// Which one.
+        id: ChannelId,
+    },
+    /// How far a channel has been told.
+    TellChannel(TellChannel),
     /// Forgets sandboxes that ended before an instant.
     PruneSandboxes {
         /// Everything that ended earlier goes.
         ended_before: Stamp,
     },
+    /// When keys were used last, as one node saw it; later uses win.
+    NoteKeyUses(Vec<(KeyId, Stamp)>),
+    /// Adds a team, or gives it another name.
+    PutTeam(Team),
+    /// Removes a team that has nothing any more, with its members; its keys are revoked.
+    DropTeam(TeamId),
+    /// Adds a member to a team, or changes the member's role and name.
+    PutMember(Member),
+    /// Takes a member out of a team, and revokes the keys held.
+    DropMember {
+        /// Of which team.
+        team: TeamId,
+        /// Whom.
+        user: UserId,
+    },
+    /// Something about the building of a template.
+    Build(BuildChange),
+    /// A change that somebody asked for. The audit log keeps who.
+    By(Attributed),
+}
+
+impl Command {
+    /// What is to be done, whoever asked for it.
+    #[must_use]
+    pub fn change(&self) -> &Self {
+        match self {
+            Self::By(attributed) => &attributed.change,
+            change => change,
+        }
+    }
+
+    /// Whether nodes of releases before the audit log stop at it.
+    #[must_use]
+    pub fn needs_readers(&self) -> bool {
+        match self {
+            Self::PutKey(key) => !key.is_plain(),
+            Self::NoteKeyUses(_)
+            | Self::PutTeam(_)
+            | Self::DropTeam(_)
+            | Self::PutMember(_)
+            | Self::DropMember { .. }
+            | Self::PutChannel(_)
+            | Self::DropChannel { .. }
+            | Self::TellChannel(_)
+            | Self::Build(_)
+            | Self::By(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// A change and who asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attributed {
+    /// Who asked.
+    pub actor: Actor,
+    /// For what. Nothing that names somebody itself.
+    pub change: Box<Command>,
+}
+
+/// How far a channel has been told, by whoever leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TellChannel {
+    /// Which one.
+    pub id: ChannelId,
+    /// Where it stood; where it stands elsewhere, nothing happens.
+    pub from: EventId,
+    /// Where it stands.
+    pub upto: EventId,
+    /// How many of the events between were delivered.
+    pub delivered: u32,
+    /// How many were given up.
+    pub given_up: u32,
+    /// Why the last try failed; empty where it did not.
+    pub failure: String,
+}
+
+/// A change of the building of a template. All but the first and the last name the attempt they come
+/// from: what an owner says that was replaced is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BuildChange {
+    /// Puts it on record; proposed again it is known by its id and what it asks for.
+    Start(Box<Build>),
+    /// A node takes it up: its owner when it begins or has begun anew, another one when the owner is away.
+    Claim {
+        /// Which one.
+        id: BuildId,
+        /// The attempt that is over; 0 where there was none.
+        attempt: u32,
+        /// Who takes it up.
+        node: NodeId,
+    },
+    /// How far it is, and what there is to add to its log.
+    Progress {
+        /// Which one.
+        id: BuildId,
+        /// Whose word it is.
+        attempt: u32,
+        /// What is being done.
+        phase: String,
+        /// The step that is under way, from 1; 0 before the first.
+        step: u32,
+        /// The sandbox it is built in.
+        sandbox: Option<SandboxId>,
+        /// Lines for the log.
+        log: Vec<u8>,
+    },
+    /// It is over: its sandbox is stopped.
+    End(BuildEnd),
+    /// Whoever asked for it does not want it any more.
+    Cancel(BuildId),
+}
+
+/// How the building of a template ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BuildEnd {
+    /// Which one.
+    pub id: BuildId,
+    /// Whose word it is.
+    pub attempt: u32,
+    /// Success or failure.
+    pub status: BuildStatus,
+    /// Why it failed, for people.
+    pub error: String,
+    /// The user of whatever starts from it.
+    pub default_user: String,
+    /// Its environment.
+    pub default_env: BTreeMap<String, String>,
+    /// Lines for the log.
+    pub log: Vec<u8>,
 }
 
 /// Of which sandbox a checkpoint is asked for.
@@ -319,6 +462,12 @@ pub enum Refusal {
     /// No key of that id.
     #[error("no API key {0}")]
     NoSuchKey(String),
+    /// No team of that id.
+    #[error("no team {0}")]
+    NoSuchTeam(String),
+    /// No member of that id.
+    #[error("no member {0}")]
+    NoSuchMember(String),
     /// No node has room for it.
     #[error("no host can take this capsule: {0}")]
     NoRoom(Lack),
@@ -337,6 +486,9 @@ pub enum Refusal {
     /// It does not fit how things stand; the text says what does.
     #[error("{0}")]
     Unfit(String),
+    /// No build of that id.
+    #[error("no build {0}")]
+    NoSuchBuild(String),
     /// The team has given the name to something else.
     #[error("the name {0:?} is taken")]
     NameTaken(String),

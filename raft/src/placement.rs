@@ -10,7 +10,7 @@
 //! snapshot wins over anybody who would have to fetch it first. The node that a create asked for is
 //! where the sandbox began: it binds no resume, which would else be lost with that node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use proto::ids::{NodeId, TeamId};
@@ -107,6 +107,8 @@ pub enum Source<'a> {
         snapshot: &'a Snapshot,
         /// The only node that will do; `None` leaves the choice.
         to: Option<NodeId>,
+        /// Where it failed.
+        failed_on: &'a BTreeSet<NodeId>,
     },
 }
 
@@ -151,6 +153,9 @@ fn bar(
         Source::Template => {
             let held = node.templates.get(&spec.template);
             (template.is_none() || template.as_ref() != held).then_some("without the template")
+        }
+        Source::Snapshot { failed_on, .. } if failed_on.contains(&node.id) => {
+            Some("where it failed already")
         }
         Source::Snapshot { snapshot, .. } => {
             let needs = &snapshot.sealed.needs;

@@ -1,5 +1,8 @@
 //! Commands and answers as bytes: the log's own format, independent of any library's.
 
+mod builds;
+mod channels;
+mod keys;
 mod named;
 mod snapshots;
 
@@ -111,9 +114,13 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             declared_dead,
         } => removed_to_wire(*node, *declared_dead),
         Command::PutTemplate(template) => template_to_wire(template),
-        Command::PutKey(key) => Wire::PutKey(pb::PutKey {
-            key: Some(key.into()),
-        }),
+        Command::PutKey(key) => keys::key_to_wire(key),
+        Command::NoteKeyUses(uses) => keys::uses_to_wire(uses),
+        Command::PutTeam(team) => keys::team_to_wire(team),
+        Command::DropTeam(id) => Wire::DropTeam(pb::DropTeam { id: id.0.to_vec() }),
+        Command::PutMember(member) => keys::member_to_wire(member),
+        Command::DropMember { team, user } => keys::no_member_to_wire(*team, *user),
+        Command::By(attributed) => keys::attributed_to_wire(attributed),
         Command::RevokeKey(id) => Wire::RevokeKey(pb::RevokeKey { id: id.0.to_vec() }),
         Command::CreateSandbox {
             id,
@@ -150,9 +157,13 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             node,
             report,
         } => Wire::ReportSandbox(reported_to_wire(*id, *epoch, *node, report)),
+        Command::PutChannel(channel) => channels::put_to_wire(channel),
+        Command::DropChannel { team, id } => channels::drop_to_wire(*team, *id),
+        Command::TellChannel(told) => channels::told_to_wire(told),
         Command::PruneSandboxes { ended_before } => Wire::PruneSandboxes(pb::PruneSandboxes {
             ended_before_ms: ended_before.0,
         }),
+        Command::Build(change) => builds::build_to_wire(change),
     }
 }
 
@@ -309,6 +320,7 @@ fn hints_from_wire(hints: Vec<pb::LoadHint>) -> Vec<LoadHint> {
     hints.collect()
 }
 
+#[allow(clippy::too_many_lines)] // an arm for each command, and nothing else
 fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
     use pb::proposal::Command as Wire;
     Ok(match wire {
@@ -342,6 +354,13 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
         Wire::AdmitNode(it) => Command::AdmitNode(some("node", it.node)?.try_into()?),
         Wire::PutTemplate(it) => Command::PutTemplate(some("template", it.template)?.try_into()?),
         Wire::PutKey(it) => Command::PutKey(some("key", it.key)?.try_into()?),
+        Wire::PutScopedKey(it) => Command::PutKey(some("key", it.key)?.try_into()?),
+        Wire::NoteKeyUses(it) => keys::uses_from_wire(&it)?,
+        Wire::PutTeam(it) => Command::PutTeam(some("team", it.team)?.try_into()?),
+        Wire::DropTeam(it) => Command::DropTeam(TeamId(array("team id", &it.id)?)),
+        Wire::PutMember(it) => Command::PutMember(some("member", it.member)?.try_into()?),
+        Wire::DropMember(it) => keys::no_member_from_wire(&it)?,
+        Wire::Attributed(it) => Command::By(keys::attributed_from_wire(*it)?),
         Wire::RevokeKey(it) => Command::RevokeKey(KeyId(array("key id", &it.id)?)),
         Wire::CreateSandbox(it) => Command::CreateSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),
@@ -371,9 +390,13 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             node: NodeId(it.node),
             report: report_from_wire(some("report", it.report)?)?,
         },
+        Wire::PutChannel(it) => channels::put_from_wire(it)?,
+        Wire::DropChannel(it) => channels::drop_from_wire(&it)?,
+        Wire::TellChannel(it) => channels::told_from_wire(it)?,
         Wire::PruneSandboxes(it) => Command::PruneSandboxes {
             ended_before: Stamp(it.ended_before_ms),
         },
+        Wire::Build(it) => builds::build_from_wire(it)?,
     })
 }
 
@@ -459,12 +482,15 @@ fn refusal_to_wire(refusal: &Refusal) -> pb::Refusal {
         Refusal::NoRoom(lack) => (Kind::NoRoom, lack.0.clone(), 0),
         Refusal::IdTaken(id) => (Kind::IdTaken, id.clone(), 0),
         Refusal::NameTaken(name) => (Kind::NameTaken, name.clone(), 0),
+        Refusal::NoSuchBuild(id) => (Kind::NoSuchBuild, id.clone(), 0),
         Refusal::Fenced { newest } => (Kind::Fenced, String::new(), newest.0),
         Refusal::NoSuchNode(id) => (Kind::NoSuchNode, id.clone(), 0),
         Refusal::NoSuchToken(id) => (Kind::NoSuchToken, id.clone(), 0),
         Refusal::TokenExpired(id) => (Kind::TokenExpired, id.clone(), 0),
         Refusal::TokenUsed(id) => (Kind::TokenUsed, id.clone(), 0),
         Refusal::Unfit(why) => (Kind::Unfit, why.clone(), 0),
+        Refusal::NoSuchTeam(id) => (Kind::NoSuchTeam, id.clone(), 0),
+        Refusal::NoSuchMember(id) => (Kind::NoSuchMember, id.clone(), 0),
     };
     pb::Refusal {
         kind: kind.into(),
@@ -484,11 +510,14 @@ fn refusal_from_wire(wire: pb::Refusal) -> Refusal {
         Kind::NoRoom => Refusal::NoRoom(Lack(wire.detail)),
         Kind::IdTaken => Refusal::IdTaken(wire.detail),
         Kind::NameTaken => Refusal::NameTaken(wire.detail),
+        Kind::NoSuchBuild => Refusal::NoSuchBuild(wire.detail),
         Kind::NoSuchNode => Refusal::NoSuchNode(wire.detail),
         Kind::NoSuchToken => Refusal::NoSuchToken(wire.detail),
         Kind::TokenExpired => Refusal::TokenExpired(wire.detail),
         Kind::TokenUsed => Refusal::TokenUsed(wire.detail),
         Kind::Unfit => Refusal::Unfit(wire.detail),
+        Kind::NoSuchTeam => Refusal::NoSuchTeam(wire.detail),
+        Kind::NoSuchMember => Refusal::NoSuchMember(wire.detail),
         Kind::Fenced => Refusal::Fenced {
             newest: Epoch(wire.epoch),
         },

@@ -354,8 +354,7 @@ fn a_revoked_key_opens_nothing_and_its_id_stays_taken() {
         name: "first".into(),
         hash: [9; 32],
         shown: "wrn_012345".into(),
-        created_at: Stamp(0),
-        revoked: false,
+        ..Key::default()
     };
     world
         .apply(Command::PutKey(key.clone()))

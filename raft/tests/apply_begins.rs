@@ -97,6 +97,64 @@ fn a_resume_that_was_never_begun_goes_on_elsewhere_from_the_same_snapshot() {
 }
 
 #[test]
+fn a_resume_that_fails_is_tried_on_each_of_three_hosts() {
+    let (mut world, second, third) = asking();
+    world.create_on(second, 1, bound(512));
+    world.run(1);
+    world.rest(1, 1);
+    world.hold(1, third, true).expect("known");
+    world.resume(1, 1).expect("there is room");
+    let failed = |why: &str| Report::Failed {
+        reason: why.to_owned(),
+    };
+    let mut hosts = vec![world.sandbox(1).owner];
+    for why in ["no state for this processor", "a full disk"] {
+        world.report(1, failed(why)).expect("it is the owner's");
+        let next = world.sandbox(1);
+        assert_eq!(next.phase, Phase::Resuming);
+        assert!(
+            next.reason.contains(why) && next.not_begun,
+            "{}",
+            next.reason
+        );
+        assert!(!hosts.contains(&next.owner), "{hosts:?}");
+        hosts.push(next.owner);
+    }
+    world
+        .report(1, failed("nothing"))
+        .expect("it is the owner's");
+    let rests = world.sandbox(1);
+    assert_eq!((rests.phase, rests.failed_on.len()), (Phase::Paused, 0));
+    for why in ["no state for this processor", "a full disk", "nothing"] {
+        assert!(rests.reason.contains(why), "{}", rests.reason);
+    }
+    // Asked again, all may try again.
+    world.resume(1, 1).expect("there is room");
+    assert_eq!(world.sandbox(1).owner, hosts[0]);
+}
+
+#[test]
+fn a_resume_that_was_bound_to_a_host_is_not_tried_elsewhere() {
+    let (mut world, second, third) = asking();
+    world.create_on(second, 1, bound(512));
+    world.run(1);
+    world.rest(1, 1);
+    world.hold(1, third, true).expect("known");
+    let resume = Command::ResumeSandbox {
+        id: sandbox_id(1),
+        snapshot: snapshot_id(1),
+        to: Some(second),
+        hints: vec![],
+    };
+    world.act(resume).expect("there is room");
+    let reason = "no state for this processor".to_owned();
+    let failed = Report::Failed { reason };
+    world.report(1, failed).expect("it is the owner's");
+    let rests = world.sandbox(1);
+    assert_eq!((rests.phase, rests.owner), (Phase::Paused, second));
+}
+
+#[test]
 fn what_was_never_begun_outlives_a_node_that_is_declared_dead() {
     let (mut world, second, third) = asking();
     world.create_on(second, 1, waiting(512));

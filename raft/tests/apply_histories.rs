@@ -9,11 +9,14 @@ use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, NodeKey, SandboxId, TokenId};
-use world::history::{any_history, busy_world, token_of};
+use proto::units::Stamp;
+use world::history::{TEAMS, any_history, busy_world, team, token_of};
 use world::*;
 use wrenn_raft::apply::Applied;
 use wrenn_raft::command::{Command, Proposal, Receipt, Refusal, Report, Verdict};
-use wrenn_raft::state::{HostLoss, Liveness, Node, Phase, Resources, RowKey, Sandbox, State};
+use wrenn_raft::state::{
+    Day, Happening, HostLoss, Liveness, Node, Phase, Resources, RowKey, Sandbox, State, Usage,
+};
 use wrenn_raft::wire;
 
 /// What cannot be seen from two states in a row.
@@ -30,6 +33,7 @@ struct Memory {
 /// One command and both sides of it.
 struct Step<'a> {
     index: u64,
+    at: Stamp,
     command: &'a Command,
     applied: &'a Applied,
     before: &'a State,
@@ -82,6 +86,10 @@ impl Step<'_> {
     fn check(&self, memory: &mut Memory) {
         self.check_rows();
         self.check_reservations();
+        if self.before.keeps_audit() {
+            self.check_usage();
+            self.check_events();
+        }
         if let Command::ReportSandbox {
             id,
             epoch,
@@ -204,6 +212,61 @@ impl Step<'_> {
         assert_eq!(self.after.ended_sandboxes().collect::<Vec<_>>(), ended);
     }
 
+    /// What runs is the sum over what runs, and at the instant of a change exactly as much has been
+    /// taken by what is written and what runs still as before it.
+    fn check_usage(&self) {
+        for team in (0..TEAMS).map(team) {
+            let of_team = self
+                .after
+                .sandboxes_of(team)
+                .filter(|it| it.phase.runs_guest());
+            let runs = of_team.fold((0, 0, 0), |(count, vcpus, memory), it| {
+                let memory = memory + u64::from(it.spec.memory.0);
+                (count + 1, vcpus + it.spec.vcpus, memory)
+            });
+            let load = self.after.load_of(team);
+            assert_eq!((load.sandboxes, load.vcpus, load.memory_mib), runs);
+            let taken = |state: &State| {
+                let days = state.usage_until(team, Day(0)..=Day(u32::MAX), self.at);
+                let all = days
+                    .iter()
+                    .fold(Usage::default(), |sum, it| sum.plus(it.total()));
+                (all.sandbox_ms, all.vcpu_ms, all.mib_ms)
+            };
+            let about_node = matches!(
+                self.command,
+                Command::JudgeNode { .. } | Command::AdmitNode(_) | Command::RemoveNode { .. }
+            );
+            // Whether a missing node's guests run is known once it is back.
+            if !about_node {
+                assert_eq!(taken(self.before), taken(self.after), "{:?}", self.command);
+            }
+        }
+    }
+
+    /// There is an event of every change of a phase, and of nothing else of a sandbox.
+    fn check_events(&self) {
+        let news = self
+            .after
+            .all_events()
+            .filter(|it| it.id.index == self.index);
+        let mut told: Vec<_> = news
+            .filter_map(|event| match event.what {
+                Happening::Sandbox { id, from, to, .. } => Some((id, from, to)),
+                _ => None,
+            })
+            .collect();
+        told.sort_unstable();
+        let phase = |id| self.before.sandbox(id).map(|it: &Sandbox| it.phase);
+        let moved = self
+            .after
+            .sandboxes()
+            .map(|it| (it.id, phase(it.id), it.phase));
+        let mut moved: Vec<_> = moved.filter(|(_, from, to)| *from != Some(*to)).collect();
+        moved.sort_unstable();
+        assert_eq!(told, moved);
+    }
+
     fn check_sandbox(&self, sandbox: &Sandbox, memory: &Memory) {
         if sandbox.not_begun {
             let starts = matches!(sandbox.phase, Phase::Starting | Phase::Resuming);
@@ -260,6 +323,10 @@ impl Step<'_> {
             return;
         }
         if let Command::ReportSandbox { report, .. } = self.command {
+            if matches!(report, Report::Failed { .. }) {
+                self.check_resumed_elsewhere(known);
+                return;
+            }
             // Its owner sealed it, and so it goes on where it is bound for.
             assert!(matches!(report, Report::Sealed(_)), "{report:?}");
             assert_eq!(known.phase, Phase::Pausing);
@@ -285,6 +352,21 @@ impl Step<'_> {
             ) if *node == owner.id && *incarnation == owner.incarnation
         );
         assert!(lost_now, "{:?} gave {} out again", self.command, known.id);
+    }
+
+    /// Its owner has ended it; the other host is one that it has not failed on.
+    fn check_resumed_elsewhere(&self, known: &Sandbox) {
+        let next = self
+            .after
+            .sandbox(known.id)
+            .expect("it rests on a snapshot");
+        assert_eq!(
+            (known.phase, next.phase),
+            (Phase::Resuming, Phase::Resuming)
+        );
+        assert!(!known.host_named, "{known:?}");
+        assert!(next.failed_on.contains(&known.owner) && !next.failed_on.contains(&next.owner));
+        assert_eq!(next.snapshot, known.snapshot);
     }
 
     /// Whether the command says that the owner cannot be reached.
@@ -368,6 +450,7 @@ fn play(world: &mut World, memory: &mut Memory, proposal: Proposal) {
     assert_eq!(answer, applied.answer);
     Step {
         index: world.index,
+        at: proposal.at.max(Stamp(1)),
         command: &proposal.command,
         applied: &applied,
         before: &before,
@@ -485,10 +568,12 @@ fn sealed_for(applied: &Applied) -> &'static str {
 fn naming_event(world: &World, proposal: &Proposal, applied: &Applied) -> Option<&'static str> {
     Some(match (&proposal.command, &applied.answer) {
         (Command::CheckpointSandbox(_), Ok(Receipt::Done(1))) => {
-            let made = |key: &RowKey| !matches!(key, RowKey::Sandbox(_) | RowKey::Snapshot(_));
-            match applied.touched.iter().any(made) {
+            let made = |key: &&RowKey| matches!(key, RowKey::Named(..));
+            let sandbox = |key: &&RowKey| matches!(key, RowKey::Sandbox(_));
+            let count = |of: &dyn Fn(&&RowKey) -> bool| applied.touched.iter().filter(of).count();
+            match count(&made) > 0 {
                 true => "named at rest",
-                false if applied.touched.len() > 1 => "forked at rest",
+                false if count(&sandbox) > 1 => "forked at rest",
                 false => "snapshotting",
             }
         }
@@ -540,7 +625,9 @@ fn event(world: &World, proposal: &Proposal, applied: &Applied) -> &'static str 
             judged(world, *verdict, applied)
         }
         (Command::JudgeNode { .. }, Ok(_)) => "no step",
-        (Command::RemoveNode { .. }, Ok(Receipt::Done(1))) if applied.touched.len() > 2 => {
+        (Command::RemoveNode { .. }, Ok(Receipt::Done(1)))
+            if (applied.touched.iter()).any(|key| matches!(key, RowKey::Sandbox(_))) =>
+        {
             "given up with its node"
         }
         (Command::RemoveNode { .. }, Ok(Receipt::Done(1))) => "removed",

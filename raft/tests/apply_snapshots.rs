@@ -166,8 +166,11 @@ fn a_bound_guest_that_is_lost_before_it_was_ever_sealed_starts_anew() {
 }
 
 #[test]
-fn a_resume_that_fails_leaves_the_sandbox_as_it_was() {
-    let (mut world, second, _) = at_rest();
+fn a_resume_that_fails_where_nobody_else_can_leaves_the_sandbox_as_it_was() {
+    let (mut world, second, third) = at_rest();
+    for other in [FOUNDER, third] {
+        world.act(cordon(other)).expect("known");
+    }
     world.resume(1, 1).expect("there is room");
     let failed = Report::Failed {
         reason: "no memory".into(),
@@ -176,7 +179,7 @@ fn a_resume_that_fails_leaves_the_sandbox_as_it_was() {
     let sandbox = world.sandbox(1);
     assert_eq!(
         (sandbox.phase, sandbox.reason.as_str()),
-        (Phase::Paused, "no memory")
+        (Phase::Paused, "on host2: no memory")
     );
     assert_eq!(world.state.reserved(second), Resources::default());
     world.resume(1, 1).expect("it can be tried again");

@@ -20,8 +20,7 @@ fn put_key(number: u8) -> Vec<u8> {
         name: format!("key {number}"),
         hash: [number; 32],
         shown: "wrn_".into(),
-        created_at: Stamp(0),
-        revoked: false,
+        ..Key::default()
     };
     let command = Command::PutKey(key);
     let at = Stamp(1000);

@@ -16,20 +16,27 @@
 //!
 //! `nodes` has the commands about nodes, tokens and the cluster, `sandboxes` those about sandboxes,
 //! `snapshots` those about pausing and resuming, `named` those about names, forks and what is kept
-//! warm.
+//! warm, `builds` those about building templates, `keys` those about keys, teams and members. `audit`
+//! writes down who asked for what. `noted` looks at what any of them changed: it counts what guests
+//! took, and makes events.
 
+mod audit;
+mod builds;
+mod channels;
+mod keys;
 mod named;
 mod nodes;
+mod noted;
 mod sandboxes;
 mod snapshots;
 
 use proto::epoch::Epoch;
-use proto::ids::{KeyId, NodeId};
+use proto::ids::NodeId;
 use proto::units::Stamp;
 
 use self::sandboxes::{NewSandbox, Seen};
-use crate::command::{Answer, Command, Proposal, Receipt, Refusal};
-use crate::state::{Key, RowKey, State, Template};
+use crate::command::{Answer, Attributed, Command, Proposal, Receipt, Refusal};
+use crate::state::{Actor, RowKey, State, Template};
 
 /// The earliest instant there is. A row that says zero says "never", so a proposer whose clock
 /// stands at the beginning of time would leave a state that its own rows do not describe.
@@ -64,7 +71,35 @@ impl State {
     /// Applies the command at log position `index`.
     pub fn apply(&mut self, index: u64, proposal: Proposal) -> Applied {
         let at = proposal.at.max(FIRST);
-        match proposal.command {
+        // Costs as much as a dozen reference counts.
+        let before = self.clone();
+        let actor = match &proposal.command {
+            Command::By(attributed) => attributed.actor.clone(),
+            _ => Actor::System,
+        };
+        let mut applied = self.recorded(at, index, proposal.command);
+        // Nodes of releases that note nothing cannot have come this far: they stop at the first change
+        // that names who asked for it.
+        if self.keeps_audit() {
+            self.note(&before, (index, at, actor), &mut applied.touched);
+        }
+        applied
+    }
+
+    fn recorded(&mut self, at: Stamp, index: u64, command: Command) -> Applied {
+        match command {
+            Command::By(Attributed { actor, change }) => {
+                self.audited(at, index, Some(actor), *change)
+            }
+            // What rules do is recorded too, once there is a log.
+            change if self.keeps_audit() => self.audited(at, index, None, change),
+            change => self.act(at, index, change),
+        }
+    }
+
+    #[allow(clippy::too_many_lines)] // an arm for each command, and nothing else
+    fn act(&mut self, at: Stamp, index: u64, command: Command) -> Applied {
+        match command {
             Command::FoundCluster { id, settings } => self.found_cluster(at, id, settings),
             Command::RecoverCluster { id, last, lost } => self.recover_cluster(at, id, last, &lost),
             Command::PutSettings(settings) => self.put_settings(at, settings),
@@ -130,7 +165,21 @@ impl State {
             Command::PutWarm(snapshot) => self.put_warm(at, snapshot),
             Command::RetireWarm(id) => self.give_up_warm(id),
             Command::HoldSnapshot { id, node, holds } => self.hold_snapshot(id, node, holds),
+            Command::PutChannel(channel) => self.set_channel(at, channel),
+            Command::DropChannel { team, id } => self.remove_channel(team, id),
+            Command::TellChannel(told) => self.tell_channel(told),
             Command::PruneSandboxes { ended_before } => self.prune_sandboxes(ended_before),
+            Command::NoteKeyUses(uses) => self.note_key_uses(&uses),
+            Command::PutTeam(team) => self.set_team(at, team),
+            Command::DropTeam(id) => self.remove_team(id),
+            Command::PutMember(member) => self.set_member(at, member),
+            Command::DropMember { team, user } => self.remove_member(team, user),
+            // None is read from the log: its bytes cannot say this.
+            Command::By(_) => {
+                let why = "a change has one author".into();
+                Applied::untouched(Err(Refusal::Unfit(why)))
+            }
+            Command::Build(change) => self.change_build(at, change),
         }
     }
 
@@ -145,37 +194,5 @@ impl State {
             answer: Ok(Receipt::Done(1)),
             touched,
         }
-    }
-
-    fn add_key(&mut self, at: Stamp, mut key: Key) -> Applied {
-        key.created_at = at;
-        if let Some(known) = self.key(key.id) {
-            let same = known.hash == key.hash;
-            let refusal = Refusal::IdTaken(key.id.to_string());
-            return Applied::untouched(if same {
-                Ok(Receipt::Done(1))
-            } else {
-                Err(refusal)
-            });
-        }
-        // A secret has one record: under another id, a revoked one would come alive again.
-        if self.has_key_hash(&key.hash) {
-            return Applied::untouched(Err(Refusal::IdTaken(key.id.to_string())));
-        }
-        let id = key.id;
-        self.put_key(key);
-        Applied::touched(Receipt::Done(1), RowKey::Key(id))
-    }
-
-    fn revoke_key(&mut self, id: KeyId) -> Applied {
-        let Some(known) = self.key(id) else {
-            return Applied::untouched(Err(Refusal::NoSuchKey(id.to_string())));
-        };
-        let revoked = Key {
-            revoked: true,
-            ..known.clone()
-        };
-        self.put_key(revoked);
-        Applied::touched(Receipt::Done(1), RowKey::Key(id))
     }
 }

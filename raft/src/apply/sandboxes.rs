@@ -1,5 +1,7 @@
 //! The commands about sandboxes.
 
+use std::collections::BTreeSet;
+
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Stamp;
@@ -369,6 +371,9 @@ impl State {
                 self.seal_checkpoint(at, Epoch(index), known, sealed)
             }
             Report::Sealed(sealed) => self.seal_sandbox(at, Epoch(index), &known, sealed),
+            Report::Failed { reason } if known.phase == Phase::Resuming => {
+                Some(self.resume_elsewhere(at, Epoch(index), known, &reason))
+            }
             report => after_report(at, &known, report).map(|next| self.put_next(next)),
         };
         let Some(touched) = touched else {
@@ -439,6 +444,8 @@ pub(super) fn new_sandbox(at: Stamp, new: NewSandbox) -> Sandbox {
         origin: None,
         checkpoint: None,
         not_begun: false,
+        failed_on: BTreeSet::new(),
+        host_named: false,
     }
 }
 
@@ -485,10 +492,6 @@ fn after_report(at: Stamp, known: &Sandbox, report: Report) -> Option<Sandbox> {
             next(Desired::Running, Phase::Running, reason)
         }
         (_, Report::Thawed { .. } | Report::Sealed(_)) => None,
-        // What it rests on is still there.
-        (Phase::Resuming, Report::Failed { reason }) => {
-            next(Desired::Paused, Phase::Paused, reason)
-        }
         (Phase::Running | Phase::Pausing | Phase::Snapshotting, Report::Failed { reason })
             if known.snapshot.is_some() =>
         {

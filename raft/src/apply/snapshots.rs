@@ -17,6 +17,10 @@ use crate::state::{
     Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot, State,
 };
 
+/// Hosts that a resume is tried on, one after the other, unless its client named one: what is the matter
+/// with one is rarely so with the next, and what three cannot do is the snapshot's own fault.
+const RESUME_HOSTS: usize = 3;
+
 impl State {
     pub(super) fn pause_sandbox(
         &mut self,
@@ -94,8 +98,56 @@ impl State {
             Err(refusal) => return Applied::untouched(Err(refusal)),
         };
         let placed = (owner, self.asks_first(owner));
-        self.put_sandbox(resumed(at, epoch, placed, known.clone()));
+        self.put_sandbox(Sandbox {
+            host_named: to.is_some(),
+            ..resumed(at, epoch, placed, known.clone())
+        });
         Applied::touched(Receipt::Placed { node: owner, epoch }, RowKey::Sandbox(id))
+    }
+
+    /// A resume failed: another host may manage, or else it rests as before. Whoever says so has ended
+    /// what there was of it, and a workload is frozen until its guest is reported running.
+    pub(super) fn resume_elsewhere(
+        &mut self,
+        at: Stamp,
+        epoch: Epoch,
+        known: Sandbox,
+        why: &str,
+    ) -> Vec<RowKey> {
+        let host = self.node(known.owner).map(|it| it.name.as_str());
+        let why = format!("on {}: {why}", host.unwrap_or("a host that was removed"));
+        let reason = match known.reason.as_str() {
+            "" => why,
+            before => format!("{before}; {why}"),
+        };
+        let mut failed_on = known.failed_on.clone();
+        failed_on.insert(known.owner);
+        let paused = Sandbox {
+            desired: Desired::Paused,
+            phase: Phase::Paused,
+            reason: reason.clone(),
+            updated_at: at,
+            failed_on: BTreeSet::new(),
+            ..known
+        };
+        // Off its node first: its own reservation must not stand in its way.
+        let touched = self.put_next(paused.clone());
+        let placed = match paused.snapshot {
+            Some(from) if !paused.host_named && failed_on.len() < RESUME_HOSTS => {
+                let spec = &paused.spec;
+                self.place_besides(paused.team, spec, (from, None), &[], &failed_on)
+            }
+            _ => return touched,
+        };
+        if let Ok(owner) = placed {
+            let placed = (owner, self.asks_first(owner));
+            self.put_sandbox(Sandbox {
+                failed_on,
+                reason,
+                ..resumed(at, epoch, placed, paused)
+            });
+        }
+        touched
     }
 
     /// Where a sandbox can go on, or start as another one, from a snapshot.
@@ -105,6 +157,18 @@ impl State {
         spec: &SandboxSpec,
         (from, to): (SnapshotId, Option<NodeId>),
         hints: &[LoadHint],
+    ) -> Result<NodeId, Refusal> {
+        self.place_besides(team, spec, (from, to), hints, &BTreeSet::new())
+    }
+
+    /// The same, but not where it failed.
+    fn place_besides(
+        &self,
+        team: TeamId,
+        spec: &SandboxSpec,
+        (from, to): (SnapshotId, Option<NodeId>),
+        hints: &[LoadHint],
+        failed_on: &BTreeSet<NodeId>,
     ) -> Result<NodeId, Refusal> {
         let snapshot = self
             .snapshot(from)
@@ -122,7 +186,11 @@ impl State {
             };
             return Err(Refusal::NoRoom(Lack(why)));
         }
-        let source = Source::Snapshot { snapshot, to };
+        let source = Source::Snapshot {
+            snapshot,
+            to,
+            failed_on,
+        };
         placement::place(self, team, spec, source, hints).map_err(Refusal::NoRoom)
     }
 
@@ -237,6 +305,7 @@ impl State {
         let source = Source::Snapshot {
             snapshot: &snapshot,
             to: Some(to),
+            failed_on: &BTreeSet::new(),
         };
         let placed = placement::place(self, sandbox.team, &sandbox.spec, source, &[]);
         placed.map(drop).map_err(Refusal::NoRoom)
@@ -298,6 +367,8 @@ pub(super) fn resumed(
         desired: Desired::Running,
         phase: Phase::Resuming,
         reason: String::new(),
+        failed_on: BTreeSet::new(),
+        host_named: false,
         owner,
         epoch,
         updated_at: at,

@@ -10,19 +10,24 @@ use openraft::raft::{
 use prost::Message as _;
 use proto::epoch::Epoch;
 use proto::fuzzing::scratch;
-use proto::ids::{ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{
+    BuildId, ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId, UserId,
+};
 use proto::units::{Mib, Stamp};
 use proto::wire::raftlog as pb;
 
 use crate::codec;
-use crate::command::{Command, Proposal, Receipt, Refusal, Report, StopCause, Verdict};
+use crate::command::{
+    Attributed, BuildChange, BuildEnd, Command, Proposal, Receipt, Refusal, Report, StopCause,
+    Verdict,
+};
 use crate::derived;
 use crate::disk::RealDisk;
 use crate::peer::{self, Envelope};
 use crate::snapshot::Snapshots;
 use crate::state::{
-    GuestVersions, HostLoss, Needs, Node, Resources, SandboxSpec, SealTimes, Sealed, Settings,
-    State, Template, Token,
+    Actor, Build, BuildSpec, BuildStatus, GuestVersions, HostLoss, Key, Member, Needs, Node,
+    Resources, Role, SandboxSpec, Scope, SealTimes, Sealed, Settings, State, Team, Template, Token,
 };
 use crate::types::{DiskId, Entry, LogId, SnapshotMeta, Vote};
 use crate::wire;
@@ -189,6 +194,49 @@ fn life() -> Vec<Command> {
     ]
 }
 
+/// A template that is built.
+fn building() -> Vec<Command> {
+    let id = BuildId([0xb1; 16]);
+    let build = Build {
+        id,
+        owner: NodeId(FOUNDED_AT + 1),
+        spec: BuildSpec {
+            name: "mine".into(),
+            recipe: vec!["RUN true".into()],
+            files: vec![vec![]],
+            ..BuildSpec::default()
+        },
+        ..Build::default()
+    };
+    let changes = [
+        BuildChange::Start(Box::new(build)),
+        BuildChange::Claim {
+            id,
+            attempt: 0,
+            node: NodeId(FOUNDED_AT + 1),
+        },
+        BuildChange::Progress {
+            id,
+            attempt: 1,
+            phase: "recipe".into(),
+            step: 1,
+            sandbox: Some(SandboxId([2; 16])),
+            log: b"{}\n".to_vec(),
+        },
+        BuildChange::End(BuildEnd {
+            id,
+            attempt: 1,
+            status: BuildStatus::Failed,
+            error: "why".into(),
+            default_user: "root".into(),
+            default_env: BTreeMap::from([("A".into(), "1".into())]),
+            log: vec![],
+        }),
+        BuildChange::Cancel(id),
+    ];
+    changes.map(Command::Build).into()
+}
+
 /// Nodes that come, are looked after, and go.
 fn fleet() -> Vec<Command> {
     let second = NodeId(FOUNDED_AT + 2);
@@ -229,6 +277,50 @@ fn fleet() -> Vec<Command> {
     ]
 }
 
+/// A team that comes, has people and keys, and goes.
+fn people() -> Vec<Command> {
+    let (team, user, key) = (TeamId([0x61; 16]), UserId([0x62; 16]), KeyId([0x63; 16]));
+    let asked = |change| {
+        Command::By(Attributed {
+            actor: Actor::Key {
+                id: key,
+                name: "a person's".into(),
+                holder: Some(user),
+                address: "10.0.0.7".into(),
+            },
+            change: Box::new(change),
+        })
+    };
+    vec![
+        asked(Command::PutTeam(Team {
+            id: team,
+            name: "Acme".into(),
+            slug: "012345-6789ab".into(),
+            created_at: Stamp(0),
+        })),
+        asked(Command::PutMember(Member {
+            team,
+            user,
+            email: "a@example.com".into(),
+            name: "A".into(),
+            role: Role::Owner,
+            joined_at: Stamp(0),
+        })),
+        asked(Command::PutKey(Key {
+            id: key,
+            team,
+            hash: [8; 32],
+            scope: Scope::Run,
+            expires_at: Some(Stamp(u64::MAX)),
+            holder: Some(user),
+            ..Key::default()
+        })),
+        Command::NoteKeyUses(vec![(key, Stamp(9))]),
+        asked(Command::DropMember { team, user }),
+        asked(Command::DropTeam(team)),
+    ]
+}
+
 fn token() -> Token {
     Token {
         id: TOKEN,
@@ -245,13 +337,18 @@ fn token() -> Token {
 
 pub(super) fn proposals() -> Vec<Vec<u8>> {
     let all = [found(), Command::AdmitNode(node(1)), template()];
-    let all = all.into_iter().chain(life()).chain(fleet());
+    let all = all
+        .into_iter()
+        .chain(life())
+        .chain(fleet())
+        .chain(people())
+        .chain(building());
     all.map(|command| at_noon(command).encode()).collect()
 }
 
 /// Whole histories, each proposal behind its length.
 pub(super) fn histories() -> Vec<Vec<u8>> {
-    [life(), fleet()].map(history).into()
+    [life(), fleet(), people(), building()].map(history).into()
 }
 
 fn history(commands: Vec<Command>) -> Vec<u8> {
@@ -270,7 +367,8 @@ fn state() -> State {
     let commands = life()
         .into_iter()
         .take(6)
-        .chain(fleet().into_iter().take(4));
+        .chain(fleet().into_iter().take(4))
+        .chain(people().into_iter().take(4));
     for (at, command) in commands.enumerate() {
         state.apply(FOUNDED_AT + 1 + at as u64, at_noon(command));
     }

@@ -102,6 +102,10 @@ pub struct Settings {
     pub lease_grace: Duration,
     /// On how many nodes each snapshot shall lie.
     pub replicas: u32,
+    /// Requests a second that one node takes of one API key; 0 for as many as come.
+    pub key_rate: u32,
+    /// How many of those may come at once after a pause.
+    pub key_burst: u32,
 }
 
 /// One node and its disk may be lost.
@@ -116,6 +120,8 @@ impl Default for Settings {
             lease_ttl: Duration::from_secs(10),
             lease_grace: Duration::from_secs(60),
             replicas: DEFAULT_REPLICAS,
+            key_rate: 0,
+            key_burst: 0,
         }
     }
 }
@@ -134,6 +140,8 @@ impl Settings {
         const MOST_LEARNERS: u32 = 64;
         /// More are no safer than the cluster's own records, which lie on as many voters.
         const MOST_REPLICAS: u32 = 7;
+        /// Beyond what a node answers in a second; whoever wants more wants no limit.
+        const MOST_RATE: u32 = 100_000;
         if !matches!(self.max_voters, 1 | 3 | 5 | 7) {
             return Err(format!(
                 "max_voters is 1, 3, 5 or 7, not {}",
@@ -151,6 +159,12 @@ impl Settings {
         }
         if !(1..=MOST_REPLICAS).contains(&self.replicas) {
             return Err(format!("replicas is 1 to {MOST_REPLICAS}"));
+        }
+        if self.key_rate > MOST_RATE || self.key_burst > MOST_RATE {
+            return Err(format!("key_rate and key_burst are {MOST_RATE} at most"));
+        }
+        if (self.key_rate == 0) != (self.key_burst == 0) {
+            return Err("key_rate and key_burst are set together, or both 0".into());
         }
         Ok(())
     }
@@ -214,6 +228,8 @@ impl From<Settings> for pb::Settings {
             lease_ttl_ms: millis(settings.lease_ttl),
             lease_grace_ms: millis(settings.lease_grace),
             replicas: settings.replicas,
+            key_rate: settings.key_rate,
+            key_burst: settings.key_burst,
         }
     }
 }
@@ -229,6 +245,8 @@ impl From<pb::Settings> for Settings {
                 0 => DEFAULT_REPLICAS,
                 asked => asked,
             },
+            key_rate: wire.key_rate,
+            key_burst: wire.key_burst,
         }
     }
 }

@@ -5,7 +5,11 @@
 //! of one table byte and the object's id. What `tally` keeps is derived from the sandboxes and never
 //! stored. `slice` is the part of a state that a host of one team may see.
 
+mod audit;
+mod builds;
+mod channels;
 mod cluster;
+mod events;
 mod keys;
 mod named;
 mod nodes;
@@ -14,23 +18,36 @@ mod sandboxes;
 mod slice;
 mod snapshots;
 mod tally;
+mod teams;
 mod templates;
 mod tokens;
+mod usage;
 
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{
+    BuildId, ChannelId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId, UserId,
+};
 use proto::units::Stamp;
 use rpds::{HashTrieMapSync, RedBlackTreeMapSync, RedBlackTreeSetSync};
 
+pub use audit::{ALL_RECORDS, Action, Actor, AuditRecord, NoSuchAction, TEAM_RECORDS};
+pub use builds::{Build, BuildLog, BuildSpec, BuildStatus, STEP_PREFIX};
+pub use channels::Channel;
 pub use cluster::{Cluster, Former, Outlived, Settings};
-pub use keys::Key;
+pub use events::{BadEventId, Event, EventId, EventsSince, Happening};
+pub use keys::{Key, Scope};
 pub use named::{Checkpoint, Named, Purpose};
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};
 pub use sandboxes::{Desired, GuestVersions, HostLoss, IdleAction, Phase, Sandbox, SandboxSpec};
 pub use snapshots::{Needs, SealTimes, Sealed, Snapshot, Warm};
+pub use teams::{Member, Role, Team};
 pub use templates::Template;
 pub use tokens::Token;
+pub use usage::{Day, TeamLoad, Usage, UsageBook, UsageDay};
 
+use audit::Rings;
+use events::Events;
+pub(crate) use events::short;
 use tally::Tally;
 
 /// The replicated state after some log index.
@@ -50,6 +67,14 @@ pub struct State {
     named: RedBlackTreeMapSync<(TeamId, String), Named>,
     tokens: RedBlackTreeMapSync<TokenId, Token>,
     removed: RedBlackTreeMapSync<NodeKey, Removed>,
+    usage: RedBlackTreeMapSync<(TeamId, Day), UsageDay>,
+    events: Events,
+    channels: RedBlackTreeMapSync<ChannelId, Channel>,
+    teams: RedBlackTreeMapSync<TeamId, Team>,
+    members: RedBlackTreeMapSync<(TeamId, UserId), Member>,
+    audit: Rings,
+    builds: RedBlackTreeMapSync<BuildId, Build>,
+    build_logs: RedBlackTreeMapSync<(BuildId, u32), Vec<u8>>,
 }
 
 impl State {
@@ -211,6 +236,87 @@ impl State {
     #[must_use]
     pub fn key(&self, id: KeyId) -> Option<&Key> {
         self.keys.get(&id)
+    }
+
+    /// Every team that has a record, by id.
+    pub fn teams(&self) -> impl Iterator<Item = &Team> {
+        self.teams.values()
+    }
+
+    /// One team's record.
+    #[must_use]
+    pub fn team(&self, id: TeamId) -> Option<&Team> {
+        self.teams.get(&id)
+    }
+
+    /// Every member of every team, by team and user.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        self.members.values()
+    }
+
+    /// The members of one team, by user.
+    pub fn members_of(&self, team: TeamId) -> impl Iterator<Item = &Member> {
+        let from = self.members.range((team, UserId::default())..);
+        from.take_while(move |((whose, _), _)| *whose == team)
+            .map(|(_, member)| member)
+    }
+
+    /// One member of a team.
+    #[must_use]
+    pub fn member(&self, team: TeamId, user: UserId) -> Option<&Member> {
+        self.members.get(&(team, user))
+    }
+
+    /// The audit log of one team, the oldest record first.
+    pub fn audit_of(&self, team: TeamId) -> impl DoubleEndedIterator<Item = &AuditRecord> {
+        self.audit.of_team(team)
+    }
+
+    /// The records of all teams that were made after the log's entry `entry`, the oldest first.
+    pub fn audit_after(&self, entry: u64) -> impl DoubleEndedIterator<Item = &AuditRecord> {
+        self.audit.after(entry)
+    }
+
+    /// One record of a team's audit log.
+    #[must_use]
+    pub fn audit_record(&self, team: TeamId, entry: u64) -> Option<&AuditRecord> {
+        self.audit.get(team, entry)
+    }
+
+    /// Whether records are kept: from the first change on that named who asked for it.
+    #[must_use]
+    pub fn keeps_audit(&self) -> bool {
+        !self.audit.is_empty()
+    }
+
+    pub(crate) fn put_team(&mut self, team: Team) {
+        self.teams.insert_mut(team.id, team);
+    }
+
+    pub(crate) fn drop_team(&mut self, id: TeamId) {
+        self.teams.remove_mut(&id);
+    }
+
+    pub(crate) fn put_member(&mut self, member: Member) {
+        let key = (member.team, member.user);
+        self.members.insert_mut(key, member);
+    }
+
+    pub(crate) fn drop_member(&mut self, team: TeamId, user: UserId) {
+        self.members.remove_mut(&(team, user));
+    }
+
+    pub(crate) fn put_audit(&mut self, record: AuditRecord) {
+        self.audit.put(record);
+    }
+
+    pub(crate) fn drop_audit(&mut self, team: TeamId, entry: u64) {
+        self.audit.drop(team, entry);
+    }
+
+    /// Which record has to go once `team` has one more than fits.
+    pub(crate) fn surplus_audit(&self, team: TeamId) -> Option<(TeamId, u64)> {
+        self.audit.surplus(team)
     }
 
     pub(crate) fn put_node(&mut self, node: Node) {

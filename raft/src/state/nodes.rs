@@ -62,6 +62,9 @@ pub struct Node {
     ///
     /// [`Sandbox::not_begun`]: super::Sandbox::not_begun
     pub asks_first: bool,
+    /// Whether it reads changes that name who asked for them, and teams, members and keys with scopes.
+    /// Nodes of earlier releases stop at those.
+    pub reads_actors: bool,
 }
 
 /// What the cluster knows of a node's lease.
@@ -195,6 +198,7 @@ impl From<&Node> for pb::NodeRow {
             machine: node.machine.clone(),
             cpu: node.cpu.clone(),
             asks_first: node.asks_first,
+            reads_actors: node.reads_actors,
             version: node.version.clone(),
             admitted_at_ms: node.admitted_at.0,
         }
@@ -241,6 +245,7 @@ impl TryFrom<pb::NodeRow> for Node {
             machine: row.machine,
             cpu: row.cpu,
             asks_first: row.asks_first,
+            reads_actors: row.reads_actors,
             version: row.version,
             admitted_at: Stamp(row.admitted_at_ms),
         })

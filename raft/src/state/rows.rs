@@ -1,10 +1,15 @@
 //! The state as rows: what snapshots and the state database store.
 
 use prost::Message;
-use proto::ids::{KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId};
+use proto::ids::{
+    BuildId, ChannelId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId, UserId,
+};
 use proto::wire::raft as pb;
 
-use super::{Key, Named, Node, Removed, Sandbox, Snapshot, State, Template, Token};
+use super::{
+    AuditRecord, Build, BuildLog, Channel, Day, Event, EventId, Key, Member, Named, Node, Removed,
+    Sandbox, Snapshot, State, Team, Template, Token, UsageDay,
+};
 use crate::wire::array;
 
 /// Where a row lies: a table and the object's id.
@@ -28,10 +33,30 @@ pub enum RowKey {
     Snapshot(SnapshotId),
     /// A team's name for a snapshot.
     Named(TeamId, String),
+    /// A team's day.
+    Usage(TeamId, Day),
+    /// Something that happened.
+    Event(EventId),
+    /// A receiver of events.
+    Channel(ChannelId),
+    /// A team.
+    Team(TeamId),
+    /// A member of a team.
+    Member(TeamId, UserId),
+    /// A record of a team's audit log, by the entry that made it.
+    Audit(TeamId, u64),
+    /// The building of a template.
+    Build(BuildId),
+    /// A piece of the log of one.
+    BuildLog(BuildId, u32),
 }
 
-/// Bytes of a team's id, which come first in the key of a name.
+/// Bytes of a team's id, which come first in the key of what belongs to a team.
 const TEAM_BYTES: usize = 16;
+/// Bytes of an entry's index, which come first in the key of an event.
+const INDEX_BYTES: usize = 8;
+/// Bytes of a build's id, which come first in the key of a piece of its log.
+const BUILD_BYTES: usize = 16;
 
 /// An encoded key and value.
 pub type Row = (Vec<u8>, Vec<u8>);
@@ -74,6 +99,14 @@ impl RowKey {
             Self::Sandbox(id) => (b's', id.0.to_vec()),
             Self::Snapshot(id) => (b'p', id.0.to_vec()),
             Self::Named(team, name) => (b'm', [&team.0, name.as_bytes()].concat()),
+            Self::Usage(team, day) => (b'd', [&team.0, day.0.to_be_bytes().as_slice()].concat()),
+            Self::Event(id) => (b'h', event_key(*id)),
+            Self::Channel(id) => (b'w', id.0.to_vec()),
+            Self::Team(id) => (b'e', id.0.to_vec()),
+            Self::Member(team, user) => (b'u', [team.0, user.0].concat()),
+            Self::Audit(team, entry) => (b'a', [&team.0[..], &entry.to_be_bytes()].concat()),
+            Self::Build(id) => (b'b', id.0.to_vec()),
+            Self::BuildLog(id, piece) => (b'l', [&id.0[..], &piece.to_be_bytes()].concat()),
         };
         [vec![table], id].concat()
     }
@@ -101,9 +134,43 @@ impl RowKey {
                 let name = std::str::from_utf8(name).map_err(|_| BadRow::Garbled)?;
                 Self::Named(TeamId(array("team id", team)?), name.to_owned())
             }
+            b'd' => {
+                let (team, day) = id.split_at_checked(TEAM_BYTES).ok_or(BadRow::Garbled)?;
+                let day = u32::from_be_bytes(array("day", day)?);
+                Self::Usage(TeamId(array("team id", team)?), Day(day))
+            }
+            b'w' => Self::Channel(ChannelId(array("channel id", id)?)),
+            b'h' => {
+                let (index, part) = id.split_at_checked(INDEX_BYTES).ok_or(BadRow::Garbled)?;
+                Self::Event(EventId {
+                    index: u64::from_be_bytes(array("index", index)?),
+                    part: u32::from_be_bytes(array("part", part)?),
+                })
+            }
+            b'e' => Self::Team(TeamId(array("team id", id)?)),
+            b'u' => {
+                let (team, user) = id.split_at_checked(TEAM_BYTES).ok_or(BadRow::Garbled)?;
+                let user = UserId(array("user id", user)?);
+                Self::Member(TeamId(array("team id", team)?), user)
+            }
+            b'a' => {
+                let (team, entry) = id.split_at_checked(TEAM_BYTES).ok_or(BadRow::Garbled)?;
+                let entry = u64::from_be_bytes(array("entry", entry)?);
+                Self::Audit(TeamId(array("team id", team)?), entry)
+            }
+            b'b' => Self::Build(BuildId(array("build id", id)?)),
+            b'l' => {
+                let (id, piece) = id.split_at_checked(BUILD_BYTES).ok_or(BadRow::Garbled)?;
+                let piece = u32::from_be_bytes(array("piece of a log", piece)?);
+                Self::BuildLog(BuildId(array("build id", id)?), piece)
+            }
             _ => return Err(BadRow::Unknown("table")),
         })
     }
+}
+
+fn event_key(id: EventId) -> Vec<u8> {
+    [id.index.to_be_bytes().as_slice(), &id.part.to_be_bytes()].concat()
 }
 
 impl State {
@@ -138,6 +205,30 @@ impl State {
             RowKey::Named(team, name) => self
                 .named(*team, name)
                 .map(|named| pb::NamedRow::from(named).encode_to_vec()),
+            RowKey::Usage(team, day) => self
+                .usage_of(*team, *day)
+                .map(|day| pb::UsageRow::from(day).encode_to_vec()),
+            RowKey::Event(id) => self
+                .event(*id)
+                .map(|event| pb::EventRow::from(event).encode_to_vec()),
+            RowKey::Channel(id) => self
+                .channel(*id)
+                .map(|channel| pb::ChannelRow::from(channel).encode_to_vec()),
+            RowKey::Team(id) => self
+                .team(*id)
+                .map(|team| pb::TeamRow::from(team).encode_to_vec()),
+            RowKey::Member(team, user) => self
+                .member(*team, *user)
+                .map(|member| pb::MemberRow::from(member).encode_to_vec()),
+            RowKey::Audit(team, entry) => self
+                .audit_record(*team, *entry)
+                .map(|record| pb::AuditRow::from(record).encode_to_vec()),
+            RowKey::Build(id) => self
+                .build(*id)
+                .map(|build| pb::BuildRow::from(build).encode_to_vec()),
+            RowKey::BuildLog(id, piece) => self
+                .build_log(*id, *piece)
+                .map(|text| BuildLog::encode(*id, *piece, text)),
         }
     }
 
@@ -155,6 +246,16 @@ impl State {
         let snapshots = self.snapshots().map(|it| RowKey::Snapshot(it.sealed.id));
         let named = self.all_named();
         let named = named.map(|it| RowKey::Named(it.team, it.name.clone()));
+        let usage = self.all_usage().map(|it| RowKey::Usage(it.team, it.day));
+        let events = self.all_events().map(|it| RowKey::Event(it.id));
+        let channels = self.channels().map(|it| RowKey::Channel(it.id));
+        let teams = self.teams().map(|team| RowKey::Team(team.id));
+        let members = self.members().map(|it| RowKey::Member(it.team, it.user));
+        let audit = self.audit.keys();
+        let audit = audit.map(|(team, entry)| RowKey::Audit(team, entry));
+        let builds = self.builds().map(|it| RowKey::Build(it.id));
+        let logs = self.build_logs();
+        let logs = logs.map(|(id, piece)| RowKey::BuildLog(id, piece));
         cluster
             .into_iter()
             .chain(nodes)
@@ -165,6 +266,14 @@ impl State {
             .chain(sandboxes)
             .chain(snapshots)
             .chain(named)
+            .chain(usage)
+            .chain(events)
+            .chain(channels)
+            .chain(teams)
+            .chain(members)
+            .chain(audit)
+            .chain(builds)
+            .chain(logs)
     }
 
     /// Every row there is.
@@ -187,6 +296,7 @@ impl State {
 
     /// Inserts or replaces the record of one row. A record under another one's key is refused:
     /// it could not be found again to be replaced.
+    #[allow(clippy::too_many_lines)] // an arm for each table, and nothing else
     pub(super) fn put_row(&mut self, key: &[u8], value: &[u8]) -> Result<(), BadRow> {
         let at = RowKey::decode(key)?;
         match at {
@@ -223,6 +333,42 @@ impl State {
                 let named: Named = decode::<pb::NamedRow, _>(value)?;
                 let same = named.team == team && named.name == name;
                 self.put_named(in_place(same, named)?);
+            }
+            RowKey::Usage(team, day) => {
+                let usage: UsageDay = decode::<pb::UsageRow, _>(value)?;
+                let same = (usage.team, usage.day) == (team, day);
+                self.put_usage(in_place(same, usage)?);
+            }
+            RowKey::Event(id) => {
+                let event: Event = decode::<pb::EventRow, _>(value)?;
+                self.put_event(in_place(event.id == id, event)?);
+            }
+            RowKey::Channel(id) => {
+                let channel: Channel = decode::<pb::ChannelRow, _>(value)?;
+                self.put_channel(in_place(channel.id == id, channel)?);
+            }
+            RowKey::Team(id) => {
+                let team: Team = decode::<pb::TeamRow, _>(value)?;
+                self.put_team(in_place(team.id == id, team)?);
+            }
+            RowKey::Member(team, user) => {
+                let member: Member = decode::<pb::MemberRow, _>(value)?;
+                let same = member.team == team && member.user == user;
+                self.put_member(in_place(same, member)?);
+            }
+            RowKey::Audit(team, entry) => {
+                let record: AuditRecord = decode::<pb::AuditRow, _>(value)?;
+                let same = record.team == team && record.entry == entry;
+                self.put_audit(in_place(same, record)?);
+            }
+            RowKey::Build(id) => {
+                let build: Build = decode::<pb::BuildRow, _>(value)?;
+                self.put_build(in_place(build.id == id, build)?);
+            }
+            RowKey::BuildLog(id, piece) => {
+                let log: BuildLog = decode::<pb::BuildLogRow, _>(value)?;
+                let same = log.build == id && log.piece == piece;
+                self.put_build_log(in_place(same, log)?);
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Sandboxes: what is wanted of each, who owns it, and what the owner last reported.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::epoch::Epoch;
@@ -57,6 +57,10 @@ pub struct Sandbox {
     /// none does before the owner has asked. While the owner cannot be reached it may be given out
     /// again.
     pub not_begun: bool,
+    /// Hosts on which the resume that is under way failed: what they could not do another one may.
+    pub failed_on: BTreeSet<NodeId>,
+    /// Whoever resumes it named the host: no other will do.
+    pub host_named: bool,
 }
 
 impl Sandbox {
@@ -179,6 +183,13 @@ impl Phase {
         }
     }
 
+    /// Whether its guest counts as running: from its first answer until it is sealed, is told to stop
+    /// or is lost.
+    #[must_use]
+    pub const fn runs_guest(self) -> bool {
+        matches!(self, Self::Running | Self::Pausing | Self::Snapshotting)
+    }
+
     /// Whether it is over: nothing leads out of this.
     #[must_use]
     pub const fn is_ended(self) -> bool {
@@ -223,6 +234,8 @@ impl From<&Sandbox> for pb::SandboxRow {
             origin: sandbox.origin.map(|id| id.0.to_vec()).unwrap_or_default(),
             checkpoint: sandbox.checkpoint.as_ref().map(Into::into),
             not_begun: sandbox.not_begun,
+            failed_on: sandbox.failed_on.iter().map(|node| node.0).collect(),
+            host_named: sandbox.host_named,
         }
     }
 }
@@ -257,6 +270,8 @@ impl TryFrom<pb::SandboxRow> for Sandbox {
             origin: optional("snapshot id", &row.origin)?.map(SnapshotId),
             checkpoint: row.checkpoint.map(TryInto::try_into).transpose()?,
             not_begun: row.not_begun,
+            failed_on: row.failed_on.into_iter().map(NodeId).collect(),
+            host_named: row.host_named,
         })
     }
 }

@@ -20,11 +20,14 @@
 //! | voters | id, key and addresses: what dialling them takes; their load, tags and names stay out |
 //! | templates | all: they belong to the platform |
 //! | its team's keys | all, revoked ones too, so that a revocation arrives |
+//! | its team and its members | all; a member's role limits the keys held |
 //! | its team's sandboxes | all, on whichever node they are |
 //! | its team's snapshots | those that its sandboxes need or that have a name, whoever holds them |
 //! | its team's names of snapshots | all |
 //! | who holds or sealed those | as voters, and the team; of a sealer that was removed its key and id |
-//! | other nodes, join tokens, other removed nodes, other teams' keys, sandboxes and snapshots | nothing |
+//! | the audit log | nothing: it grows with every change, and members answer for it |
+//! | other nodes, join tokens, other removed nodes, builds, other teams' keys, sandboxes and snapshots | nothing |
+//! | usage, events, channels | nothing: members answer for them |
 
 use std::collections::BTreeSet;
 
@@ -57,6 +60,12 @@ impl State {
         }
         for key in self.keys().filter(|key| key.team == team) {
             slice.put_key(key.clone());
+        }
+        if let Some(record) = self.team(team) {
+            slice.put_team(record.clone());
+        }
+        for member in self.members_of(team) {
+            slice.put_member(member.clone());
         }
         for sandbox in self.sandboxes_of(team) {
             slice.put_sandbox(sandbox.clone());
@@ -140,6 +149,18 @@ impl State {
             RowKey::Sandbox(id) => self.sandbox(*id) == other.sandbox(*id),
             RowKey::Snapshot(id) => self.snapshot(*id) == other.snapshot(*id),
             RowKey::Named(team, name) => self.named(*team, name) == other.named(*team, name),
+            RowKey::Usage(team, day) => self.usage_of(*team, *day) == other.usage_of(*team, *day),
+            RowKey::Event(id) => self.event(*id) == other.event(*id),
+            RowKey::Channel(id) => self.channel(*id) == other.channel(*id),
+            RowKey::Team(id) => self.team(*id) == other.team(*id),
+            RowKey::Member(team, user) => self.member(*team, *user) == other.member(*team, *user),
+            RowKey::Audit(team, entry) => {
+                self.audit_record(*team, *entry) == other.audit_record(*team, *entry)
+            }
+            RowKey::Build(id) => self.build(*id) == other.build(*id),
+            RowKey::BuildLog(id, piece) => {
+                self.build_log(*id, *piece) == other.build_log(*id, *piece)
+            }
         }
     }
 
@@ -154,6 +175,14 @@ impl State {
             RowKey::Sandbox(id) => self.sandbox(*id).is_some(),
             RowKey::Snapshot(id) => self.snapshot(*id).is_some(),
             RowKey::Named(team, name) => self.named(*team, name).is_some(),
+            RowKey::Usage(team, day) => self.usage_of(*team, *day).is_some(),
+            RowKey::Event(id) => self.event(*id).is_some(),
+            RowKey::Channel(id) => self.channel(*id).is_some(),
+            RowKey::Team(id) => self.team(*id).is_some(),
+            RowKey::Member(team, user) => self.member(*team, *user).is_some(),
+            RowKey::Audit(team, entry) => self.audit_record(*team, *entry).is_some(),
+            RowKey::Build(id) => self.build(*id).is_some(),
+            RowKey::BuildLog(id, piece) => self.build_log(*id, *piece).is_some(),
         }
     }
 
@@ -168,6 +197,14 @@ impl State {
             RowKey::Sandbox(id) => self.drop_sandbox(*id),
             RowKey::Snapshot(id) => self.drop_snapshot(*id),
             RowKey::Named(team, name) => self.drop_named(*team, name),
+            RowKey::Usage(team, day) => self.drop_usage(*team, *day),
+            RowKey::Event(id) => self.drop_event(*id),
+            RowKey::Channel(id) => self.drop_channel(*id),
+            RowKey::Team(id) => self.drop_team(*id),
+            RowKey::Member(team, user) => self.drop_member(*team, *user),
+            RowKey::Audit(team, entry) => self.drop_audit(*team, *entry),
+            RowKey::Build(id) => self.drop_build(*id),
+            RowKey::BuildLog(id, piece) => self.drop_build_log(*id, *piece),
         }
     }
 }

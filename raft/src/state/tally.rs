@@ -8,6 +8,7 @@ use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Stamp;
 use rpds::{RedBlackTreeMapSync, RedBlackTreeSetSync};
 
+use super::usage::TeamLoad;
 use super::{Resources, Sandbox};
 
 /// Sums and orders over the sandboxes, kept in step by whoever puts and drops them.
@@ -19,6 +20,8 @@ pub(super) struct Tally {
     teams: RedBlackTreeSetSync<(TeamId, SandboxId)>,
     /// How many sandboxes and names need each snapshot.
     uses: RedBlackTreeMapSync<SnapshotId, u32>,
+    /// What of each team's runs.
+    loads: RedBlackTreeMapSync<TeamId, TeamLoad>,
 }
 
 /// The ends of a range over all ids.
@@ -28,6 +31,10 @@ const LAST: SandboxId = SandboxId([u8::MAX; 16]);
 impl Tally {
     pub(super) fn add(&mut self, sandbox: &Sandbox) {
         self.teams.insert_mut((sandbox.team, sandbox.id));
+        if sandbox.phase.runs_guest() {
+            let load = self.load_of(sandbox.team).plus(TeamLoad::of(sandbox));
+            self.loads.insert_mut(sandbox.team, load);
+        }
         for id in sandbox.snapshots() {
             self.use_snapshot(id);
         }
@@ -42,6 +49,9 @@ impl Tally {
 
     pub(super) fn remove(&mut self, sandbox: &Sandbox) {
         self.teams.remove_mut(&(sandbox.team, sandbox.id));
+        if sandbox.phase.runs_guest() {
+            self.less_load(sandbox);
+        }
         self.ended.remove_mut(&(sandbox.updated_at, sandbox.id));
         for id in sandbox.snapshots() {
             self.let_go_of_snapshot(id);
@@ -70,6 +80,19 @@ impl Tally {
                 self.uses.remove_mut(&id);
             }
         }
+    }
+
+    fn less_load(&mut self, sandbox: &Sandbox) {
+        let rest = self.load_of(sandbox.team).less(TeamLoad::of(sandbox));
+        if rest == TeamLoad::default() {
+            self.loads.remove_mut(&sandbox.team);
+        } else {
+            self.loads.insert_mut(sandbox.team, rest);
+        }
+    }
+
+    pub(super) fn load_of(&self, team: TeamId) -> TeamLoad {
+        self.loads.get(&team).copied().unwrap_or_default()
     }
 
     pub(super) fn is_used(&self, id: SnapshotId) -> bool {

@@ -724,7 +724,6 @@ fn any_key(n: u8) -> Key {
         name: format!("key-{n}"),
         hash: mark(b'h', n),
         shown: "wrn_".into(),
-        created_at: Stamp(0),
-        revoked: false,
+        ..Key::default()
     }
 }
