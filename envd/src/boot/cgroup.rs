@@ -53,6 +53,8 @@ const MAX_LEFT: usize = 256;
 const SHARED: &str = "shared";
 /// The file a process writes itself into to join.
 const PROCS: &str = "cgroup.procs";
+/// Ends all of a group at once when 1 is written to it, however often its processes fork.
+const KILL: &str = "cgroup.kill";
 /// How often it is looked whether everything has come to a stop. Mostly it has at the first look.
 const FROZEN_POLL: Duration = Duration::from_millis(1);
 
@@ -133,6 +135,17 @@ impl Place {
     #[must_use]
     pub fn procs_file(&self) -> PathBuf {
         self.directory.join(PROCS)
+    }
+
+    /// Ends everything the command has started, also what has gone into sessions of its own. A group that is
+    /// shared with other commands is left alone.
+    pub fn kill(&self) {
+        if !self.is_own {
+            return;
+        }
+        if let Err(err) = fs::write(self.directory.join(KILL), "1") {
+            log!("kill {}: {err}", self.directory.display());
+        }
     }
 }
 
@@ -344,6 +357,20 @@ mod tests {
                 .procs_file()
                 .starts_with(root.path().join("wrenn/pty"))
         );
+    }
+
+    #[test]
+    fn a_group_is_killed_whole_and_a_shared_one_never() {
+        let root = tempfile::tempdir().expect("a directory");
+        let groups = Groups::create(root.path());
+        let mut place = groups.place(Group::User).expect("a place");
+        place.kill();
+        let word = place.directory.join(KILL);
+        assert_eq!(fs::read_to_string(&word).expect("written"), "1");
+        fs::remove_file(&word).expect("removed");
+        place.is_own = false;
+        place.kill();
+        assert!(!word.exists());
     }
 
     #[test]

@@ -123,7 +123,7 @@ fn bring_up() -> Result<Options, BootError> {
     machine::announce_in(Path::new(machine::GENERATION_FILE), Generation::BOOT)?;
     name::set(&options.hostname)?;
     network::bring_up(&options)?;
-    raise_limits();
+    set_limits();
     // So that ctrl-alt-del of the VMM is a signal to us instead of a reset.
     let _ = nix::sys::reboot::set_cad_enabled(false);
     Ok(options)
@@ -135,15 +135,22 @@ const OPEN_FILES: (u64, u64) = (65_536, 524_288);
 
 /// Inotify instances of one user. The kernel's 128 would be taken by our watchers almost alone.
 const WATCHERS: (&str, &str) = ("/proc/sys/fs/inotify/max_user_instances", "1024");
+/// In directories such as `/tmp`, nobody is led astray by another's link, and nobody links to what is not
+/// theirs. Distributions set these at boot; the kernel by itself does not.
+const LINKS: [(&str, &str); 2] = [
+    ("/proc/sys/fs/protected_symlinks", "1"),
+    ("/proc/sys/fs/protected_hardlinks", "1"),
+];
 
-fn raise_limits() {
+fn set_limits() {
     let (soft, hard) = OPEN_FILES;
     if let Err(err) = setrlimit(Resource::RLIMIT_NOFILE, soft, hard) {
         log!("raise the limit of open files: {err}");
     }
-    let (file, limit) = WATCHERS;
-    if let Err(err) = fs::write(file, limit) {
-        log!("write {file}: {err}");
+    for (file, value) in [WATCHERS].into_iter().chain(LINKS) {
+        if let Err(err) = fs::write(file, value) {
+            log!("write {file}: {err}");
+        }
     }
 }
 

@@ -6,19 +6,21 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use serde::Deserialize;
 use tokio::task::spawn_blocking;
 
 use super::metadata::{self, Metadata};
+use super::reach;
 use super::upload::Written;
-use super::write::{WriteError, open_for, remove_new};
+use super::write::{WriteError, open_for};
 use crate::agent::Agent;
 use crate::http::error::ApiError;
 use crate::http::init::read_body;
@@ -79,7 +81,7 @@ pub async fn compose(
 fn join(sources: &[PathBuf], destination: PathBuf, user: &User) -> Result<Written, ApiError> {
     let opened: Vec<_> = sources
         .iter()
-        .map(|path| open_source(path))
+        .map(|path| open_source(path, user))
         .collect::<Result<_, _>>()?;
     let at_destination = fs::canonicalize(&destination).ok();
     let is_destination = |path: &PathBuf| {
@@ -91,32 +93,28 @@ fn join(sources: &[PathBuf], destination: PathBuf, user: &User) -> Result<Writte
             "the destination is one of the sources",
         ));
     }
-    let (mut file, is_new) = open_for(&destination, user, &Metadata::default())?;
+    let made = open_for(&destination, user, &Metadata::default())?;
     for mut source in opened {
         // The kernel copies from file to file, or only notes that blocks are shared.
-        if let Err(err) = io::copy(&mut source, &mut file) {
-            if is_new {
-                remove_new(&destination);
-            }
+        if let Err(err) = io::copy(&mut source, &mut &made.file) {
+            made.give_up(user);
             return Err(WriteError::new(&destination, err).into());
         }
     }
     for source in sources {
         // What is composed is composed; whoever wants the space back can still remove it.
-        if let Err(err) = fs::remove_file(source) {
+        if let Err(err) = reach::remove(source, user) {
             log!("remove {}: {err}", source.display());
         }
     }
-    Ok(Written::new(&destination, metadata::read(&file)))
+    Ok(Written::new(&destination, metadata::read(&made.file)))
 }
 
-fn open_source(path: &Path) -> Result<File, ApiError> {
+fn open_source(path: &Path, user: &User) -> Result<File, ApiError> {
     let shown = path.display();
-    let opened = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path);
-    let file = opened.map_err(|err| match err.raw_os_error() {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let opened = reach::come_to(path, user, false, |open| open(flags, Mode::empty()));
+    let (file, _) = opened.map_err(|err| match err.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => {
             let words = format!("path '{shown}' does not exist");
             ApiError::new(StatusCode::NOT_FOUND, words)

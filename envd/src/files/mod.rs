@@ -6,6 +6,7 @@
 //! | [`upload`] | `POST /files`: multipart and plain bodies, compressed or not |
 //! | [`compose`] | `POST /files/compose`: several files become one |
 //! | [`write`] | one file written in place, piece by piece, owned by its user |
+//! | [`reach`] | coming to a file with its user's rights, and along no link that leads astray |
 //! | [`metadata`] | the user's key-value pairs, kept as extended attributes |
 //! | [`service`] | `filesystem.Filesystem`, over [`tree`] (list, make, move, remove) and [`entry`] |
 //! | [`range`] [`encoding`] [`content`] | rules of HTTP; pure |
@@ -21,6 +22,7 @@ pub mod entry;
 pub mod inflate;
 pub mod metadata;
 pub mod range;
+pub mod reach;
 pub mod request;
 pub mod service;
 pub mod tree;

@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 use super::entry::{Entry, Kind};
-use super::write::make_directories;
+use super::reach::make_directories;
 use crate::users::{Accounts, User};
 
 /// Most entries of one listing: some hundred megabytes at the very most.

@@ -5,28 +5,26 @@
 //! that may block. If the upload fails, a file that was not there before is removed again, so that
 //! a full disk is not kept full by the half of it; an old file keeps what was written so far.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, fchown};
+use std::os::unix::fs::fchown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::http::StatusCode;
 use bytes::{Bytes, BytesMut};
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use tokio::task::spawn_blocking;
 
 use super::metadata::{self, Metadata};
+use super::reach::{self, Opener, Way};
 use crate::http::error::ApiError;
 use crate::log::chain;
 use crate::users::User;
 
 /// Bytes gathered before they are written; also what one upload holds in memory.
 const FLUSH_BYTES: usize = 256 * 1024;
-/// Mode of directories made on the way.
-const DIRECTORY_MODE: u32 = 0o755;
 /// Mode of new files before the umask.
 const FILE_MODE: u32 = 0o666;
 
@@ -42,6 +40,9 @@ pub enum WriteError {
     /// The path is something whose content is not ours to replace: a device, a pipe, a socket.
     #[error("path '{}' is not a regular file", .0.display())]
     NotRegular(PathBuf),
+    /// Neither the user nor root on the user's behalf may go there.
+    #[error("path '{}' is out of the user's reach, or leads through another's link", .0.display())]
+    OutOfReach(PathBuf),
     /// Blocks, inodes or the quota have run out.
     #[error("no space left for '{}'", .path.display())]
     NoSpace {
@@ -69,6 +70,7 @@ impl WriteError {
             Some(libc::ENOSPC | libc::EDQUOT) => Self::NoSpace { path, source },
             Some(libc::EISDIR) => Self::IsDirectory(path),
             Some(libc::ENOTDIR) => Self::NotDirectory(path),
+            Some(libc::EACCES) => Self::OutOfReach(path),
             // Opened without blocking, a pipe nobody reads says so.
             Some(libc::ENXIO) => Self::NotRegular(path),
             _ => Self::Io { path, source },
@@ -82,6 +84,7 @@ impl From<WriteError> for ApiError {
             WriteError::IsDirectory(_)
             | WriteError::NotDirectory(_)
             | WriteError::NotRegular(_) => Self::bad_request(chain(&err)),
+            WriteError::OutOfReach(_) => Self::new(StatusCode::FORBIDDEN, chain(&err)),
             WriteError::NoSpace { .. } => Self::new(StatusCode::INSUFFICIENT_STORAGE, chain(&err)),
             WriteError::Io { .. } => Self::internal(err),
         }
@@ -92,10 +95,11 @@ impl From<WriteError> for ApiError {
 #[derive(Debug)]
 pub struct Writing {
     path: PathBuf,
-    file: Arc<File>,
+    user: User,
+    opened: Arc<Opened>,
     pending: BytesMut,
-    /// Remove the file again unless the upload is completed.
-    remove_on_failure: bool,
+    /// Whether what is there is wanted.
+    is_complete: bool,
 }
 
 impl Writing {
@@ -105,13 +109,13 @@ impl Writing {
     /// [`WriteError`] says whether the path or the disk is at fault.
     pub async fn open(path: PathBuf, user: User, metadata: Metadata) -> Result<Self, WriteError> {
         let open = move || {
-            let (file, created) = open_for(&path, &user, &metadata)?;
-            let pending = BytesMut::new();
+            let opened = open_for(&path, &user, &metadata)?;
             Ok(Self {
                 path,
-                file: Arc::new(file),
-                pending,
-                remove_on_failure: created,
+                user,
+                opened: Arc::new(opened),
+                pending: BytesMut::new(),
+                is_complete: false,
             })
         };
         blocking(open).await
@@ -141,22 +145,22 @@ impl Writing {
     /// [`WriteError::NoSpace`] or [`WriteError::Io`].
     pub async fn complete(mut self) -> Result<Metadata, WriteError> {
         self.flush().await?;
-        self.remove_on_failure = false;
-        let file = self.file.clone();
-        blocking(move || Ok(metadata::read(&file))).await
+        self.is_complete = true;
+        let opened = self.opened.clone();
+        blocking(move || Ok(metadata::read(&opened.file))).await
     }
 
     async fn flush(&mut self) -> Result<(), WriteError> {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let (file, piece, path) = (
-            self.file.clone(),
+        let (opened, piece, path) = (
+            self.opened.clone(),
             self.pending.split().freeze(),
             self.path.clone(),
         );
         let write = move || {
-            (&*file)
+            (&opened.file)
                 .write_all(&piece)
                 .map_err(|err| WriteError::new(&path, err))
         };
@@ -166,8 +170,8 @@ impl Writing {
 
 impl Drop for Writing {
     fn drop(&mut self) {
-        if self.remove_on_failure {
-            remove_new(&self.path);
+        if !self.is_complete {
+            self.opened.give_up(&self.user);
         }
     }
 }
@@ -183,48 +187,61 @@ async fn blocking<T: Send + 'static>(
     spawn_blocking(work).await.map_err(stopped)?
 }
 
-/// Opens `path` for `user` as an upload does: the open file, emptied, and whether it is new. Blocks.
+/// A file that was opened as an upload does it.
+#[derive(Debug)]
+pub struct Opened {
+    /// The file, empty and the user's.
+    pub file: File,
+    /// Of a file that was not there before, how to remove it again.
+    pub new: Option<Way>,
+}
+
+impl Opened {
+    /// Removes a file that was begun and not finished, if it is a new one.
+    pub fn give_up(&self, user: &User) {
+        if let Some(way) = &self.new {
+            // If it is gone already, so much the better.
+            let _ = way.remove(user);
+        }
+    }
+}
+
+/// Opens `path` for `user` as an upload does. Blocks.
 ///
 /// # Errors
 /// [`WriteError`] says whether the path or the disk is at fault.
-pub fn open_for(path: &Path, user: &User, metadata: &Metadata) -> Result<(File, bool), WriteError> {
+pub fn open_for(path: &Path, user: &User, metadata: &Metadata) -> Result<Opened, WriteError> {
     open(path, user, metadata).map_err(|err| WriteError::new(path, err))
 }
 
-/// Removes a file that was begun and not finished.
-pub fn remove_new(path: &Path) {
-    // If it is gone already, so much the better.
-    let _ = fs::remove_file(path);
+fn open(path: &Path, user: &User, metadata: &Metadata) -> io::Result<Opened> {
+    let ((file, is_new), way) = reach::come_to(path, user, true, open_or_make)?;
+    let opened = Opened {
+        file,
+        new: is_new.then_some(way),
+    };
+    let kept = prepare(&opened.file, user, metadata);
+    if kept.is_err() {
+        opened.give_up(user);
+    }
+    kept.map(|()| opened)
 }
 
-fn open(path: &Path, user: &User, metadata: &Metadata) -> io::Result<(File, bool)> {
-    if let Some(parent) = path.parent() {
-        make_directories(parent, user)?;
+/// The file and whether it is new.
+fn open_or_make(open: Opener<'_>) -> io::Result<(File, bool)> {
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let mode = Mode::from_bits_truncate(FILE_MODE);
+    match open(flags, mode) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+        opened => return Ok((opened?, false)),
     }
-    let mut options = OpenOptions::new();
-    options
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    let (file, created) = match options.open(path) {
-        Ok(file) => (file, false),
-        Err(err) if err.kind() == io::ErrorKind::NotFound => {
-            let created = options.clone().mode(FILE_MODE).create_new(true).open(path);
-            match created {
-                Ok(file) => (file, true),
-                // A dangling link, or somebody else made it in this instant: make or take it.
-                Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
-                    (options.mode(FILE_MODE).create(true).open(path)?, false)
-                }
-                Err(err) => return Err(err),
-            }
+    match open(flags | OFlag::O_CREAT | OFlag::O_EXCL, mode) {
+        // A dangling link, or somebody else made it in this instant: make or take it.
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {
+            Ok((open(flags | OFlag::O_CREAT, mode)?, false))
         }
-        Err(err) => return Err(err),
-    };
-    let kept = prepare(&file, user, metadata);
-    if kept.is_err() && created {
-        let _ = fs::remove_file(path);
+        made => Ok((made?, true)),
     }
-    kept.map(|()| (file, created))
 }
 
 fn prepare(file: &File, user: &User, metadata: &Metadata) -> io::Result<()> {
@@ -237,37 +254,4 @@ fn prepare(file: &File, user: &User, metadata: &Metadata) -> io::Result<()> {
         file.set_len(0)?;
     }
     metadata::replace(file, metadata)
-}
-
-/// Makes `path` and its missing parents, each owned by `user`.
-///
-/// # Errors
-/// What the kernel said; `NotADirectory` when something else is in the way.
-pub fn make_directories(path: &Path, user: &User) -> io::Result<()> {
-    match fs::metadata(path) {
-        Ok(found) if found.is_dir() => return Ok(()),
-        Ok(_) => return Err(io::Error::from_raw_os_error(libc::ENOTDIR)),
-        Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
-        Err(_) => {}
-    }
-    if let Some(parent) = path.parent() {
-        make_directories(parent, user)?;
-    }
-    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
-        return Ok(());
-    };
-    // Held open, so that a name that is exchanged in between gives nothing else away.
-    let parent = File::options()
-        .read(true)
-        .custom_flags(libc::O_DIRECTORY | libc::O_PATH)
-        .open(parent)?;
-    match mkdirat(&parent, name, Mode::from_bits_truncate(DIRECTORY_MODE)) {
-        Ok(()) => {}
-        // Somebody else made it in this instant.
-        Err(Errno::EEXIST) if path.is_dir() => return Ok(()),
-        Err(err) => return Err(err.into()),
-    }
-    let itself = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let made = openat(&parent, name, itself, Mode::empty())?;
-    fchown(made, Some(user.uid), Some(user.gid))
 }

@@ -127,7 +127,7 @@ impl Launch {
         registry.add(process.clone());
         let (watched, registry) = (process.clone(), registry.clone());
         tokio::spawn(async move {
-            watched.supervise(pumps, deadline).await;
+            watched.supervise(pumps, deadline, place.as_ref()).await;
             drop(place);
             registry.forget_in_time().await;
         });

@@ -20,6 +20,7 @@ use super::exit::Exit;
 use super::input::Input;
 use super::output::Fanout;
 use super::reap::{ExitWatch, Reach, Reaper};
+use crate::boot::cgroup::Place;
 
 /// How long a killed process may take to be reaped before its killer is answered regardless. Only
 /// a process stuck in the kernel needs more.
@@ -85,8 +86,14 @@ impl Process {
     }
 
     /// Waits for the end, kills at the deadline, and reports the end once `pumps` have drained.
-    pub async fn supervise(self: Arc<Self>, pumps: Vec<JoinHandle<()>>, deadline: Option<Instant>) {
-        let (status, by_deadline) = self.wait_or_kill(deadline).await;
+    /// A deadline ends all that is in `place` as well.
+    pub async fn supervise(
+        self: Arc<Self>,
+        pumps: Vec<JoinHandle<()>>,
+        deadline: Option<Instant>,
+        place: Option<&Place>,
+    ) {
+        let (status, by_deadline) = self.wait_or_kill(deadline, place).await;
         for pump in pumps {
             // A pump that panicked has nothing more to deliver.
             let _ = pump.await;
@@ -94,7 +101,11 @@ impl Process {
         self.output.finish(Exit::new(status, by_deadline)).await;
     }
 
-    async fn wait_or_kill(&self, deadline: Option<Instant>) -> (ExitStatus, bool) {
+    async fn wait_or_kill(
+        &self,
+        deadline: Option<Instant>,
+        place: Option<&Place>,
+    ) -> (ExitStatus, bool) {
         let Some(deadline) = deadline else {
             return (self.wait().await, false);
         };
@@ -102,6 +113,9 @@ impl Process {
             status = self.wait() => (status, false),
             () = sleep_until(deadline) => {
                 let killed = self.reaper.signal(self.pid, Signal::SIGKILL, Reach::Group);
+                if let Some(place) = place {
+                    place.kill();
+                }
                 (self.wait().await, killed)
             }
         }

