@@ -4,27 +4,29 @@
 mod ch_world;
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ch_world::{MEMORY, World, file_of, soon};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use ch_world::{MEMORY, Saved, World, file_of, soon};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use wrenn_node::pager::memory::GuestMemory;
-use wrenn_node::vmm::cloud_hypervisor::api::{Api, ApiError, Call};
+use wrenn_node::pager::target::Target;
+use wrenn_node::vmm::cloud_hypervisor::api::{Api, ApiError, Call, MemoryMode};
 use wrenn_node::vmm::cloud_hypervisor::config::{MemoryFrom, machine};
 use wrenn_node::vmm::cloud_hypervisor::kept::Kept;
 use wrenn_node::vmm::cloud_hypervisor::offload::codec::{
     Command as Said, HEADER_BYTES, Request, Status, encode_answer,
 };
-use wrenn_node::vmm::cloud_hypervisor::offload::link;
+use wrenn_node::vmm::cloud_hypervisor::offload::{OffloadError, link};
 use wrenn_node::vmm::jail::Jail;
-use wrenn_node::vmm::{SpawnVmmError, VmmError};
+use wrenn_node::vmm::probe::prove_kvm;
+use wrenn_node::vmm::{Driver, SpawnVmmError, VmmError};
 
 /// Cloud Hypervisor without our driver, so that the other side can misbehave.
 struct Raw {
@@ -106,6 +108,26 @@ impl Drop for Raw {
     }
 }
 
+/// What was written for a guest.
+fn kept_of(saved: &Saved) -> Kept {
+    let length = saved.state.metadata().expect("told").len();
+    let mut bytes = vec![0; usize::try_from(length).expect("small")];
+    saved.state.read_exact_at(&mut bytes, 0).expect("read");
+    Kept::decode(&bytes, MEMORY.bytes()).expect("ours")
+}
+
+/// To where a VMM takes a guest in, once it is there.
+fn connect(path: &Path) -> UnixStream {
+    let end = soon();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return stream,
+            Err(err) => assert!(Instant::now() < end, "{err}"),
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Reads requests and answers them, and is gone before it answers the one numbered `until`.
 fn listen_and_go(stream: &mut UnixStream, until: usize) -> Option<Said> {
     for number in 0.. {
@@ -134,6 +156,257 @@ fn listen_and_go(stream: &mut UnixStream, until: usize) -> Option<Said> {
         stream.write_all(&encode_answer(Status::Ok)).expect("sent");
     }
     None
+}
+
+/// Carries what `from` says to `to`, descriptors included.
+fn carry(from: &UnixStream, to: &UnixStream) -> std::io::Result<Option<usize>> {
+    let (mut bytes, mut space) = (vec![0; 64 << 10], nix::cmsg_space!([i32; 4]));
+    let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let got = recvmsg::<()>(from.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    for message in got.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(numbers) = message {
+            for number in numbers {
+                // A copy that is ours to close; the one that came is closed right away.
+                let path = format!("/proc/self/fd/{number}");
+                fds.push(
+                    std::fs::File::options()
+                        .read(true)
+                        .write(true)
+                        .open(path)?
+                        .into(),
+                );
+                nix::unistd::close(number)?;
+            }
+        }
+    }
+    let count = got.bytes;
+    if count == 0 {
+        return Ok(None);
+    }
+    let numbers: Vec<i32> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let with = [ControlMessage::ScmRights(&numbers)];
+    let with = if fds.is_empty() { &[][..] } else { &with[..] };
+    // A header that came before the descriptor has to go out before it as well.
+    let before = if fds.is_empty() { 0 } else { count - 4 };
+    let (before, rest) = bytes[..count].split_at(before);
+    let mut stream = to;
+    stream.write_all(before)?;
+    let part = [std::io::IoSlice::new(rest)];
+    sendmsg::<()>(to.as_raw_fd(), &part, with, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(Some(count))
+}
+
+/// Stands between a VMM and us, and kills the VMM once so many answers have passed `to_asker`: what
+/// comes after that is never said. Both connections end with it.
+fn kill_after(answers: usize, asker: UnixStream, answerer: UnixStream, vmm: u32) {
+    let vmm = nix::unistd::Pid::from_raw(i32::try_from(vmm).expect("a pid"));
+    let (questions_from, questions_to) = (
+        asker.try_clone().expect("a clone"),
+        answerer.try_clone().expect("a clone"),
+    );
+    let questions = thread::spawn(move || {
+        while let Ok(Some(_)) = carry(&questions_from, &questions_to) {}
+        let _ended = questions_to.shutdown(std::net::Shutdown::Both);
+    });
+    let mut passed = 0;
+    loop {
+        if passed == answers * HEADER_BYTES {
+            nix::sys::signal::kill(vmm, nix::sys::signal::Signal::SIGKILL).expect("there");
+            break;
+        }
+        match carry(&answerer, &asker) {
+            Ok(Some(count)) => passed += count,
+            _ => break,
+        }
+    }
+    let _ended = asker.shutdown(std::net::Shutdown::Both);
+    let _ended = answerer.shutdown(std::net::Shutdown::Both);
+    questions.join().expect("no panic");
+}
+
+/// After Start, MemoryFd, Config and State, and before all of them.
+#[test]
+fn a_vmm_that_is_killed_at_any_step_of_a_save_is_an_error_at_once() {
+    let Some(world) = World::new() else { return };
+    for answers in 0..5 {
+        let raw = Raw::boot(&world);
+        let (path, url) = raw.place("save");
+        let listener = UnixListener::bind(&path).expect("bound");
+        raw.call(&Call::Send(&url)).expect("begun");
+        let (asker, _) = listener.accept().expect("it comes");
+        let (ours, answerer) = UnixStream::pair().expect("a pair");
+        let vmm = raw.child.id();
+        let between = thread::spawn(move || kill_after(answers, asker, answerer, vmm));
+        let began = Instant::now();
+        let taken = link::take(ours, raw.memory.as_fd(), soon());
+        assert!(began.elapsed() < Duration::from_secs(5), "{answers}");
+        match taken {
+            // All was said before it died; what was taken is whole.
+            Ok(taken) if answers == 4 => assert!(!taken.state.is_empty()),
+            Ok(_) => panic!("{answers}: half a guest was taken for a whole one"),
+            Err(err) => assert!(matches!(err, OffloadError::Closed { .. }), "{err}"),
+        }
+        between.join().expect("no panic");
+    }
+}
+
+#[test]
+fn a_vmm_that_is_killed_at_any_step_of_a_bringing_back_is_an_error_at_once() {
+    let Some(world) = World::new() else { return };
+    let guest = world.boot();
+    let saved = guest.save();
+    drop(guest);
+    let kept = kept_of(&saved);
+    let machine = machine(&world.spec, MemoryFrom::HandOver).expect("can be built");
+    let config = kept.foundation.config_with(&machine).expect("written");
+    let memory = saved.copied();
+    for answers in 0..4 {
+        let raw = Raw::start(&world);
+        let (path, url) = raw.place("receive");
+        let pending = raw
+            .api
+            .begin(&Call::Receive(&url, MemoryMode::Precopy), soon());
+        let pending = pending.expect("asked");
+        let answerer = connect(&path);
+        let (ours, asker) = UnixStream::pair().expect("a pair");
+        let vmm = raw.child.id();
+        let between = thread::spawn(move || kill_after(answers, asker, answerer, vmm));
+        let began = Instant::now();
+        let slots = kept.foundation.slots();
+        let given = link::give(ours, &slots, memory.as_fd(), &config, soon());
+        let failed = given
+            .and_then(|given| given.state(memory.as_fd(), &kept.state, soon()))
+            .expect_err("it was killed");
+        assert!(
+            matches!(failed, OffloadError::Closed { .. }),
+            "{answers}: {failed}"
+        );
+        assert!(pending.finish(soon()).is_err(), "{answers}");
+        assert!(began.elapsed() < Duration::from_secs(5), "{answers}");
+        between.join().expect("no panic");
+        assert_eq!(raw.rounds(), 0, "{answers}: it ran");
+    }
+}
+
+/// What a slot that nobody gave becomes: memory of the VMM's own. It is found before the guest runs,
+/// by what is mapped.
+#[test]
+fn a_guest_of_which_half_is_mapped_from_elsewhere_is_noticed() {
+    let Some(mut world) = World::new() else {
+        return;
+    };
+    // With a gap below 4 GiB, so two slots. Next to none of it is touched.
+    world.spec.memory = proto::units::Mib(4096);
+    let guest = world.boot();
+    let state = tempfile::tempfile().expect("tempfile");
+    guest.vmm.save_state(state.as_fd(), soon()).expect("saved");
+    let mut bytes = vec![0; usize::try_from(state.metadata().expect("told").len()).expect("small")];
+    state.read_exact_at(&mut bytes, 0).expect("read");
+    let kept = Kept::decode(&bytes, world.spec.memory.bytes()).expect("ours");
+    let slots = kept.foundation.slots();
+    assert_eq!(slots.len(), 2);
+    let machine = machine(&world.spec, MemoryFrom::HandOver).expect("can be built");
+    let config = kept.foundation.config_with(&machine).expect("written");
+    for (given, mapped) in [(&slots[..], 4096), (&slots[..1], 3072)] {
+        let raw = Raw::start(&world);
+        let (path, url) = raw.place("receive");
+        let pending = raw
+            .api
+            .begin(&Call::Receive(&url, MemoryMode::Precopy), soon());
+        let memory = GuestMemory::create(world.spec.memory).expect("memory");
+        let done = link::give(connect(&path), given, memory.as_fd(), &config, soon());
+        let (pid, region) = (raw.child.id(), memory.region());
+        let pidfd = wrenn_node::vmm::jail::pidfd_open(pid).expect("there");
+        let layout = Target::new(pid, pidfd).layout(memory.as_fd(), region);
+        let found = layout.map_or(0, |layout| {
+            layout.mappings().iter().map(|it| it.bytes).sum()
+        });
+        // Either it says no, or what it has mapped is too little: never silently less.
+        let whole = world.spec.memory.bytes();
+        assert_eq!(
+            found == whole,
+            mapped == 4096,
+            "{found} of {whole}: {done:?}"
+        );
+        drop((pending, done));
+    }
+}
+
+/// Above the gap a guest has a second slot; all of it goes over.
+#[test]
+fn a_guest_with_memory_on_both_sides_of_the_gap_goes_on_elsewhere() {
+    let Some(mut world) = World::new() else {
+        return;
+    };
+    world.spec.memory = proto::units::Mib(4096);
+    let mut guest = world.boot();
+    let state = tempfile::tempfile().expect("tempfile");
+    guest.vmm.save_state(state.as_fd(), soon()).expect("saved");
+    let round = guest.round();
+    let hardware = guest.vmm.hardware().clone();
+    let spare = GuestMemory::create(MEMORY).expect("memory");
+    let memory = std::mem::replace(&mut guest.memory, spare);
+    drop(guest);
+    let (file, ram) = (state.as_fd(), memory.as_fd());
+    let started =
+        wrenn_node::vmm::spawn_incoming(&world.spec, &hardware, file, "ch-test", ram, soon());
+    let mut state = state.try_clone().expect("a clone");
+    std::io::Seek::rewind(&mut state).expect("rewound");
+    let guest = ch_world::Guest::new(memory, started.expect("up"));
+    guest.vmm.load_state(state.as_fd(), soon()).expect("loaded");
+    guest.vmm.resume(soon()).expect("goes on");
+    guest.await_round(round + 2);
+}
+
+/// A slot has another number after each bringing back, so none may be remembered.
+#[test]
+fn the_numbers_of_slots_are_those_of_the_last_save_and_of_no_other() {
+    let Some(world) = World::new() else { return };
+    let mut guest = world.boot();
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let saved = guest.save();
+        drop(guest);
+        seen.push(kept_of(&saved).foundation.slots());
+        guest = world.incoming(&saved, saved.copied());
+        guest
+            .vmm
+            .load_state(saved.state.as_fd(), soon())
+            .expect("loaded");
+        guest.vmm.resume(soon()).expect("goes on");
+        guest.await_round(saved.round + 2);
+    }
+    eprintln!("slots by generation: {seen:?}");
+    assert!(seen.iter().all(|slots| slots.len() == 1), "{seen:?}");
+    assert!(seen.windows(2).any(|two| two[0] != two[1]), "{seen:?}");
+}
+
+/// A build whose save does not work on this host, by its filter of system calls or for the KVM's
+/// want of the state of nested guests. Without one there is nothing to test.
+#[test]
+fn a_build_that_cannot_save_its_guest_is_refused_with_the_reason() {
+    let Some(unfit) = std::env::var_os("WRENN_CLOUD_HYPERVISOR_UNFIT") else {
+        eprintln!("!!! SKIPPED: WRENN_CLOUD_HYPERVISOR_UNFIT names no build that cannot save !!!");
+        return;
+    };
+    let Some(_world) = World::new() else { return };
+    let began = Instant::now();
+    let why = prove_kvm(Driver::CloudHypervisor, unfit.as_ref()).expect_err("it cannot");
+    assert!(why.contains("cannot be saved"), "{why}");
+    assert!(began.elapsed() < Duration::from_secs(5), "{why}");
+    eprintln!("{why}");
+}
+
+/// The smallest guest runs and is saved, without an image of ours.
+#[test]
+fn kvm_is_proved_by_a_guest_of_some_bytes() {
+    let Some(world) = World::new() else { return };
+    let took = prove_kvm(Driver::CloudHypervisor, &world.spec.program).expect("it runs");
+    eprintln!("proved in {took:?}");
+    let other = prove_kvm(Driver::CloudHypervisor, "/bin/true".as_ref());
+    assert!(other.is_err(), "{other:?}");
 }
 
 /// Start, MemoryFd, Config, State, Complete: whoever takes the guest may die at any of them.
@@ -181,25 +454,18 @@ fn a_vmm_whose_giver_is_gone_at_any_step_has_no_guest_that_runs() {
     let Some(world) = World::new() else { return };
     let guest = world.boot();
     let saved = guest.save();
-    let mut bytes =
-        vec![0; usize::try_from(saved.state.metadata().expect("told").len()).expect("small")];
-    saved.state.read_exact_at(&mut bytes, 0).expect("read");
-    let kept = Kept::decode(&bytes, MEMORY.bytes()).expect("ours");
+    let kept = kept_of(&saved);
     let machine = machine(&world.spec, MemoryFrom::HandOver).expect("can be built");
     let config = kept.foundation.config_with(&machine).expect("written");
     let memory = saved.copied();
     for step in 0..3 {
         let raw = Raw::start(&world);
         let (path, url) = raw.place("receive");
-        let pending = raw.api.begin(&Call::Receive(&url), soon()).expect("asked");
-        let end = soon();
-        let mut stream = loop {
-            match UnixStream::connect(&path) {
-                Ok(stream) => break stream,
-                Err(err) => assert!(Instant::now() < end, "{err}"),
-            }
-            thread::sleep(Duration::from_millis(1));
-        };
+        let pending = raw
+            .api
+            .begin(&Call::Receive(&url, MemoryMode::Precopy), soon())
+            .expect("asked");
+        let mut stream = connect(&path);
         match step {
             0 => {}
             1 => stream
@@ -235,15 +501,11 @@ fn a_vmm_refuses_a_protocol_that_it_does_not_speak() {
     let Some(world) = World::new() else { return };
     let raw = Raw::start(&world);
     let (path, url) = raw.place("receive");
-    let pending = raw.api.begin(&Call::Receive(&url), soon()).expect("asked");
-    let end = soon();
-    let mut stream = loop {
-        match UnixStream::connect(&path) {
-            Ok(stream) => break stream,
-            Err(err) => assert!(Instant::now() < end, "{err}"),
-        }
-        thread::sleep(Duration::from_millis(1));
-    };
+    let pending = raw
+        .api
+        .begin(&Call::Receive(&url, MemoryMode::Precopy), soon())
+        .expect("asked");
+    let mut stream = connect(&path);
     let newer = Request {
         version: 99,
         ..Request::new(Said::Start, 0)

@@ -5,20 +5,25 @@ mod ch_world;
 mod pager_world;
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use ch_world::{MEMORY, World};
 use pager_world::{Image, SOON, eventually};
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
+use proto::units::Mib;
 use wrenn_node::pager::region::Region;
 use wrenn_node::shim::client::{self, ShimClient};
 use wrenn_node::shim::dirty::DirtyList;
 use wrenn_node::shim::saved::{GuestStand, Saved};
 use wrenn_node::shim::spec::{MemoryImage, RestoreSpec, ShimSpec};
 use wrenn_node::shim::sweep::kill_leftovers;
+use wrenn_node::store::Overlay;
+use wrenn_node::store::disk::rebase;
 use wrenn_node::vmm::Hardware;
 
 const WRENN: &str = env!("CARGO_BIN_EXE_wrenn");
@@ -135,6 +140,40 @@ async fn a_guest_moves_from_shim_to_shim() {
         shim.thaw().await.expect("goes on");
         dir.await_round(round + 2);
     }
+}
+
+/// The VMM marks the image as in use, and goes on to when it is saved.
+#[test]
+fn the_disk_of_a_saved_guest_is_put_on_its_image_and_serves_the_next_vmm() {
+    let Some(mut world) = World::new() else {
+        return;
+    };
+    let home = world.home.path().to_owned();
+    let (base, used, next) = (home.join("image"), home.join("used"), home.join("next"));
+    fs::write(&base, vec![7; 1 << 20]).expect("written");
+    let (size, image) = (Mib(64), &base);
+    let overlay = Overlay { base: image, size };
+    overlay.create(&used).expect("made");
+    world.spec.root_disk = Some(used.clone());
+    let guest = world.boot();
+    let saved = guest.save();
+    fs::copy(&used, &next).expect("copied");
+    let in_use = |path: &Path| fs::read(path).expect("read")[79] & 1;
+    assert_eq!(in_use(&next), 1, "or the release has changed its habit");
+    rebase(&next, &base, size).expect("taken");
+    assert_eq!(in_use(&next), 0);
+    let mut check = Command::new("qemu-img");
+    let checked = check.args(["check", "-q"]).arg(&next).status();
+    assert!(checked.expect("qemu-img runs").success());
+    drop(guest);
+    world.spec.root_disk = Some(next);
+    let resumed = world.incoming(&saved, saved.copied());
+    let loaded = resumed
+        .vmm
+        .load_state(saved.state.as_fd(), ch_world::soon());
+    loaded.expect("loaded");
+    resumed.vmm.resume(ch_world::soon()).expect("goes on");
+    resumed.await_round(saved.round + 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

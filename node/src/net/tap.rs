@@ -4,12 +4,13 @@ use std::ffi::{c_char, c_int, c_short};
 use std::fs::{File, OpenOptions};
 use std::io;
 
+use super::error::NetError;
 use super::netns::{self, tun};
 use super::slot::Slot;
 
 /// Where the kernel hands out taps.
 const TUN_DEVICE: &str = "/dev/net/tun";
-/// Who may attach to a slot's tap besides root: nobody, until VMMs run as a user of their own.
+/// Who may attach to a tap besides the network administrator, until it is given to a VMM's user.
 const OWNER: c_int = 0;
 
 /// Makes the tap `name` in the calling thread's namespace; it stays when nobody has it open.
@@ -17,6 +18,21 @@ pub(super) fn create(name: &str) -> io::Result<()> {
     let device = open(name)?;
     tun::give_to(&device, OWNER)?;
     tun::keep(&device)
+}
+
+/// Lets VMMs of `user`, or of root where they have no user of their own, attach to the tap of `slot`.
+///
+/// Blocks. Nobody may have it open.
+///
+/// # Errors
+/// As for [`open_in`], or the user is none.
+pub fn give_to(slot: &Slot, user: Option<u32>) -> Result<(), NetError> {
+    let owner = user.map_or(Ok(OWNER), c_int::try_from);
+    let given = owner.map_err(io::Error::other).and_then(|owner| {
+        let device = open_in(slot)?;
+        tun::give_to(&device, owner)
+    });
+    given.map_err(NetError::kernel("hand over the tap of slot", slot.serial))
 }
 
 /// Opens the tap of `slot`, from outside its namespace: to be handed to a VMM as a descriptor.

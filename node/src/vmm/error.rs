@@ -11,6 +11,7 @@ use crate::vmm::cloud_hypervisor::api::ApiError;
 use crate::vmm::cloud_hypervisor::kept::KeptError;
 use crate::vmm::cloud_hypervisor::offload::OffloadError;
 use crate::vmm::cloud_hypervisor::version::UnknownVersion;
+use crate::vmm::jail::JailError;
 use crate::vmm::qemu::qmp::QmpError;
 
 /// Longest name of hardware that is told: ours are shorter.
@@ -143,6 +144,9 @@ pub enum SpawnVmmError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There is no jail to put it into.
+    #[error("make the VMM's jail")]
+    Jail(#[from] JailError),
     /// The process could not be made.
     #[error("start {program:?}")]
     Start {
@@ -173,7 +177,7 @@ impl SpawnVmmError {
         match self {
             Self::Spec(_) | Self::Saved(_) => Remedy::FixRequest,
             Self::Netns { .. } | Self::NotUp { .. } => Remedy::RetryLater,
-            Self::Start { .. } => Remedy::CallOperator,
+            Self::Start { .. } | Self::Jail(_) => Remedy::CallOperator,
         }
     }
 }

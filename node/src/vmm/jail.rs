@@ -1,30 +1,37 @@
 //! The child's side of starting a process: what happens between `fork` and `exec`.
 //!
-//! Order matters. The namespace is entered first (it needs rights), then limits and rights are
-//! taken away, and the death signal comes last, because changes of credentials clear it. Only
-//! async-signal-safe calls are made, on values that were prepared before the fork.
+//! Order matters. The control group is joined and namespaces are entered first (both need rights),
+//! then limits and rights are taken away, then the user is changed, and the death signal comes last,
+//! because changes of credentials clear it. Only async-signal-safe calls are made, on values that
+//! were prepared before the fork.
 //!
-//! A VMM keeps one capability, that of reading files and entering directories: images may lie
-//! below a directory that only a person, not root, may enter. It loses all others, may gain none,
-//! writes no core files (they would hold the guest's memory) and holds only the descriptors
-//! named. It still has root's user id; what that may write and run can be cut down to a few files
-//! ([`FileRules`], by Landlock). Handing it its files as descriptors and an id of its own is the next
-//! step.
+//! A VMM with a user of its own ([`super::confinement`]) keeps no capability, and sees the
+//! files of its own root directory only ([`super::root`]). One without has root's user id and keeps
+//! one capability, that of reading files and entering directories: images may lie below a
+//! directory that only a person, not root, may enter. Either may gain no rights, writes no core files
+//! (they would hold the guest's memory) and holds only the descriptors named. What it may write and
+//! run can be cut down to a few files ([`FileRules`], by Landlock).
 
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
-use nix::sched::{CloneFlags, setns};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
-use nix::unistd::{ForkResult, Pid, getppid};
+use nix::unistd::{ForkResult, Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid};
+
+use crate::vmm::cgroup::{CgroupError, Group, Limits};
+use crate::vmm::root::{Root, RootError, RootPlan};
 
 /// Descriptors a VMM may have open: its own few dozen, with room for threads and block jobs.
 const MAX_OPEN_FILES: u64 = 512;
@@ -33,12 +40,36 @@ const KEPT_CAPABILITY: libc::c_ulong = 2;
 /// Past the last capability of any kernel; the loop ends at the first that does not exist.
 const CAPABILITY_END: libc::c_ulong = 64;
 
+/// Why a child's surroundings could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// It has no control group.
+    #[error("make the VMM's control group")]
+    Group(#[from] CgroupError),
+    /// It has no root directory of its own.
+    #[error("make the VMM's root directory")]
+    Root(#[from] RootError),
+    /// It has no rules for its files.
+    #[error("make rules for the VMM's files")]
+    Rules(#[source] io::Error),
+}
+
 /// The surroundings a child is put into before it runs.
 #[derive(Debug)]
 pub struct Jail {
     netns: Option<OwnedFd>,
     inherit: Vec<RawFd>,
     rules: Option<FileRules>,
+    group: Option<Arc<Group>>,
+    own: Option<Own>,
+}
+
+/// What is a child's own, where root would be the host's.
+#[derive(Debug)]
+struct Own {
+    user: u32,
+    mounts: OwnedFd,
+    tasks: u64,
 }
 
 impl Jail {
@@ -50,6 +81,8 @@ impl Jail {
             netns,
             inherit: inherit.iter().map(AsRawFd::as_raw_fd).collect(),
             rules: None,
+            group: None,
+            own: None,
         }
     }
 
@@ -61,22 +94,86 @@ impl Jail {
         self
     }
 
-    /// Makes `command` start inside this jail, bound to the life of the calling thread.
+    /// As it is, and under the rules that allow `allowed`, by names in the root directory that it
+    /// has.
+    ///
+    /// # Errors
+    /// [`JailError::Rules`].
+    pub fn under(self, allowed: Option<&[(PathBuf, Allowed)]>) -> Result<Self, JailError> {
+        let rules = allowed.map(FileRules::allowing).transpose();
+        let rules = rules.map_err(JailError::Rules)?;
+        Ok(self.with_rules(rules.flatten()))
+    }
+
+    /// As it is, and in a control group of its own at `dir`.
+    ///
+    /// # Errors
+    /// [`JailError::Group`].
+    pub fn in_group(mut self, dir: &Path, limits: Limits) -> Result<Self, JailError> {
+        self.group = Some(Arc::new(Group::create(dir, limits)?));
+        Ok(self)
+    }
+
+    /// As it is, with the user and in the root directory of `plan`, under its rules, and with at most
+    /// `tasks` threads.
+    ///
+    /// # Errors
+    /// [`JailError::Root`].
+    pub fn in_root(mut self, plan: &RootPlan, tasks: u32) -> Result<Self, JailError> {
+        let Root { namespace, rules } = plan.build()?;
+        self.rules = rules;
+        self.own = Some(Own {
+            user: plan.owner,
+            mounts: namespace,
+            tasks: tasks.into(),
+        });
+        Ok(self)
+    }
+
+    /// Starts `command` inside this jail, bound to the life of the calling thread. One in a root of
+    /// its own is the first process of a namespace of its own too. The group, if it has one, is to be
+    /// kept for as long as the child lives.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn start(self, command: &mut Command) -> io::Result<(Child, Option<Arc<Group>>)> {
+        let group = self.group.clone();
+        if self.own.is_none() {
+            self.confine(command);
+            return Ok((command.spawn()?, group));
+        }
+        let parent = Parent::Watched(pidfd_open(std::process::id())?);
+        self.confine_under(parent, command);
+        Ok((first_of_its_kind(command)?, group))
+    }
+
+    /// Makes `command` start inside this jail, bound to the life of the calling thread, and among
+    /// the caller's processes.
     pub fn confine(self, command: &mut Command) {
-        let parent = Pid::this();
-        let enter = move || self.enter(parent).map_err(io::Error::from);
+        self.confine_under(Parent::Numbered(Pid::this()), command);
+    }
+
+    fn confine_under(self, parent: Parent, command: &mut Command) {
+        let enter = move || self.enter(&parent).map_err(io::Error::from);
         // SAFETY: `enter` runs in the forked child and makes only system calls: it neither
         // allocates nor takes a lock that another thread of the parent may have held.
         unsafe { command.pre_exec(enter) };
     }
 
-    fn enter(&self, parent: Pid) -> Result<(), Errno> {
+    fn enter(&self, parent: &Parent) -> Result<(), Errno> {
+        if let Some(group) = &self.group {
+            group.join()?;
+        }
         if let Some(netns) = &self.netns {
             setns(netns, CloneFlags::CLONE_NEWNET)?;
         }
         setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
         setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES)?;
-        drop_capabilities()?;
+        if let Some(own) = &self.own {
+            own.enter()?;
+        } else {
+            drop_capabilities(Some(KEPT_CAPABILITY))?;
+        }
         prctl::set_no_new_privs()?;
         if let Some(rules) = &self.rules {
             rules.restrict()?;
@@ -89,11 +186,63 @@ impl Jail {
         }
         prctl::set_pdeathsig(Signal::SIGKILL)?;
         // The parent may have died before the signal was set; then nobody would send it.
-        if getppid() == parent {
+        if parent.lives()? {
             Ok(())
         } else {
             Err(Errno::ESRCH)
         }
+    }
+}
+
+/// How a child knows whether its parent still lives.
+#[derive(Debug)]
+enum Parent {
+    /// By its number.
+    Numbered(Pid),
+    /// By a descriptor: its number says nothing in the child's namespace.
+    Watched(OwnedFd),
+}
+
+impl Parent {
+    /// Makes one system call.
+    fn lives(&self) -> Result<bool, Errno> {
+        match self {
+            Self::Numbered(number) => Ok(getppid() == *number),
+            Self::Watched(pidfd) => {
+                let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+                Ok(poll(&mut ended, PollTimeout::ZERO)? == 0)
+            }
+        }
+    }
+}
+
+/// Starts `command` as the first process of a namespace. What the calling thread starts later is
+/// not in there: the namespace ends with its first process, and nothing starts in it any more.
+fn first_of_its_kind(command: &mut Command) -> io::Result<Child> {
+    let ours = File::open("/proc/thread-self/ns/pid")?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let started = command.spawn();
+    if let Err(errno) = setns(&ours, CloneFlags::CLONE_NEWPID) {
+        if let Ok(mut child) = started {
+            let _gone = child.kill().and_then(|()| child.wait());
+        }
+        return Err(errno.into());
+    }
+    started
+}
+
+impl Own {
+    /// Nothing of this can be taken back: the user has no capability, and `exec` gives none.
+    fn enter(&self) -> Result<(), Errno> {
+        setns(&self.mounts, CloneFlags::CLONE_NEWNS)?;
+        unshare(CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)?;
+        // Of this user, which nobody else has: without control groups it is what bounds them.
+        setrlimit(Resource::RLIMIT_NPROC, self.tasks, self.tasks)?;
+        drop_capabilities(None)?;
+        let (user, group) = (Uid::from_raw(self.user), Gid::from_raw(self.user));
+        setgroups(&[])?;
+        setresgid(group, group, group)?;
+        setresuid(user, user, user)
     }
 }
 
@@ -158,6 +307,20 @@ impl FileRules {
             ruleset,
             truncation,
         }))
+    }
+
+    /// Rules that allow `allowed` and nothing else; `None` where the kernel has none.
+    ///
+    /// # Errors
+    /// As [`Self::nothing`] and [`Self::allow`].
+    pub fn allowing(allowed: &[(PathBuf, Allowed)]) -> io::Result<Option<Self>> {
+        let rules = Self::nothing()?;
+        if let Some(rules) = &rules {
+            for (path, allowed) in allowed {
+                rules.allow(path, *allowed)?;
+            }
+        }
+        Ok(rules)
     }
 
     /// Allows something at `path`, and below it if it is a directory. One that is not there needs
@@ -282,10 +445,10 @@ pub fn raise_priority() -> io::Result<()> {
     Errno::result(set).map(drop).map_err(io::Error::from)
 }
 
-/// Takes all but [`KEPT_CAPABILITY`] out of the bounding set, so `exec` cannot give them back.
-fn drop_capabilities() -> Result<(), Errno> {
+/// Takes all but `kept` out of the bounding set, so `exec` cannot give them back.
+fn drop_capabilities(kept: Option<libc::c_ulong>) -> Result<(), Errno> {
     for capability in 0..CAPABILITY_END {
-        if capability == KEPT_CAPABILITY {
+        if Some(capability) == kept {
             continue;
         }
         // SAFETY: the arguments of this prctl are integers.

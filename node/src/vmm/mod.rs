@@ -15,10 +15,12 @@
 //! What a crash leaves: nothing. A caller that is killed takes its VMM with it; files named in
 //! the [`VmmSpec`] belong to whoever made them.
 
+pub mod cgroup;
 pub mod check;
 pub mod child;
 pub mod cloud_hypervisor;
 pub mod cmdline;
+pub mod confinement;
 pub mod error;
 pub mod fake;
 pub mod hardware;
@@ -27,6 +29,8 @@ pub mod probe;
 pub mod process;
 pub mod processor;
 pub mod qemu;
+pub mod root;
+pub mod tiny;
 
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -36,7 +40,10 @@ use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 
+use crate::pager::post_copy::Questions;
+
 pub use cloud_hypervisor::version::UnknownVersion;
+pub use confinement::Confinement;
 pub use error::{ForeignStateError, SpawnVmmError, VmmError};
 pub use hardware::Hardware;
 
@@ -131,6 +138,8 @@ pub struct VmmSpec {
     pub root_disk: Option<PathBuf>,
     /// `None` for a guest without a network (the probe).
     pub network: Option<NetworkSpec>,
+    /// How far the VMM is shut off from its host.
+    pub confinement: Confinement,
 }
 
 /// More would not find an interrupt on the machine type we use, and no host we know has them.
@@ -191,6 +200,12 @@ pub trait Vmm: Send + Sync {
     /// # Errors
     /// [`VmmError::Load`]. The VMM is of no further use; it may have ended already.
     fn load_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError>;
+
+    /// What a VMM made by [`spawn_asking`] will ask for pages on, once: whoever takes it must answer
+    /// from before [`Vmm::load_state`] on. `None` of every other.
+    fn take_questions(&self) -> Option<Questions> {
+        None
+    }
 
     /// Presses the guest's power button and does not wait for what the guest makes of it.
     ///
@@ -283,6 +298,30 @@ pub fn spawn_incoming(
     }
 }
 
+/// As [`spawn_incoming`], for a host on which nobody may watch over the VMM's page faults: it does so
+/// itself, and asks for each page ([`Vmm::take_questions`]).
+///
+/// # Errors
+/// See [`SpawnVmmError`]; also where the driver has no such way. Nothing is left running.
+pub fn spawn_asking(
+    spec: &VmmSpec,
+    hardware: &Hardware,
+    state: BorrowedFd<'_>,
+    name: &str,
+    ram: BorrowedFd<'_>,
+    deadline: Instant,
+) -> Result<Started, SpawnVmmError> {
+    match spec.driver {
+        Driver::Qemu => Err(SpawnVmmError::Spec(error::SpecError::unknown(
+            "driver that asks for pages",
+            spec.driver.name(),
+        ))),
+        Driver::CloudHypervisor => {
+            cloud_hypervisor::spawn::asking(spec, hardware, state, name, ram, deadline)
+        }
+    }
+}
+
 /// What guests get that are started here now, by `driver` of `version`.
 ///
 /// # Errors
@@ -299,6 +338,21 @@ pub fn hardware_of(
             Ok(cloud_hypervisor::machine::of_new_guests(version))
         }
     }
+}
+
+/// Whether a guest on `hardware` can be brought back by a VMM that asks for its pages
+/// ([`spawn_asking`]).
+#[must_use]
+pub fn asks_for_pages(hardware: &Hardware) -> bool {
+    cloud_hypervisor::machine::is_ours(hardware)
+}
+
+/// Whether the VMM of a guest on `hardware` writes out all that the guest has written to its disk
+/// when the guest is saved. Cloud Hypervisor keeps changed tables of a qcow2 image in its memory
+/// until the guest asks for a flush, and nobody else can ask for one.
+#[must_use]
+pub fn flushes_when_saved(hardware: &Hardware) -> bool {
+    !cloud_hypervisor::machine::is_ours(hardware)
 }
 
 /// Whether a file that begins with `head` can be the device state of a guest on `hardware`. Finds

@@ -16,9 +16,9 @@
 //! runs it.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -32,7 +32,9 @@ use tracing::info;
 use crate::base::chain::chain;
 use crate::pager::memory::GuestMemory;
 use crate::vmm::cmdline::GuestArgs;
-use crate::vmm::{Accelerator, Driver, UnknownVersion, Vmm, VmmSpec, hardware_of, spawn};
+use crate::vmm::{
+    Accelerator, Confinement, Driver, UnknownVersion, Vmm, VmmSpec, hardware_of, spawn, tiny,
+};
 
 /// What a guest that runs prints on its console.
 pub const OK_LINE: &str = "wrenn-probe: ok";
@@ -42,6 +44,8 @@ pub const OK_LINE: &str = "wrenn-probe: ok";
 const KVM_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest under TCG: two seconds are usual, ten on a busy host with one core.
 const TCG_TIMEOUT: Duration = Duration::from_secs(45);
+/// Longest the smallest guest may take; some 30 ms are usual.
+const TINY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Memory of a probe's guest: its kernel, its initramfs, and room.
 const MEMORY: Mib = Mib(256);
 /// The layout of the remembered outcome.
@@ -231,6 +235,35 @@ fn failed(accelerator: Accelerator, detail: String) -> Attempt {
     }
 }
 
+/// Runs the smallest guest there is ([`tiny`]) under KVM, without any image of ours. Under Cloud
+/// Hypervisor it is saved as well, and goes on. Returns how long all of it took.
+///
+/// # Errors
+/// Why not, for people.
+pub fn prove_kvm(driver: Driver, program: &Path) -> Result<Duration, String> {
+    let began = Instant::now();
+    if !Path::new(KVM_DEVICE).exists() {
+        return Err(format!("there is no {KVM_DEVICE}"));
+    }
+    let write = |err: io::Error| format!("write the guest: {err}");
+    let mut kernel = tempfile::NamedTempFile::new().map_err(write)?;
+    kernel.write_all(&tiny::kernel()).map_err(write)?;
+    // The VMM may be of another user.
+    let readable = fs::Permissions::from_mode(0o644);
+    kernel.as_file().set_permissions(readable).map_err(write)?;
+    let request = ProbeRequest {
+        driver,
+        program: program.to_owned(),
+        kernel: kernel.path().to_owned(),
+        // It has no use for one, and any file is one.
+        initramfs: kernel.path().to_owned(),
+        cache: None,
+        forgoable: false,
+    };
+    boot(&request, Accelerator::Kvm, began + TINY_TIMEOUT)?;
+    Ok(began.elapsed())
+}
+
 /// Boots one guest and waits for its word. The reason of a failure is for people.
 fn boot(request: &ProbeRequest, accelerator: Accelerator, deadline: Instant) -> Result<(), String> {
     let spec = VmmSpec {
@@ -244,6 +277,8 @@ fn boot(request: &ProbeRequest, accelerator: Accelerator, deadline: Instant) -> 
         memory: MEMORY,
         root_disk: None,
         network: None,
+        // As sandboxes are: what cannot run in the jail must be known before one is in it.
+        confinement: Confinement::of_probe(),
     };
     let memory = GuestMemory::create(spec.memory).map_err(|err| chain(&err))?;
     let mut started =

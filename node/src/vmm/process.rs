@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,11 +16,15 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
+use crate::vmm::cgroup::Group;
 use crate::vmm::jail::{pidfd_open, pidfd_signal};
 use crate::vmm::{VmmError, VmmExit};
 
 /// Longest between two looks at a VMM that is at work: what a guest that stands still may wait for nothing.
 const LONGEST_PAUSE: Duration = Duration::from_millis(16);
+
+/// The reason of a VMM that the kernel has ended because its control group was full.
+pub const OUT_OF_MEMORY: &str = "out-of-memory";
 
 /// A running or ended child.
 #[derive(Debug)]
@@ -28,20 +32,26 @@ pub struct VmmProcess {
     pid: u32,
     pidfd: OwnedFd,
     child: Mutex<Child>,
+    /// Removed once the child is gone.
+    group: Option<Arc<Group>>,
+    /// Whether it ended for want of memory, once it has.
+    starved: OnceLock<bool>,
 }
 
 impl VmmProcess {
-    /// Takes charge of `child`.
+    /// Takes charge of `child`, and of the control group that it is in.
     ///
     /// # Errors
     /// The kernel has no descriptor to give; the child is killed.
-    pub fn new(mut child: Child) -> io::Result<Self> {
+    pub fn new(mut child: Child, group: Option<Arc<Group>>) -> io::Result<Self> {
         let pid = child.id();
         match pidfd_open(pid) {
             Ok(pidfd) => Ok(Self {
                 pid,
                 pidfd,
                 child: Mutex::new(child),
+                group,
+                starved: OnceLock::new(),
             }),
             Err(err) => {
                 let _gone = child.kill().and_then(|()| child.wait());
@@ -110,7 +120,7 @@ impl VmmProcess {
         };
         loop {
             if let Some(status) = self.child().try_wait().map_err(failed)? {
-                return Ok(Some(exit_of(status)));
+                return Ok(Some(self.exit_of(status)));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -124,6 +134,27 @@ impl VmmProcess {
         }
     }
 
+    fn exit_of(&self, status: ExitStatus) -> VmmExit {
+        let starved = *self.starved.get_or_init(|| self.leave_group());
+        let reason = if starved { OUT_OF_MEMORY } else { "" };
+        VmmExit {
+            code: status.code(),
+            signal: status.signal(),
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// Removes the group of a child that was reaped. Tells whether it had ended for want of memory.
+    fn leave_group(&self) -> bool {
+        let Some(group) = &self.group else {
+            return false;
+        };
+        let starved = group.out_of_memory() > 0;
+        // One that stays goes with the sandbox's directory, whose spec names it.
+        let _tried = group.remove();
+        starved
+    }
+
     fn child(&self) -> MutexGuard<'_, Child> {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -135,6 +166,8 @@ impl Drop for VmmProcess {
         if let Ok(None) = child.try_wait() {
             let _gone = child.kill().and_then(|()| child.wait());
         }
+        drop(child);
+        self.starved.get_or_init(|| self.leave_group());
     }
 }
 
@@ -145,13 +178,6 @@ pub(crate) fn poll_timeout(left: std::time::Duration) -> PollTimeout {
     PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX)
 }
 
-fn exit_of(status: ExitStatus) -> VmmExit {
-    VmmExit {
-        code: status.code(),
-        signal: status.signal(),
-        reason: String::new(),
-    }
-}
 /// Pauses between two looks at a VMM, each time longer; `false` when `deadline` has come.
 pub(super) fn rest(pause: &mut Duration, deadline: Instant) -> bool {
     let left = deadline.saturating_duration_since(Instant::now());

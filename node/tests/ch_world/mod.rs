@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 use wrenn_node::pager::memory::GuestMemory;
-use wrenn_node::vmm::{self, Accelerator, Driver, Hardware, Started, Vmm, VmmSpec};
+use wrenn_node::vmm::{self, Accelerator, Confinement, Driver, Hardware, Started, Vmm, VmmSpec};
 
 /// Names the binary.
 pub(crate) const BINARY_VARIABLE: &str = "WRENN_CLOUD_HYPERVISOR";
@@ -174,6 +174,8 @@ impl World {
             memory: MEMORY,
             root_disk: Some(make_disk(home.path())),
             network: None,
+            // Without a group: two VMMs of one test may be around at once.
+            confinement: Confinement::of_probe(),
         };
         Some(Self {
             home,
@@ -202,6 +204,14 @@ impl World {
     pub(crate) fn incoming(&self, saved: &Saved, memory: GuestMemory) -> Guest {
         let started = self.try_incoming(saved, &memory).expect("up");
         Guest::new(memory, started)
+    }
+
+    /// The same, which asks for its pages.
+    pub(crate) fn asking(&self, saved: &Saved, memory: GuestMemory) -> Guest {
+        let (state, ram) = (saved.state.as_fd(), memory.as_fd());
+        let hardware = &saved.hardware;
+        let started = vmm::spawn_asking(&self.spec, hardware, state, "ch-test", ram, soon());
+        Guest::new(memory, started.expect("up"))
     }
 
     pub(crate) fn try_incoming(

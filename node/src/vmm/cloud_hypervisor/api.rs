@@ -83,7 +83,16 @@ pub enum Call<'a> {
     /// Lay it open to whoever listens at this address. Answered once that is under way.
     Send(&'a str),
     /// Take it from whoever connects to this address. Answered once it is there.
-    Receive(&'a str),
+    Receive(&'a str, MemoryMode),
+}
+
+/// How the memory of a guest comes that is taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum MemoryMode {
+    /// It is there, or somebody else sees to it.
+    Precopy,
+    /// Cloud Hypervisor asks for each page.
+    Postcopy,
 }
 
 impl Call<'_> {
@@ -100,7 +109,7 @@ impl Call<'_> {
             Self::PowerButton => "vm.power-button",
             Self::Shutdown => "vmm.shutdown",
             Self::Send(_) => "vm.send-migration",
-            Self::Receive(_) => "vm.receive-migration",
+            Self::Receive(..) => "vm.receive-migration",
         }
     }
 
@@ -112,9 +121,9 @@ impl Call<'_> {
                 destination_url: address,
                 local: true,
             })?),
-            Self::Receive(address) => Some(serde_json::to_vec(&ReceiveBody {
+            Self::Receive(address, mode) => Some(serde_json::to_vec(&ReceiveBody {
                 receiver_url: address,
-                memory_mode: "Precopy",
+                memory_mode: *mode,
             })?),
             _ => None,
         };
@@ -135,7 +144,7 @@ struct SendBody<'a> {
 #[derive(Serialize)]
 struct ReceiveBody<'a> {
     receiver_url: &'a str,
-    memory_mode: &'static str,
+    memory_mode: MemoryMode,
 }
 
 /// What `vmm.ping` answers.

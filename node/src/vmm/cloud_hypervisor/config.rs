@@ -222,7 +222,7 @@ pub(super) mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::vmm::{Accelerator, Driver};
+    use crate::vmm::{Accelerator, Confinement, Driver};
 
     pub(in super::super) fn spec() -> VmmSpec {
         VmmSpec {
@@ -240,6 +240,7 @@ pub(super) mod tests {
                 tap: "tap7".into(),
                 mac: [2, 0, 0, 0, 0, 0x1f],
             }),
+            confinement: Confinement::default(),
         }
     }
 

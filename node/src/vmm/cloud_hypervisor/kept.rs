@@ -15,6 +15,7 @@
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+use crate::pager::post_copy::Slot;
 use crate::vmm::cloud_hypervisor::config::VmConfig;
 use crate::vmm::cloud_hypervisor::layout::{LayoutError, MemoryLayout};
 use crate::vmm::cloud_hypervisor::offload::{MAX_CONFIG_BYTES, MAX_STATE_BYTES};
@@ -145,6 +146,12 @@ impl Foundation {
     #[must_use]
     pub fn slots(&self) -> Vec<u32> {
         self.memory_manager_data.slots()
+    }
+
+    /// Where the guest sees what of its memory.
+    #[must_use]
+    pub fn places(&self) -> Vec<Slot> {
+        self.memory_manager_data.places()
     }
 
     /// The document for the guest's next host, whose own machine is `machine`.
@@ -376,7 +383,59 @@ mod tests {
         );
     }
 
+    /// Anything that JSON can say, of some depth.
+    fn anything() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            "[/a-z\"{}]{0,12}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 24, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map("[a-z_]{1,12}", inner, 0..4).prop_map(Value::from_iter),
+            ]
+        })
+    }
+
     proptest! {
+        /// Whatever a peer says of its machine, and whatever else it says: what the next host is told
+        /// is made of that host's facts, to the byte.
+        #[test]
+        fn what_a_peer_says_of_its_machine_changes_nothing(
+            vm_config in anything(), more in anything(), name in "[a-z]{1,9}", disk in "/[a-z]{1,20}",
+        ) {
+            let mut other = sent();
+            other["vm_config"] = vm_config;
+            other[&format!("x_{name}")] = more;
+            let foundation = Foundation::of_config(other.to_string().as_bytes(), BYTES);
+            let foundation = foundation.expect("its foundation is sound");
+            let mut here = spec();
+            here.root_disk = Some(disk.into());
+            let machine = machine(&here, MemoryFrom::HandOver).expect("can be built");
+            prop_assert_eq!(
+                foundation.config_with(&machine).expect("written"),
+                kept().foundation.config_with(&machine).expect("written")
+            );
+        }
+
+        /// The promised features and the layout go over as they are, and twice is as once.
+        #[test]
+        fn what_is_kept_is_given_back_as_it_was(eax: u32, edx: u32, index in 0_u32..9) {
+            let mut other = sent();
+            other["common_cpuid"][0]["eax"] = eax.into();
+            other["common_cpuid"][0]["edx"] = edx.into();
+            other["common_cpuid"][0]["index"] = index.into();
+            let of = |config: &[u8]| Foundation::of_config(config, BYTES).expect("sound");
+            let foundation = of(other.to_string().as_bytes());
+            let machine = machine(&spec(), MemoryFrom::HandOver).expect("can be built");
+            let given = foundation.config_with(&machine).expect("written");
+            prop_assert_eq!(of(&given), foundation);
+            let given: Value = serde_json::from_slice(&given).expect("JSON");
+            prop_assert_eq!(&given["common_cpuid"], &other["common_cpuid"]);
+        }
+
         #[test]
         fn a_damaged_file_is_refused_or_another_guest_and_never_a_panic(
             at in 0_usize..4000, with: u8,

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::pager::post_copy::Slot;
 use crate::vmm::cloud_hypervisor::config::ZONE;
 use crate::vmm::cloud_hypervisor::offload::MAX_SLOTS;
 
@@ -203,6 +204,19 @@ impl MemoryLayout {
             }),
             None => Ok(()),
         }
+    }
+}
+
+impl MemoryLayout {
+    /// Where the guest sees what of its memory.
+    #[must_use]
+    pub fn places(&self) -> Vec<Slot> {
+        let place = |mapping: &RamMapping| Slot {
+            gpa: mapping.gpa,
+            bytes: mapping.size,
+            image: mapping.file_offset,
+        };
+        self.guest_ram_mappings.iter().map(place).collect()
     }
 }
 

@@ -20,6 +20,7 @@ pub mod http;
 pub mod kept;
 pub mod layout;
 pub mod machine;
+pub mod noise;
 pub mod offload;
 pub mod sockets;
 pub mod spawn;
@@ -32,10 +33,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::pager::post_copy::Questions;
 use crate::pager::region::Region;
 use crate::vmm::cloud_hypervisor::api::{Api, ApiError, Call, Pending};
 use crate::vmm::cloud_hypervisor::events::Events;
 use crate::vmm::cloud_hypervisor::kept::{Foundation, Kept, KeptError};
+use crate::vmm::cloud_hypervisor::noise::Refusals;
 use crate::vmm::cloud_hypervisor::offload::OffloadError;
 use crate::vmm::cloud_hypervisor::offload::link::{self, Given, Held};
 use crate::vmm::cloud_hypervisor::sockets::{Nameless, path_of};
@@ -52,6 +55,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// What it says to everything while a hand-over is under way.
 const BUSY: &str = "migrating";
 
+/// What it says to a save as long as it asks for pages.
+const RESTORING: &str = "on-demand memory restore";
+
 /// A machine that waits for its guest's state.
 #[derive(Debug)]
 pub struct Incoming {
@@ -59,6 +65,8 @@ pub struct Incoming {
     /// Of the call that has been under way since.
     answer: Pending,
     foundation: Foundation,
+    /// On which it asks for pages, where it does, until somebody has taken it.
+    questions: Option<Questions>,
 }
 
 /// What stands between the guest and its going on.
@@ -83,6 +91,7 @@ pub struct CloudHypervisor {
     version: String,
     hardware: Hardware,
     pass: Mutex<Pass>,
+    refusals: Refusals,
     told_to_quit: AtomicBool,
 }
 
@@ -91,7 +100,7 @@ impl CloudHypervisor {
         process: Arc<VmmProcess>,
         api: (Api, OwnedFd),
         saves: Nameless,
-        events: Events,
+        heard: (Events, Refusals),
         memory: (OwnedFd, Region),
         identity: (Version, String, Hardware),
         incoming: Option<Incoming>,
@@ -102,7 +111,7 @@ impl CloudHypervisor {
             api: api.0,
             _api_inode: api.1,
             saves,
-            events,
+            events: heard.0,
             memory: memory.0,
             region: memory.1,
             version,
@@ -111,6 +120,7 @@ impl CloudHypervisor {
                 held: None,
                 incoming,
             }),
+            refusals: heard.1,
             told_to_quit: AtomicBool::new(false),
         }
     }
@@ -149,7 +159,7 @@ impl CloudHypervisor {
         self.saves.turn_away();
         let place = path_of(self.saves.inode());
         let address = format!("unix:{}", place.display());
-        self.api.call(&Call::Send(&address), deadline)?;
+        self.lay_open(&address, deadline)?;
         const DOING: &str = "waiting for it to lay the guest open";
         let socket = |source| OffloadError::Socket {
             doing: DOING,
@@ -169,6 +179,19 @@ impl CloudHypervisor {
         let mut file = own(file)?;
         file.write_all(&bytes).map_err(MoveStateError::File)?;
         Ok(taken.held)
+    }
+
+    /// Has it connect to `address`. As long as it asks for pages itself it cannot, and until it has
+    /// asked for all of them we wait.
+    fn lay_open(&self, address: &str, deadline: Instant) -> Result<(), ApiError> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.api.call(&Call::Send(address), deadline) {
+                Err(ApiError::Refused { reason, .. })
+                    if reason.contains(RESTORING) && rest(&mut pause, deadline) => {}
+                told => return told.map(drop),
+            }
+        }
     }
 
     fn load(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), MoveStateError> {
@@ -204,6 +227,7 @@ impl CloudHypervisor {
     /// Calls off the hand-over of a saved guest, if there is one: the VMM keeps it.
     fn keep_guest(&self) {
         if let Some(held) = self.pass().held.take() {
+            self.refusals.expect_one();
             held.keep_it();
         }
     }
@@ -247,6 +271,10 @@ impl Vmm for CloudHypervisor {
         self.load(file, deadline).map_err(VmmError::Load)
     }
 
+    fn take_questions(&self) -> Option<Questions> {
+        self.pass().incoming.as_mut()?.questions.take()
+    }
+
     fn shutdown(&self, deadline: Instant) -> Result<(), VmmError> {
         let pressed = self.api.call(&Call::PowerButton, deadline).map(drop);
         self.tell("press the power button", pressed)
@@ -279,11 +307,11 @@ impl Vmm for CloudHypervisor {
             return Ok(None);
         };
         self.events.await_end(Instant::now() + LAST_REPORTS);
-        exit.reason = if self.told_to_quit.load(Ordering::Relaxed) {
-            "host-quit".to_owned()
-        } else {
-            self.events.last_words().to_owned()
-        };
+        if self.told_to_quit.load(Ordering::Relaxed) {
+            "host-quit".clone_into(&mut exit.reason);
+        } else if exit.reason.is_empty() {
+            self.events.last_words().clone_into(&mut exit.reason);
+        }
         Ok(Some(exit))
     }
 }

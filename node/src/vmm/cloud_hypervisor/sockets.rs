@@ -15,15 +15,18 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::AtFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Gid, Uid, fchownat};
 use tempfile::TempDir;
 
 use crate::vmm::process::poll_timeout;
 
 /// What a socket is called for the moment that it has a name.
 const NAME: &str = "s";
-/// Pause between two looks for a socket that the VMM makes: it takes a millisecond or two.
-const PAUSE: Duration = Duration::from_millis(1);
+/// Pause between two looks for a socket that the VMM makes: it takes a millisecond or two, which is
+/// a part of every resume.
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// A listening socket without a name.
 #[derive(Debug)]
@@ -63,6 +66,16 @@ impl Nameless {
     #[must_use]
     pub fn inode(&self) -> BorrowedFd<'_> {
         self.inode.as_fd()
+    }
+
+    /// Lets `user` connect to it.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn give_to(&self, user: u32) -> io::Result<()> {
+        let (user, group) = (Uid::from_raw(user), Gid::from_raw(user));
+        let inode = AtFlags::AT_EMPTY_PATH;
+        Ok(fchownat(&self.inode, "", Some(user), Some(group), inode)?)
     }
 
     /// Leaves listening to whoever else has the descriptor: it is reached as long as they live.
@@ -145,11 +158,11 @@ impl Meeting {
         self.home.path()
     }
 
-    /// What the VMM calls the place.
+    /// What a VMM calls the place that inherits it, or has it at `mounted` in a root of its own.
     #[must_use]
-    pub fn url(&self) -> String {
-        let path = path_of(self.dir()).join(NAME);
-        format!("unix:{}", path.display())
+    pub fn url(&self, mounted: Option<&Path>) -> String {
+        let dir = mounted.map_or_else(|| path_of(self.dir()), Path::to_owned);
+        format!("unix:{}", dir.join(NAME).display())
     }
 
     /// Connects, once the VMM has bound. `peer` becomes readable when that ends.
@@ -225,7 +238,7 @@ mod tests {
         let connect = || meeting.connect(alive.as_fd(), Instant::now());
         let late = connect().expect_err("nobody");
         assert_eq!(late.kind(), io::ErrorKind::TimedOut);
-        let url = meeting.url();
+        let url = meeting.url(None);
         let path = PathBuf::from(url.strip_prefix("unix:").expect("a path"));
         let _bound = UnixListener::bind(&path).expect("bound");
         connect().expect("met");

@@ -4,6 +4,7 @@
 //! ```text
 //! boot      exec > ping (which version?) > create > boot
 //! incoming  exec > ping > receive … Start > MemoryFd x slots > Config … (its memory is mapped)
+//! asking    the same, and a second connection on which it asks for pages
 //! ```
 //!
 //! It inherits the guest's memory, the socket of its API, a pipe for its reports, and what it needs
@@ -12,32 +13,35 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, PipeReader};
+use std::io::{self, PipeReader, PipeWriter, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
 use proto::units::Mib;
 
+use crate::pager::post_copy::Questions;
 use crate::pager::region::Region;
 use crate::pager::target::Target;
 use crate::vmm::child::{not_up, open_netns, take_stderr};
-use crate::vmm::cloud_hypervisor::api::{Api, Call};
+use crate::vmm::cloud_hypervisor::api::{Api, Call, MemoryMode};
 use crate::vmm::cloud_hypervisor::config::{self, MemoryFrom};
 use crate::vmm::cloud_hypervisor::events::Events;
 use crate::vmm::cloud_hypervisor::kept::{self, Kept, KeptError};
-use crate::vmm::cloud_hypervisor::offload::link;
+use crate::vmm::cloud_hypervisor::noise::{self, Refusals};
+use crate::vmm::cloud_hypervisor::offload::{codec, link};
 use crate::vmm::cloud_hypervisor::sockets::{Meeting, Nameless, path_of};
 use crate::vmm::cloud_hypervisor::version::{self, Version};
 use crate::vmm::cloud_hypervisor::{CloudHypervisor, Incoming, machine};
 use crate::vmm::error::{ForeignStateError, SpecError, TalkError};
-use crate::vmm::jail::{Allowed, FileRules, Jail, pidfd_open};
+use crate::vmm::jail::{Allowed, Jail, JailError, pidfd_open};
 use crate::vmm::process::VmmProcess;
+use crate::vmm::root::MEETING;
 use crate::vmm::{Accelerator, Hardware, SpawnVmmError, Started, VmmSpec};
 
 /// What the first argument begins with; the name of the guest follows.
@@ -79,14 +83,43 @@ pub fn incoming(
     ram: BorrowedFd<'_>,
     deadline: Instant,
 ) -> Result<Started, SpawnVmmError> {
+    let saved = (hardware, state);
+    bring_back(spec, saved, name, ram, MemoryMode::Precopy, deadline)
+}
+
+fn bring_back(
+    spec: &VmmSpec,
+    (hardware, state): (&Hardware, BorrowedFd<'_>),
+    name: &str,
+    ram: BorrowedFd<'_>,
+    mode: MemoryMode,
+    deadline: Instant,
+) -> Result<Started, SpawnVmmError> {
     let machine = config::machine(spec, MemoryFrom::HandOver).map_err(SpawnVmmError::Spec)?;
     let kept = read_kept(state, hardware, spec.memory).map_err(SpawnVmmError::Saved)?;
     let document = kept.foundation.config_with(&machine);
     let document = document.map_err(SpawnVmmError::Saved)?;
     let meeting = Meeting::create().map_err(|source| start_failed(spec, source))?;
-    let young = Young::start(spec, name, ram, Some(meeting))?;
-    let told = young.receive(hardware, &kept, &document, deadline);
+    let mut young = Young::start(spec, name, ram, Some(meeting))?;
+    let told = young.receive(hardware, &kept, &document, mode, deadline);
     young.grown(spec, told)
+}
+
+/// As [`incoming`], but Cloud Hypervisor asks for each page of the guest by itself. See
+/// [`crate::vmm::spawn_asking`].
+///
+/// # Errors
+/// See [`SpawnVmmError`]. Nothing is left running.
+pub fn asking(
+    spec: &VmmSpec,
+    hardware: &Hardware,
+    state: BorrowedFd<'_>,
+    name: &str,
+    ram: BorrowedFd<'_>,
+    deadline: Instant,
+) -> Result<Started, SpawnVmmError> {
+    let saved = (hardware, state);
+    bring_back(spec, saved, name, ram, MemoryMode::Postcopy, deadline)
 }
 
 /// The saved guest in `state`, from its beginning on, without moving its position.
@@ -114,6 +147,7 @@ struct Young {
     api_inode: OwnedFd,
     saves: Nameless,
     meeting: Option<Meeting>,
+    mounted_meeting: Option<&'static Path>,
     events: Events,
     memory: OwnedFd,
     region: Region,
@@ -142,6 +176,57 @@ impl<E: Into<TalkError>> From<E> for Failed {
     }
 }
 
+/// What a process talks by: our ends, and those that it inherits.
+struct Ends {
+    api: Nameless,
+    saves: Nameless,
+    console: (UnixStream, UnixStream),
+    reports: (PipeReader, PipeWriter),
+}
+
+impl Ends {
+    fn make(spec: &VmmSpec) -> io::Result<Self> {
+        let ends = Self {
+            api: Nameless::bind()?,
+            saves: Nameless::bind()?,
+            console: UnixStream::pair()?,
+            reports: io::pipe()?,
+        };
+        if let Some(user) = spec.confinement.user {
+            ends.saves.give_to(user)?;
+        }
+        Ok(ends)
+    }
+
+    /// The jail of a process that inherits what it needs of these.
+    fn jail(
+        &self,
+        spec: &VmmSpec,
+        ram: BorrowedFd<'_>,
+        meeting: Option<&Meeting>,
+        netns: Option<OwnedFd>,
+    ) -> Result<Jail, JailError> {
+        let mut inherited = vec![
+            ram,
+            self.api.listener().as_fd(),
+            self.saves.inode(),
+            self.reports.1.as_fd(),
+        ];
+        // A descriptor of a directory of the host's would be a way out of its own root.
+        let mounted = mounted_meeting(spec);
+        inherited.extend(meeting.filter(|_| mounted.is_none()).map(Meeting::dir));
+        let met = meeting.map(Meeting::path);
+        let rules = allowed(spec, mounted.or(met).filter(|_| meeting.is_some()));
+        let jail = Jail::new(netns, &inherited);
+        spec.confinement.apply(jail, spec, met, Some(rules))
+    }
+}
+
+/// Where a process that has a root of its own meets us in there.
+fn mounted_meeting(spec: &VmmSpec) -> Option<&'static Path> {
+    spec.confinement.user.map(|_| Path::new(MEETING))
+}
+
 impl Young {
     fn start(
         spec: &VmmSpec,
@@ -156,8 +241,9 @@ impl Young {
             }));
         }
         let netns = open_netns(spec)?;
-        let region = Region::new(spec.memory);
-        Self::exec(spec, name, ram, region, meeting, netns)
+        let ends = Ends::make(spec).map_err(|source| start_failed(spec, source))?;
+        let jail = ends.jail(spec, ram, meeting.as_ref(), netns)?;
+        Self::exec(spec, name, ram, meeting, ends, jail)
             .map_err(|source| start_failed(spec, source))
     }
 
@@ -165,22 +251,17 @@ impl Young {
         spec: &VmmSpec,
         name: &str,
         ram: BorrowedFd<'_>,
-        region: Region,
         meeting: Option<Meeting>,
-        netns: Option<OwnedFd>,
+        ends: Ends,
+        jail: Jail,
     ) -> io::Result<Self> {
-        let (api, saves) = (Nameless::bind()?, Nameless::bind()?);
-        let (console, console_theirs) = UnixStream::pair()?;
-        let (reports, reports_theirs) = io::pipe()?;
-        let mut inherited = vec![
-            ram,
-            api.listener().as_fd(),
-            saves.inode(),
-            reports_theirs.as_fd(),
-        ];
-        inherited.extend(meeting.as_ref().map(Meeting::dir));
-        let rules = file_rules(spec, meeting.as_ref())?;
-        let jail = Jail::new(netns, &inherited).with_rules(rules);
+        let region = Region::new(spec.memory);
+        let Ends {
+            api,
+            saves,
+            console: (console, console_theirs),
+            reports: (reports, reports_theirs),
+        } = ends;
         let mut command = Command::new(&spec.program);
         command
             .arg0(first_argument(name))
@@ -192,13 +273,12 @@ impl Young {
             .stdin(Stdio::null())
             .stdout(Stdio::from(OwnedFd::from(console_theirs)))
             .stderr(Stdio::piped());
-        jail.confine(&mut command);
         let spawned = Instant::now();
-        let mut child = command.spawn()?;
+        let (mut child, group) = jail.start(&mut command)?;
         // The command holds the child's standard output too: ours must see its end.
         drop(command);
         let stderr = take_stderr(&mut child)?;
-        let process = Arc::new(VmmProcess::new(child)?);
+        let process = Arc::new(VmmProcess::new(child, group)?);
         // Only the child listens and reports from here on: its end is the end of both.
         drop(reports_theirs);
         let api_inode = api.into_inode();
@@ -209,6 +289,7 @@ impl Young {
             process,
             saves,
             meeting,
+            mounted_meeting: mounted_meeting(spec),
             memory: ram.try_clone_to_owned()?,
             region,
             console,
@@ -231,23 +312,33 @@ impl Young {
     }
 
     fn receive(
-        &self,
+        &mut self,
         hardware: &Hardware,
         kept: &Kept,
         document: &[u8],
+        mode: MemoryMode,
         deadline: Instant,
     ) -> Result<Told, Failed> {
         let (version, version_text) = self.meet(deadline)?;
+        let mounted = self.mounted_meeting;
         machine::check(hardware, version).map_err(Failed::Spec)?;
         let socket = |doing| move |source| TalkError::Socket { doing, source };
-        let Some(meeting) = &self.meeting else {
+        let Some(meeting) = self.meeting.take() else {
             let source = io::ErrorKind::NotFound.into();
             return Err(socket("find the place for the hand-over")(source).into());
         };
         // Answered when all of it is over.
-        let answer = self.api.begin(&Call::Receive(&meeting.url()), deadline)?;
+        let answer = self
+            .api
+            .begin(&Call::Receive(&meeting.url(mounted), mode), deadline)?;
         let stream = meeting.connect(self.process.pidfd(), deadline);
         let stream = stream.map_err(socket("meet the VMM for the hand-over"))?;
+        let questions = match mode {
+            MemoryMode::Precopy => None,
+            MemoryMode::Postcopy => Some(self.be_asked(&meeting, kept, deadline)?),
+        };
+        // Whoever is killed from here on leaves no directory.
+        drop(meeting);
         let slots = kept.foundation.slots();
         let given = link::give(stream, &slots, self.memory.as_fd(), document, deadline)?;
         self.check_mapped()?;
@@ -259,8 +350,27 @@ impl Young {
                 given,
                 answer,
                 foundation: kept.foundation.clone(),
+                questions,
             }),
         })
+    }
+
+    /// The connection on which it will ask for pages. It waits for its turn on the other side, which
+    /// looks for it when it is given the state.
+    fn be_asked(
+        &self,
+        meeting: &Meeting,
+        kept: &Kept,
+        deadline: Instant,
+    ) -> Result<Questions, Failed> {
+        let doing = "meet the VMM for its questions";
+        let socket = |source| TalkError::Socket { doing, source };
+        let stream = meeting.connect(self.process.pidfd(), deadline);
+        let mut stream = stream.map_err(socket)?;
+        let role = codec::FAULT_ROLE.to_le_bytes();
+        stream.write_all(&role).map_err(socket)?;
+        let slots = kept.foundation.places();
+        Ok(Questions { stream, slots })
     }
 
     /// Waits for its first answer, which tells its version.
@@ -298,11 +408,14 @@ impl Young {
             Err(Failed::Spec(err)) => return Err(SpawnVmmError::Spec(err)),
             Err(Failed::Talk(err)) => return Err(not_up(spec, &self.process, self.stderr, err)),
         };
+        let refusals = Refusals::default();
+        let stderr = noise::filter(self.stderr, refusals.clone());
+        let stderr = stderr.map_err(|source| start_failed(spec, source))?;
         let vmm = CloudHypervisor::new(
             self.process,
             (self.api, self.api_inode),
             self.saves,
-            self.events,
+            (self.events, refusals),
             (self.memory, self.region),
             (told.version, told.version_text, told.hardware),
             told.incoming,
@@ -310,31 +423,20 @@ impl Young {
         Ok(Started {
             vmm: Box::new(vmm),
             console: self.console,
-            stderr: self.stderr,
+            stderr,
             took: self.spawned.elapsed(),
         })
     }
 }
 
 /// All that it may write or run: its disk, the devices it works with, itself and its loader.
-fn file_rules(spec: &VmmSpec, meeting: Option<&Meeting>) -> io::Result<Option<FileRules>> {
-    let Some(rules) = FileRules::nothing()? else {
-        return Ok(None);
-    };
-    rules.allow(&spec.program, Allowed::Run)?;
-    for libraries in LIBRARIES {
-        rules.allow(Path::new(libraries), Allowed::Run)?;
-    }
-    for device in DEVICES {
-        rules.allow(Path::new(device), Allowed::Write)?;
-    }
-    if let Some(disk) = &spec.root_disk {
-        rules.allow(disk, Allowed::Write)?;
-    }
-    if let Some(meeting) = meeting {
-        rules.allow(meeting.path(), Allowed::MakeSockets)?;
-    }
-    Ok(Some(rules))
+fn allowed(spec: &VmmSpec, meeting: Option<&Path>) -> Vec<(PathBuf, Allowed)> {
+    let mut allowed = vec![(spec.program.clone(), Allowed::Run)];
+    allowed.extend(LIBRARIES.map(|libraries| (libraries.into(), Allowed::Run)));
+    allowed.extend(DEVICES.map(|device| (device.into(), Allowed::Write)));
+    allowed.extend(spec.root_disk.clone().map(|disk| (disk, Allowed::Write)));
+    allowed.extend(meeting.map(|meeting| (meeting.to_owned(), Allowed::MakeSockets)));
+    allowed
 }
 
 /// Reads its reports, and ends it if its guest resets itself.

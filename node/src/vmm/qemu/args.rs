@@ -218,7 +218,7 @@ mod tests {
     use proto::units::Mib;
 
     use super::*;
-    use crate::vmm::Driver;
+    use crate::vmm::{Confinement, Driver};
 
     const NAME: &str = "/data/sandboxes/cl-1,a";
     const FDS: Inherited = Inherited {
@@ -243,6 +243,7 @@ mod tests {
                 tap: "tap0".into(),
                 mac: [2, 0, 0xa9, 0xfe, 0, 0x15],
             }),
+            confinement: Confinement::default(),
         }
     }
 

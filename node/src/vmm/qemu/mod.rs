@@ -115,7 +115,9 @@ impl Vmm for Qemu {
             self.qmp.drain(Instant::now() + GLANCE);
             return Ok(None);
         };
-        exit.reason = self.last_words();
+        if exit.reason.is_empty() {
+            exit.reason = self.last_words();
+        }
         Ok(Some(exit))
     }
 }

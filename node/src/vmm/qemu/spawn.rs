@@ -47,6 +47,7 @@ pub fn spawn(
         open_netns(spec)?,
         &[ram, qmp_theirs.as_fd(), console_theirs.as_fd()],
     );
+    let jail = spec.confinement.apply(jail, spec, None, None)?;
     let mut command = Command::new(&spec.program);
     command
         .args(args)
@@ -54,13 +55,12 @@ pub fn spawn(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    jail.confine(&mut command);
     let spawned = Instant::now();
-    let mut child = command.spawn().map_err(start_failed)?;
+    let (mut child, group) = jail.start(&mut command).map_err(start_failed)?;
     // From here on QEMU alone holds its ends: when it dies, ours see the end of the stream.
     drop((qmp_theirs, console_theirs));
     let stderr = take_stderr(&mut child).map_err(start_failed)?;
-    let process = VmmProcess::new(child).map_err(start_failed)?;
+    let process = VmmProcess::new(child, group).map_err(start_failed)?;
     match Qmp::connect(qmp, deadline) {
         Ok(qmp) => Ok(Started {
             vmm: Box::new(Qemu {
