@@ -361,6 +361,23 @@ fn a_pager_that_dies_again_and_again_is_a_failure_and_no_loop() {
     assert!(matches!(&end, Some(PagerEnd::Failed { reason }) if reason.contains("too often")));
 }
 
+/// A registration ends with the last copy of its descriptor: the guest would read zeros from then on,
+/// and nobody would see it. So it is ended.
+#[test]
+fn a_guest_whose_registration_is_lost_is_ended_with_the_reason() {
+    let world = World::new(Elsewhere::None);
+    let (pager, end) = world.try_start(world.spec()).expect("it serves");
+    assert_eq!(world.vmm.hash(0, 16), world.image.hash(0, 16));
+    // The pager's copy is left, so nothing is wrong yet.
+    world.vmm.forget();
+    assert_eq!(world.vmm.hash(16, 16), world.image.hash(16, 16));
+    kill_pager(&pager);
+    let PagerEnd::Failed { reason } = end.recv_timeout(SOON).expect("it ends") else {
+        panic!("the VMM lives");
+    };
+    assert!(reason.contains("closed the descriptor"), "{reason}");
+}
+
 #[test]
 fn a_page_map_of_another_guest_is_refused_before_anything_is_touched() {
     let world = World::new(Elsewhere::None);

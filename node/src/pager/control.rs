@@ -15,6 +15,7 @@ use nix::sys::socket::{
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::pager::post_copy::Slot;
 use crate::pager::prefetch::Fill;
 use crate::pager::stats::Stats;
 use crate::pager::uffd::{Tracking, sys};
@@ -22,7 +23,8 @@ use crate::pager::uffd::{Tracking, sys};
 /// The largest packet: a setup with a few paths.
 const MAX_PACKET_BYTES: usize = 32 * 1024;
 
-/// All a pager has to know. The descriptors with it: guest memory, page states, the VMM.
+/// All a pager has to know. The descriptors with it: guest memory, page states, the VMM, and where
+/// that asks for pages by itself the connection on which it does.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Setup {
     pub(super) vmm_pid: u32,
@@ -35,6 +37,8 @@ pub(super) struct Setup {
     pub(super) fill: Fill,
     pub(super) tracking: Tracking,
     pub(super) takeovers: u64,
+    /// Where the guest sees its memory, if its VMM asks for pages by itself.
+    pub(super) slots: Option<Vec<Slot>>,
 }
 
 /// From shim to pager.
@@ -71,6 +75,11 @@ impl Channel {
         let kind = SockType::SeqPacket;
         let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)?;
         Ok((Self(ours), theirs))
+    }
+
+    /// The same end once more.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self(self.0.try_clone()?))
     }
 
     /// The end that a pager finds in its standard input's place.

@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::ask::{self, Answer, Question, Stored};
 use super::control::{Channel, FromPager, Setup, ToPager};
 use super::page_map::{Encoding, MappedChunk, PageMap, Place};
+use super::post_copy::{QUESTION_BYTES, Slot, page_in};
 use super::prefetch::Fill;
 use super::region::{ImageOffset, PAGE_BYTES, Region, WINDOW_BYTES, WindowIndex};
 use super::stats::Stats;
@@ -41,6 +42,11 @@ pub(crate) const TARGETS: &[Target] = &[
         name: "pager-answer",
         samples: answers,
         run: answer,
+    },
+    Target {
+        name: "vmm-question",
+        samples: vmm_questions,
+        run: vmm_question,
     },
     Target {
         name: "pager-control",
@@ -186,6 +192,41 @@ fn question(bytes: &[u8]) {
     while let Ok(Some(_)) = now(ask::next_question(&mut rest)) {}
 }
 
+/// A guest of 1 MiB, half of it above 4 GiB.
+const SLOTS: [Slot; 2] = [
+    Slot {
+        gpa: 0,
+        bytes: 512 << 10,
+        image: 0,
+    },
+    Slot {
+        gpa: 4 << 30,
+        bytes: 512 << 10,
+        image: 512 << 10,
+    },
+];
+
+/// Questions of a VMM that asks for pages, one after the other.
+fn vmm_questions() -> Vec<Vec<u8>> {
+    let question = |gpa: u64| {
+        let mut bytes = vec![0; QUESTION_BYTES];
+        (bytes[0], bytes[8]) = (9, 16);
+        bytes[16..24].copy_from_slice(&gpa.to_le_bytes());
+        bytes[24..].copy_from_slice(&PAGE_BYTES.to_le_bytes());
+        bytes
+    };
+    vec![[question(0x2000), question((4 << 30) + 0x7_f000)].concat()]
+}
+
+fn vmm_question(bytes: &[u8]) {
+    let pages = Region::new(Mib(1)).pages();
+    for question in bytes.as_chunks::<QUESTION_BYTES>().0 {
+        if let Ok(page) = page_in(question, &SLOTS) {
+            assert!(page.0 < pages, "a page that the guest does not have");
+        }
+    }
+}
+
 fn answers() -> Vec<Vec<u8>> {
     let answers = [
         Answer::At(place()),
@@ -234,6 +275,7 @@ fn packets() -> Vec<Vec<u8>> {
         fill: Fill::default(),
         tracking: Tracking::WriteProtect,
         takeovers: 1,
+        slots: Some(SLOTS.to_vec()),
     };
     vec![
         packet(&ToPager::Setup(setup)),

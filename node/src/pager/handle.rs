@@ -16,31 +16,34 @@
 //! killed after [`MAX_SILENCE`] without; it ends itself when one fault keeps it for too long
 //! ([`super::main`]).
 
+mod process;
+
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{self, Signal};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
+use self::process::{Serving, reason_in, setup_of, wait_readable};
 use crate::base::chain::chain;
-use crate::pager::control::{Channel, FromPager, Setup, ToPager};
+use crate::pager::control::{Channel, FromPager, ToPager};
 use crate::pager::dirty::{DirtyError, Evidence, Tracker, may_differ, probe};
 use crate::pager::layout::Layout;
-use crate::pager::main::{COMMAND, DIR_OPTION, FAILURE, GONE};
+use crate::pager::main::{FAILURE, GONE};
 use crate::pager::memory::{GuestMemory, sealed_memfd};
 use crate::pager::page_map::{PageMap, PageMapError};
+use crate::pager::post_copy::Questions;
 use crate::pager::prefetch::Fill;
 use crate::pager::region::{ImageOffset, Region};
 use crate::pager::source::{Daemon, ImageSource};
@@ -49,6 +52,8 @@ use crate::pager::stats::Stats;
 use crate::pager::target::{AttachError, Target};
 use crate::pager::uffd::Tracking;
 use crate::pager::uffd::sys::pidfd_open;
+
+pub use self::process::Waiting;
 
 /// So many deaths within [`DEATHS_WITHIN`] are one too many: whatever kills pagers kills the next.
 const MAX_DEATHS: usize = 5;
@@ -67,8 +72,6 @@ const MAX_SILENCE: Duration = Duration::from_secs(6);
 const REPLACE_PAUSE: Duration = Duration::from_millis(100);
 /// Stack of the thread that watches: it parses one message at a time.
 const STACK_BYTES: usize = 128 * 1024;
-/// The most of a reason that is repeated.
-const MAX_REASON_BYTES: usize = 4096;
 
 /// What a pager is to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +98,8 @@ pub struct PagerSpec {
     pub tracking: Tracking,
 }
 
+/// The program of a pager, to its shim: the same.
+pub const OURSELVES: &str = "/proc/self/exe";
 /// The page map in a sandbox's directory.
 pub const PAGES: &str = "pages";
 /// The working set in a sandbox's directory.
@@ -107,7 +112,7 @@ impl PagerSpec {
     pub fn new(dir: &Path, vmm_pid: u32, daemon: PathBuf, sandbox: String) -> Self {
         let working_set = dir.join(WORKING_SET);
         Self {
-            program: PathBuf::from("/proc/self/exe"),
+            program: PathBuf::from(OURSELVES),
             dir: dir.to_owned(),
             vmm_pid,
             pages: dir.join(PAGES),
@@ -118,6 +123,11 @@ impl PagerSpec {
             fill: Fill::Nothing,
             tracking: probe(),
         }
+    }
+
+    /// A process for it.
+    fn wait(&self) -> Result<Waiting, StartPagerError> {
+        Waiting::start(&self.program, &self.dir)
     }
 }
 
@@ -137,6 +147,12 @@ pub enum StartPagerError {
     #[error("the pager gave up: {reason}")]
     GaveUp {
         /// What it said.
+        reason: String,
+    },
+    /// It found that the guest cannot go on.
+    #[error("the guest cannot go on: {reason}")]
+    Hopeless {
+        /// Why.
         reason: String,
     },
     /// It did not come to serve in time.
@@ -205,6 +221,8 @@ struct Shared {
     spec: PagerSpec,
     target: Target,
     region: Region,
+    /// Of a VMM that asks for pages by itself.
+    questions: Option<Questions>,
     memory: OwnedFd,
     states: OwnedFd,
     table: Arc<StateTable>,
@@ -229,13 +247,6 @@ struct State {
     takeovers: u64,
 }
 
-/// A pager process that serves.
-struct Serving {
-    child: Child,
-    channel: Arc<Channel>,
-    tracking: Tracking,
-}
-
 impl Pager {
     /// Starts a pager for the guest whose memory is `memory`, and returns once it serves. To be
     /// called before the guest runs. `on_end` is called once, from another thread.
@@ -244,6 +255,37 @@ impl Pager {
     /// See [`StartPagerError`].
     pub fn start(
         spec: PagerSpec,
+        memory: &GuestMemory,
+        deadline: Instant,
+        on_end: impl FnOnce(PagerEnd) + Send + 'static,
+    ) -> Result<Self, StartPagerError> {
+        Self::start_by(spec.wait()?, spec, None, memory, deadline, on_end)
+    }
+
+    /// As [`Self::start`], for a VMM that asks for pages by itself: nothing of it is touched.
+    ///
+    /// # Errors
+    /// See [`StartPagerError`].
+    pub fn answer(
+        spec: PagerSpec,
+        questions: Questions,
+        memory: &GuestMemory,
+        deadline: Instant,
+        on_end: impl FnOnce(PagerEnd) + Send + 'static,
+    ) -> Result<Self, StartPagerError> {
+        let asked = Some(questions);
+        Self::start_by(spec.wait()?, spec, asked, memory, deadline, on_end)
+    }
+
+    /// As [`Self::start`], or as [`Self::answer`] where there are `questions`, by a process that is
+    /// there already.
+    ///
+    /// # Errors
+    /// See [`StartPagerError`].
+    pub fn start_by(
+        waiting: Waiting,
+        spec: PagerSpec,
+        questions: Option<Questions>,
         memory: &GuestMemory,
         deadline: Instant,
         on_end: impl FnOnce(PagerEnd) + Send + 'static,
@@ -258,7 +300,9 @@ impl Pager {
         let memory = memory.as_fd().try_clone_to_owned();
         let memory = memory.map_err(system("keep the guest's memory"))?;
         let fds = [memory.as_fd(), states.as_fd(), target.pidfd()];
-        let serving = spawn(&spec, region, 0, fds, deadline)?;
+        let _none = fs::remove_file(spec.dir.join(FAILURE));
+        let (setup, fds) = setup_of(&spec, region, 0, fds, questions.as_ref());
+        let serving = waiting.serve(&spec, setup, &fds, deadline)?;
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 pid: serving.child.id(),
@@ -277,6 +321,7 @@ impl Pager {
             spec,
             target,
             region,
+            questions,
             memory,
             states,
             layout,
@@ -477,6 +522,9 @@ impl Shared {
                 match self.replace() {
                     Ok(serving) => break serving,
                     Err(_) if self.target.has_ended() => return Some(PagerEnd::VmmEnded),
+                    Err(StartPagerError::Hopeless { reason }) => {
+                        return Some(PagerEnd::Failed { reason });
+                    }
                     Err(err) => reason = chain(&err),
                 }
                 thread::sleep(REPLACE_PAUSE);
@@ -529,7 +577,11 @@ impl Shared {
             self.target.pidfd(),
         ];
         let deadline = Instant::now() + TAKEOVER_TIMEOUT;
-        let serving = spawn(&self.spec, self.region, takeovers, fds, deadline)?;
+        let questions = self.questions.as_ref();
+        let _none = fs::remove_file(self.spec.dir.join(FAILURE));
+        let (setup, fds) = setup_of(&self.spec, self.region, takeovers, fds, questions);
+        let waiting = self.spec.wait()?;
+        let serving = waiting.serve(&self.spec, setup, &fds, deadline)?;
         let mut state = self.state();
         state.takeovers = takeovers;
         state.pid = serving.child.id();
@@ -549,98 +601,6 @@ impl Shared {
 enum Fate {
     End(PagerEnd),
     Died(String),
-}
-
-/// What the last pager left.
-fn reason_in(spec: &PagerSpec) -> String {
-    let mut reason = fs::read_to_string(spec.dir.join(FAILURE)).unwrap_or_default();
-    if reason.is_empty() {
-        "it left no reason".clone_into(&mut reason);
-    }
-    let cut = (0..=MAX_REASON_BYTES.min(reason.len()))
-        .rev()
-        .find(|&at| reason.is_char_boundary(at));
-    reason.truncate(cut.unwrap_or(0));
-    reason
-}
-
-/// Starts one pager and waits until it serves, or ends.
-fn spawn(
-    spec: &PagerSpec,
-    region: Region,
-    takeovers: u64,
-    fds: [BorrowedFd<'_>; 3],
-    deadline: Instant,
-) -> Result<Serving, StartPagerError> {
-    let _none = fs::remove_file(spec.dir.join(FAILURE));
-    let (channel, theirs) = Channel::pair().map_err(system("make a socket pair"))?;
-    let mut child = Command::new(&spec.program)
-        .arg(COMMAND)
-        .arg(DIR_OPTION)
-        .arg(&spec.dir)
-        .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .spawn()
-        .map_err(system("start the pager"))?;
-    let setup = Setup {
-        vmm_pid: spec.vmm_pid,
-        memory_bytes: region.bytes(),
-        pages: spec.pages.clone(),
-        daemon: spec.daemon.clone(),
-        sandbox: spec.sandbox.clone(),
-        working_set: spec.working_set.clone(),
-        record_to: spec.record_to.clone(),
-        fill: spec.fill,
-        tracking: spec.tracking,
-        takeovers,
-    };
-    let serving = channel
-        .send(&ToPager::Setup(setup), &fds)
-        .map_err(system("tell the pager what to serve"))
-        .and_then(|()| await_serving(&channel, deadline));
-    match serving {
-        Ok(Some(tracking)) => Ok(Serving {
-            child,
-            channel: Arc::new(channel),
-            tracking,
-        }),
-        other => {
-            // It may be tracing the VMM: its end lets go.
-            let _killed = child.kill();
-            let _reaped = child.wait();
-            Err(other.err().unwrap_or_else(|| StartPagerError::GaveUp {
-                reason: reason_in(spec),
-            }))
-        }
-    }
-}
-
-/// How the pager knows of writes, once it serves; `None` if it has ended.
-fn await_serving(
-    channel: &Channel,
-    deadline: Instant,
-) -> Result<Option<Tracking>, StartPagerError> {
-    loop {
-        wait_readable(channel, deadline)?;
-        let message = channel.receive().map_err(system("hear from the pager"))?;
-        match message {
-            Some((FromPager::Serving { tracking }, _)) => return Ok(Some(tracking)),
-            Some(_) => {}
-            None => return Ok(None),
-        }
-    }
-}
-
-fn wait_readable(channel: &Channel, deadline: Instant) -> Result<(), StartPagerError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    let millis = i32::try_from(left.as_millis().saturating_add(1)).unwrap_or(i32::MAX);
-    let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
-    let mut readable = [PollFd::new(channel.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut readable, timeout) {
-        Ok(0) => Err(StartPagerError::TooSlow),
-        Ok(_) | Err(Errno::EINTR) => Ok(()),
-        Err(errno) => Err(system("wait for the pager")(errno.into())),
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -34,14 +34,18 @@ use nix::sys::signal::Signal;
 use crate::base::chain::chain;
 use crate::base::fault;
 use crate::pager::control::{Channel, FromPager, Setup, ToPager};
+use crate::pager::layout::Layout;
 use crate::pager::page_map::{PageMap, PageMapError};
 use crate::pager::pages::PageSet;
+use crate::pager::post_copy::{Answerer, Questions};
 use crate::pager::region::Region;
-use crate::pager::serve::{ServeError, Server};
+use crate::pager::serve::{OnFailure, ServeError, Server};
 use crate::pager::source::{Daemon, ImageSource};
 use crate::pager::states::StateTable;
+use crate::pager::stats::Counters;
 use crate::pager::target::{AttachError, Target};
 use crate::pager::uffd::sys::keep_capabilities;
+use crate::pager::uffd::{Tracking, Uffd};
 use crate::pager::working_set::{Recorder, WorkingSet};
 use crate::pager::{prefetch, probe};
 
@@ -150,10 +154,53 @@ fn leave_reason(dir: &Path, reason: &str) {
 struct Pager {
     channel: Channel,
     target: Target,
-    server: Arc<Server>,
+    work: Work,
     daemon: Arc<Daemon>,
     record_to: Option<PathBuf>,
     takeovers: u64,
+}
+
+/// How pages are known to be missing.
+enum Work {
+    /// The VMM's page faults are ours.
+    Serve(Arc<Server>),
+    /// The VMM asks.
+    Answer(Arc<Answerer>),
+}
+
+impl Work {
+    fn counters(&self) -> &Counters {
+        match self {
+            Self::Serve(server) => server.counters(),
+            Self::Answer(answerer) => answerer.counters(),
+        }
+    }
+
+    fn pushing_done(&self) -> bool {
+        match self {
+            Self::Serve(server) => server.pushing_done(),
+            Self::Answer(answerer) => answerer.pushing_done(),
+        }
+    }
+
+    fn serving_for(&self) -> Option<Duration> {
+        match self {
+            Self::Serve(server) => server.serving_for(),
+            // It asks for one page at a time, and has its own ways to wait.
+            Self::Answer(_) => None,
+        }
+    }
+}
+
+/// What a pager has been told.
+struct Told {
+    dir: PathBuf,
+    setup: Setup,
+    channel: Channel,
+    memory: OwnedFd,
+    target: Target,
+    table: Arc<StateTable>,
+    map: PageMap,
 }
 
 /// `None` if the shim is gone before it said anything.
@@ -166,8 +213,7 @@ fn start(dir: &Path) -> Result<Option<Pager>, StartError> {
     let ToPager::Setup(setup) = message else {
         return Err(StartError::Unexpected);
     };
-    let [memory, states, vmm] =
-        <[OwnedFd; 3]>::try_from(fds).map_err(|_| StartError::Unexpected)?;
+    let ([memory, states, vmm], asking) = split(fds)?;
     let map = PageMap::read(&setup.pages)?;
     let region = map.region();
     if region.bytes() != setup.memory_bytes {
@@ -176,51 +222,127 @@ fn start(dir: &Path) -> Result<Option<Pager>, StartError> {
             expected: setup.memory_bytes,
         });
     }
-    let target = Target::new(setup.vmm_pid, vmm);
     let table = StateTable::map(&states, region).map_err(system("map the page states"))?;
-    let table = Arc::new(table);
-    let layout = target.layout(memory.as_fd(), region)?;
-    let announce = || {
-        // A shim that does not hear it is gone, and its VMM with it.
-        let _unheard = channel.send(&FromPager::Injecting, &[]);
-        fault::point(INJECTING);
+    let told = Told {
+        dir: dir.to_owned(),
+        target: Target::new(setup.vmm_pid, vmm),
+        table: Arc::new(table),
+        setup,
+        channel,
+        memory,
+        map,
     };
-    let deadline = Instant::now() + ATTACH_TIMEOUT;
-    let (uffd, found) = target.attach(&layout, setup.tracking, announce, deadline)?;
-    match (found, setup.takeovers) {
-        (true, _) => {
-            let existing = PageSet::present_in(memory.as_fd(), region);
-            table.repair(&existing.map_err(system("list the pages of the guest"))?);
-        }
-        (false, 0) => {
-            discard_all(memory.as_fd(), region).map_err(system("empty the guest's memory"))?;
-        }
-        (false, _) => return Err(StartError::DescriptorLost),
+    match (told.setup.slots.clone(), asking) {
+        (Some(slots), Some(stream)) => told.answer(Questions::of_parts(stream, slots)).map(Some),
+        (None, None) => told.serve().map(Some),
+        _ => Err(StartError::Unexpected),
     }
-    give_up_rights();
-    let tracking = uffd.tracking();
-    let set = read_working_set(&setup);
-    let daemon = Arc::new(Daemon::new(setup.daemon.clone(), setup.sandbox.clone()));
-    let source = Box::new(ImageSource::new(map, Box::new(Arc::clone(&daemon))));
-    let recorder = recorder(&setup, region, &set);
-    let dir = dir.to_owned();
-    let on_failure = Box::new(move |err| fail(&dir, &err));
-    let server = Arc::new(Server::new(
-        uffd, layout, table, source, recorder, on_failure,
-    ));
-    server.start()?;
+}
+
+impl Told {
+    /// Gets hold of the VMM's page faults, and serves them.
+    fn serve(self) -> Result<Pager, StartError> {
+        let region = self.map.region();
+        let layout = self.target.layout(self.memory.as_fd(), region)?;
+        let uffd = self.attach(&layout)?;
+        give_up_rights();
+        let tracking = uffd.tracking();
+        let set = read_working_set(&self.setup);
+        let recorder = recorder(&self.setup, region, &set);
+        let (daemon, on_failure) = (self.daemon(), self.on_failure());
+        let source = ImageSource::new(self.map, Box::new(Arc::clone(&daemon)));
+        let (table, source) = (self.table, Box::new(source));
+        let server = Server::new(uffd, layout, table, source, recorder, on_failure);
+        let server = Arc::new(server);
+        server.start()?;
+        tell_serving(&self.channel, tracking)?;
+        prefetch::start(&server, &set, self.setup.fill)?;
+        Ok(Pager {
+            channel: self.channel,
+            target: self.target,
+            work: Work::Serve(server),
+            daemon,
+            record_to: self.setup.record_to,
+            takeovers: self.setup.takeovers,
+        })
+    }
+
+    /// The VMM's userfaultfd, made or found, and page states that agree with what is there.
+    fn attach(&self, layout: &Layout) -> Result<Uffd, StartError> {
+        let (target, takeovers) = (&self.target, self.setup.takeovers);
+        // It was there when the guest began to run. Made anew it would serve what is missing from now
+        // on, and nobody would see what was read as zero before.
+        if takeovers > 0 && !target.has_userfaultfd()? {
+            return Err(StartError::DescriptorLost);
+        }
+        let announce = || {
+            // A shim that does not hear it is gone, and its VMM with it.
+            let _unheard = self.channel.send(&FromPager::Injecting, &[]);
+            fault::point(INJECTING);
+        };
+        let deadline = Instant::now() + ATTACH_TIMEOUT;
+        let (uffd, found) = target.attach(layout, self.setup.tracking, announce, deadline)?;
+        match (found, takeovers) {
+            (true, _) => self.repair()?,
+            (false, 0) => {
+                let emptied = discard_all(self.memory.as_fd(), self.map.region());
+                emptied.map_err(system("empty the guest's memory"))?;
+            }
+            (false, _) => return Err(StartError::DescriptorLost),
+        }
+        Ok(uffd)
+    }
+
+    /// Answers a VMM that asks for pages, and touches nothing of it.
+    fn answer(self, questions: Questions) -> Result<Pager, StartError> {
+        self.repair()?;
+        give_up_rights();
+        let (daemon, on_failure) = (self.daemon(), self.on_failure());
+        let source = Box::new(ImageSource::new(self.map, Box::new(Arc::clone(&daemon))));
+        let memory = self.memory.as_fd();
+        let answerer = Answerer::new(questions, memory, self.table, source, on_failure);
+        let answerer = Arc::new(answerer.map_err(system("keep the guest's memory"))?);
+        answerer.start(self.setup.takeovers > 0)?;
+        tell_serving(&self.channel, Tracking::Compare)?;
+        Ok(Pager {
+            channel: self.channel,
+            target: self.target,
+            work: Work::Answer(answerer),
+            daemon,
+            record_to: None,
+            takeovers: self.setup.takeovers,
+        })
+    }
+
+    fn repair(&self) -> Result<(), StartError> {
+        let existing = PageSet::present_in(self.memory.as_fd(), self.map.region());
+        self.table
+            .repair(&existing.map_err(system("list the pages of the guest"))?);
+        Ok(())
+    }
+
+    fn daemon(&self) -> Arc<Daemon> {
+        let (socket, sandbox) = (self.setup.daemon.clone(), self.setup.sandbox.clone());
+        Arc::new(Daemon::new(socket, sandbox))
+    }
+
+    fn on_failure(&self) -> OnFailure {
+        let dir = self.dir.clone();
+        Box::new(move |err| fail(&dir, &err))
+    }
+}
+
+fn tell_serving(channel: &Channel, tracking: Tracking) -> Result<(), StartError> {
     channel
         .send(&FromPager::Serving { tracking }, &[])
-        .map_err(system("tell the shim"))?;
-    prefetch::start(&server, &set, setup.fill)?;
-    Ok(Some(Pager {
-        channel,
-        target,
-        server,
-        daemon,
-        record_to: setup.record_to,
-        takeovers: setup.takeovers,
-    }))
+        .map_err(system("tell the shim"))
+}
+
+/// The three descriptors that every pager is given, and the fourth that some are.
+fn split(mut fds: Vec<OwnedFd>) -> Result<([OwnedFd; 3], Option<OwnedFd>), StartError> {
+    let asking = (fds.len() == 4).then(|| fds.pop()).flatten();
+    let fds = <[OwnedFd; 3]>::try_from(fds).map_err(|_| StartError::Unexpected)?;
+    Ok((fds, asking))
 }
 
 /// What a VMM put into its memory before the guest was resumed is not the image's: its pages are to
@@ -295,7 +417,7 @@ impl Pager {
             match self.channel.receive()? {
                 Some((ToPager::Ready, _)) => self.save_working_set(),
                 Some((ToPager::Tell, _)) => {
-                    if let Some(since) = self.server.serving_for().filter(|it| *it >= STUCK) {
+                    if let Some(since) = self.work.serving_for().filter(|it| *it >= STUCK) {
                         let reason = format!("one page fault took {since:?}");
                         return Err(io::Error::new(io::ErrorKind::TimedOut, reason));
                     }
@@ -308,7 +430,11 @@ impl Pager {
     }
 
     fn save_working_set(&self) {
-        let recorded = self.server.recorder().finish();
+        let Work::Serve(server) = &self.work else {
+            // All of it is brought: there is no set to record.
+            return;
+        };
+        let recorded = server.recorder().finish();
         if let (Some(set), Some(path)) = (recorded, &self.record_to)
             && let Err(err) = set.write(path)
         {
@@ -317,9 +443,9 @@ impl Pager {
     }
 
     fn tell(&self) {
-        let mut stats = self.server.counters().tell();
+        let mut stats = self.work.counters().tell();
         stats.stalled_questions = self.daemon.stalled();
-        stats.pushing_done = self.server.pushing_done();
+        stats.pushing_done = self.work.pushing_done();
         stats.takeovers = self.takeovers;
         // The end of the stream follows and is noticed.
         let _unheard = self.channel.send(&FromPager::Told(stats), &[]);

@@ -3,7 +3,9 @@
 //! The memory of a guest is a memfd ([`memory`]) that its shim makes and the VMM maps; it lives as
 //! long as either holds it. A guest that was resumed starts with none of its pages: a process of
 //! its own, `wrenn pager` ([`main`]), brings each when it is touched. The shim keeps a [`handle`]
-//! on it. Where none can serve ([`probe`]), the shim copies the memory whole before the guest runs.
+//! on it. Where none may watch over a VMM's page faults ([`probe`]) it answers a VMM that asks by
+//! itself ([`post_copy`]); for one that does not, the shim copies the memory whole before the guest
+//! runs.
 //!
 //! ```text
 //! shim    handle ──────── control ────────> main           pager process
@@ -30,6 +32,7 @@ pub mod main;
 pub mod memory;
 pub mod page_map;
 pub mod pages;
+pub mod post_copy;
 pub mod prefetch;
 pub mod probe;
 pub mod region;

@@ -150,6 +150,14 @@ impl Target {
         Ok((uffd, false))
     }
 
+    /// Whether there is a userfaultfd in it.
+    ///
+    /// # Errors
+    /// See [`AttachError`].
+    pub fn has_userfaultfd(&self) -> Result<bool, AttachError> {
+        Ok(!self.userfaultfds()?.is_empty())
+    }
+
     /// Makes a userfaultfd in it, to see whether that can be done; it is left there. Returns how
     /// writes would be known, at best as `wanted`.
     ///

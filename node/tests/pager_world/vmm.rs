@@ -63,10 +63,27 @@ fn obey(stream: &UnixStream, memory: &[SharedBytes; 2]) {
                 fallocate(std::io::stdin(), flags, from, length).expect("punched");
                 "done".to_owned()
             }
+            "forget" => {
+                forget_userfaultfds();
+                "done".to_owned()
+            }
             other => panic!("what is {other}?"),
         };
         if writeln!(says, "{answer}").is_err() {
             return;
+        }
+    }
+}
+
+/// Closes every userfaultfd that somebody has made in this process.
+fn forget_userfaultfds() {
+    for entry in std::fs::read_dir("/proc/self/fd").expect("listed") {
+        let path = entry.expect("an entry").path();
+        let link = std::fs::read_link(&path).unwrap_or_default();
+        if link.as_os_str() == "anon_inode:[userfaultfd]" {
+            let number = path.file_name().and_then(|name| name.to_str());
+            let number: i32 = number.and_then(|it| it.parse().ok()).expect("a number");
+            nix::unistd::close(number).expect("closed");
         }
     }
 }
@@ -139,6 +156,11 @@ impl Vmm {
     /// Has the process fill a page with `byte`.
     pub fn write(&self, page: u64, byte: u8) {
         self.line().ask(&format!("write {page} {byte}"));
+    }
+
+    /// Has the process close whatever serves its page faults.
+    pub fn forget(&self) {
+        self.line().ask("forget");
     }
 
     /// Has the process give pages back, as a balloon does.
