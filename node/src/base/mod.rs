@@ -5,6 +5,7 @@ pub mod chain;
 pub mod clock;
 pub mod fault;
 pub mod remedy;
+pub mod sample;
 pub mod socket;
 pub mod stop;
 pub mod telemetry;

@@ -10,13 +10,17 @@
 //! | `ready` | from a boot to a guest that may work |
 //! | `quiesce` `restore` | from a running guest to one fit to be sealed, and from a sealed one back |
 //! | `process` `terminal` `files` `ports` | what clients ask for |
+//! | `load` | how busy it is |
+//! | `defaults` | user, directory and environment of processes that name none |
 
+mod defaults;
 pub mod dial;
 mod error;
 mod files;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod http;
+mod load;
 mod ports;
 mod process;
 mod quiesce;
@@ -24,6 +28,7 @@ mod ready;
 mod restore;
 mod terminal;
 
+pub use defaults::Defaults;
 pub use dial::{CutDial, Dial, GuestStream, TcpDial};
 pub use error::{GuestCode, GuestError};
 pub use files::{FileEntry, FileKind};

@@ -40,6 +40,8 @@ pub struct AgentSetup {
     pub template: String,
     /// The host name it goes by, where that is to change.
     pub hostname: Option<String>,
+    /// Who runs processes that name nobody, where that is to change.
+    pub default_user: Option<String>,
 }
 
 impl fmt::Debug for AgentSetup {
@@ -84,7 +86,7 @@ impl Guest {
         let json = serde_json::json!({
             "accessToken": setup.token,
             "timestamp": jiff::Timestamp::now().to_string(),
-            "defaultUser": "root",
+            "defaultUser": setup.default_user,
             "sandbox_id": setup.sandbox_id,
             "template_id": setup.template,
             "entropy": STANDARD.encode(entropy),

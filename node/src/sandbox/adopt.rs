@@ -67,6 +67,13 @@ pub fn slots_in_use(leftovers: &[Leftover]) -> BTreeSet<Serial> {
         .collect()
 }
 
+/// The names of all: their control groups go with their directories.
+#[must_use]
+pub fn names(leftovers: &[Leftover]) -> BTreeSet<String> {
+    let sandboxes = leftovers.iter().map(|leftover| leftover.found.sandbox);
+    sandboxes.map(|sandbox| sandbox.to_string()).collect()
+}
+
 /// Gives each leftover to a driver of its own: the living to be driven on, the dead to be buried.
 /// Call it after every slot but [`slots_in_use`] was swept.
 pub async fn take_over(registry: &Registry, leftovers: Vec<Leftover>) {

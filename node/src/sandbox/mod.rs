@@ -28,7 +28,7 @@ mod warm;
 
 pub use error::AcquireError;
 pub use phase::{End, Phase};
-pub use registry::{Observed, ObservedState, Registry};
+pub use registry::{Metered, Observed, ObservedState, Registry};
 pub use spec::{Host, Keeping, Origin, StartSpec, StartTimings, StartWay};
 pub use waits::{NotNow, Waiting};
 pub use warm::{KeptWarm, WarmNews, WarmStarts};

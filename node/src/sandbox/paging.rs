@@ -90,6 +90,8 @@ pub struct Paging {
 struct Shared {
     store: Store,
     guests: Mutex<HashMap<SandboxId, Arc<Memory>>>,
+    /// A pager may watch over a VMM's page faults; else it can only answer one that asks.
+    watches: bool,
 }
 
 /// What one guest's memory comes from.
@@ -120,10 +122,31 @@ impl Paging {
     /// Paging out of `store`. No guest is admitted yet.
     #[must_use]
     pub fn new(store: Store) -> Self {
-        let guests = Mutex::default();
+        Self::with(store, true)
+    }
+
+    /// The same on a host where no pager may watch over a VMM's page faults: only a VMM that asks for
+    /// pages by itself gets them this way.
+    #[must_use]
+    pub fn by_questions(store: Store) -> Self {
+        Self::with(store, false)
+    }
+
+    fn with(store: Store, watches: bool) -> Self {
+        let shared = Shared {
+            store,
+            guests: Mutex::default(),
+            watches,
+        };
         Self {
-            shared: Arc::new(Shared { store, guests }),
+            shared: Arc::new(shared),
         }
+    }
+
+    /// Whether a pager may watch over a VMM's page faults on this host.
+    #[must_use]
+    pub fn watches(&self) -> bool {
+        self.shared.watches
     }
 
     /// Answers for the memory of `sandbox`, which comes from `snapshot`, from now on.

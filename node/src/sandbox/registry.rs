@@ -70,6 +70,19 @@ pub enum ObservedState {
     Gone(End),
 }
 
+/// A sandbox whose guest runs here, as it is measured.
+#[derive(Clone, Debug)]
+pub struct Metered {
+    /// Which one.
+    pub id: SandboxId,
+    /// The ownership it runs under.
+    pub epoch: Epoch,
+    /// Where its files are.
+    pub paths: SandboxPaths,
+    /// Its guest, unless it is frozen.
+    pub guest: Option<Guest>,
+}
+
 /// The sandboxes of this node.
 #[derive(Debug)]
 pub struct Registry {
@@ -299,6 +312,26 @@ impl Registry {
             .iter()
             .map(|(id, entry)| (*id, entry.shared.observed()))
             .collect()
+    }
+
+    /// The sandboxes whose guests run. Looking does not count as use.
+    #[must_use]
+    pub fn metered(&self) -> Vec<Metered> {
+        let table = self.table();
+        let measured = table.entries.iter().filter_map(|(id, entry)| {
+            let told = entry.shared.told();
+            let runs = matches!(told.phase, Phase::Ready | Phase::Sealing | Phase::Thawing);
+            runs.then(|| Metered {
+                id: *id,
+                epoch: entry.shared.epoch,
+                paths: entry.shared.paths.clone(),
+                guest: told
+                    .guest
+                    .clone()
+                    .filter(|_| matches!(told.phase, Phase::Ready) && !told.frozen),
+            })
+        });
+        measured.collect()
     }
 
     /// Starts a sandbox; one that is known already is left alone, and one whose ownership has

@@ -28,8 +28,8 @@ use super::spec::{Host, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::base::fault;
 use crate::guest::{AgentSetup, CutDial, Guest, TcpDial};
-use crate::net::NetError;
 use crate::net::slot::GUEST_MAC;
+use crate::net::{NetError, Slot, tap};
 use crate::shim::client::{self, ShimClient};
 use crate::shim::error::CallShimError;
 use crate::shim::lease;
@@ -37,10 +37,12 @@ use crate::shim::spec::{RestoreSpec, ShimSpec};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{ImageDigest, Kept, Overlay, SandboxPaths};
 use crate::vmm::cmdline::GuestArgs;
-use crate::vmm::{NetworkSpec, VmmSpec};
+use crate::vmm::{Confinement, NetworkSpec, VmmSpec};
 
 /// The guest agent's port.
 const AGENT_PORT: u16 = 49983;
+/// Who runs processes that name nobody, until somebody decides otherwise.
+const FIRST_USER: &str = "root";
 /// A sandbox's disk goes with it, so its guest is not asked to flush: the VMM is ended at once.
 const STOP_GRACE: Duration = Duration::ZERO;
 /// As much of the agent's version as is kept; ours is far shorter.
@@ -141,6 +143,11 @@ impl Held {
         spec: &StartSpec,
         restore: Option<RestoreSpec>,
     ) -> Result<Duration, AcquireError> {
+        let confinement = self.confinement(host);
+        if let Some(slot) = self.record.slot.clone() {
+            let user = confinement.user;
+            blocking(move || tap::give_to(&slot, user)).await??;
+        }
         let network = self.record.slot.as_ref().map(|slot| NetworkSpec {
             netns: slot.netns_path.clone(),
             tap: slot.tap.clone(),
@@ -157,6 +164,7 @@ impl Held {
             memory: spec.memory,
             root_disk: Some(self.paths.overlay()),
             network,
+            confinement,
         };
         let shim = ShimSpec {
             sandbox: spec.id,
@@ -170,6 +178,13 @@ impl Held {
         self.shim = Some(client);
         fault::point("create.vmm");
         Ok(vmm_start)
+    }
+
+    /// How far its VMM is shut off from the host. One without a slot has no user of its own.
+    fn confinement(&self, host: &Host) -> Confinement {
+        let slot = self.record.slot.as_ref();
+        let of = |slot: &Slot| host.confinement.of_sandbox(&self.record.id, slot.index.0);
+        slot.map(of).unwrap_or_default()
     }
 
     /// Step 5: the guest answers and has been told who it is.
@@ -224,6 +239,14 @@ impl Held {
     fn first_setup(&self) -> AgentSetup {
         AgentSetup {
             hostname: Some(self.record.id.clone()),
+            ..self.fresh_setup()
+        }
+    }
+
+    /// What a guest is told before anybody has decided anything in it.
+    pub(super) fn fresh_setup(&self) -> AgentSetup {
+        AgentSetup {
+            default_user: Some(FIRST_USER.into()),
             ..self.agent_setup()
         }
     }
@@ -235,6 +258,7 @@ impl Held {
             sandbox_id: self.record.id.clone(),
             template: self.record.template.clone(),
             hostname: None,
+            default_user: None,
         }
     }
 

@@ -33,7 +33,7 @@ use super::spec::Host;
 use crate::base::chain::chain;
 use crate::base::clock::{Clock as _, SystemClock};
 use crate::base::fault;
-use crate::guest::{Guest, GuestError, Quiesce, QuiesceError};
+use crate::guest::{Guest, GuestError, Quiesce, QuiesceError, Quiesced};
 use crate::net::slot::{GATEWAY_ADDR, GUEST_ADDR, GUEST_MAC, GUEST_PREFIX};
 use crate::pager::region::Region;
 use crate::shim::dirty::{Basis, DirtyList, DirtyListError};
@@ -45,7 +45,7 @@ use crate::store::{
     Content, DecodeSnapshotError, ImageDigest, ImageRef, Kept, Manifest, ReadManifestError,
     SandboxPaths, SealError, SignedSnapshot, SnapshotDigest, SnapshotManifest, Store,
 };
-use crate::vmm::{Hardware, VmmSpec};
+use crate::vmm::{Hardware, VmmSpec, flushes_when_saved};
 
 /// Longest the agent may take to bring a guest to a stop: its disk's caches are written out.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,6 +73,10 @@ pub(super) enum SealGuestError {
     /// Its agent did not bring it to a stop.
     #[error("bring the guest to a stop")]
     Quiesce(#[from] QuiesceError),
+    /// Its VMM keeps the disk's tables in memory until the guest flushes, and the guest may write
+    /// after its flush: the file may lack what the guest believes to be in it.
+    #[error("the disk is not closed to writes, and its VMM may hold back a part of it")]
+    DiskOpen,
     /// Its devices could not be saved.
     #[error("save the guest's devices")]
     Save(#[from] CallShimError),
@@ -168,18 +172,8 @@ impl Driver {
             .as_ref()
             .ok_or(SealGuestError::Unfit("it has no VMM"))?;
         self.await_source(held).await?;
-        let quiesce = Quiesce {
-            epoch: facts.epoch,
-            // Memory and disk are of one instant: what the guest has not written out is in memory.
-            freeze_disk: false,
-            // Freed pages keep their bytes until they are reported free.
-            reclaim: false,
-            undo_after: UNDO_AFTER,
-        };
         let mark = Instant::now();
-        let quiesced = guest
-            .quiesce(&quiesce, Instant::now() + QUIESCE_TIMEOUT)
-            .await?;
+        let quiesced = bring_to_stop(guest, &facts).await?;
         let quiesce = mark.elapsed();
         fault::point("seal.quiesced");
         let saved = shim.save(SAVE_TIMEOUT).await?;
@@ -393,6 +387,36 @@ impl Job {
     }
 }
 
+/// Has the agent write out what the guest holds back, and stop its work.
+async fn bring_to_stop(guest: &Guest, facts: &Facts) -> Result<Quiesced, SealGuestError> {
+    let quiesce = how_to_stop(facts.epoch, &facts.hardware);
+    let deadline = Instant::now() + QUIESCE_TIMEOUT;
+    let quiesced = guest.quiesce(&quiesce, deadline).await?;
+    check_disk(&quiesce, quiesced)
+}
+
+/// Memory and disk are of one instant: what the guest has not written out is in memory. So its disk
+/// need not be closed, unless its VMM would not write out all that the guest has: then the guest's
+/// own flush, and no write after it, is what makes the file whole.
+fn how_to_stop(epoch: Epoch, hardware: &Hardware) -> Quiesce {
+    Quiesce {
+        epoch,
+        freeze_disk: !flushes_when_saved(hardware),
+        // Freed pages keep their bytes until they are reported free.
+        reclaim: false,
+        undo_after: UNDO_AFTER,
+    }
+}
+
+/// Refuses a guest whose disk was to be closed to writes and is not: its agent may be of a release
+/// that cannot, or somebody else's.
+fn check_disk(asked: &Quiesce, quiesced: Quiesced) -> Result<Quiesced, SealGuestError> {
+    if asked.freeze_disk && !quiesced.disk_frozen {
+        return Err(SealGuestError::DiskOpen);
+    }
+    Ok(quiesced)
+}
+
 fn millis(time: Duration) -> u32 {
     u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
@@ -403,4 +427,38 @@ fn data_bytes(manifest: &Manifest) -> u64 {
     data.filter(|extent| extent.content != Content::Hole)
         .map(|extent| extent.len_bytes)
         .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::Workload;
+    use crate::vmm::{Accelerator, Driver, hardware_of};
+
+    fn quiesced(disk_frozen: bool) -> Quiesced {
+        Quiesced {
+            workload: Workload::Frozen,
+            disk_frozen,
+            streams: 0,
+            unfinished: 0,
+            still_for: Duration::ZERO,
+            took: Duration::ZERO,
+        }
+    }
+
+    /// QEMU writes out its tables when it saves; Cloud Hypervisor only when the guest flushes.
+    #[test]
+    fn a_disk_whose_tables_its_vmm_holds_back_is_closed_before_it_is_sealed() {
+        for (driver, version, closed) in [
+            (Driver::Qemu, "7.2", false),
+            (Driver::CloudHypervisor, "v53.0", true),
+        ] {
+            let hardware = hardware_of(driver, version, Accelerator::Kvm).expect("known");
+            let asked = how_to_stop(Epoch(3), &hardware);
+            assert_eq!(asked.freeze_disk, closed, "{hardware}");
+            check_disk(&asked, quiesced(true)).expect("closed is never wrong");
+            let open = check_disk(&asked, quiesced(false));
+            assert_eq!(matches!(open, Err(SealGuestError::DiskOpen)), closed);
+        }
+    }
 }

@@ -35,7 +35,7 @@ use crate::store::{
     AssembleError, ImageDigest, ImageRef, ReadManifestError, SandboxPaths, SnapshotDigest,
     SnapshotManifest,
 };
-use crate::vmm::Hardware;
+use crate::vmm::{self, Hardware};
 
 /// The largest device state that is taken in, and room for an overlay's tables: ours has half a MiB
 /// and grows with the processors.
@@ -202,7 +202,7 @@ impl Driver {
         ) {
             // It was sealed before it was told what every guest is told.
             if let Some(guest) = held.guest()? {
-                guest.set_up(&held.agent_setup()).await?;
+                guest.set_up(&held.fresh_setup()).await?;
             }
         }
         held.mark_ready().await;
@@ -278,14 +278,25 @@ impl Returning {
         rebase(&paths.overlay(), &base, spec.disk)?;
         let state = paths.dir().join(STATE);
         image(manifest.device_state, "device state", &state)?;
+        let machine = &manifest.machine;
+        let hardware = Hardware {
+            machine: machine.machine_type.clone(),
+            cpu: machine.cpu_model.clone(),
+        };
         let memory = match &host.paging {
-            Some(_) => {
+            Some(paging) if paging.watches() => {
                 paging::describe(store, manifest, paths.dir())?;
                 MemoryImage::Paged {
                     daemon: host.data.pager_socket(),
                 }
             }
-            None => {
+            Some(_) if vmm::asks_for_pages(&hardware) => {
+                paging::describe(store, manifest, paths.dir())?;
+                MemoryImage::Asked {
+                    daemon: host.data.pager_socket(),
+                }
+            }
+            _ => {
                 let memory = paths.dir().join(MEMORY);
                 image(manifest.memory, "memory", &memory)?;
                 MemoryImage::Flat(memory)
@@ -293,7 +304,6 @@ impl Returning {
         };
         let hashed = |source| SnapshotError::Hash { source };
         let digest = blake3::hash(&std::fs::read(&state).map_err(hashed)?);
-        let machine = &manifest.machine;
         Ok(Self {
             restore: RestoreSpec {
                 state: StateFile {
@@ -301,10 +311,7 @@ impl Returning {
                     bytes: manifest.device_state.len_bytes,
                     digest,
                 },
-                hardware: Hardware {
-                    machine: machine.machine_type.clone(),
-                    cpu: machine.cpu_model.clone(),
-                },
+                hardware,
                 memory,
             },
             base: manifest.base,

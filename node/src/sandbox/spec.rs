@@ -14,6 +14,7 @@ use super::warm::WarmStarts;
 use crate::net::SlotPool;
 use crate::store::fetch::Holders;
 use crate::store::{DataPaths, ImageDigest, SnapshotDigest, Store};
+use crate::vmm::confinement::HostConfinement;
 use crate::vmm::{Accelerator, Driver};
 
 /// What one sandbox is started from.
@@ -107,6 +108,8 @@ pub struct Host {
     pub vmm_program: PathBuf,
     /// What executes guest code.
     pub accelerator: Accelerator,
+    /// How far VMMs are shut off from this host.
+    pub confinement: HostConfinement,
     /// This program, for starting shims.
     pub wrenn: PathBuf,
     /// Which guests start from one that had just booted.

@@ -12,6 +12,7 @@ use crate::shim::lease::ReadLeaseError;
 use crate::shim::protocol::FrameError;
 use crate::shim::restore::RestoreError;
 use crate::shim::state::StateFileError;
+use crate::vmm::cgroup::CgroupError;
 use crate::vmm::{SpawnVmmError, VmmError};
 
 /// Why a file of a sandbox's directory cannot be used.
@@ -290,6 +291,12 @@ pub enum SweepError {
         pid: u32,
         /// How long we waited.
         waited: Duration,
+    },
+    /// The control group of its VMM is still there.
+    #[error("remove the VMM's control group")]
+    Group {
+        /// What stands in the way.
+        source: CgroupError,
     },
 }
 

@@ -22,7 +22,7 @@ use super::state::StateFile;
 use crate::base::clock::BootInstant;
 use crate::fuzzing::{file_with, hashed};
 use crate::pager::region::{PAGE_BYTES, Region};
-use crate::vmm::{Accelerator, Driver, Hardware, NetworkSpec, VmmExit, VmmSpec};
+use crate::vmm::{Accelerator, Confinement, Driver, Hardware, NetworkSpec, VmmExit, VmmSpec};
 
 /// The targets of this room.
 pub(crate) const TARGETS: &[Target] = &[
@@ -152,6 +152,7 @@ fn guest() -> ShimSpec {
                 tap: "tap0".into(),
                 mac: [2, 0, 0, 0, 0, 1],
             }),
+            confinement: Confinement::default(),
         },
         restore: None,
     }

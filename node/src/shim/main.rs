@@ -195,8 +195,13 @@ fn start_vmm(
     match restore {
         None => vmm::spawn(&spec.vmm, &name, ram, deadline),
         Some(restore) => {
+            restore.begin();
+            let spawn = match restore.asks() {
+                true => vmm::spawn_asking,
+                false => vmm::spawn_incoming,
+            };
             let (hardware, state) = (restore.hardware(), restore.state());
-            vmm::spawn_incoming(&spec.vmm, hardware, state, &name, ram, deadline)
+            spawn(&spec.vmm, hardware, state, &name, ram, deadline)
         }
     }
 }

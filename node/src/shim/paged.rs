@@ -11,26 +11,28 @@
 //! exists would lose whatever was not touched.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use proto::ids::SandboxId;
 
 use crate::base::chain::chain;
-use crate::pager::handle::{ListWrittenError, Pager, PagerEnd, PagerSpec};
+use crate::pager::handle::{ListWrittenError, OURSELVES, Pager, PagerEnd, PagerSpec, Waiting};
 use crate::pager::memory::GuestMemory;
 use crate::pager::region::ImageOffset;
 use crate::shim::console::BoundedLog;
 use crate::shim::dirty::{Basis, DirtyList, DirtyPages, ListDirtyError};
 use crate::shim::files;
 use crate::shim::source::{Brought, MemoryLoss, MemorySource, MemorySourceError};
+use crate::vmm::Vmm;
 
 /// Has a pager bring the memory.
-#[derive(Clone, Debug)]
 pub struct Paged {
     dir: PathBuf,
     daemon: PathBuf,
     sandbox: SandboxId,
+    /// Started before the VMM, and for it.
+    waiting: Mutex<Option<Waiting>>,
 }
 
 impl Paged {
@@ -42,27 +44,42 @@ impl Paged {
             dir: dir.to_owned(),
             daemon: daemon.to_owned(),
             sandbox,
+            waiting: Mutex::new(None),
         }
     }
 }
 
+impl Paged {
+    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl MemorySource for Paged {
+    fn begin(&self) {
+        *self.waiting() = Waiting::start(Path::new(OURSELVES), &self.dir).ok();
+    }
+
     fn prepare(
         &self,
-        vmm_pid: u32,
+        vmm: &dyn Vmm,
         memory: &GuestMemory,
         loss: &MemoryLoss,
         deadline: Instant,
     ) -> Result<Brought, MemorySourceError> {
         let sandbox = self.sandbox.to_string();
-        let spec = PagerSpec::new(&self.dir, vmm_pid, self.daemon.clone(), sandbox);
+        let spec = PagerSpec::new(&self.dir, vmm.pid(), self.daemon.clone(), sandbox);
         let loss = loss.clone();
         let on_end = move |end| {
             if let PagerEnd::Failed { reason } = end {
                 loss.end_guest(&reason);
             }
         };
-        let pager = Arc::new(Pager::start(spec, memory, deadline, on_end)?);
+        let waiting = self.waiting().take();
+        let waiting = waiting.map_or_else(|| Waiting::start(&spec.program, &self.dir), Ok)?;
+        let questions = vmm.take_questions();
+        let pager = Pager::start_by(waiting, spec, questions, memory, deadline, on_end)?;
+        let pager = Arc::new(pager);
         let written = Written {
             pager: Arc::clone(&pager),
             dir: self.dir.clone(),

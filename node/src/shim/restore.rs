@@ -50,6 +50,7 @@ pub enum RestoreError {
 pub struct Restore {
     state: File,
     hardware: Hardware,
+    asks: bool,
     source: Box<dyn MemorySource>,
 }
 
@@ -78,11 +79,14 @@ impl Restore {
     ) -> Result<Self, StateFileError> {
         let source: Box<dyn MemorySource> = match &spec.memory {
             MemoryImage::Flat(image) => Box::new(Eager::new(image)),
-            MemoryImage::Paged { daemon } => Box::new(Paged::new(dir, daemon, sandbox)),
+            MemoryImage::Paged { daemon } | MemoryImage::Asked { daemon } => {
+                Box::new(Paged::new(dir, daemon, sandbox))
+            }
         };
         Ok(Self {
             state: spec.state.open(&spec.hardware)?,
             hardware: spec.hardware.clone(),
+            asks: matches!(spec.memory, MemoryImage::Asked { .. }),
             source,
         })
     }
@@ -91,6 +95,17 @@ impl Restore {
     #[must_use]
     pub fn hardware(&self) -> &Hardware {
         &self.hardware
+    }
+
+    /// Does what can be done before there is a VMM, while that is being started.
+    pub fn begin(&self) {
+        self.source.begin();
+    }
+
+    /// Whether the VMM has to ask for the memory by itself.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        self.asks
     }
 
     /// What it will be given.
@@ -112,7 +127,7 @@ impl Restore {
     ) -> Result<Restored, RestoreError> {
         let began = Instant::now();
         let deadline = began + RESTORE_TIMEOUT;
-        let brought = self.source.prepare(vmm.pid(), memory, loss, deadline)?;
+        let brought = self.source.prepare(vmm, memory, loss, deadline)?;
         let Brought { dirty, pager } = brought;
         let prepared = Instant::now();
         vmm.load_state(self.state.as_fd(), deadline)?;

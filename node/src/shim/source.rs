@@ -89,14 +89,18 @@ impl MemoryLoss {
 
 /// Brings the memory of a guest that is restored.
 pub trait MemorySource: Send + Sync {
-    /// Sees to it that whatever the VMM `vmm_pid` reads of `memory` is the guest's. What it returns
+    /// Does what needs no VMM. Called once, right before that is started, and best effort: whatever
+    /// is wrong comes up again.
+    fn begin(&self) {}
+
+    /// Sees to it that whatever `vmm` reads of `memory` is the guest's. What it returns
     /// must live as long as the VMM. `loss` is for a part that later turns out not to be had.
     ///
     /// # Errors
     /// See [`MemorySourceError`]. The VMM is killed, and nothing of the source may be left.
     fn prepare(
         &self,
-        vmm_pid: u32,
+        vmm: &dyn Vmm,
         memory: &GuestMemory,
         loss: &MemoryLoss,
         deadline: Instant,
@@ -130,7 +134,7 @@ impl Eager {
 impl MemorySource for Eager {
     fn prepare(
         &self,
-        _vmm_pid: u32,
+        _vmm: &dyn Vmm,
         memory: &GuestMemory,
         _loss: &MemoryLoss,
         deadline: Instant,
@@ -215,7 +219,8 @@ mod tests {
         let last = size.bytes() - 1;
         let image = image(size, &[(5, b"first"), (33 << 20, b"middle"), (last, b"!")]);
         let memory = GuestMemory::create(size).expect("memfd");
-        let dirty = Eager::new(image.path()).prepare(0, &memory, &no_loss(), soon());
+        let dirty =
+            Eager::new(image.path()).prepare(&FakeVmm::stubborn(), &memory, &no_loss(), soon());
         let dirty = dirty
             .expect("copied")
             .dirty
@@ -234,12 +239,18 @@ mod tests {
     fn an_image_of_another_guest_or_none_is_refused_by_name() {
         let memory = GuestMemory::create(Mib(2)).expect("memfd");
         let other = image(Mib(1), &[]);
-        let refused = Eager::new(other.path()).prepare(0, &memory, &no_loss(), soon());
+        let refused =
+            Eager::new(other.path()).prepare(&FakeVmm::stubborn(), &memory, &no_loss(), soon());
         assert!(matches!(
             refused.err(),
             Some(MemorySourceError::OtherSize { .. })
         ));
-        let refused = Eager::new(Path::new("/nonexistent")).prepare(0, &memory, &no_loss(), soon());
+        let refused = Eager::new(Path::new("/nonexistent")).prepare(
+            &FakeVmm::stubborn(),
+            &memory,
+            &no_loss(),
+            soon(),
+        );
         assert!(matches!(
             refused.err(),
             Some(MemorySourceError::Image { .. })
@@ -261,7 +272,12 @@ mod tests {
     fn a_copy_ends_at_its_deadline() {
         let image = image(Mib(1), &[(0, b"x")]);
         let memory = GuestMemory::create(Mib(1)).expect("memfd");
-        let late = Eager::new(image.path()).prepare(0, &memory, &no_loss(), Instant::now());
+        let late = Eager::new(image.path()).prepare(
+            &FakeVmm::stubborn(),
+            &memory,
+            &no_loss(),
+            Instant::now(),
+        );
         assert!(matches!(late.err(), Some(MemorySourceError::TimedOut)));
     }
 }

@@ -17,7 +17,7 @@ use crate::shim::error::ReadFileError;
 use crate::shim::exit::check_version;
 use crate::shim::files;
 use crate::shim::state::StateFile;
-use crate::vmm::{Accelerator, Driver, Hardware, NetworkSpec, VmmSpec};
+use crate::vmm::{Accelerator, Confinement, Driver, Hardware, NetworkSpec, VmmSpec};
 
 /// The layout of `shim.json` for a guest that boots.
 const VERSION: u32 = 1;
@@ -25,6 +25,8 @@ const VERSION: u32 = 1;
 const RESTORE_VERSION: u32 = 2;
 /// The layout for a guest whose memory a pager brings.
 const PAGED_VERSION: u32 = 3;
+/// The layout for a guest whose VMM asks for its memory.
+const ASKED_VERSION: u32 = 4;
 
 /// One sandbox as its shim is told to run it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +68,12 @@ pub enum MemoryImage {
         /// Where the daemon answers for what is not on this node.
         daemon: PathBuf,
     },
+    /// As [`Self::Paged`], by the VMM's own questions: for hosts on which no pager may watch over its
+    /// page faults, and a VMM that does so itself.
+    Asked {
+        /// Where the daemon answers for what is not on this node.
+        daemon: PathBuf,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -91,6 +99,13 @@ struct Written {
     /// refuses one that it could not obey.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lease: Option<PathBuf>,
+    /// Left out where there are none, as was once always so: a release that knows neither refuses a
+    /// file with one, which it could not obey.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    user: Option<u32>,
+    /// See `user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<PathBuf>,
     /// From version 2 on, and only there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     restore: Option<WrittenRestore>,
@@ -112,6 +127,7 @@ struct WrittenRestore {
 enum WrittenMemory {
     Flat(PathBuf),
     Paged { daemon: PathBuf },
+    Asked { daemon: PathBuf },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -143,7 +159,8 @@ impl ShimSpec {
             .ok_or(ReadFileError::Missing { name })?;
         check_version(name, &content, VERSION)
             .or_else(|_| check_version(name, &content, RESTORE_VERSION))
-            .or_else(|_| check_version(name, &content, PAGED_VERSION))?;
+            .or_else(|_| check_version(name, &content, PAGED_VERSION))
+            .or_else(|_| check_version(name, &content, ASKED_VERSION))?;
         let written: Written = serde_json::from_slice(&content)
             .map_err(|source| ReadFileError::Malformed { name, source })?;
         Self::from_written(written)
@@ -170,6 +187,8 @@ impl ShimSpec {
                 mac: network.mac,
             }),
             lease: self.lease.clone(),
+            user: vmm.confinement.user,
+            group: vmm.confinement.group,
             restore: self.restore.as_ref().map(RestoreSpec::as_written),
         }
     }
@@ -179,6 +198,7 @@ impl ShimSpec {
             None => VERSION,
             Some(MemoryImage::Flat(_)) => RESTORE_VERSION,
             Some(MemoryImage::Paged { .. }) => PAGED_VERSION,
+            Some(MemoryImage::Asked { .. }) => ASKED_VERSION,
         }
     }
 
@@ -208,6 +228,10 @@ impl ShimSpec {
                     tap: network.tap,
                     mac: network.mac,
                 }),
+                confinement: Confinement {
+                    user: written.user,
+                    group: written.group,
+                },
             },
             restore,
         };
@@ -231,6 +255,9 @@ impl RestoreSpec {
                 MemoryImage::Paged { daemon } => WrittenMemory::Paged {
                     daemon: daemon.clone(),
                 },
+                MemoryImage::Asked { daemon } => WrittenMemory::Asked {
+                    daemon: daemon.clone(),
+                },
             },
         }
     }
@@ -250,6 +277,7 @@ impl RestoreSpec {
             memory: match written.memory {
                 WrittenMemory::Flat(path) => MemoryImage::Flat(path),
                 WrittenMemory::Paged { daemon } => MemoryImage::Paged { daemon },
+                WrittenMemory::Asked { daemon } => MemoryImage::Asked { daemon },
             },
         })
     }
@@ -296,6 +324,7 @@ mod tests {
                     tap: "tap0".into(),
                     mac: [1, 2, 3, 4, 5, 6],
                 }),
+                confinement: Confinement::default(),
             },
             restore: None,
         }
@@ -356,10 +385,34 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_name_even_with_unknown_fields() {
-        let err = read_changed("\"version\": 1", "\"version\": 4, \"new\": 0").expect_err("no");
+    fn a_confined_guest_is_written_so_that_older_releases_refuse_it() {
+        let mut confined = spec();
+        confined.vmm.confinement = Confinement {
+            user: Some(0x7000_0001),
+            group: Some("/sys/fs/cgroup/wrenn/a/cl-1".into()),
+        };
+        let line = "  \"user\": 1879048193,\n";
+        assert_eq!(
+            read_changed_of(&confined, line, line).expect("read"),
+            confined
+        );
+        let dir = tempfile::tempdir().expect("tempdir");
+        spec().write(dir.path()).expect("written");
+        let plain = files::read(dir.path(), files::SPEC)
+            .expect("read")
+            .expect("there");
+        let plain = String::from_utf8(plain).expect("UTF-8");
         assert!(
-            matches!(err, ReadFileError::UnknownVersion { found: 4, .. }),
+            !plain.contains("user") && !plain.contains("group"),
+            "{plain}"
+        );
+    }
+
+    #[test]
+    fn another_version_is_refused_by_name_even_with_unknown_fields() {
+        let err = read_changed("\"version\": 1", "\"version\": 5, \"new\": 0").expect_err("no");
+        assert!(
+            matches!(err, ReadFileError::UnknownVersion { found: 5, .. }),
             "{err}"
         );
     }

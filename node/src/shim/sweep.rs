@@ -19,6 +19,8 @@ use nix::poll::{PollFd, PollFlags, poll};
 use crate::pager::main as pager;
 use crate::shim::error::SweepError;
 use crate::shim::main::{COMMAND, DIR_OPTION};
+use crate::shim::spec::ShimSpec;
+use crate::vmm::cgroup;
 use crate::vmm::cloud_hypervisor::spawn::NAME_PREFIX;
 use crate::vmm::jail::{pidfd_kill, pidfd_open};
 use crate::vmm::process::poll_timeout;
@@ -34,8 +36,8 @@ enum Role {
     Pager,
 }
 
-/// Kills the shim, the VMM and the pager of `dir`, whether or not they answer, and waits until they are
-/// gone. Returns the pids that were killed. Blocks: call it off the runtime's threads.
+/// Kills the shim, the VMM and the pager of `dir`, whether or not they answer, waits until they are
+/// gone, and removes the VMM's control group. Returns the pids that were killed. Blocks: call it off the runtime's threads.
 ///
 /// # Errors
 /// See [`SweepError`].
@@ -56,8 +58,20 @@ pub fn kill_leftovers(dir: &Path) -> Result<Vec<u32>, SweepError> {
                 .is_some();
         }
         if !any {
+            remove_group(&dir)?;
             return Ok(killed);
         }
+    }
+}
+
+/// Removes the control group that the spec of `dir` names, which a shim that was killed has left.
+fn remove_group(dir: &Path) -> Result<(), SweepError> {
+    // A directory without a spec that can be read has never had a VMM.
+    let spec = ShimSpec::read(dir).ok();
+    let group = spec.and_then(|spec| spec.vmm.confinement.group);
+    match group.map(|group| cgroup::remove(&group)) {
+        Some(Err(source)) => Err(SweepError::Group { source }),
+        _ => Ok(()),
     }
 }
 

@@ -52,6 +52,11 @@ const VERSION: u32 = 3;
 const HEADER_BYTES: u32 = 104;
 /// Refcounts are 2^4 bits wide.
 const REFCOUNT_ORDER: u32 = 4;
+/// Where the header has the features without which the image must not be opened.
+const FEATURES_AT: u64 = 72;
+/// One of them: whoever has it open for writing may hold back tables. Cloud Hypervisor says so from
+/// its start to its end, whatever it holds back.
+const IN_USE: u64 = 1;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const BACKING_FORMAT: &[u8; 3] = b"raw";
 const EXTENSION_END: u32 = 0;
@@ -216,13 +221,16 @@ pub fn rebase(overlay: &Path, base: &Path, size: Mib) -> Result<(), RebaseError>
     let ours = (u32_at(0), u32_at(4), u32_at(20)) == (MAGIC, VERSION, CLUSTER_BITS)
         && u64_at(24) == size.bytes()
         // Not encrypted, no snapshots inside, no features: no data file of its own, for one.
-        && (u32_at(32), u32_at(60), u64_at(72)) == (0, 0, 0)
+        && (u32_at(32), u32_at(60), u64_at(72) & !IN_USE) == (0, 0, 0)
         && name_at >= u64::from(HEADER_BYTES);
     if !ours || name.len() as u64 > room || !has_our_extensions(&file, u32_at(100), name_at) {
         return Err(garbled());
     }
     file.write_all_at(name, name_at).map_err(failed)?;
     file.write_all_at(&small(name.len() as u64).to_be_bytes(), 16)
+        .map_err(failed)?;
+    // It was sealed with its tables written, so nothing is to be repaired.
+    file.write_all_at(&0_u64.to_be_bytes(), FEATURES_AT)
         .map_err(failed)?;
     file.sync_data().map_err(failed)
 }

@@ -187,6 +187,21 @@ fn an_overlay_is_put_on_the_same_image_at_a_longer_or_shorter_path() {
     }
 }
 
+/// As Cloud Hypervisor leaves every overlay that it was saved with.
+#[test]
+fn an_overlay_that_was_in_use_is_no_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let (_dir, path) = overlay_on(&base, Mib(8));
+    let fresh = fs::read(&path).unwrap();
+    let mut used = fresh.clone();
+    used[79] = 1;
+    fs::write(&path, used).unwrap();
+    rebase(&path, &base, Mib(8)).unwrap();
+    assert!(fs::read(&path).unwrap() == fresh);
+}
+
 #[test]
 fn an_overlay_that_names_other_files_or_is_of_another_size_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -204,6 +219,7 @@ fn an_overlay_that_names_other_files_or_is_of_another_size_is_refused() {
     // The first extension stands behind the header of 104 bytes.
     assert!(spoilt(104, &0x4441_5441_u32.to_be_bytes()), "a data file");
     assert!(spoilt(79, &[4]), "the feature that wants one");
+    assert!(spoilt(79, &[3]), "known to be damaged");
     assert!(spoilt(112, b"qco"), "another format below");
     assert!(spoilt(35, &[1]), "encrypted");
     assert!(spoilt(63, &[1]), "snapshots inside");

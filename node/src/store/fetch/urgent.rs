@@ -260,20 +260,23 @@ impl Urgent {
         slot: Option<OwnedSemaphorePermit>,
     ) -> Came {
         let carried = arrived.carried.clone();
-        let written = task::spawn_blocking(move || {
+        let write = move || {
             let stored = self.store.begin().put_carried(chunk, &arrived.carried);
             let stored = stored.map_err(|err| self.not_stored(chunk, arrived.from, err));
             lock(&self.questions).remove(&chunk);
             drop(slot);
             stored
-        });
+        };
+        // A task of its own wakes the thread that writes, once the answer is on its way: on an idle processor
+        // that takes as long as decoding the chunk.
+        let written = tokio::spawn(async move { task::spawn_blocking(write).await });
         let stored = async move {
             let cut = |err: task::JoinError| BringError::NotNow {
                 chunk,
                 tried: err.to_string(),
                 away: Vec::new(),
             };
-            written.await.map_err(cut)?
+            written.await.and_then(|it| it).map_err(cut)?
         };
         let stored = stored.boxed().shared();
         Came { carried, stored }
