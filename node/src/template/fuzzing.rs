@@ -1,12 +1,59 @@
-//! What an operator puts into the images directory, as a fuzz target.
+//! What an operator puts into the images directory, and what clients build from, as fuzz targets.
 
 use proto::fuzzing::Target;
 
-use super::catalog;
+use super::archive::Contents;
+use super::health::HealthCheck;
+use super::{catalog, log, recipe};
 use crate::fuzzing::file_with;
 
 /// The targets of this room.
-pub(crate) const TARGETS: &[Target] = &[Target {
+pub(crate) const TARGETS: &[Target] = &[FILES, ARCHIVE, RECIPE];
+
+/// A tar file that a build takes files from. Its members lie inside, whatever they are called.
+const ARCHIVE: Target = Target {
+    name: "template-archive",
+    samples: || vec![archive("a", b"contents"), archive(&"d/".repeat(80), b"")],
+    run: |bytes| {
+        if let Ok(contents) = Contents::read(bytes) {
+            let _found = contents.hash_of(&[String::new()]);
+        }
+    },
+};
+
+/// The lines of a recipe, a health check, and the lines of a log.
+const RECIPE: Target = Target {
+    name: "template-recipe",
+    samples: || {
+        vec![
+            b"RUN --timeout=5m make\nENV A=$B${C}$$\nCOPY a ./b /c/".to_vec(),
+            b"USER me\nWORKDIR /srv\nSTART serve\n--interval=1s true".to_vec(),
+        ]
+    },
+    run: |bytes| {
+        let text = String::from_utf8_lossy(bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        if let Ok(parsed) = recipe::parse(&lines) {
+            assert_eq!(parsed.len(), lines.len());
+        }
+        let _checked = HealthCheck::parse(&text);
+        let expanded = recipe::expand(&text, |_| None);
+        assert!(expanded.len() <= text.len());
+        let _steps = log::by_step(&log::entries([bytes].into_iter()));
+    },
+};
+
+/// An archive with one member.
+fn archive(name: &str, contents: &[u8]) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o644);
+    header.set_size(contents.len() as u64);
+    let added = builder.append_data(&mut header, name, contents);
+    added.and_then(|()| builder.into_inner()).expect("room")
+}
+
+const FILES: Target = Target {
     name: "template-files",
     samples: || {
         vec![
@@ -21,4 +68,4 @@ pub(crate) const TARGETS: &[Target] = &[Target {
             assert!(release.len() <= bytes.len() && !release.is_empty());
         }
     },
-}];
+};

@@ -5,11 +5,20 @@
 //! all guests boot from; [`rootfs`] keeps each root file system in use under its digest, so that
 //! a rebuilt template never changes the disk below a running sandbox. The cluster learns of
 //! templates by a proposal made elsewhere.
+//!
+//! A team's own templates are built by the room `build`; what a build is made of is here, pure: the
+//! [`recipe`], its steps and their keys ([`plan`]), the [`health`] check, the [`archive`] that files come
+//! from, and the lines of the [`log`].
 
+pub mod archive;
 pub mod catalog;
 pub mod error;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+pub mod health;
+pub mod log;
+pub mod plan;
+pub mod recipe;
 pub mod rootfs;
 
 pub use catalog::{Catalog, GuestImages, Template, TemplateName, find_guest};
