@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod base;
+pub mod build;
 pub mod cli;
 pub mod cluster;
 pub mod config;
@@ -13,6 +14,7 @@ pub mod dashboard;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod guest;
+pub mod metering;
 pub mod net;
 pub mod pager;
 pub mod reconcile;

@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         survey: |dir| Ok(wiring::recover::survey(dir)?),
         recover: |dir, lost, last| Ok(wiring::recover::recover(dir, lost, last)?),
         probe,
+        kvm: |config| Ok(wiring::prove_kvm(config)?),
         paging: || Ok(wiring::probe_paging()?),
     })
 }

@@ -586,3 +586,74 @@ async fn a_shell_at_a_terminal_is_a_terminal_there_and_leaves_ours_as_it_was() {
         .await;
     assert!(complaint.starts_with("error: "), "{complaint}");
 }
+
+#[tokio::test]
+async fn keys_teams_and_members_are_made_used_and_taken_away() {
+    let terminal = Terminal::admin().await;
+    let team = terminal.ok(&["team", "create", "Acme"]).await;
+    let team = team.trim();
+    assert!(terminal.ok(&["team", "ls"]).await.contains("Acme"));
+    let ann = ["team", "add", "ann@example.com", "--team", team];
+    let ann = terminal.ok(&ann).await.trim().to_owned();
+    let members = terminal.ok(&["team", "members", team]).await;
+    assert!(
+        members.contains("ann@example.com") && members.contains("owner"),
+        "{members}"
+    );
+    let made = [
+        "key", "create", "laptop", "--scope", "read", "--team", team, "--user", &ann,
+    ];
+    let made = terminal.json(&made).await;
+    assert_eq!(
+        (&made["scope"], &made["creator_email"]),
+        (&"read".into(), &"ann@example.com".into())
+    );
+    let secret = made["key"].as_str().unwrap();
+    let listed = terminal.ok(&["key", "list", "--team", team]).await;
+    assert!(
+        listed.contains("laptop") && !listed.contains(secret),
+        "{listed}"
+    );
+    let hers = ["--api-key", secret, "capsule", "ls"];
+    assert!(terminal.ok(&hers).await.starts_with("ID "));
+    let refused = ["--api-key", secret, "capsule", "create"];
+    let refused = terminal.fails(1, &refused).await;
+    assert!(
+        refused.contains("scope \"read\"") && refused.contains("hint:"),
+        "{refused}"
+    );
+    terminal
+        .ok(&["key", "revoke", made["id"].as_str().unwrap()])
+        .await;
+    terminal.fails(1, &hers).await;
+    assert!(
+        terminal
+            .fails(2, &["key", "revoke", "../x"])
+            .await
+            .contains("not a valid id")
+    );
+    terminal.ok(&["team", "drop", &ann, "--team", team]).await;
+    terminal.ok(&["team", "rm", team]).await;
+    let log = terminal.ok(&["audit", "--all-teams", "-n", "4"]).await;
+    for word in [
+        "team.delete",
+        "member.remove",
+        "api_key.revoke",
+        "127.0.0.1",
+    ] {
+        assert!(log.contains(word), "{log}");
+    }
+    let keys = [
+        "audit",
+        "--all-teams",
+        "--type",
+        "api_key",
+        "--action",
+        "create",
+    ];
+    assert_eq!(terminal.json(&keys).await.as_array().unwrap().len(), 1);
+    let only_key = terminal.ok(&["key", "create"]).await;
+    assert!(only_key.starts_with("wrn_") && only_key.trim().len() == 36);
+    let set = terminal.ok(&["cluster", "set", "key_rate=50"]).await;
+    assert!(set.contains("key_burst") && set.contains("100"), "{set}");
+}

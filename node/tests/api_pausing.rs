@@ -212,7 +212,7 @@ async fn a_resume_that_fails_says_why_and_the_capsule_stays_paused() {
     *world.guests.start.lock().unwrap() = Some(Fate::Break("no network slot"));
     let failed = act(&world, &id, "resume").await;
     failed.refused(502, "agent_error");
-    assert!(said(&failed).contains("stays paused: no network slot"));
+    assert!(said(&failed).contains("stays paused: on here: no network slot"));
     assert_eq!(shown(&world, &id).await["status"], "paused");
     *world.guests.start.lock().unwrap() = None;
     let resumed = act(&world, &id, "resume").await.is(200).json();

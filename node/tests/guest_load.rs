@@ -174,6 +174,7 @@ fn a_workload_that_takes_everything_does_not_silence_the_agent() {
                 sandbox_id: "cl-1".into(),
                 template: "minimal".into(),
                 hostname: None,
+                default_user: Some("root".into()),
             };
             guest.set_up(&setup).await.expect("set up");
             the_agent_is_small(&guest).await;

@@ -321,6 +321,7 @@ fn a_real_guest_survives_a_failed_pause_and_a_restore_makes_it_right() {
                 sandbox_id: "cl-1".into(),
                 template: "minimal".into(),
                 hostname: None,
+                default_user: Some("root".into()),
             };
             fresh.set_up(&setup).await.expect("set up");
             start_workload(&fresh).await;

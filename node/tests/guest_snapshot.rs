@@ -64,6 +64,7 @@ impl RealAgent {
             sandbox_id: "cl-1".into(),
             template: "minimal".into(),
             hostname: None,
+            default_user: Some("root".into()),
         };
         let told = real.guest(SEALED_TOKEN).set_up(&setup).await;
         told.expect("set up");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use shim_support::debian::{Netns, SUMS, boot, count, debian, run};
 use shim_support::{SOON, Sandbox, WRENN, copy_memory};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use wrenn_node::pager::region::Region;
 use wrenn_node::shim::client;
 use wrenn_node::shim::dirty::DirtyList;
@@ -76,7 +76,10 @@ async fn debian_is_saved_thawed_and_brought_back_elsewhere_with_all_it_had() {
         .wait_ready(Instant::now() + SOON)
         .await
         .expect("ready");
-    assert!(count(&guest).await > before);
+    // Ten times a second; a save takes less than that.
+    let goes_on = async { while count(&guest).await <= before {} };
+    let went_on = timeout(SOON, goes_on).await;
+    went_on.expect("it counts on");
     assert_eq!(run(&guest, SUMS).await, sums);
 
     let before = count(&guest).await;

@@ -33,6 +33,7 @@ use wrenn_node::sandbox::{
 use wrenn_node::shim::lease::{self, LeaseTimes, LeaseWriter};
 use wrenn_node::store::fetch::NoHolders;
 use wrenn_node::store::{DataPaths, ImageDigest, Limits, Store, durable};
+use wrenn_node::vmm::confinement::HostConfinement;
 use wrenn_node::vmm::{Accelerator, Driver};
 
 const ID: SandboxId = SandboxId([3; 16]);
@@ -44,6 +45,12 @@ const LONG: Duration = Duration::from_secs(600);
 const A_WHILE: Duration = Duration::from_secs(6);
 /// How far a guest's clock may be off after a thaw.
 const CLOCK_LIMIT: f64 = 0.5;
+
+/// As a node of its own has: tests side by side have sandboxes of the same names.
+fn confinement(data: &DataPaths) -> HostConfinement {
+    let home = data.root().file_name().expect("a name");
+    HostConfinement::of_this_host(&format!("test{}", home.display()))
+}
 
 /// A host of its own and its data directory.
 struct World {
@@ -132,6 +139,7 @@ impl World {
             vmm_driver: Driver::Qemu,
             vmm_program: QEMU.into(),
             accelerator: Accelerator::Tcg,
+            confinement: confinement(&self.data),
             wrenn: WRENN.into(),
             boot_timeout: BOOT,
         };

@@ -40,6 +40,7 @@ use wrenn_node::shim::saved::PagingStatus;
 use wrenn_node::store::fetch::{Holders, Wire};
 use wrenn_node::store::serve::{Asked, Wants};
 use wrenn_node::store::{DataPaths, ImageDigest, Limits, SnapshotDigest, Store, durable};
+use wrenn_node::vmm::confinement::HostConfinement;
 use wrenn_node::vmm::{Accelerator, Driver};
 
 const ID: SandboxId = SandboxId([4; 16]);
@@ -69,6 +70,12 @@ fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) 
     if let Err(panic) = thread::spawn(run).join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// As a node of its own has: tests side by side have sandboxes of the same names.
+fn confinement(data: &DataPaths) -> HostConfinement {
+    let home = data.root().file_name().expect("a name");
+    HostConfinement::of_this_host(&format!("test{}", home.display()))
 }
 
 /// The one other node, and what it gives.
@@ -197,6 +204,7 @@ impl Place {
             vmm_driver: Driver::Qemu,
             vmm_program: QEMU.into(),
             accelerator: Accelerator::Tcg,
+            confinement: confinement(&self.data),
             wrenn: WRENN.into(),
             boot_timeout: BOOT,
         };

@@ -1,11 +1,16 @@
 //! Who is calling: an API key in `X-API-Key` or as a bearer token, known by its hash alone.
+//!
+//! What the caller may do is decided in [`scopes`](super::scopes), before any handler runs.
+
+use std::net::IpAddr;
 
 use axum::extract::FromRequestParts;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use proto::ids::{KeyId, TeamId};
-use raft::state::{Key, State};
+use proto::units::Stamp;
+use raft::state::{Actor, Key, Scope, State};
 use sha2::{Digest as _, Sha256};
 
 use super::error::{ApiError, Code};
@@ -14,7 +19,7 @@ use super::state::ApiState;
 /// The header that client libraries send.
 const KEY_HEADER: &str = "x-api-key";
 /// What every API key starts with.
-const KEY_PREFIX: &str = "wrn_";
+pub(super) const KEY_PREFIX: &str = "wrn_";
 /// Hexadecimal digits after the prefix: 16 random bytes.
 const KEY_DIGITS: usize = 32;
 
@@ -25,6 +30,10 @@ pub(super) struct Caller {
     pub(super) team: TeamId,
     /// The key, for the audit trail.
     pub(super) key: KeyId,
+    /// What the key may do.
+    pub(super) scope: Scope,
+    /// Where the request came from.
+    pub(super) from: Option<IpAddr>,
 }
 
 /// The caller of a request that may also say later who it is: a browser sets no header on a WebSocket.
@@ -34,32 +43,59 @@ pub(super) struct Presented(pub(super) Option<Caller>);
 impl FromRequestParts<ApiState> for Presented {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
-        let caller = presented(&parts.headers).map(|key| Caller::of_key(api, key));
-        caller.transpose().map(Self)
+    async fn from_request_parts(parts: &mut Parts, _: &ApiState) -> Result<Self, ApiError> {
+        Ok(Self(parts.extensions.get::<Caller>().copied()))
     }
 }
 
 impl Caller {
-    /// Who calls with `key`.
-    pub(super) fn of_key(api: &ApiState, key: &str) -> Result<Self, ApiError> {
+    /// Who calls with `key`, wherever that came from.
+    pub(super) fn presenting(
+        api: &ApiState,
+        key: Option<&str>,
+        from: Option<IpAddr>,
+    ) -> Result<Self, ApiError> {
+        let key = key.ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
         if !is_well_formed(key) {
             return Err(refused("this is not an API key"));
         }
-        let hash: [u8; 32] = Sha256::digest(key.as_bytes()).into();
         let state = api.view.state();
         let known = state
-            .key_by_hash(&hash)
+            .key_by_hash(&hash_of(key))
             .ok_or_else(|| refused("unknown or revoked API key"))?;
+        let scope = good_for(&state, known, api.clock.now());
         Ok(Self {
             team: known.team,
             key: known.id,
+            scope: scope.ok_or_else(|| refused("this API key has expired"))?,
+            from,
         })
     }
 
-    /// Whether this is an administrator: a caller of the team that is the platform itself.
-    pub(super) fn is_admin(&self) -> bool {
+    /// Refuses where more than the key's scope is needed.
+    pub(super) fn check(&self, needed: Scope) -> Result<(), ApiError> {
+        if self.scope >= needed {
+            return Ok(());
+        }
+        let (has, needed) = (self.scope.word(), needed.word());
+        let why = format!("this API key has the scope {has:?}; this takes {needed:?}");
+        Err(ApiError::new(Code::Forbidden, why))
+    }
+
+    /// Whether this is a caller of the team that is the platform itself.
+    pub(super) fn is_platform(&self) -> bool {
         self.team == TeamId::default()
+    }
+
+    /// As whom the audit log knows the caller.
+    pub(super) fn actor(&self, state: &State) -> Actor {
+        let key = state.key(self.key);
+        Actor::Key {
+            id: self.key,
+            name: key.map(|key| key.name.clone()).unwrap_or_default(),
+            holder: key.and_then(|key| key.holder),
+            address: self.from.map(|from| from.to_string()).unwrap_or_default(),
+        }
     }
 }
 
@@ -72,28 +108,57 @@ impl FromRequestParts<ApiState> for Admin {
 
     async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
         let caller = Caller::from_request_parts(parts, api).await?;
-        if caller.is_admin() {
-            return Ok(Self(caller));
-        }
-        let why = "only an administrator's API key may do this, such as the cluster's first key";
-        Err(ApiError::new(Code::Forbidden, why))
+        // Once more: the table might say less than the handler takes for granted.
+        super::scopes::Needs::Platform(Scope::Admin).check(&caller)?;
+        Ok(Self(caller))
     }
 }
 
 impl FromRequestParts<ApiState> for Caller {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, api: &ApiState) -> Result<Self, ApiError> {
-        let key = presented(&parts.headers)
-            .ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
-        Self::of_key(api, key)
+    async fn from_request_parts(parts: &mut Parts, _: &ApiState) -> Result<Self, ApiError> {
+        let known = parts.extensions.get::<Self>().copied();
+        // Nobody was let in: the route is not in the table of scopes.
+        known.ok_or_else(|| ApiError::new(Code::Forbidden, "nobody may use this route yet"))
     }
 }
 
-/// The known key that a request carries, if it carries one.
-pub(super) fn presented_by<'a>(state: &'a State, headers: &HeaderMap) -> Option<&'a Key> {
+/// The known key that a request carries, if it carries one that may use capsules.
+pub(super) fn presented_by<'a>(
+    state: &'a State,
+    headers: &HeaderMap,
+    now: Stamp,
+) -> Option<&'a Key> {
     let key = presented(headers).filter(|key| is_well_formed(key))?;
-    state.key_by_hash(&Sha256::digest(key.as_bytes()).into())
+    let key = state.key_by_hash(&hash_of(key))?;
+    good_for(state, key, now).filter(|scope| *scope >= Scope::Run)?;
+    Some(key)
+}
+
+/// What `key` may do at `now`; `None` where it has ended. The role of the member who holds it limits it.
+fn good_for(state: &State, key: &Key, now: Stamp) -> Option<Scope> {
+    if key.revoked || key.has_expired(now) {
+        return None;
+    }
+    match key.holder {
+        None => Some(key.scope),
+        Some(user) => {
+            let member = state.member(key.team, user)?;
+            Some(key.scope.min(member.role.most()))
+        }
+    }
+}
+
+/// Whether the key of this id still opens anything.
+pub(super) fn is_good(state: &State, key: KeyId, now: Stamp) -> bool {
+    let key = state.key(key);
+    key.is_some_and(|key| good_for(state, key, now).is_some())
+}
+
+/// As what a key is on record.
+pub(super) fn hash_of(key: &str) -> [u8; 32] {
+    Sha256::digest(key.as_bytes()).into()
 }
 
 /// Takes the key of ours out of what is passed on to somebody else.
@@ -110,7 +175,7 @@ pub(super) fn strip(headers: &mut HeaderMap) {
 }
 
 /// The key a request carries, if it carries one.
-fn presented(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn presented(headers: &HeaderMap) -> Option<&str> {
     if let Some(key) = headers.get(KEY_HEADER) {
         // Not text is as bad as unknown; it must not fall through to another header.
         return Some(key.to_str().unwrap_or_default());

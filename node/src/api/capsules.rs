@@ -11,7 +11,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use proto::ids::{SandboxId, TeamId};
+use proto::ids::SandboxId;
 use raft::command::{Command, Refusal, StopCause};
 use raft::placement::LoadHint;
 use raft::state::{Phase, Sandbox, SandboxSpec};
@@ -77,7 +77,7 @@ pub(super) async fn create(
     let spec = request.into_spec(&api.view.state(), caller.team)?;
     let ids = retry.ids(&caller, &["capsule"]);
     let id = ids.sandbox(0);
-    place(&api, caller.team, spec, &ids).await?;
+    place(&api, &caller, spec, &ids).await?;
     info!(sandbox = %id, "create accepted");
     let settled = settle(&api, id, deadline, |phase| {
         matches!(phase, Phase::Running | Phase::Stopped | Phase::Error)
@@ -100,15 +100,20 @@ pub(super) async fn create(
 }
 
 /// Has a capsule placed, under the first of `ids`.
-async fn place(api: &ApiState, team: TeamId, spec: SandboxSpec, ids: &Ids) -> Result<(), ApiError> {
+async fn place(
+    api: &ApiState,
+    caller: &Caller,
+    spec: SandboxSpec,
+    ids: &Ids,
+) -> Result<(), ApiError> {
     let id = ids.sandbox(0);
     let command = Command::CreateSandbox {
         id,
-        team,
+        team: caller.team,
         spec,
         hints: hints(api),
     };
-    let Err(err) = api.proposer.propose(command).await else {
+    let Err(err) = api.propose(caller, command).await else {
         return Ok(());
     };
     if matches!(err, ProposeError::Refused(Refusal::IdTaken(_))) && ids.may_come_again() {
@@ -121,7 +126,7 @@ async fn place(api: &ApiState, team: TeamId, spec: SandboxSpec, ids: &Ids) -> Re
     // Whoever may ask again finds what came of it.
     let is_unknown = matches!(err, ProposeError::Log(LogError::Unknown { .. }));
     if is_unknown && !ids.may_come_again() {
-        disown(api, id).await;
+        disown(api, caller, id).await;
     }
     Err(err.into())
 }
@@ -141,9 +146,9 @@ pub(super) fn hints(api: &ApiState) -> Vec<LoadHint> {
 
 /// Asks for the end of a capsule that may still come up although its client was told of a failure:
 /// in the log, the stop comes after the create that is under way. A refusal says that none came.
-async fn disown(api: &ApiState, id: SandboxId) {
+async fn disown(api: &ApiState, caller: &Caller, id: SandboxId) {
     let cause = StopCause::Asked;
-    let stop = api.proposer.propose(Command::StopSandbox { id, cause });
+    let stop = api.propose(caller, Command::StopSandbox { id, cause });
     if time::timeout(DISOWN_TIMEOUT, stop).await.is_err() {
         warn!(sandbox = %id, "a create that may still happen could not be taken back");
     }
@@ -206,8 +211,7 @@ pub(super) async fn destroy(
     let deadline = Instant::now() + api.destroy_wait;
     api.sandbox(&caller, id)?;
     let cause = StopCause::Asked;
-    api.proposer
-        .propose(Command::StopSandbox { id, cause })
+    api.propose(&caller, Command::StopSandbox { id, cause })
         .await?;
     let state = settle(&api, id, deadline, Phase::is_ended).await;
     // A record that was pruned meanwhile is gone as well.
@@ -285,7 +289,7 @@ pub(super) async fn change(
         ports_open: request.ports.map(|ports| ports == Ports::Public),
         wakes: request.auto_resume,
     };
-    api.proposer.propose(asked).await?;
+    api.propose(&caller, asked).await?;
     let state = api.view.state();
     Ok(Json(Capsule::of(&state, owned(&state, &caller, id)?, None)))
 }

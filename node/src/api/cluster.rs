@@ -59,6 +59,10 @@ struct SettingsShape {
     lease_grace_sec: u64,
     /// On how many nodes each snapshot shall lie.
     replicas: u32,
+    /// Requests a second that each node takes of one API key; 0 is no limit.
+    key_rate: u32,
+    /// How many of those may come at once.
+    key_burst: u32,
 }
 
 /// Settings to change; what is left out stays.
@@ -75,6 +79,10 @@ pub(super) struct ChangeSettings {
     lease_grace_sec: Option<u64>,
     /// On how many nodes each snapshot shall lie: 1 to 7.
     replicas: Option<u32>,
+    /// Requests a second that each node takes of one API key; 0 is no limit.
+    key_rate: Option<u32>,
+    /// How many of those may come at once; twice `key_rate` where only that is given.
+    key_burst: Option<u32>,
 }
 
 /// Shows the cluster.
@@ -97,14 +105,14 @@ pub(super) async fn get(
 )]
 pub(super) async fn change(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     JsonBody(request): JsonBody<ChangeSettings>,
 ) -> Result<Json<ClusterShape>, ApiError> {
     // What is left out must stay as it is now, not as this node last heard.
     api.cluster.linearize().await?;
     let settings = request.over(api.view.state().settings());
     settings.check().map_err(ApiError::invalid)?;
-    api.proposer.propose(Command::PutSettings(settings)).await?;
+    api.propose(&caller, Command::PutSettings(settings)).await?;
     Ok(Json(ClusterShape::new(&api)))
 }
 
@@ -117,6 +125,16 @@ impl ChangeSettings {
             lease_ttl: seconds(self.lease_ttl_sec, known.lease_ttl),
             lease_grace: seconds(self.lease_grace_sec, known.lease_grace),
             replicas: self.replicas.unwrap_or(known.replicas),
+            key_rate: self.key_rate.unwrap_or(known.key_rate),
+            key_burst: self.burst_over(known),
+        }
+    }
+
+    fn burst_over(&self, known: Settings) -> u32 {
+        match (self.key_burst, self.key_rate) {
+            (Some(burst), _) => burst,
+            (None, Some(rate)) => rate.saturating_mul(2),
+            (None, None) => known.key_burst,
         }
     }
 }
@@ -152,6 +170,8 @@ impl From<Settings> for SettingsShape {
             lease_ttl_sec: settings.lease_ttl.as_secs(),
             lease_grace_sec: settings.lease_grace.as_secs(),
             replicas: settings.replicas,
+            key_rate: settings.key_rate,
+            key_burst: settings.key_burst,
         }
     }
 }

@@ -64,6 +64,8 @@ pub enum Code {
     NoQuorum,
     /// This node serves as many requests as it can.
     Overloaded,
+    /// The API key has made too many requests.
+    RateLimited,
 }
 
 impl Code {
@@ -88,6 +90,7 @@ impl Code {
             Self::NoHostsAvailable => (StatusCode::SERVICE_UNAVAILABLE, "no_hosts_available"),
             Self::NoQuorum => (StatusCode::SERVICE_UNAVAILABLE, "no_quorum"),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+            Self::RateLimited => (StatusCode::TOO_MANY_REQUESTS, "rate_limited"),
         }
     }
 
@@ -134,7 +137,8 @@ impl Code {
             | Self::AgentUnimplemented
             | Self::NoHostsAvailable
             | Self::NoQuorum
-            | Self::Overloaded => false,
+            | Self::Overloaded
+            | Self::RateLimited => false,
         }
     }
 }

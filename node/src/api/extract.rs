@@ -117,6 +117,25 @@ impl<S: Send + Sync> FromRequestParts<S> for PathName {
     }
 }
 
+/// What a path with two names in it names.
+#[derive(Clone, Debug)]
+pub(super) struct PathPair(pub(super) String, pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathPair {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let params = RawPathParams::from_request_parts(parts, state)
+            .await
+            .map_err(|err| ApiError::invalid(err.body_text()))?;
+        let mut names = params.iter().map(|(_, name)| name.to_owned());
+        match (names.next(), names.next()) {
+            (Some(first), Some(second)) => Ok(Self(first, second)),
+            _ => Err(ApiError::invalid("the path names too little")),
+        }
+    }
+}
+
 async fn path_param<S: Send + Sync>(
     parts: &mut Parts,
     state: &S,

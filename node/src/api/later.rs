@@ -1,5 +1,6 @@
-//! Routes of the interface that this version does not have yet. They answer 501 and say what they
-//! wait for, so that a client can tell "not yet" from "no such capsule".
+//! Routes of the client surface that this version does not have. They answer 501 and say what does
+//! the same here, or what they wait for: a client can tell "not here" from "no such capsule".
+//! `node/tests/api_surface.rs` walks that surface: nothing of it is a silent 404.
 
 use axum::Router;
 use axum::routing::{MethodFilter, MethodRouter, any, on};
@@ -8,45 +9,57 @@ use super::auth::Caller;
 use super::error::{ApiError, Code};
 use super::state::ApiState;
 
-const USAGE: &str = "usage records";
-const TEAMS: &str = "teams and accounts";
+const PEOPLE: &str = "accounts, since people are members of a team and hold API keys: see \
+                      /v1/teams/{id}/members and /v1/api-keys";
+const OPERATORS: &str = "the routes of operators: an administrator's key does the same by /v1/nodes, \
+                         /v1/tokens, /v1/cluster and /v1/capsules";
+const HOSTS: &str = "routes of their own for hosts: a host is a node here. GET /v1/nodes shows them, \
+                     DELETE /v1/nodes/{node} takes one out, PUT /v1/nodes/{node}/tags tags it, and \
+                     POST /v1/tokens answers the command by which one joins";
 
-/// Method, path and what the route waits for.
-const ROUTES: [(MethodFilter, &str, &str); 4] = [
-    (MethodFilter::GET, "/v1/capsules/{id}/metrics", USAGE),
-    (MethodFilter::GET, "/v1/capsules/stats", USAGE),
-    (MethodFilter::GET, "/v1/capsules/usage", USAGE),
-    (MethodFilter::GET, "/v1/events/stream", "the event stream"),
+/// Everything at and below these paths, and what is said there to whoever has a key.
+const AREAS: [(&str, &str); 3] = [
+    ("/v1/auth", PEOPLE),
+    ("/v1/admin", OPERATORS),
+    ("/v1/hosts", HOSTS),
 ];
 
-/// Everything below these waits for teams and accounts.
-const AREAS: [&str; 8] = [
-    "hosts",
-    "teams",
-    "api-keys",
-    "me",
-    "channels",
-    "audit-logs",
-    "admin",
-    "auth",
+/// The same outside the interface proper, said to anybody.
+const PAGES: [(&str, &str); 3] = [
+    ("/auth/{*rest}", PEOPLE),
+    (
+        "/docs",
+        "pages about the interface: GET /openapi.json describes it",
+    ),
+    (
+        "/openapi.yaml",
+        "a description in YAML: GET /openapi.json is one",
+    ),
 ];
 
 /// All of them.
 pub(super) fn routes() -> Router<ApiState> {
     let mut router = Router::new();
-    for (method, path, wanted) in ROUTES {
-        router = router.route(path, on(method, move |_: Caller| not_yet(wanted)));
-    }
-    for area in AREAS {
-        let answer = || -> MethodRouter<ApiState> { any(|_: Caller| not_yet(TEAMS)) };
+    for (area, wanted) in AREAS {
+        let answer = || -> MethodRouter<ApiState> { any(move |_: Caller| not_here(wanted)) };
         router = router
-            .route(&format!("/v1/{area}"), answer())
-            .route(&format!("/v1/{area}/{{*rest}}"), answer());
+            .route(area, answer())
+            .route(&format!("{area}/{{*rest}}"), answer());
+    }
+    let about_me = |_: Caller| not_here(PEOPLE);
+    let changes = MethodFilter::PATCH.or(MethodFilter::DELETE);
+    router = router
+        .route("/v1/me", on(changes, about_me))
+        .route("/v1/me/{*rest}", any(about_me));
+    for (path, wanted) in PAGES {
+        router = router.route(path, any(move || not_here(wanted)));
     }
     router
 }
 
-async fn not_yet(wanted: &'static str) -> ApiError {
-    let message = format!("this version does not have {wanted} yet");
-    ApiError::new(Code::NotImplemented, message)
+async fn not_here(wanted: &'static str) -> ApiError {
+    ApiError::new(
+        Code::NotImplemented,
+        format!("this version does not have {wanted}"),
+    )
 }

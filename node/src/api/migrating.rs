@@ -65,7 +65,7 @@ pub(super) async fn migrate(
                 cause,
                 then_on,
             };
-            api.proposer.propose(asked).await?;
+            api.propose(&caller, asked).await?;
         }
         phase => return Err(wrong_state(id, phase, "migrated", "running")),
     }

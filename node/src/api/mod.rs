@@ -4,37 +4,52 @@
 //! propose through the log or call the guest through the relay, and answer; they hold no state.
 //! [`wire`] has the shapes and turns sandboxes into capsules, [`error`] every refusal's status.
 
+mod audit;
 mod auth;
+mod build_shape;
+mod builds;
 mod capsules;
+mod channels;
 mod cluster;
 mod cluster_info;
 mod create;
 mod error;
+mod events;
 mod exec;
 mod extract;
 mod files;
 mod fork;
 mod form;
+mod grants;
+mod keys;
 mod later;
 mod linger;
+mod members;
 mod metrics;
 mod migrating;
 mod node_shape;
 mod nodes;
 mod pausing;
 mod preview;
+mod rates;
 mod reading;
 mod retry;
 mod router;
 mod run;
+mod samples;
+mod scopes;
 mod serve;
 mod service;
 mod snapshots;
 mod state;
+mod stats;
 mod streams;
+mod teams;
 mod templates;
 mod tokens;
 mod upload;
+mod usage;
+mod uses;
 mod wire;
 
 pub use cluster_info::{ClusterInfo, LinearizeFuture, Minted, NoQuorum, Standing, TokenTerms};

@@ -70,11 +70,11 @@ pub(super) async fn get(
 )]
 pub(super) async fn cordon(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     PathName(name): PathName,
 ) -> Result<Json<NodeShape>, ApiError> {
     let id = id_of(&api, &name)?;
-    change(&api, id, (Some(true), None), None).await
+    change(&api, &caller, id, (Some(true), None), None).await
 }
 
 /// Lets a node take capsules again; a drain ends.
@@ -84,11 +84,11 @@ pub(super) async fn cordon(
 )]
 pub(super) async fn uncordon(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     PathName(name): PathName,
 ) -> Result<Json<NodeShape>, ApiError> {
     let id = id_of(&api, &name)?;
-    change(&api, id, (Some(false), Some(false)), None).await
+    change(&api, &caller, id, (Some(false), Some(false)), None).await
 }
 
 /// Replaces a node's tags.
@@ -98,13 +98,13 @@ pub(super) async fn uncordon(
 )]
 pub(super) async fn tag(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     PathName(name): PathName,
     JsonBody(tags): JsonBody<BTreeMap<String, String>>,
 ) -> Result<Json<NodeShape>, ApiError> {
     check_tags("tags", &tags)?;
     let id = id_of(&api, &name)?;
-    change(&api, id, (None, None), Some(tags)).await
+    change(&api, &caller, id, (None, None), Some(tags)).await
 }
 
 /// How to empty a node.
@@ -139,7 +139,7 @@ pub(super) struct Drained {
 )]
 pub(super) async fn drain(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     PathName(name): PathName,
     OptionalJson(request): OptionalJson<Drain>,
 ) -> Result<(StatusCode, Json<Drained>), ApiError> {
@@ -150,10 +150,10 @@ pub(super) async fn drain(
     }
     let deadline = Instant::now() + wait;
     let id = id_of(&api, &name)?;
-    let _shape = change(&api, id, (Some(true), Some(true)), None).await?;
+    let _shape = change(&api, &caller, id, (Some(true), Some(true)), None).await?;
     info!(node = %id, stop = request.stop_capsules, "draining");
     if request.stop_capsules {
-        stop_all(&api, id).await?;
+        stop_all(&api, &caller, id).await?;
     }
     let empty = |state: &state::State| held(state, id).is_empty().then_some(());
     let _timed_out = api.view.wait_for(deadline, empty).await;
@@ -194,7 +194,7 @@ pub(super) struct RemoveQuery {
 )]
 pub(super) async fn remove(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     PathName(name): PathName,
     QueryOf(query): QueryOf<RemoveQuery>,
 ) -> Result<StatusCode, ApiError> {
@@ -208,12 +208,11 @@ pub(super) async fn remove(
         );
         return Err(ApiError::new(Code::InvalidState, why));
     }
-    api.proposer
-        .propose(Command::RemoveNode {
-            node,
-            declared_dead,
-        })
-        .await?;
+    let remove = Command::RemoveNode {
+        node,
+        declared_dead,
+    };
+    api.propose(&caller, remove).await?;
     info!(%node, declared_dead, "removed");
     Ok(StatusCode::NO_CONTENT)
 }
@@ -253,12 +252,13 @@ fn id_of(api: &ApiState, name: &str) -> Result<NodeId, ApiError> {
 }
 
 fn is_visible(node: &Node, caller: &Caller) -> bool {
-    node.team.is_none_or(|team| team == caller.team) || caller.is_admin()
+    node.team.is_none_or(|team| team == caller.team) || caller.is_platform()
 }
 
 /// What an operator decides about a node: whether it is cordoned and draining, and its tags.
 async fn change(
     api: &ApiState,
+    caller: &Caller,
     node: NodeId,
     (cordoned, draining): (Option<bool>, Option<bool>),
     tags: Option<BTreeMap<String, String>>,
@@ -269,7 +269,7 @@ async fn change(
         draining,
         tags,
     };
-    api.proposer.propose(command).await?;
+    api.propose(caller, command).await?;
     let state = api.view.state();
     let known = state.node(node);
     let known = known.ok_or_else(|| no_node(&node.to_string()))?;
@@ -284,11 +284,10 @@ fn held(state: &state::State, node: NodeId) -> Vec<SandboxId> {
         .collect()
 }
 
-async fn stop_all(api: &ApiState, node: NodeId) -> Result<(), ApiError> {
+async fn stop_all(api: &ApiState, caller: &Caller, node: NodeId) -> Result<(), ApiError> {
     for id in held(&api.view.state(), node) {
         let cause = StopCause::Asked;
-        api.proposer
-            .propose(Command::StopSandbox { id, cause })
+        api.propose(caller, Command::StopSandbox { id, cause })
             .await?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use proto::ids::SandboxId;
-use raft::command::{Command, Receipt, StopCause};
+use raft::command::{Command, StopCause};
 use raft::state::{Phase, Sandbox};
 use serde::Deserialize;
 use tokio::time::Instant;
@@ -48,7 +48,7 @@ pub(super) async fn pause(
         cause: StopCause::Asked,
         then_on: None,
     };
-    api.proposer.propose(asked).await?;
+    api.propose(&caller, asked).await?;
     let state = settle(&api, id, deadline, |phase| phase != Phase::Pausing).await;
     let sandbox = owned(&state, &caller, id)?;
     let status = match sandbox.phase {
@@ -107,24 +107,24 @@ pub(super) async fn resume(
         to,
         hints: hints(&api),
     };
-    let epoch = match api.proposer.propose(asked).await? {
-        Receipt::Placed { epoch, .. } => epoch,
-        Receipt::Done(_) | Receipt::Admitted(_) => known.epoch,
-    };
+    api.propose(&caller, asked).await?;
     let state = settle(&api, id, deadline, |phase| phase != Phase::Resuming).await;
     let sandbox = owned(&state, &caller, id)?;
     let status = match sandbox.phase {
         Phase::Resuming => StatusCode::ACCEPTED,
         Phase::Running | Phase::Pausing => StatusCode::OK,
-        // Paused again by somebody else, for all we know.
-        Phase::Paused if sandbox.epoch != epoch || sandbox.reason.is_empty() => StatusCode::OK,
+        // It ran, and somebody else paused it again.
+        Phase::Paused if sandbox.snapshot != Some(snapshot) || sandbox.reason.is_empty() => {
+            StatusCode::OK
+        }
         Phase::Paused => return Err(failed(sandbox, "could not be resumed and stays paused")),
         phase => return Err(wrong_state(id, phase, "resumed", "paused")),
     };
     Ok((status, Json(Capsule::of(&state, sandbox, None))))
 }
 
-/// Brings a resting sandbox back for a visitor; the sandbox as it runs, by `deadline`.
+/// Brings a resting sandbox back for a visitor, whom the audit log does not know: its team said that visits do;
+/// the sandbox as it runs, by `deadline`.
 pub(super) async fn wake(
     api: &ApiState,
     id: SandboxId,

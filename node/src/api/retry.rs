@@ -113,6 +113,7 @@ pub(super) fn used_otherwise() -> ApiError {
 mod tests {
     use axum::http::Request;
     use proto::ids::{KeyId, TeamId};
+    use raft::state::Scope;
 
     use super::*;
 
@@ -120,6 +121,8 @@ mod tests {
         Caller {
             team: TeamId::default(),
             key: KeyId([key; 16]),
+            scope: Scope::Run,
+            from: None,
         }
     }
 

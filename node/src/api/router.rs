@@ -29,8 +29,9 @@ use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
 use super::{
-    capsules, cluster, exec, files, fork, later, metrics, migrating, nodes, pausing, preview,
-    service, snapshots, streams, templates, tokens, upload,
+    audit, builds, capsules, channels, cluster, events, exec, files, fork, keys, later, members,
+    metrics, migrating, nodes, pausing, preview, samples, scopes, service, snapshots, stats,
+    streams, teams, templates, tokens, upload, usage,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
@@ -54,7 +55,13 @@ pub fn router(api: ApiState) -> Router {
 /// The same with further pages, such as the dashboard, which need no API key by themselves.
 pub fn router_with_pages(api: ApiState, pages: Router) -> Router {
     let (v1, mut description) = v1_routes().split_for_parts();
-    let v1 = v1.merge(later::routes());
+    let v1 = v1
+        .merge(builds::admin_routes())
+        .merge(later::routes())
+        .layer(middleware::from_fn_with_state(
+            api.clone(),
+            scopes::authorize,
+        ));
     let (service, service_description) = service_routes().split_for_parts();
     description.merge(service_description);
     let description = describe(description);
@@ -97,6 +104,15 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(pausing::resume))
         .routes(routes!(migrating::migrate))
         .routes(routes!(capsules::logs))
+        .routes(routes!(samples::metrics))
+        .routes(routes!(stats::stats))
+        .routes(routes!(usage::usage))
+        .routes(routes!(events::list))
+        .routes(routes!(events::stream))
+        .routes(routes!(channels::create, channels::list))
+        .routes(routes!(channels::test))
+        .routes(routes!(channels::get, channels::change, channels::remove))
+        .routes(routes!(channels::configure))
         .routes(routes!(exec::exec))
         .routes(routes!(exec::processes))
         .routes(routes!(exec::kill))
@@ -113,6 +129,11 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(upload::stream_write))
         .routes(routes!(templates::list, snapshots::create))
         .routes(routes!(snapshots::remove))
+        .routes(routes!(builds::create, builds::list))
+        .routes(routes!(builds::get))
+        .routes(routes!(builds::cancel))
+        .routes(routes!(builds::logs))
+        .routes(routes!(builds::stream))
         .routes(routes!(fork::fork))
         .routes(routes!(nodes::list))
         .routes(routes!(nodes::get, nodes::remove))
@@ -123,6 +144,18 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(tokens::create, tokens::list))
         .routes(routes!(tokens::revoke))
         .routes(routes!(cluster::get, cluster::change))
+        .routes(routes!(keys::create, keys::list))
+        .routes(routes!(keys::revoke))
+        .routes(routes!(teams::list, teams::create))
+        .routes(routes!(teams::get, teams::rename, teams::remove))
+        .routes(routes!(members::list, members::add))
+        .routes(routes!(members::change, members::remove))
+        .routes(routes!(members::leave))
+        .routes(routes!(members::search))
+        .routes(routes!(teams::me))
+        .routes(routes!(teams::list_all))
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::list_all))
 }
 
 fn service_routes() -> OpenApiRouter<ApiState> {

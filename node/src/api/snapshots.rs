@@ -116,7 +116,7 @@ pub(super) async fn remove(
         name,
         snapshot: named.snapshot,
     };
-    api.proposer.propose(Command::DropNamed(drop)).await?;
+    api.propose(&caller, Command::DropNamed(drop)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -146,8 +146,7 @@ pub(super) async fn checkpoint(
         checkpoint,
         hints: hints(api),
     };
-    api.proposer
-        .propose(Command::CheckpointSandbox(command))
+    api.propose(caller, Command::CheckpointSandbox(command))
         .await?;
     Ok(())
 }

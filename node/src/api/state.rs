@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{env, fmt};
 
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
+use raft::command::{Command, Receipt};
 use raft::state::{Sandbox, State};
 use tokio::sync::Semaphore;
 use tokio::time::{self, MissedTickBehavior};
@@ -14,12 +16,16 @@ use tokio::time::{self, MissedTickBehavior};
 use super::auth::Caller;
 use super::cluster_info::{Alone, ClusterInfo};
 use super::error::{ApiError, Code};
+use super::grants::Grants;
 use super::metrics::Counters;
 use super::preview::Previews;
+use super::rates::Rates;
 use super::run::Run;
 use super::streams::Sessions;
+use super::uses::Uses;
 use crate::base::clock::Clock;
-use crate::cluster::{Proposer, View};
+use crate::cluster::{ProposeError, Proposer, View};
+use crate::net::Cidr;
 use crate::relay::{Relay, RelayError};
 
 /// Longest a create waits for its guest. Client libraries give up on a request after 30 s; a
@@ -63,6 +69,11 @@ pub struct ApiState {
     pub(super) spools: Arc<Semaphore>,
     pub(super) sessions: Sessions,
     pub(super) previews: Previews,
+    pub(super) webhook_allow: Arc<[Cidr]>,
+    pub(super) grants: Grants,
+    pub(super) rates: Rates,
+    pub(super) uses: Uses,
+    watching: Arc<AtomicBool>,
     pub(super) started_at: Stamp,
     pub(super) create_wait: Duration,
     pub(super) destroy_wait: Duration,
@@ -93,6 +104,11 @@ impl ApiState {
             relay,
             sessions: Sessions::default(),
             previews: Previews::default(),
+            webhook_allow: Arc::default(),
+            grants: Grants::default(),
+            rates: Rates::default(),
+            uses: Uses::default(),
+            watching: Arc::default(),
             started_at: clock.now(),
             clock,
             facts: Arc::new(facts),
@@ -121,6 +137,13 @@ impl ApiState {
         self
     }
 
+    /// Lets webhooks go to these networks although they are not public.
+    #[must_use]
+    pub fn with_webhook_allow(mut self, allowed: Vec<Cidr>) -> Self {
+        self.webhook_allow = allowed.into();
+        self
+    }
+
     /// Waits this long in a create or a checkpoint, and in a destroy, a pause or a resume, before answering that
     /// work goes on.
     #[must_use]
@@ -135,6 +158,29 @@ impl ApiState {
     /// Ends what outlives the request it began as. Call it when no more requests are accepted.
     pub async fn end_sessions(&self) {
         self.sessions.end().await;
+    }
+
+    /// Makes a change that `caller` asked for, which the audit log keeps.
+    pub(super) async fn propose(
+        &self,
+        caller: &Caller,
+        change: Command,
+    ) -> Result<Receipt, ProposeError> {
+        let actor = caller.actor(&self.view.state());
+        self.proposer.propose_by(actor, change).await
+    }
+
+    /// Looks after keys from the first request on: ends what goes on under those that end, and tells when
+    /// they were used. Both end with the sessions.
+    pub(super) fn keep_watch(&self) {
+        if self.watching.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let grants = self.grants.clone();
+        let watch = grants.watch(self.view.clone(), self.clock.clone());
+        self.sessions.spawn(watch);
+        let uses = self.uses.clone();
+        self.sessions.spawn(uses.tell(self.proposer.clone()));
     }
 
     /// The caller's sandbox `id`. Another team's sandbox does not exist for the caller.

@@ -40,7 +40,11 @@ pub(super) async fn list(
         return Err(ApiError::invalid("type must be base or snapshot"));
     }
     let all = api.view.state();
-    let own = all.named_by(caller.team).map(TemplateShape::from);
+    // What builds keep for each other has names that no client can choose.
+    let own = all
+        .named_by(caller.team)
+        .filter(|it| !it.name.starts_with('_'));
+    let own = own.map(TemplateShape::from);
     let shapes = all.templates().map(TemplateShape::from).chain(own);
     let wanted = shapes.filter(|shape| kind.as_deref().is_none_or(|kind| kind == shape.kind));
     let mut wanted: Vec<TemplateShape> = wanted.collect();

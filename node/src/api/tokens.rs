@@ -101,7 +101,7 @@ pub(super) struct NewToken {
 )]
 pub(super) async fn create(
     State(api): State<ApiState>,
-    admin: Admin,
+    Admin(caller): Admin,
     JsonBody(request): JsonBody<CreateToken>,
 ) -> Result<(StatusCode, Json<NewToken>), ApiError> {
     let now = api.clock.now();
@@ -121,12 +121,12 @@ pub(super) async fn create(
         expires_at: terms.expires_at,
         uses_left: request.uses()?,
         created_at: now,
-        created_by: admin.0.key.to_string(),
+        created_by: caller.key.to_string(),
         revoked: false,
         redeemed: Vec::new(),
     };
     let shape = TokenShape::new(&token, now);
-    api.proposer.propose(Command::PutToken(token)).await?;
+    api.propose(&caller, Command::PutToken(token)).await?;
     let join_command = format!("wrenn node start --join {}", minted.text);
     let answer = NewToken {
         shape,
@@ -160,13 +160,13 @@ pub(super) async fn list(
 )]
 pub(super) async fn revoke(
     State(api): State<ApiState>,
-    _: Admin,
+    Admin(caller): Admin,
     PathName(id): PathName,
 ) -> Result<StatusCode, ApiError> {
     let id: TokenId = id
         .parse()
         .map_err(|err: proto::ids::ParseIdError| ApiError::invalid(err.to_string()))?;
-    api.proposer.propose(Command::RevokeToken(id)).await?;
+    api.propose(&caller, Command::RevokeToken(id)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

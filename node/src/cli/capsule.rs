@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -14,13 +13,11 @@ use tokio::time::{self, Instant};
 
 use super::client::Client;
 use super::error::CliError;
-use super::{Global, copy, exec, fork, nodes, print, shell, terminal};
+use super::{Global, copy, exec, fork, moves, ports, print, shell, stats, terminal};
 use crate::config::Period;
 
 /// Pause between two looks at a capsule that is starting.
-const POLL_INTERVAL: Duration = Duration::from_millis(500);
-/// Cells of the bar that shows how far a transfer has come.
-const BAR_CELLS: u64 = 20;
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 /// What to do with capsules.
 #[derive(Debug, Subcommand)]
@@ -58,6 +55,10 @@ pub(super) enum Command {
         #[arg(long, value_name = "LINES")]
         tail: Option<u32>,
     },
+    /// Show how busy capsules are, again and again.
+    Stats(stats::Stats),
+    /// Show what the team's capsules have taken, by the day.
+    Usage(stats::Usage),
     /// Copy a file into or out of a capsule; `-` is standard input or output.
     Cp {
         /// A file here, or `ID:/path`.
@@ -189,6 +190,8 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
             return terminal::run(&client, &id, wanted).await;
         }
         Command::Logs { id, tail } => logs(global, &client, &id, tail).await?,
+        Command::Stats(request) => stats::stats(global, &client, request).await?,
+        Command::Usage(request) => stats::usage(global, &client, request).await?,
         Command::Cp { from, to } => {
             copy::run(&client, &from, &to).await?;
             if global.json && to != "-" {
@@ -203,24 +206,23 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
                 print::json(&get(&client, &id).await?)?;
             }
         }
-        Command::Pause { ids } => settle(global, &client, &ids, &PAUSE, None).await?,
+        Command::Pause { ids } => moves::settle(global, &client, &ids, &moves::PAUSE, None).await?,
         Command::Resume { ids, node } => {
-            let query = node.as_deref().map(node_query).transpose()?;
-            settle(global, &client, &ids, &RESUME, query.as_deref()).await?;
+            let query = node.as_deref().map(moves::node_query).transpose()?;
+            moves::settle(global, &client, &ids, &moves::RESUME, query.as_deref()).await?;
         }
-        Command::Migrate { id, to } => migrate(global, &client, &id, &to).await?,
+        Command::Migrate { id, to } => moves::migrate(global, &client, &id, &to).await?,
         Command::Set {
             id,
             ports,
             auto_resume,
         } => {
-            let body = json!({"ports": ports, "auto_resume": auto_resume});
-            let changed = client.call(Method::PATCH, &path(&id)?, Some(body)).await?;
-            if global.json {
-                print::json(&changed)?;
-            }
+            let asked = json!({"ports": ports, "auto_resume": auto_resume});
+            ports::set(global, &client, &id, asked).await?;
         }
-        Command::Link { id, port, expires } => link(global, &client, &id, port, expires).await?,
+        Command::Link { id, port, expires } => {
+            ports::link(global, &client, &id, port, expires).await?
+        }
         Command::Fork(request) => fork::run(global, &client, request).await?,
         Command::Destroy { ids } => destroy(global, &client, &ids).await?,
     }
@@ -329,8 +331,8 @@ fn show(global: &Global, capsule: &Value) -> Result<(), CliError> {
         .filter(|(_, value)| !value.is_null())
         .map(|(key, value)| {
             let shown = match key.as_str() {
-                "transfer" => transfer(value),
-                "waits_for" => waits_for(value),
+                "transfer" => moves::transfer(value),
+                "waits_for" => moves::waits_for(value),
                 _ => None,
             };
             vec![
@@ -358,189 +360,6 @@ async fn logs(
         return print::json(&json!({ "id": id, "log": String::from_utf8_lossy(&log) }));
     }
     print::out(&log)
-}
-
-/// A move from one rest to another.
-struct Move {
-    route: &'static str,
-    doing: &'static str,
-    /// What it passes through, and what it comes to.
-    on_the_way: &'static str,
-    done: &'static str,
-}
-
-const PAUSE: Move = Move {
-    route: "pause",
-    doing: "pausing",
-    on_the_way: "pausing",
-    done: "paused",
-};
-const RESUME: Move = Move {
-    route: "resume",
-    doing: "resuming",
-    on_the_way: "resuming",
-    done: "running",
-};
-
-/// Pauses or resumes one after the other; each is done when it shows so.
-async fn settle(
-    global: &Global,
-    client: &Client,
-    ids: &[String],
-    how: &Move,
-    query: Option<&str>,
-) -> Result<(), CliError> {
-    let routes: Vec<String> = ids.iter().map(|id| path(id)).collect::<Result<_, _>>()?;
-    let mut capsules = Vec::new();
-    for (id, route) in ids.iter().zip(routes) {
-        let seen = Seen::default();
-        let moved = async {
-            let asked = format!("{route}/{}{}", how.route, query.unwrap_or_default());
-            client.call(Method::POST, &asked, None).await?;
-            arrival(client, id, &[how.on_the_way], &seen).await
-        };
-        let label = || format!("{} {id}{}", how.doing, seen.text());
-        let capsule = print::progress_of(label, moved).await?;
-        let reason = capsule["reason"].as_str().unwrap_or_default();
-        // What comes to rest as it should has no reason: one that was lost on the way rests as it did
-        // before, and says so.
-        if capsule["status"] != how.done || !reason.is_empty() {
-            let status = capsule["status"].as_str().unwrap_or_default();
-            let why = match reason {
-                "" if status == "missing" => "its host cannot be reached",
-                reason => reason,
-            };
-            let message = format!("capsule {id} is {status}: {why}");
-            return Err(CliError::new(message));
-        }
-        capsules.push(capsule);
-    }
-    if global.json {
-        print::json(&capsules.into())?;
-    }
-    Ok(())
-}
-
-/// The query that names a node. What no node is called does not get into a route.
-fn node_query(node: &str) -> Result<String, CliError> {
-    nodes::path(node)?;
-    Ok(format!("?node={node}"))
-}
-
-/// What was last seen of what is on its way to a capsule's host.
-#[derive(Debug, Default)]
-struct Seen(Mutex<String>);
-
-impl Seen {
-    fn note(&self, capsule: &Value) {
-        let mut text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let shown = waits_for(&capsule["waits_for"]).map(|it| format!("waits for {it}"));
-        let shown = shown.or_else(|| transfer(&capsule["transfer"]));
-        *text = shown.map_or_else(String::new, |shown| format!(" {shown}"));
-    }
-
-    fn text(&self) -> String {
-        let text = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        text.clone()
-    }
-}
-
-/// How far a transfer has come, for people.
-fn transfer(value: &Value) -> Option<String> {
-    let (done, total) = (
-        value["bytes_done"].as_u64()?,
-        value["bytes_total"].as_u64()?,
-    );
-    let full = done.saturating_mul(BAR_CELLS).checked_div(total)?;
-    let full = usize::try_from(full.min(BAR_CELLS)).ok()?;
-    let empty = usize::try_from(BAR_CELLS).ok()? - full;
-    let (bar, rest) = ("#".repeat(full), ".".repeat(empty));
-    let (done, total) = (done >> 20, total >> 20);
-    let sources = value["sources"].as_u64().unwrap_or_default();
-    Some(format!(
-        "[{bar}{rest}] {done} of {total} MiB from {sources}"
-    ))
-}
-
-/// What a capsule's guest stands still for, for people.
-fn waits_for(value: &Value) -> Option<String> {
-    let nodes: Vec<&str> = value["nodes"]
-        .as_array()?
-        .iter()
-        .filter_map(Value::as_str)
-        .collect();
-    let whom = match nodes.as_slice() {
-        [] => value["reason"].as_str()?.to_owned(),
-        nodes => nodes.join(", "),
-    };
-    let (since, until) = (value["since"].as_str()?, value["until"].as_str()?);
-    Some(format!("{whom} since {since}, until {until} at most"))
-}
-
-/// The capsule once it is in none of these states any more.
-async fn arrival(
-    client: &Client,
-    id: &str,
-    on_the_way: &[&str],
-    seen: &Seen,
-) -> Result<Value, CliError> {
-    loop {
-        let capsule = get(client, id).await?;
-        seen.note(&capsule);
-        if !on_the_way.contains(&capsule["status"].as_str().unwrap_or_default()) {
-            return Ok(capsule);
-        }
-        time::sleep(POLL_INTERVAL).await;
-    }
-}
-
-async fn migrate(global: &Global, client: &Client, id: &str, to: &str) -> Result<(), CliError> {
-    let route = format!("{}/migrate", path(id)?);
-    let seen = Seen::default();
-    let moved = async {
-        let asked = client.call(Method::POST, &route, Some(json!({ "node": to })));
-        asked.await?;
-        arrival(client, id, &["pausing", "resuming"], &seen).await
-    };
-    let label = || format!("moving {id} to {to}{}", seen.text());
-    let capsule = print::progress_of(label, moved).await?;
-    let is_there = capsule["node"] == to || capsule["node_id"] == to;
-    if capsule["status"] != "running" || !is_there {
-        let (status, node) = (
-            print::text(&capsule, "status"),
-            print::text(&capsule, "node"),
-        );
-        let why = print::text(&capsule, "reason");
-        let err = CliError::new(format!("capsule {id} is {status} on {node}: {why}"));
-        return Err(err.hint(format!("`wrenn capsule get {id}` tells more")));
-    }
-    if global.json {
-        print::json(&capsule)?;
-    }
-    Ok(())
-}
-
-async fn link(
-    global: &Global,
-    client: &Client,
-    id: &str,
-    port: u16,
-    expires: Duration,
-) -> Result<(), CliError> {
-    let body = json!({"port": port, "expires_in_sec": expires.as_secs()});
-    let route = format!("{}/links", path(id)?);
-    let made = client.call(Method::POST, &route, Some(body)).await?;
-    if global.json {
-        return print::json(&made);
-    }
-    if let Some(url) = made["url"].as_str() {
-        return print::line(url);
-    }
-    print::note("this node is known by an address alone: send these headers with a request to it");
-    let token = print::text(&made, "token");
-    print::line(&format!("Wrenn-Capsule-Id: {id}"))?;
-    print::line(&format!("Wrenn-Capsule-Port: {port}"))?;
-    print::line(&format!("Wrenn-Link: {token}"))
 }
 
 async fn destroy(global: &Global, client: &Client, ids: &[String]) -> Result<(), CliError> {
@@ -596,38 +415,6 @@ pub(super) fn period(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_transfer_is_a_bar_and_what_is_none_is_nothing() {
-        let of = |done: u64, total: u64| {
-            transfer(&json!({"bytes_done": done, "bytes_total": total, "sources": 2}))
-        };
-        let half = "[##########..........] 512 of 1024 MiB from 2";
-        assert_eq!(of(512 << 20, 1 << 30).as_deref(), Some(half));
-        let over = of(u64::MAX, 1).expect("a bar");
-        assert!(over.starts_with("[####################]"), "{over}");
-        assert_eq!(of(0, 0), None);
-        assert_eq!(transfer(&Value::Null), None);
-    }
-
-    #[test]
-    fn a_wait_names_the_hosts_or_else_its_reason() {
-        let wait = |nodes: &[&str]| {
-            json!({
-                "nodes": nodes, "reason": "the disk is full", "since": "S", "until": "U",
-            })
-        };
-        let of = |nodes: &[&str]| waits_for(&wait(nodes));
-        assert_eq!(
-            of(&["a", "b"]).as_deref(),
-            Some("a, b since S, until U at most")
-        );
-        assert_eq!(
-            of(&[]).as_deref(),
-            Some("the disk is full since S, until U at most")
-        );
-        assert_eq!(waits_for(&Value::Null), None);
-    }
 
     #[test]
     fn times_may_lack_their_unit() {

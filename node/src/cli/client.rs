@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt as _};
 use http::header::{CONTENT_TYPE, HeaderValue};
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, request};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
@@ -115,6 +115,26 @@ impl Client {
         Ok(())
     }
 
+    /// Sends a request that is known by `retry_key` when it comes again; its answer is JSON.
+    pub(super) async fn post_again(
+        &self,
+        path: &str,
+        content_type: &str,
+        body: Bytes,
+        retry_key: &str,
+    ) -> Result<Value, CliError> {
+        let body = Full::new(body)
+            .map_err(|never| match never {})
+            .boxed_unsync();
+        let request = self
+            .request(Method::POST, path, content_type)
+            .header("idempotency-key", retry_key);
+        let response = self.exchange(path, request, body).await?;
+        let bytes = self.whole(response).await?;
+        serde_json::from_slice(&bytes)
+            .map_err(|_| CliError::new(format!("{} answered something else than JSON", self.base)))
+    }
+
     /// Opens an answer of any size. An answer of status 400 or more becomes an error.
     pub(super) async fn open(
         &self,
@@ -150,11 +170,25 @@ impl Client {
         content_type: &str,
         body: RequestBody,
     ) -> Result<Response<Incoming>, CliError> {
-        let request = Request::builder()
+        let request = self.request(method, path, content_type);
+        self.exchange(path, request, body).await
+    }
+
+    fn request(&self, method: Method, path: &str, content_type: &str) -> request::Builder {
+        Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.base))
             .header("x-api-key", self.key.clone())
             .header(CONTENT_TYPE, content_type)
+    }
+
+    async fn exchange(
+        &self,
+        path: &str,
+        request: request::Builder,
+        body: RequestBody,
+    ) -> Result<Response<Incoming>, CliError> {
+        let request = request
             .body(body)
             .map_err(|err| CliError::usage(format!("{}: {err}", self.base)))?;
         let answered = self.http.request(request).await;
@@ -183,10 +217,14 @@ pub(super) fn refusal(path: &str, status: http::StatusCode, body: &[u8]) -> CliE
     let error = &envelope["error"];
     let code = error["code"].as_str().unwrap_or_default();
     let Some(message) = error["message"].as_str() else {
-        return CliError::new(format!("the node answered {status}"))
-            .hint("does --url point to a Wrenn API?");
+        return CliError {
+            status: Some(status.as_u16()),
+            ..CliError::new(format!("the node answered {status}"))
+        }
+        .hint("does --url point to a Wrenn API?");
     };
     let mut err = CliError::new(message);
+    err.status = Some(status.as_u16());
     err.detail = error["detail"].as_str().map(str::to_owned);
     match advice(path, code) {
         Some(hint) => err.hint(hint),
@@ -198,17 +236,25 @@ fn advice(path: &str, code: &str) -> Option<&'static str> {
     let about_nodes = path.starts_with("/v1/nodes");
     match code {
         "unauthorized" => Some("give --api-key or WRENN_API_KEY; `wrenn dev env` prints them"),
+        "not_found" if path.starts_with("/v1/api-keys") => Some("`wrenn key ls` shows the keys"),
+        "not_found" if path.starts_with("/v1/teams") => Some("`wrenn team ls` shows the teams"),
+        "rate_limited" => Some("`wrenn cluster get` shows key_rate and key_burst"),
         "not_found" if about_nodes => Some("`wrenn node ls` shows the nodes"),
         "not_found" if path.starts_with("/v1/tokens") => Some("`wrenn token ls` shows the tokens"),
         "conflict" if path.starts_with("/v1/snapshots") => Some("--overwrite replaces it"),
         "not_found" => Some("`wrenn capsule ls`, `template ls` and `node ls` show what there is"),
         "invalid_state" if about_nodes => Some("`wrenn node ls` shows how the nodes are"),
+        "invalid_state" if is_about_people(path) => None,
         "invalid_state" => Some("`wrenn capsule get ID` shows where it stands"),
         "no_hosts_available" => Some("`wrenn node ls` shows what is taken and who takes nothing"),
         "no_quorum" => Some("`wrenn cluster get` shows who votes; most of them must be up"),
         "host_unavailable" => Some("`wrenn node ls` shows which nodes are away"),
-        "forbidden" => Some("the cluster's first API key may; it lies in its founder's data"),
+        "forbidden" => Some("a key of another scope or team may: `wrenn key create --scope`"),
         "agent_error" => Some("`wrenn capsule logs ID` shows the guest's console"),
         _ => None,
     }
+}
+
+fn is_about_people(path: &str) -> bool {
+    path.starts_with("/v1/teams") || path.starts_with("/v1/api-keys")
 }

@@ -15,7 +15,7 @@ use super::{Global, print};
 pub(super) enum Command {
     /// Show who leads and votes, and the settings.
     Get,
-    /// Change settings: max_voters, max_learners, replicas, lease_ttl_sec, lease_grace_sec.
+    /// Change settings: max_voters, max_learners, replicas, key_rate, key_burst, lease_ttl_sec, lease_grace_sec.
     Set {
         /// Settings and their new values; times may have a unit.
         #[arg(required = true, value_name = "KEY=VALUE", value_parser = pair)]
@@ -44,7 +44,13 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
 }
 
 /// Settings that are numbers.
-const NUMBERS: [&str; 3] = ["max_voters", "max_learners", "replicas"];
+const NUMBERS: [&str; 5] = [
+    "max_voters",
+    "max_learners",
+    "replicas",
+    "key_rate",
+    "key_burst",
+];
 /// Settings that are times in seconds.
 const TIMES: [&str; 2] = ["lease_ttl_sec", "lease_grace_sec"];
 

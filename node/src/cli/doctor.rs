@@ -3,6 +3,8 @@
 //! Every check has a name, a verdict, what was seen, and what to do. `--fix` does what is safe:
 //! load a module or set a kernel parameter until the next boot.
 
+mod jail;
+
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -14,7 +16,7 @@ use serde::Serialize;
 
 use super::error::{CliError, chain};
 use super::{Global, Hooks, node, print};
-use crate::config::{Config, Machine, VmmChoice};
+use crate::config::{AcceleratorChoice, Config, Machine, VmmChoice};
 use crate::vmm::cloud_hypervisor::version;
 
 /// Bits of the effective capabilities that a node needs, with their names.
@@ -25,6 +27,10 @@ const SOCKET_BUFFER_BYTES: u64 = 4 << 20;
 const DISK_FAIL_MIB: u32 = 2 << 10;
 /// Below this a few capsules fill the disk.
 const DISK_WARN_MIB: u32 = 10 << 10;
+/// Through which KVM is reached.
+const KVM_DEVICE: &str = "/dev/kvm";
+/// Processes and threads of a node with many capsules: some forty each, in VMM, shim and pager.
+const PROCESSES: u64 = 32_768;
 /// Descriptors of a node with many capsules and streams.
 const DESCRIPTORS: u64 = 16_384;
 
@@ -125,6 +131,9 @@ fn examine(hooks: Hooks, config: &Config, boot: bool) -> Vec<Check> {
     let (program, has_qemu) = qemu(&config.qemu);
     checks.push(program);
     checks.push(cloud_hypervisor(config));
+    if boot && Path::new(KVM_DEVICE).exists() && config.accelerator != AcceleratorChoice::Tcg {
+        checks.push(kvm_guest(hooks, config));
+    }
     if boot && has_qemu {
         checks.push(accelerator(hooks, config));
     }
@@ -133,7 +142,13 @@ fn examine(hooks: Hooks, config: &Config, boot: bool) -> Vec<Check> {
     checks.extend([tun_device(), nftables(), forwarding()]);
     checks.extend(docker());
     checks.extend(["rmem_max", "wmem_max"].map(socket_buffer));
-    checks.extend([disk(config), descriptors(), cgroups()]);
+    checks.extend([
+        disk(config),
+        descriptors(),
+        processes(),
+        jail::users(),
+        jail::limits(),
+    ]);
     checks
 }
 
@@ -206,7 +221,7 @@ fn missing_capabilities(bits: u64) -> Vec<&'static str> {
 
 fn kvm_device() -> Check {
     let name = "kvm device";
-    let opened = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let opened = OpenOptions::new().read(true).write(true).open(KVM_DEVICE);
     match opened {
         Ok(_) => Check::ok(name, "/dev/kvm opens"),
         Err(err) => {
@@ -291,6 +306,37 @@ fn chosen_in(text: &str) -> Option<&str> {
     rest.split_once(']').map(|(chosen, _)| chosen)
 }
 
+/// A device node proves nothing: a guest of some bytes has to run, and under Cloud Hypervisor to be
+/// saved. One that needs no image of ours, so that it tells KVM's faults from those of a kernel.
+fn kvm_guest(hooks: Hooks, config: &Config) -> Check {
+    let name = "kvm guest";
+    match (hooks.kvm)(config) {
+        Ok(what) => Check::ok(name, what),
+        Err(err) => {
+            let why = chain(err.as_ref());
+            // A node that was told what to use cannot do without it.
+            let only_kvm = config.vmm == VmmChoice::CloudHypervisor
+                || config.accelerator == AcceleratorChoice::Kvm;
+            let verdict = if only_kvm {
+                Verdict::Fail
+            } else {
+                Verdict::Warn
+            };
+            Check::new(name, verdict, why.clone(), kvm_action(&why))
+        }
+    }
+}
+
+/// What to do about a guest that did not run, or could not be saved.
+fn kvm_action(why: &str) -> &'static str {
+    if why.contains("cannot be saved") {
+        "use an official static release of Cloud Hypervisor, on a host whose KVM knows the state of \
+         nested guests (Linux 5.0, not itself nested in one without), or --vmm qemu"
+    } else {
+        "enable virtualisation in the firmware or in the outer hypervisor, or --accelerator tcg"
+    }
+}
+
 fn accelerator(hooks: Hooks, config: &Config) -> Check {
     let name = "accelerator";
     match (hooks.probe)(config) {
@@ -309,10 +355,12 @@ fn paging(hooks: Hooks) -> Check {
         Ok(how) => Check::ok(name, format!("resumed guests get their memory {how}")),
         Err(err) => {
             let seen = format!(
-                "resumed guests get all their memory before they run: {}",
+                "no pager may watch over page faults ({}): Cloud Hypervisor's guests get their memory \
+                 as it asks for it, QEMU's all of it before they run",
                 chain(err.as_ref())
             );
-            let action = "allow ptrace and userfaultfd (CAP_SYS_PTRACE, Yama below 3, seccomp)";
+            let action = "allow ptrace and userfaultfd (CAP_SYS_PTRACE, Yama below 3, seccomp); \
+                          else a resume costs the guest's whole memory";
             Check::new(name, Verdict::Warn, seen, action)
         }
     }
@@ -478,14 +526,24 @@ fn descriptors() -> Check {
     Check::new(name, Verdict::Warn, format!("limit {hard}"), action)
 }
 
-fn cgroups() -> Check {
-    let name = "cgroups";
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        return Check::ok(name, "version 2");
+/// The kernel's own limits and ours: each capsule is three processes with their threads.
+fn processes() -> Check {
+    let name = "processes";
+    let kernels = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"];
+    let told = kernels.iter().filter_map(|path| {
+        let value = fs::read_to_string(path).ok()?.trim().parse::<u64>().ok()?;
+        Some((value, *path))
+    });
+    let Some((least, path)) = told.min() else {
+        return Check::ok(name, "the kernel does not tell its limits");
+    };
+    if least >= PROCESSES {
+        return Check::ok(name, format!("up to {least}"));
     }
-    let detail = "version 1 or none: capsules are not limited by the host kernel";
-    let action = "boot with systemd.unified_cgroup_hierarchy=1";
-    Check::new(name, Verdict::Warn, detail, action)
+    let detail = format!("up to {least} at a time: {path}");
+    let action = format!("echo {PROCESSES} > {path}");
+    let fix = Fix::Parameter(path, PROCESSES.to_string());
+    Check::new(name, Verdict::Warn, detail, action).fixed_by(fix)
 }
 
 #[cfg(test)]
@@ -497,6 +555,14 @@ mod tests {
         assert_eq!(missing_capabilities(u64::MAX), Vec::<&str>::new());
         assert_eq!(missing_capabilities(1 << 12), ["CAP_SYS_ADMIN"]);
         assert_eq!(missing_capabilities(0).len(), 2);
+    }
+
+    #[test]
+    fn a_guest_that_cannot_be_saved_is_another_matter_than_one_that_does_not_run() {
+        let build = kvm_action("cloud-hypervisor: it cannot be saved: …");
+        assert!(build.contains("official"), "{build}");
+        let host = kvm_action("qemu: the guest did not say it runs");
+        assert!(host.contains("firmware"), "{host}");
     }
 
     #[test]

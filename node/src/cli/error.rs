@@ -20,6 +20,8 @@ pub(super) struct CliError {
     pub(super) exit: u8,
     /// The detail of an answer of the API, for callers that act on it.
     pub(super) detail: Option<String>,
+    /// The status of an answer of the API, where it was one.
+    pub(super) status: Option<u16>,
 }
 
 impl CliError {
@@ -30,7 +32,14 @@ impl CliError {
             hint: None,
             exit: FAILED,
             detail: None,
+            status: None,
         }
+    }
+
+    /// Whether the API said that it will not do this, however often it is asked.
+    pub(super) fn is_refusal(&self) -> bool {
+        self.status
+            .is_some_and(|status| (400..500).contains(&status))
     }
 
     /// Arguments that make no sense.

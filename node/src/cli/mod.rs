@@ -5,6 +5,7 @@
 //! carries answers only; progress and errors go to standard error. Exit codes: 0 done, 1 failed,
 //! 2 wrong usage; `capsule exec` passes the command's own, and 124 when its time ran out.
 
+mod audit;
 mod capsule;
 mod client;
 mod cluster;
@@ -16,14 +17,19 @@ mod error;
 mod exec;
 mod find;
 mod fork;
+mod key;
+mod moves;
 mod node;
 mod nodes;
+mod ports;
 mod print;
 mod recover;
 mod shell;
 mod snapshot;
 mod socket;
+mod stats;
 mod store;
+mod team;
 mod template;
 mod terminal;
 mod token;
@@ -60,6 +66,8 @@ pub struct Hooks {
     pub recover: RecoverHook,
     /// Boots a tiny guest and says what ran it.
     pub probe: fn(&Config) -> Result<String, Box<dyn Error>>,
+    /// Runs a guest of some bytes under KVM, and says what ran it.
+    pub kvm: fn(&Config) -> Result<String, Box<dyn Error>>,
     /// Tries to take over a process's page faults, and says how the memory of resumed guests comes.
     pub paging: fn() -> Result<String, Box<dyn Error>>,
 }
@@ -99,7 +107,7 @@ enum Command {
     /// Create and use capsules.
     #[command(subcommand)]
     Capsule(capsule::Command),
-    /// Show templates.
+    /// Show and build templates.
     #[command(subcommand)]
     Template(template::Command),
     /// Keep capsules as they are, for others to start from.
@@ -111,6 +119,14 @@ enum Command {
     /// Let further hosts join the cluster.
     #[command(subcommand)]
     Token(token::Command),
+    /// Make and revoke API keys.
+    #[command(subcommand)]
+    Key(key::Command),
+    /// Look after teams and their members.
+    #[command(subcommand)]
+    Team(team::Command),
+    /// Show who changed what.
+    Audit(audit::Options),
     /// Show the cluster, and change its settings.
     #[command(subcommand)]
     Cluster(cluster::Command),
@@ -147,6 +163,9 @@ fn dispatch(hooks: Hooks, cli: Cli) -> Result<ExitCode, CliError> {
         Command::Node(command) => node::run(hooks, &global, command),
         Command::Store(command) => store::run(&global, &command),
         Command::Token(command) => wait_for(token::run(&global, command)),
+        Command::Key(command) => wait_for(key::run(&global, command)),
+        Command::Team(command) => wait_for(team::run(&global, command)),
+        Command::Audit(options) => wait_for(audit::run(&global, options)),
         Command::Cluster(command) => wait_for(cluster::run(&global, command)),
         Command::Capsule(command) => wait_for(capsule::run(&global, command)),
         Command::Template(command) => wait_for(template::run(&global, command)),

@@ -126,6 +126,9 @@ pub(super) struct Settings {
     /// A private network that capsules may reach; may be repeated.
     #[arg(long, value_name = "CIDR")]
     egress_allow: Vec<Cidr>,
+    /// A network that webhooks may reach although it is not public; may be repeated.
+    #[arg(long, value_name = "CIDR")]
+    webhook_allow: Vec<Cidr>,
     /// Virtual processors to offer.
     #[arg(long, value_name = "N")]
     capacity_vcpus: Option<u32>,
@@ -164,6 +167,7 @@ impl Settings {
     pub(super) fn into_config(self) -> Result<Config, CliError> {
         let file = self.config;
         let egress_allow = Some(self.egress_allow).filter(|list| !list.is_empty());
+        let webhook_allow = Some(self.webhook_allow).filter(|list| !list.is_empty());
         let tags = self.tags.into_iter().map(Tag::into_pair);
         let tags = Some(tags.collect::<BTreeMap<_, _>>()).filter(|tags| !tags.is_empty());
         let flags = Written {
@@ -185,6 +189,7 @@ impl Settings {
             slot_count: self.slot_count,
             slot_pool: self.slot_pool,
             egress_allow,
+            webhook_allow,
             capacity: WrittenCapacity {
                 vcpus: self.capacity_vcpus,
                 memory_mib: self.capacity_memory,

@@ -1,5 +1,8 @@
 //! `wrenn template`.
 
+mod build;
+mod file;
+
 use std::process::ExitCode;
 
 use clap::Subcommand;
@@ -14,6 +17,20 @@ use super::{Global, print};
 pub(super) enum Command {
     /// List the templates.
     Ls,
+    /// Build a template from a recipe, and print its name.
+    Build(build::Build),
+    /// List the builds, the newest first.
+    Builds,
+    /// Show the log of a build until it ends.
+    Log {
+        /// The build.
+        id: String,
+    },
+    /// Call a build off.
+    Cancel {
+        /// The build.
+        id: String,
+    },
 }
 
 /// Does it.
@@ -25,9 +42,13 @@ pub(super) async fn run(global: &Global, command: Command) -> Result<ExitCode, C
                 .call(Method::GET, "/v1/snapshots", None)
                 .await?;
             show(global, &all)?;
+            Ok(ExitCode::SUCCESS)
         }
+        Command::Build(asked) => build::run(global, asked).await,
+        Command::Builds => build::list(global).await,
+        Command::Log { id } => build::log(global, &id).await,
+        Command::Cancel { id } => build::cancel(global, &id).await,
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn show(global: &Global, all: &Value) -> Result<(), CliError> {

@@ -268,7 +268,7 @@ fn overwrites(proposal: &[u8]) -> bool {
     let proposal = Proposal::decode(proposal);
     proposal.is_ok_and(|proposal| {
         matches!(
-            proposal.command,
+            proposal.command.change(),
             Command::PutSettings(_) | Command::ChangeNode { .. }
         )
     })

@@ -9,7 +9,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use raft::command::{Command, Proposal, Receipt, Refusal};
+use raft::command::{Attributed, Command, Proposal, Receipt, Refusal};
+use raft::state::Actor;
 use raft::wire;
 use tokio::sync::watch;
 
@@ -83,8 +84,11 @@ impl ProposeError {
                 | Refusal::NoSuchTemplate(_)
                 | Refusal::NoSuchSnapshot(_)
                 | Refusal::NoSuchKey(_)
+                | Refusal::NoSuchTeam(_)
+                | Refusal::NoSuchMember(_)
                 | Refusal::NoSuchNode(_)
-                | Refusal::NoSuchToken(_) => Remedy::NotThere,
+                | Refusal::NoSuchToken(_)
+                | Refusal::NoSuchBuild(_) => Remedy::NotThere,
                 Refusal::NoRoom(_) => Remedy::RetryLater,
                 Refusal::IdTaken(_)
                 | Refusal::NameTaken(_)
@@ -144,6 +148,40 @@ impl Proposer {
     pub async fn propose(&self, command: Command) -> Result<Receipt, ProposeError> {
         let answer = self.log.propose(self.stamped(command), PROPOSE_TIMEOUT);
         Ok(wire::decode_answer(&answer.await?)?)
+    }
+
+    /// The same for a change that `actor` asked for, which the audit log keeps.
+    ///
+    /// While nodes are left that could not read who asked, the change goes without; what they could
+    /// not read at all is refused.
+    ///
+    /// # Errors
+    /// As [`Self::propose`].
+    pub async fn propose_by(&self, actor: Actor, change: Command) -> Result<Receipt, ProposeError> {
+        if self.names_are_read() {
+            let change = Box::new(change);
+            return self
+                .propose(Command::By(Attributed { actor, change }))
+                .await;
+        }
+        if change.needs_readers() {
+            let why = "some nodes run an earlier release, which knows no teams, members and scopes of \
+                       keys: upgrade them, or remove those that are gone";
+            return Err(Refusal::Unfit(why.into()).into());
+        }
+        self.propose(change).await
+    }
+
+    /// Whether every node reads `command`. Those of earlier releases would stop at some.
+    #[must_use]
+    pub fn is_read(&self, command: &Command) -> bool {
+        !command.needs_readers() || self.names_are_read()
+    }
+
+    /// Once a change that names who asked is in the log, all nodes do.
+    fn names_are_read(&self) -> bool {
+        let state = self.view().state();
+        state.keeps_audit() || state.nodes().all(|node| node.reads_actors)
     }
 
     /// `command` as it goes into the log, with the time it is now.

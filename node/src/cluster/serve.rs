@@ -13,7 +13,7 @@ use proto::ids::{NodeId, NodeKey, SandboxId, TeamId};
 use proto::wire::mesh as wire;
 use raft::command::{Command, Proposal};
 use raft::group::{EntriesError, Group, ProposeError};
-use raft::state::State;
+use raft::state::{Actor, State};
 use tokio::time::{self, Instant};
 use transport::{Call, Handler, RpcError};
 
@@ -101,13 +101,13 @@ impl ClusterCalls {
     /// what only a leader finds out, or what is decided before there are others.
     fn permit(&self, from: NodeId, command: &Command) -> Result<(), RpcError> {
         let state = self.replica.state();
-        if is_local(command) {
+        if is_local(command.change()) {
             return Err(RpcError::rejected("this is for the leader itself to say"));
         }
         let Some(team) = state.node(from).and_then(|node| node.team) else {
             return Ok(());
         };
-        if may_of_team(&state, from, team, command) {
+        if may_of_team(&state, from, team, command.change()) && is_of_team(&state, team, command) {
             return Ok(());
         }
         Err(RpcError::rejected("a host of one team may not change that"))
@@ -269,6 +269,18 @@ fn may_of_team(state: &State, from: NodeId, team: TeamId, command: &Command) -> 
         }
         Command::CreateSandbox { team: for_team, .. } => *for_team == team,
         _ => false,
+    }
+}
+
+/// Whether who is said to have asked, if anybody, has a key of `team`: a host of one team is somebody else's
+/// machine, and could name anybody.
+fn is_of_team(state: &State, team: TeamId, command: &Command) -> bool {
+    let Command::By(attributed) = command else {
+        return true;
+    };
+    match &attributed.actor {
+        Actor::System => false,
+        Actor::Key { id, .. } => state.key(*id).is_some_and(|key| key.team == team),
     }
 }
 

@@ -26,6 +26,12 @@ impl View {
         self.seen.borrow().state.clone()
     }
 
+    /// The state as of now, after which [`Self::changed`] waits for the next one.
+    #[must_use]
+    pub fn latest(&mut self) -> State {
+        self.seen.borrow_and_update().state.clone()
+    }
+
     /// The last applied log index.
     #[must_use]
     pub fn applied(&self) -> u64 {

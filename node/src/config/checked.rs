@@ -68,6 +68,9 @@ pub struct Config {
     /// Networks (first address, prefix length) that capsules may reach although they are private.
     #[serde(serialize_with = "as_networks")]
     pub egress_allow: Vec<(Ipv4Addr, u8)>,
+    /// Networks that webhooks may reach although they are not public.
+    #[serde(serialize_with = "as_networks")]
+    pub webhook_allow: Vec<(Ipv4Addr, u8)>,
     /// What the node offers to capsules.
     pub capacity: Capacity,
     /// Longest a guest may take to boot.
@@ -126,6 +129,7 @@ impl Config {
         let peering = peering::check(&written, machine)?;
         let (slot_base, slot_count, slot_pool) = slots(&written)?;
         let networks = written.egress_allow.iter().flatten();
+        let webhooks = written.webhook_allow.iter().flatten();
         Ok(Self {
             images_dir: absolute("images_dir", images_dir)?,
             name: name(written.name, machine)?,
@@ -143,6 +147,7 @@ impl Config {
                 .cloud_hypervisor
                 .unwrap_or_else(|| defaults::CLOUD_HYPERVISOR.into()),
             egress_allow: networks.map(|it| (it.network, it.prefix)).collect(),
+            webhook_allow: webhooks.map(|it| (it.network, it.prefix)).collect(),
             capacity: capacity(written.capacity, machine)?,
             boot_timeout: boot_timeout(written.boot_timeout)?,
             ended_retention: retention(written.ended_retention)?,

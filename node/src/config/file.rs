@@ -52,6 +52,8 @@ pub struct Written {
     pub slot_pool: Option<u16>,
     /// Networks that capsules may reach although they are private.
     pub egress_allow: Option<Vec<Cidr>>,
+    /// Networks that webhooks may reach although they are not public.
+    pub webhook_allow: Option<Vec<Cidr>>,
     /// What the node offers to capsules.
     pub capacity: WrittenCapacity,
     /// Longest a guest may take to boot.
@@ -105,6 +107,7 @@ impl Written {
     pub fn from_env(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
         let env = Env(lookup);
         let egress = env.parsed::<List<Cidr>>("WRENN_EGRESS_ALLOW")?;
+        let webhooks = env.parsed::<List<Cidr>>("WRENN_WEBHOOK_ALLOW")?;
         let tags = env.parsed::<List<Tag>>("WRENN_NODE_TAGS")?;
         Ok(Self {
             data_dir: env.parsed("WRENN_DATA_DIR")?,
@@ -125,6 +128,7 @@ impl Written {
             slot_count: env.parsed("WRENN_SLOT_COUNT")?,
             slot_pool: env.parsed("WRENN_SLOT_POOL")?,
             egress_allow: egress.map(|list| list.0),
+            webhook_allow: webhooks.map(|list| list.0),
             capacity: WrittenCapacity {
                 vcpus: env.parsed("WRENN_VCPUS")?,
                 memory_mib: env.parsed("WRENN_MEMORY_MIB")?,
@@ -160,6 +164,7 @@ impl Written {
             slot_count: self.slot_count.or(below.slot_count),
             slot_pool: self.slot_pool.or(below.slot_pool),
             egress_allow: self.egress_allow.or(below.egress_allow),
+            webhook_allow: self.webhook_allow.or(below.webhook_allow),
             capacity: WrittenCapacity {
                 vcpus: self.capacity.vcpus.or(below.capacity.vcpus),
                 memory_mib: self.capacity.memory_mib.or(below.capacity.memory_mib),

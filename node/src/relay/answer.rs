@@ -13,6 +13,7 @@ use tokio::task;
 
 use super::local::{LocalFacts, MemoryFacts, Transfer, Waiting, facts_of};
 use super::refusal::Refusal;
+use super::samples;
 use super::serve::Server;
 use super::wire;
 
@@ -58,6 +59,10 @@ impl Server {
             Ask::Touch(ask) => {
                 let ids = self.all_seen_by(from, &ask.sandboxes)?;
                 Answer::Touched(self.touch(&ids))
+            }
+            Ask::Samples(ask) => {
+                let id = self.seen_by(from, &ask.sandbox)?;
+                Answer::Samples(samples::known(self.local.as_ref(), id, ask.range_s))
             }
         })
     }

@@ -10,6 +10,7 @@ use proto::ids::SandboxId;
 use proto::units::Stamp;
 use tokio::time;
 
+use crate::base::sample::Sample;
 use crate::guest::Guest;
 
 /// The sandboxes that run here, as far as a relay needs to know them. Joined in wiring.
@@ -36,6 +37,11 @@ pub trait LocalGuests: fmt::Debug + Send + Sync + 'static {
     /// How its memory has come so far, of one whose memory comes as it touches it.
     fn memory(&self, _: SandboxId) -> BoxFuture<'_, Option<MemoryFacts>> {
         Box::pin(ready(None))
+    }
+
+    /// How busy its guest was in the last `range`, the earliest sample first.
+    fn samples(&self, _id: SandboxId, _range: Duration) -> Vec<Sample> {
+        Vec::new()
     }
 
     /// The last `bytes` of what the guest's console showed; `None` where no log is kept. Reads a

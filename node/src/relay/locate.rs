@@ -32,7 +32,7 @@ use crate::cluster::View;
 use crate::guest::Guest;
 
 /// Longest an owner may take to answer what a request cannot do without.
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest an owner may take to answer what an answer to a client can do without.
 const EXTRA_TIMEOUT: Duration = Duration::from_millis(500);
 /// Owners asked for one list. The sandboxes of the others are listed without what they know.
@@ -92,6 +92,16 @@ impl Relay {
     #[must_use]
     pub const fn view(&self) -> &View {
         &self.view
+    }
+
+    /// This node.
+    pub(super) const fn here(&self) -> NodeId {
+        self.here
+    }
+
+    /// The sandboxes that run here.
+    pub(super) fn local(&self) -> &dyn LocalGuests {
+        self.local.as_ref()
     }
 
     /// The other half: what serves the guests of this node to other nodes.
@@ -261,7 +271,7 @@ impl Relay {
         uses.into_iter().filter_map(one).collect()
     }
 
-    async fn ask(
+    pub(super) async fn ask(
         &self,
         target: &Target,
         question: Ask,
@@ -286,7 +296,7 @@ impl Relay {
 
 /// The sandbox as something to ask another node for, unless the cluster knows that its owner is
 /// not there.
-fn reachable(state: &State, sandbox: &Sandbox) -> Result<Target, RelayError> {
+pub(super) fn reachable(state: &State, sandbox: &Sandbox) -> Result<Target, RelayError> {
     let target = Target::of(state, sandbox);
     let away = match state.node(sandbox.owner).map(|node| node.liveness) {
         None => (None, "it was removed from the cluster"),
@@ -302,7 +312,7 @@ fn reachable(state: &State, sandbox: &Sandbox) -> Result<Target, RelayError> {
     })
 }
 
-fn off_topic(target: &Target) -> RelayError {
+pub(super) fn off_topic(target: &Target) -> RelayError {
     RelayError::Misunderstood {
         id: target.id,
         host: target.host.clone(),

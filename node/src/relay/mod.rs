@@ -24,6 +24,7 @@ mod pump;
 mod quic;
 mod refusal;
 mod remote;
+mod samples;
 mod serve;
 mod touch;
 mod wire;

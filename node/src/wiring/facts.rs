@@ -83,6 +83,7 @@ impl Announcement {
                 templates: held,
                 tags: config.tags.clone(),
                 asks_first: true,
+                reads_actors: true,
                 ..Node::default()
             },
             templates: catalog
@@ -171,8 +172,7 @@ pub(super) async fn bootstrap_key(paths: &DataPaths, proposer: &Proposer) -> Res
         name: "bootstrap".into(),
         hash,
         shown: secret.chars().take(SHOWN_CHARS).collect(),
-        created_at: Stamp::default(),
-        revoked: false,
+        ..Key::default()
     };
     proposer.propose(Command::PutKey(key)).await?;
     info!(file = %file.display(), "made the first API key");

@@ -9,8 +9,10 @@ use proto::ids::SandboxId;
 use proto::units::Stamp;
 
 use crate::base::clock::{Clock as _, SystemClock};
+use crate::base::sample::Sample;
 use crate::cluster::View;
 use crate::guest::Guest;
+use crate::metering::Metering;
 use crate::relay::{LocalFacts, LocalGuests, MemoryFacts, Transfer, Waiting};
 use crate::sandbox::{Registry, StartTimings};
 use crate::store::{SnapshotDigest, Store};
@@ -21,6 +23,7 @@ pub(super) struct RegistryGuests {
     pub(super) registry: Arc<Registry>,
     pub(super) store: Store,
     pub(super) view: View,
+    pub(super) metering: Arc<Metering>,
 }
 
 impl RegistryGuests {
@@ -100,6 +103,10 @@ impl LocalGuests for RegistryGuests {
                 takeovers: told.takeovers,
             })
         })
+    }
+
+    fn samples(&self, id: SandboxId, range: Duration) -> Vec<Sample> {
+        self.metering.samples(id, range)
     }
 
     fn console_tail(&self, id: SandboxId, bytes: usize) -> Option<Vec<u8>> {

@@ -7,15 +7,19 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
 
 use raft::state::Resources;
+use tracing::warn;
 
 use super::hypervisor::Chosen;
 use super::{RunError, disk};
+use crate::base::chain::chain;
 use crate::config::Config;
 use crate::net::{SlotPool, SlotTag};
 use crate::sandbox::paging::Paging;
 use crate::sandbox::{Host, Keeping, WarmStarts};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
+use crate::vmm::cgroup;
+use crate::vmm::confinement::{self, HostConfinement};
 
 /// Digits of a slot tag, in base 36.
 const TAG_DIGITS: usize = 4;
@@ -44,10 +48,32 @@ pub(super) fn of(
         vmm_driver: chosen.driver,
         vmm_program: chosen.program.clone(),
         accelerator: chosen.accelerator,
+        confinement: confinement(config)?,
         wrenn: std::env::current_exe().map_err(disk("find this program"))?,
         warm: warm_starts(config, guest)?,
         boot_timeout: config.boot_timeout,
     })
+}
+
+/// How far this host lets VMMs be shut off, which is told once, here.
+fn confinement(config: &Config) -> Result<HostConfinement, RunError> {
+    let tag = slot_tag(config.slot_base)?;
+    if let Err(err) = confinement::own_users() {
+        let why = chain(&err);
+        warn!(
+            why,
+            "VMMs have no users and no root directories of their own"
+        );
+    }
+    match cgroup::missing_limits() {
+        Ok(missing) if missing.is_empty() => {}
+        Ok(missing) => warn!(?missing, "control groups do not limit all that VMMs use"),
+        Err(err) => warn!(
+            err = chain(&err),
+            "VMMs have no control groups of their own"
+        ),
+    }
+    Ok(HostConfinement::of_this_host(tag.as_str()))
 }
 
 /// Which guests start from one that had just booted: those that would have booted the same kernel

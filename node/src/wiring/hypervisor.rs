@@ -15,7 +15,7 @@ use crate::base::chain::chain;
 use crate::config::{AcceleratorChoice, Config, VmmChoice};
 use crate::store::DataPaths;
 use crate::template::{Catalog, GuestImages};
-use crate::vmm::probe::{Attempt, ProbeOutcome, ProbeRequest, probe};
+use crate::vmm::probe::{Attempt, ProbeOutcome, ProbeRequest, probe, prove_kvm as prove};
 use crate::vmm::{Accelerator, Driver, Hardware, hardware_of};
 
 /// The choice of hypervisor, and what led to it.
@@ -81,6 +81,25 @@ fn decide(
     let qemu = request(Driver::Qemu, config, guest, cache);
     let chosen = run(&qemu, config, &mut tried)?;
     Ok((chosen, tried))
+}
+
+/// Runs the smallest guest under KVM by the hypervisor that is wanted, and says so in a sentence.
+pub(super) fn prove_kvm(config: &Config) -> Result<String, String> {
+    let cloud = find_program(&config.cloud_hypervisor);
+    let driver = match config.vmm {
+        VmmChoice::CloudHypervisor => Driver::CloudHypervisor,
+        VmmChoice::Auto if cloud.is_file() => Driver::CloudHypervisor,
+        VmmChoice::Auto | VmmChoice::Qemu => Driver::Qemu,
+    };
+    let (program, saved) = match driver {
+        Driver::CloudHypervisor => (cloud, ", was saved and went on"),
+        Driver::Qemu => (find_program(&config.qemu), ""),
+    };
+    let name = driver.name();
+    match prove(driver, &program) {
+        Ok(took) => Ok(format!("a guest ran in {name}{saved}, all in {took:.0?}")),
+        Err(why) => Err(format!("{name}: {why}")),
+    }
 }
 
 /// Whether it is worth ten seconds to see whether it runs guests.

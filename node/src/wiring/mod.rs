@@ -61,9 +61,11 @@ use crate::api::{self, ApiState, NodeFacts};
 use crate::base::chain::chain;
 use crate::base::clock::{Clock, SystemClock};
 use crate::base::stop::Tasks;
+use crate::build::{self, Builder};
 use crate::cluster::{Cluster, Mesh, MeshLink, Proposer};
 use crate::config::Config;
 use crate::dashboard;
+use crate::metering::Metering;
 use crate::net::{self, Cidr, NetConfig, SlotPool, SlotTag};
 use crate::pager;
 use crate::reconcile::Reconciler;
@@ -72,6 +74,7 @@ use crate::sandbox::{Registry, adopt};
 use crate::shim::sweep::kill_leftovers;
 use crate::store::{DataDir, DataPaths, Store, durable};
 use crate::template::Catalog;
+use crate::vmm::cgroup;
 
 /// The id of the node that founds a cluster; later ones get theirs from the log.
 const FOUNDER: NodeId = NodeId(1);
@@ -247,10 +250,12 @@ impl Running {
         .spawn(&self.tasks);
 
         let view = proposer.view();
+        let metering = self.meter(&registry, &clock);
         let guests = guests::RegistryGuests {
             registry,
             store,
             view,
+            metering,
         };
         let guests = Arc::new(guests);
         let ways = Arc::new(MeshWays(cluster.mesh().clone()));
@@ -259,6 +264,14 @@ impl Running {
         QuicRelay::register(&self.transport, relay.server(), ways);
         let follow = relay.clone().follow(self.api_tasks.token().clone());
         self.api_tasks.spawn(info_span!("relay"), follow);
+
+        Builder {
+            here,
+            proposer: proposer.clone(),
+            relay: relay.clone(),
+            archives: paths.cache().join(build::ARCHIVES),
+        }
+        .spawn(&self.tasks);
 
         let url = config.public_url.clone();
         let node = NodeFacts {
@@ -270,11 +283,14 @@ impl Running {
         let info = Arc::new(info::Info(cluster.clone()));
         let state = ApiState::new(proposer, relay, clock, node)
             .with_cluster(info)
-            .with_spool_dir(paths.cache());
+            .with_spool_dir(paths.cache())
+            .with_webhook_allow(allowed(&config.webhook_allow)?);
         let router = api::router_with_pages(state.clone(), dashboard::routes());
         let stop = self.api_tasks.token().clone();
         let serve = api::serve(listener, router, stop.clone());
         self.api_tasks.spawn(info_span!("api"), serve);
+        let deliver = state.clone().deliver(cluster.leads(), stop.clone());
+        self.api_tasks.spawn(info_span!("channels"), deliver);
         self.api_tasks
             .spawn(info_span!("api sessions"), async move {
                 stop.cancelled().await;
@@ -283,6 +299,19 @@ impl Running {
         facts::write_ready(paths, here, &config.name, &url)?;
         info!(%url, node = %here, data = %paths.root().display(), "ready");
         Ok(())
+    }
+
+    /// Has the guests here measured from now on.
+    fn meter(&self, registry: &Arc<Registry>, clock: &Arc<dyn Clock>) -> Arc<Metering> {
+        let (here, view) = (self.cluster.mesh().here(), self.cluster.proposer().view());
+        let metering = Metering::new(here, Arc::clone(registry), view, Arc::clone(clock));
+        let metering = Arc::new(metering);
+        let stop = self.tasks.token();
+        let host = Arc::clone(&metering).watch_host(stop.clone());
+        self.tasks.spawn(info_span!("metering"), host);
+        let inside = Arc::clone(&metering).watch_inside(stop.clone());
+        self.tasks.spawn(info_span!("metering inside"), inside);
+        metering
     }
 
     /// Waits for a panic in any task: it stops the others of its kind, and half a node is worse
@@ -444,6 +473,7 @@ async fn start_slots(
             "removed network slots that nobody uses"
         );
     }
+    sweep_groups(&tag, leftovers).await?;
     let config = NetConfig {
         tag,
         index_base: config.slot_base,
@@ -453,6 +483,22 @@ async fn start_slots(
         serial_file: paths.net().join("serial"),
     };
     Ok((SlotPool::start(config, tasks).await?, claim))
+}
+
+/// Ends and removes the control groups of `tag` that no directory of a sandbox answers for.
+async fn sweep_groups(tag: &SlotTag, leftovers: &[adopt::Leftover]) -> Result<(), RunError> {
+    let Ok(node) = cgroup::group_of_node(tag.as_str()) else {
+        return Ok(());
+    };
+    let keep = adopt::names(leftovers);
+    let swept = task::spawn_blocking(move || cgroup::sweep(&node, &keep)).await;
+    match swept.map_err(|err| RunError::Broke(err.to_string()))? {
+        Ok(swept) if swept.is_empty() => {}
+        Ok(swept) => info!(?swept, "removed control groups that nobody uses"),
+        // It holds nothing that a new sandbox needs.
+        Err(err) => warn!(err = chain(&err), "a control group stays"),
+    }
+    Ok(())
 }
 
 /// Takes away what is there under another tag than `tag`: the range was moved in the
@@ -527,6 +573,15 @@ pub fn probe_accelerator(config: &Config) -> Result<String, RunError> {
     let (chosen, tried) = hypervisor::try_out(config, &guest)?;
     let (vmm, accelerator) = (chosen.driver.name(), chosen.accelerator.name());
     Ok(format!("{vmm} and {accelerator} ({})", tried.join("; ")))
+}
+
+/// Runs a guest of some bytes under KVM, by Cloud Hypervisor where it is to be used and there is one,
+/// else by QEMU, and says so in a sentence. For the command line: needs no image.
+///
+/// # Errors
+/// Why KVM does not run it, or why it cannot be saved.
+pub fn prove_kvm(config: &Config) -> Result<String, String> {
+    hypervisor::prove_kvm(config)
 }
 
 /// Finds out how the memory of resumed guests comes on this machine, and says so in a sentence. For

@@ -17,7 +17,7 @@ use crate::store::{DataPaths, Store};
 /// serve. Guests that were resumed with a pager before would wait for this daemon in vain.
 const COPY_MEMORY: &str = "WRENN_BENCH_COPY_MEMORY";
 
-/// Answers pagers from now on; `None` where none can serve on this host. Pagers of an earlier daemon
+/// Answers pagers from now on; `None` where none is to be used. Pagers of an earlier daemon
 /// wait for nothing else, so it comes before anything that takes long.
 pub(super) async fn start(
     store: Store,
@@ -30,18 +30,25 @@ pub(super) async fn start(
     }
     let probed = task::spawn_blocking(probe).await;
     let probed = probed.map_err(|err| disk("try a pager")(io::Error::other(err)))?;
-    match probed {
-        Ok(tracking) => info!("resumed guests get their memory {}", words(tracking)),
+    let watches = match probed {
+        Ok(tracking) => {
+            info!("resumed guests get their memory {}", words(tracking));
+            true
+        }
         Err(err) => {
             let why = chain(&err);
             warn!(
                 why,
-                "no pager can serve on this host: resumes copy all memory first"
+                "no pager may watch over page faults on this host: under Cloud Hypervisor, which \
+                 asks for pages, memory comes as it is touched, and under QEMU resumes copy it first"
             );
-            return Ok(None);
+            false
         }
-    }
-    let paging = Paging::new(store);
+    };
+    let paging = match watches {
+        true => Paging::new(store),
+        false => Paging::by_questions(store),
+    };
     let served = paging.serve(&paths.pager_socket(), tasks);
     served.map_err(disk("listen for pagers"))?;
     Ok(Some(paging))

@@ -33,6 +33,7 @@ use wrenn_node::api::{
     self, ApiState, ClusterInfo, LinearizeFuture, Minted, NoQuorum, NodeFacts, Standing, TokenTerms,
 };
 use wrenn_node::base::clock::HandClock;
+use wrenn_node::base::sample::Sample;
 use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
 use wrenn_node::guest::{CutDial, Guest, TcpDial};
@@ -68,6 +69,7 @@ pub struct Guests {
     pub console: Mutex<Option<Vec<u8>>>,
     pub transfer: Mutex<Option<Transfer>>,
     pub waiting: Mutex<Option<Waiting>>,
+    pub samples: Mutex<HashMap<SandboxId, Vec<Sample>>>,
     /// Cancelled when the guests die.
     pub gone: CancellationToken,
     pub start: Mutex<Option<Fate>>,
@@ -94,6 +96,11 @@ impl LocalGuests for Guests {
             transfer: *self.transfer.lock().unwrap(),
             waiting: self.waiting.lock().unwrap().clone(),
         })
+    }
+
+    fn samples(&self, id: SandboxId, _: Duration) -> Vec<Sample> {
+        let samples = self.samples.lock().unwrap();
+        samples.get(&id).cloned().unwrap_or_default()
     }
 
     fn console_tail(&self, _: SandboxId, bytes: usize) -> Option<Vec<u8>> {
@@ -221,6 +228,24 @@ impl World {
 
     pub async fn with_waits(create: Duration, destroy: Duration) -> Self {
         Self::build(create, destroy, |relay| relay).await
+    }
+
+    /// One whose webhooks may go to loopback.
+    pub async fn allowing_loopback() -> Self {
+        let mut world = Self::new().await;
+        let loopback = vec!["127.0.0.0/8".parse().expect("a network")];
+        let state = world.state.clone().with_webhook_allow(loopback);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        world.address = listener.local_addr().expect("an address");
+        let stop = CancellationToken::new();
+        tokio::spawn(api::serve(listener, api::router(state.clone()), stop));
+        world.state = state;
+        world
+    }
+
+    /// What its handlers share.
+    pub fn api_state(&self) -> ApiState {
+        self.state.clone()
     }
 
     /// An interface on another node than the one that owns every sandbox.
@@ -494,6 +519,7 @@ async fn populate(proposer: &Proposer) {
         accelerator: "none".into(),
         version: "1.2.3".into(),
         templates: [("minimal".into(), [1; 32])].into(),
+        reads_actors: true,
         ..Node::default()
     };
     let template = Template {
@@ -514,8 +540,7 @@ async fn populate(proposer: &Proposer) {
             name: "test".into(),
             hash: Sha256::digest(secret).into(),
             shown: secret[..10].into(),
-            created_at: Stamp(0),
-            revoked: false,
+            ..Key::default()
         };
         propose(proposer, Command::PutKey(key)).await;
     }

@@ -15,7 +15,7 @@ use wrenn_node::guest::{Dial, Guest, GuestStream, ProcessCommand};
 use wrenn_node::net::netns;
 use wrenn_node::net::slot::{GATEWAY_MAC, GUEST_ADDR, GUEST_MAC};
 use wrenn_node::vmm::cmdline::GuestArgs;
-use wrenn_node::vmm::{Accelerator, Driver, NetworkSpec, VmmSpec};
+use wrenn_node::vmm::{Accelerator, Confinement, Driver, NetworkSpec, VmmSpec};
 
 use crate::shim_support::QEMU;
 
@@ -68,6 +68,7 @@ impl Place {
                 tap: "tap0".into(),
                 mac: GUEST_MAC,
             }),
+            confinement: Confinement::of_probe(),
         }
     }
 

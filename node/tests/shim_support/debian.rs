@@ -170,6 +170,7 @@ pub async fn boot(sandbox: &Sandbox, netns: &Netns) -> (ShimClient, Guest) {
         sandbox_id: sandbox.id.to_string(),
         template: "minimal".into(),
         hostname: None,
+        default_user: Some("root".into()),
     };
     guest.set_up(&setup).await.expect("set up");
     run(

@@ -23,7 +23,8 @@ use proto::units::Mib;
 use wrenn_node::shim::client::{self, ShimClient};
 use wrenn_node::shim::spec::ShimSpec;
 use wrenn_node::shim::sweep::kill_leftovers;
-use wrenn_node::vmm::{Accelerator, Driver, VmmSpec};
+use wrenn_node::vmm::confinement::HostConfinement;
+use wrenn_node::vmm::{Accelerator, Confinement, Driver, VmmSpec};
 
 /// Our own executable.
 pub const WRENN: &str = env!("CARGO_BIN_EXE_wrenn");
@@ -227,9 +228,17 @@ impl Sandbox {
                 memory: Mib(256),
                 root_disk: None,
                 network: None,
+                confinement: self.confinement(),
             },
             restore: None,
         }
+    }
+
+    /// As a node confines its sandboxes, as far as this host lets it.
+    fn confinement(&self) -> Confinement {
+        let index = u16::from_be_bytes([self.id.0[0], self.id.0[1]]);
+        let host = HostConfinement::of_this_host(&format!("test-{}", std::process::id()));
+        host.of_sandbox(&self.id.to_string(), index)
     }
 
     /// An empty overlay over an empty raw image.

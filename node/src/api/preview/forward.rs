@@ -1,7 +1,7 @@
 //! Passing a request on to a port of a guest, and its answer back: bodies stream, upgrades become pipes.
 
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Body;
 use axum::extract::Request;
@@ -19,6 +19,7 @@ use tokio::io;
 use tracing::debug;
 
 use super::super::auth;
+use super::super::grants::Grant;
 use super::super::streams::Sessions;
 use super::address::Address;
 use super::pass::LINK;
@@ -75,7 +76,7 @@ pub(super) async fn forward(
     client: &PortClient,
     to: Address,
     from: Option<IpAddr>,
-    sessions: &Sessions,
+    (sessions, grant): (&Sessions, Option<Arc<Grant>>),
     mut request: Request,
 ) -> Result<Response, hyper_util::client::legacy::Error> {
     let upgrade = wants_upgrade(request.headers()).cloned();
@@ -103,8 +104,18 @@ pub(super) async fn forward(
                 return;
             };
             let (mut visitor, mut guest) = (TokioIo::new(visitor), TokioIo::new(guest));
-            if let Err(err) = io::copy_bidirectional(&mut visitor, &mut guest).await {
-                debug!(%err, "an upgraded connection to a port broke");
+            let copied = io::copy_bidirectional(&mut visitor, &mut guest);
+            let over = async {
+                match &grant {
+                    Some(grant) => grant.ended().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                copied = copied => if let Err(err) = copied {
+                    debug!(%err, "an upgraded connection to a port broke");
+                },
+                () = over => debug!("an upgraded connection to a port ended with its key"),
             }
         });
     }

@@ -20,6 +20,7 @@ use std::error::Error as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{ACCEPT, CONTENT_TYPE, LOCATION, RETRY_AFTER, SET_COOKIE};
 use axum::http::request::Parts;
@@ -33,7 +34,9 @@ use tokio::time::Instant;
 use self::address::{Address, address};
 pub(super) use self::forward::Kept;
 pub(super) use self::links::{__path_link, link};
+use self::pass::Pass;
 use super::error::{ApiError, Code};
+use super::grants::{Grant, until_ended};
 use super::pausing::wake;
 use super::state::ApiState;
 use crate::base::chain::chain;
@@ -42,6 +45,9 @@ use crate::relay::RelayError;
 
 /// Visits under way at once, beside the requests to the interface. Each holds two connections and their buffers.
 const MAX_VISITS: usize = 2048;
+
+/// Why a visit breaks off whose key has come to its end.
+const KEY_OVER: &str = "the key, or the link's key, was revoked or has expired";
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug)]
@@ -114,7 +120,7 @@ async fn visit(api: &ApiState, to: Address, request: Request) -> Result<Response
         return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, words));
     };
     let (parts, body) = request.into_parts();
-    let sandbox = admitted(api, to, &parts)?;
+    let (sandbox, pass) = admitted(api, to, &parts)?;
     if let Some(answer) = keep_link(&parts) {
         return Ok(answer);
     }
@@ -122,29 +128,51 @@ async fn visit(api: &ApiState, to: Address, request: Request) -> Result<Response
     let (sandbox, guest) = guest(api, sandbox).await?;
     let client = api.previews.kept.client(to, sandbox.epoch, &guest);
     let request = Request::from_parts(parts, body);
-    let answered = forward::forward(&client, to, from, &api.sessions, request).await;
+    let grant = grant(api, pass);
+    let visited = forward::forward(&client, to, from, (&api.sessions, grant.clone()), request);
+    let answered = match &grant {
+        None => visited.await,
+        Some(grant) => tokio::select! {
+            answered = visited => answered,
+            () = grant.ended() => return Err(Refusal::new(StatusCode::UNAUTHORIZED, KEY_OVER)),
+        },
+    };
     let answer = answered.map_err(|err| unanswered(to, &err))?;
+    let answer = match grant {
+        None => answer,
+        Some(grant) => answer.map(|body| Body::new(until_ended(body, grant))),
+    };
     // It is under way until its last byte.
     Ok(super::router::held(answer, slot))
 }
 
+/// What a visit by a key, or a link of it, goes on under.
+fn grant(api: &ApiState, pass: Pass) -> Option<Arc<Grant>> {
+    let Pass::Key(key) = pass else {
+        return None;
+    };
+    api.uses.note(key, api.clock.now());
+    api.keep_watch();
+    Some(api.grants.hold(key, &api.view, api.clock.as_ref()))
+}
+
 /// The sandbox, if the visitor may go there.
-fn admitted(api: &ApiState, to: Address, parts: &Parts) -> Result<Sandbox, Refusal> {
+fn admitted(api: &ApiState, to: Address, parts: &Parts) -> Result<(Sandbox, Pass), Refusal> {
     let state = api.view.state();
     let known = state.sandbox(to.id).filter(|it| !it.phase.is_ended());
     let sandbox = known.ok_or_else(|| {
         let words = format!("capsule {} was not found", to.id);
         Refusal::new(StatusCode::NOT_FOUND, words)
     })?;
-    if !pass::may_visit(&state, sandbox, to.port, parts, api.clock.now()) {
+    let Some(pass) = pass::pass(&state, sandbox, to.port, parts, api.clock.now()) else {
         let words = format!(
             "port {} of capsule {} is private: send a key of its team in X-API-Key, or use a link \
              (POST /v1/capsules/{{id}}/links)",
             to.port, to.id
         );
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, words));
-    }
-    Ok(sandbox.clone())
+    };
+    Ok((sandbox.clone(), pass))
 }
 
 /// A browser that comes by a link is given its word as a cookie, so that what the page asks for next comes in too,

@@ -12,7 +12,7 @@ use proto::ids::KeyId;
 use proto::units::Stamp;
 use raft::state::{Sandbox, State};
 
-use super::super::auth::presented_by;
+use super::super::auth::{is_good, presented_by};
 use super::address::Address;
 
 /// The parameter, the cookie and the header that carry a link's word.
@@ -33,23 +33,33 @@ pub(super) fn sign(key: KeyId, hash: &[u8; 32], to: Address, until: Stamp) -> St
     URL_SAFE_NO_PAD.encode(word)
 }
 
-/// Whether a request may go to `sandbox` at `now`.
-pub(super) fn may_visit(
+/// By what a visitor comes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pass {
+    /// The team opened the port to everybody.
+    Open,
+    /// By this key, or a link of it.
+    Key(KeyId),
+}
+
+/// By what a request may go to `sandbox` at `now`, if it may.
+pub(super) fn pass(
     state: &State,
     sandbox: &Sandbox,
     port: u16,
     parts: &Parts,
     now: Stamp,
-) -> bool {
+) -> Option<Pass> {
     if sandbox.spec.ports_open {
-        return true;
+        return Some(Pass::Open);
     }
-    let by_key = presented_by(state, &parts.headers).is_some_and(|key| key.team == sandbox.team);
+    let by_key = presented_by(state, &parts.headers, now).filter(|it| it.team == sandbox.team);
     let to = Address {
         id: sandbox.id,
         port,
     };
-    by_key || words(parts).any(|word| is_good(state, sandbox, to, word, now))
+    let by_link = || words(parts).find_map(|word| signer(state, sandbox, to, word, now));
+    by_key.map(|key| key.id).or_else(by_link).map(Pass::Key)
 }
 
 /// The words of links that a request carries.
@@ -83,37 +93,32 @@ fn in_cookies(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     pairs.filter_map(|(name, word)| (name == LINK).then_some(word))
 }
 
-fn is_good(state: &State, sandbox: &Sandbox, to: Address, word: &str, now: Stamp) -> bool {
-    checked(word, to, now, |key| {
-        let key = state.key(key)?;
-        (key.team == sandbox.team && !key.revoked).then_some(key.hash)
+/// The key whose link `word` is, if it holds.
+fn signer(state: &State, sandbox: &Sandbox, to: Address, word: &str, now: Stamp) -> Option<KeyId> {
+    checked(word, to, now, |id| {
+        let key = state.key(id).filter(|_| is_good(state, id, now))?;
+        (key.team == sandbox.team).then_some(key.hash)
     })
 }
 
-/// Whether `word` is a link to `to` that holds at `now`, signed with what `hash_of` knows of its key.
+/// The key of the link `word` to `to` that holds at `now`, signed with what `hash_of` knows of it.
 fn checked(
     word: &str,
     to: Address,
     now: Stamp,
     hash_of: impl Fn(KeyId) -> Option<[u8; 32]>,
-) -> bool {
-    let Ok(bytes) = URL_SAFE_NO_PAD.decode(word) else {
-        return false;
-    };
-    let Some((said, signed)) = bytes.split_at_checked(TERMS_BYTES) else {
-        return false;
-    };
-    let Ok(signed) = <[u8; SIGNATURE_BYTES]>::try_from(signed) else {
-        return false;
-    };
-    let (Some((key, rest)), Some((_, until))) = (said.split_first_chunk(), said.split_last_chunk())
-    else {
-        return false;
-    };
+) -> Option<KeyId> {
+    let bytes = URL_SAFE_NO_PAD.decode(word).ok()?;
+    let (said, signed) = bytes.split_at_checked(TERMS_BYTES)?;
+    let signed = <[u8; SIGNATURE_BYTES]>::try_from(signed).ok()?;
+    let (key, rest) = said.split_first_chunk()?;
+    let (_, until) = said.split_last_chunk()?;
     let port = [rest[0], rest[1]];
     let fits = u16::from_be_bytes(port) == to.port && now < Stamp(u64::from_be_bytes(*until));
     // Compared in constant time.
-    fits && hash_of(KeyId(*key)).is_some_and(|hash| signature(&hash, to, said) == signed)
+    let key = KeyId(*key);
+    let hash = hash_of(key).filter(|_| fits)?;
+    (signature(&hash, to, said) == signed).then_some(key)
 }
 
 fn terms(key: KeyId, port: u16, until: Stamp) -> Vec<u8> {
@@ -141,32 +146,32 @@ mod tests {
 
     const KEY: KeyId = KeyId([2; 16]);
 
-    fn is_good(word: &str, to: Address, now: u64) -> bool {
-        checked(word, to, Stamp(now), |id| (id == KEY).then_some(HASH))
+    fn opens(word: &str, to: Address, now: u64) -> bool {
+        checked(word, to, Stamp(now), |id| (id == KEY).then_some(HASH)) == Some(KEY)
     }
 
     #[test]
     fn a_link_leads_to_its_own_port_until_its_end_and_not_beyond() {
         let word = sign(KEY, &HASH, TO, Stamp(1000));
-        assert!(is_good(&word, TO, 999));
-        assert!(!is_good(&word, TO, 1000), "it is over");
-        assert!(!is_good(&word, Address { port: 8081, ..TO }, 0));
+        assert!(opens(&word, TO, 999));
+        assert!(!opens(&word, TO, 1000), "it is over");
+        assert!(!opens(&word, Address { port: 8081, ..TO }, 0));
         let id = SandboxId([9; 16]);
-        assert!(!is_good(&word, Address { id, ..TO }, 0));
+        assert!(!opens(&word, Address { id, ..TO }, 0));
         assert!(
-            !checked(&word, TO, Stamp(0), |_| None),
+            checked(&word, TO, Stamp(0), |_| None).is_none(),
             "its key is revoked"
         );
-        assert!(!checked(&word, TO, Stamp(0), |_| Some([8; 32])));
+        assert!(checked(&word, TO, Stamp(0), |_| Some([8; 32])).is_none());
     }
 
     proptest! {
         #[test]
-        fn no_changed_word_is_good(at in 0_usize..58, change in 1_u8.., junk in "[ -~]*") {
+        fn no_changed_word_opens(at in 0_usize..58, change in 1_u8.., junk in "[ -~]*") {
             let mut bytes = URL_SAFE_NO_PAD.decode(sign(KEY, &HASH, TO, Stamp(1000))).expect("a word");
             bytes[at] ^= change;
-            prop_assert!(!is_good(&URL_SAFE_NO_PAD.encode(bytes), TO, 0));
-            prop_assert!(!is_good(&junk, TO, 0));
+            prop_assert!(!opens(&URL_SAFE_NO_PAD.encode(bytes), TO, 0));
+            prop_assert!(!opens(&junk, TO, 0));
         }
     }
 }

@@ -110,6 +110,10 @@ async fn stream(guest: Run, pid: u32, mut events: EventStream, mut session: Sess
         outcome = watch(pid, &mut events, &mut session.down) => outcome,
         () = stopped(&mut session.up) => Unwatched::Gone,
         () = session.stop.cancelled() => {
+            // A stopping node leaves it alone; a key that is over takes along what was its own.
+            if session.is_over() {
+                kill(&guest, pid).await;
+            }
             return session.close(close_code::AWAY, "this node stops; attach again by pid").await;
         }
     };
@@ -117,15 +121,19 @@ async fn stream(guest: Run, pid: u32, mut events: EventStream, mut session: Sess
         Unwatched::Exited => session.close(close_code::NORMAL, "").await,
         Unwatched::Broken(err) => session.refuse(&guest.explained(err).await).await,
         Unwatched::Gone => {
-            if let Err(err) = guest.signal(Selector::Pid(pid), Signal::Kill).await {
-                debug!(%err, pid, "a command whose client left was gone already");
-            }
+            kill(&guest, pid).await;
             // One that said stop reads on: it is told how the command ended.
             match watch(pid, &mut events, &mut session.down).await {
                 Unwatched::Broken(err) => session.refuse(&guest.explained(err).await).await,
                 Unwatched::Exited | Unwatched::Gone => session.close(close_code::NORMAL, "").await,
             }
         }
+    }
+}
+
+async fn kill(guest: &Run, pid: u32) {
+    if let Err(err) = guest.signal(Selector::Pid(pid), Signal::Kill).await {
+        debug!(%err, pid, "a command whose client left was gone already");
     }
 }
 

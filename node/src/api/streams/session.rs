@@ -3,6 +3,7 @@
 //! An upgrade is refused with a status only where it is malformed, its key is unknown or this node has too many
 //! sessions. All else is told in an `error` frame, since browsers show nobody the status of a refused upgrade.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ use tokio_util::task::TaskTracker;
 
 use super::super::auth::{Caller, Presented};
 use super::super::error::{ApiError, Code};
+use super::super::grants::Grant;
+use super::super::preview::Peer;
+use super::super::scopes;
 use super::super::state::ApiState;
 
 /// Sessions open at once. Each holds a connection to its guest and some buffers, 200 KiB at most.
@@ -34,6 +38,9 @@ const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest a client is waited for to close its side. A socket that is closed with unread input is reset, and
 /// the last frames are lost with it.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a session ends whose key has.
+const KEY_OVER: &str = "the API key was revoked, or has expired";
 
 /// The sessions of this node.
 #[derive(Clone, Debug)]
@@ -62,6 +69,16 @@ impl Sessions {
         });
     }
 
+    /// Resolves once they are to end.
+    pub(in crate::api) fn ending(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.stop.clone().cancelled_owned()
+    }
+
+    /// Fires when the sessions end.
+    pub(in crate::api) fn stopping(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
     /// Ends all sessions and returns once they are closed.
     pub(in crate::api) async fn end(&self) {
         self.stop.cancel();
@@ -71,15 +88,16 @@ impl Sessions {
 }
 
 /// A request for a WebSocket.
-pub(in crate::api) struct Upgrade(WebSocketUpgrade);
+pub(in crate::api) struct Upgrade(WebSocketUpgrade, Option<IpAddr>);
 
 impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let from = parts.extensions.get::<Peer>().map(|peer| peer.0.ip());
         let upgrade = WebSocketUpgrade::from_request_parts(parts, state).await;
         upgrade
-            .map(Self)
+            .map(|upgrade| Self(upgrade, from))
             .map_err(|err| ApiError::invalid(format!("this route speaks WebSocket: {err}")))
     }
 }
@@ -89,7 +107,7 @@ impl Upgrade {
     pub(super) fn open<F>(
         self,
         api: &ApiState,
-        presented: Presented,
+        Presented(presented): Presented,
         run: impl FnOnce(Caller, Session) -> F + Send + 'static,
     ) -> Result<Response, ApiError>
     where
@@ -100,7 +118,9 @@ impl Upgrade {
             let message = format!("this node serves {MAX_SESSIONS} WebSockets already");
             return Err(ApiError::new(Code::Overloaded, message));
         };
-        let (stop, open) = (sessions.stop.clone(), sessions.open.token());
+        // Its key may end it as well, and then it alone.
+        let (stop, open) = (sessions.stop.child_token(), sessions.open.token());
+        let from = self.1;
         let api = api.clone();
         let sized = self.0.max_message_size(MESSAGE_BYTES);
         Ok(sized.on_upgrade(async move |socket| {
@@ -109,13 +129,35 @@ impl Upgrade {
             let mut session = Session {
                 up: Up { stream },
                 down: Down { sink },
-                stop,
+                stop: stop.clone(),
+                grant: None,
             };
-            match session.caller(&api, presented).await {
-                Ok(caller) => run(caller, session).await,
+            let caller = match presented {
+                Some(caller) => Ok(caller),
+                None => session.caller(&api, from).await,
+            };
+            match caller {
+                Ok(caller) => {
+                    let grant = api.grants.hold(caller.key, &api.view, api.clock.as_ref());
+                    session.grant = Some(grant.clone());
+                    stop_with(&grant, &stop, run(caller, session)).await;
+                }
                 Err(err) => session.refuse(&err).await,
             }
         }))
+    }
+}
+
+/// Runs a session, and has it stop once its key is over.
+async fn stop_with(grant: &Grant, stop: &CancellationToken, run: impl Future<Output = ()>) {
+    let over = async {
+        grant.ended().await;
+        stop.cancel();
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = run => {}
+        () = over => {}
     }
 }
 
@@ -124,6 +166,8 @@ pub(super) struct Session {
     pub(super) up: Up,
     pub(super) down: Down,
     pub(super) stop: CancellationToken,
+    /// The key's word, once the client said who it is.
+    grant: Option<Arc<Grant>>,
 }
 
 /// Frames of a client.
@@ -163,10 +207,8 @@ pub(super) struct ErrorFrame {
 }
 
 impl Session {
-    async fn caller(&mut self, api: &ApiState, presented: Presented) -> Result<Caller, ApiError> {
-        if let Some(caller) = presented.0 {
-            return Ok(caller);
-        }
+    /// Who the client says it is, in its first frame.
+    async fn caller(&mut self, api: &ApiState, from: Option<IpAddr>) -> Result<Caller, ApiError> {
         let wanted = r#"the first frame must be {"type":"auth","token":...}"#;
         let refused = || ApiError::new(Code::Unauthorized, wanted);
         let first = time::timeout(AUTH_TIMEOUT, self.up.next()).await;
@@ -176,7 +218,7 @@ impl Session {
         let Ok(Introduction::Auth { token }) = serde_json::from_str(&text) else {
             return Err(refused());
         };
-        Caller::of_key(api, &token)
+        scopes::introduced(api, &token, from)
     }
 
     /// The frame that says what the client wants.
@@ -202,8 +244,18 @@ impl Session {
         }
     }
 
+    /// Whether the session has to stop because its key has come to its end.
+    pub(super) fn is_over(&self) -> bool {
+        self.grant.as_ref().is_some_and(|grant| grant.is_over())
+    }
+
     /// Ends the session: all that was sent arrives, unless the client does not read.
     pub(super) async fn close(mut self, code: u16, reason: &'static str) {
+        let (code, reason) = if self.is_over() {
+            (close_code::POLICY, KEY_OVER)
+        } else {
+            (code, reason)
+        };
         let frame = CloseFrame {
             code,
             reason: reason.into(),
