@@ -8,6 +8,7 @@
 //! form one cluster, and can lose each other.
 
 pub mod client;
+pub mod clients;
 pub mod cluster;
 pub mod contents;
 pub mod history;

@@ -4,6 +4,7 @@
 //! All of them answer to the host, so what does not answer to a guest was refused and is not merely
 //! absent.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::Command;
@@ -86,6 +87,17 @@ impl Outside {
             }
         });
         is_ready.recv().expect("it listens");
+    }
+}
+
+/// Programs in it.
+impl Outside {
+    /// A program as it runs there.
+    #[must_use]
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.name]).arg(program);
+        command
     }
 }
 

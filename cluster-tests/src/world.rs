@@ -606,7 +606,7 @@ pub fn wrenn() -> PathBuf {
         .expect("no wrenn binary; run deploy/test real-vm")
 }
 
-fn workspace() -> &'static Path {
+pub(crate) fn workspace() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("the crate lies in the workspace")

@@ -7,6 +7,7 @@
 
 mod any_node;
 mod begins;
+mod builds;
 mod clones;
 mod coming;
 mod concurrent;
@@ -19,6 +20,7 @@ mod flow;
 mod forks;
 mod lost;
 mod moving;
+mod passed_over;
 mod pausing;
 mod rolling;
 mod witness;

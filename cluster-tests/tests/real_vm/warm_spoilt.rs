@@ -61,7 +61,8 @@ fn a_warm_snapshot_that_is_of_no_use_is_made_anew_and_tried_once() {
 }
 
 /// Has `world` use a hypervisor that takes nothing that was saved, as long as the file is there that is
-/// returned.
+/// returned. It is a script, and there is no shell in the root of a VMM: so the node lacks a right
+/// that it needs to make one.
 fn refusing_qemu(world: &mut World) -> PathBuf {
     let (program, flag) = (world.dir().join("qemu"), world.dir().join("refuses"));
     let script = format!(
@@ -71,6 +72,9 @@ fn refusing_qemu(world: &mut World) -> PathBuf {
     );
     fs::write(&program, script).expect("written");
     fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).expect("its mode");
+    world.launcher = ["setpriv", "--bounding-set", "-mknod"]
+        .map(str::to_owned)
+        .into();
     let program = program.to_str().expect("a plain path");
     world.arguments = ["--warm-create", "true", "--qemu", program]
         .map(str::to_owned)

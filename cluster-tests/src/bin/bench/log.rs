@@ -145,8 +145,7 @@ fn proposal(client: u8) -> Vec<u8> {
         name: format!("bench {client}"),
         hash: [client; 32],
         shown: "wrn_123456".into(),
-        created_at: Stamp(0),
-        revoked: false,
+        ..Key::default()
     };
     let command = Command::PutKey(key);
     Proposal {

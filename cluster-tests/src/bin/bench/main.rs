@@ -17,6 +17,8 @@
 //! Each benchmark makes its own world and takes it down again; an interrupt ends the run under way
 //! and then does the same.
 
+mod agent;
+mod ch;
 mod create;
 mod etcd;
 mod exec;
@@ -33,6 +35,7 @@ mod relay;
 mod slots;
 mod slow_link;
 mod snapshots;
+mod sshd;
 mod statemachine;
 mod trio;
 
@@ -69,7 +72,7 @@ struct Benchmark {
 }
 
 /// All there are, in the order in which they run: those that measure the quiet host come first.
-const BENCHMARKS: [Benchmark; 19] = [
+const BENCHMARKS: [Benchmark; 21] = [
     Benchmark {
         name: "log",
         about: "durable proposals of a raft group of one, beside bare fdatasync",
@@ -121,6 +124,11 @@ const BENCHMARKS: [Benchmark; 19] = [
         run: exec::run,
     },
     Benchmark {
+        name: "agent",
+        about: "commands, output, terminals and files, here and through a node in between, beside ssh and scp",
+        run: agent::run,
+    },
+    Benchmark {
         name: "create",
         about: "cold create to first answer, and our share of it",
         run: create::run,
@@ -165,6 +173,11 @@ const BENCHMARKS: [Benchmark; 19] = [
         about: "room that ten capsules of one template share",
         run: snapshots::dedup::run,
     },
+    Benchmark {
+        name: "ch",
+        about: "a guest back under Cloud Hypervisor, beside its own ways and its offload daemon",
+        run: ch::run,
+    },
 ];
 
 /// What one name stands for: all that is about snapshots.
@@ -193,7 +206,10 @@ struct Arguments {
     /// Memory of the guests that are paused and resumed.
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     memory: u32,
-    /// How many capsules `at-once` resumes.
+    /// Memory of the largest guest of `ch`; all smaller ones are measured too.
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    ch_memory: u32,
+    /// How many capsules `at-once` resumes, and how many guests `ch` does.
     #[arg(long, value_name = "N", default_value_t = 16)]
     at_once: usize,
     /// Be the process whose memory is paged, for `faults`.
@@ -211,6 +227,7 @@ struct Arguments {
 struct Run {
     runs: usize,
     memory_mib: u32,
+    ch_memory_mib: u32,
     at_once: usize,
     interrupted: Arc<AtomicBool>,
 }
@@ -274,6 +291,7 @@ fn run(arguments: &Arguments) -> Outcome {
         },
         // A multiple of 16 pages, and enough for a kernel to boot.
         memory_mib: arguments.memory.max(least),
+        ch_memory_mib: arguments.ch_memory,
         at_once: arguments.at_once.max(1),
         interrupted: notice_interrupts()?,
     };
@@ -284,14 +302,25 @@ fn run(arguments: &Arguments) -> Outcome {
         eprintln!("fewer than {LEAST_RUNS} runs: the medians below are not worth writing down");
     }
     for benchmark in chosen {
-        if arguments.names.is_empty() && ETCD_TOO.contains(&benchmark.name) && !etcd_is_here() {
-            eprintln!("{}: left out, there is no etcd", benchmark.name);
+        if arguments.names.is_empty()
+            && let Some(lacks) = lacks(benchmark.name)
+        {
+            eprintln!("!!! {}: LEFT OUT, there is no {lacks} !!!", benchmark.name);
             continue;
         }
         eprintln!("{}: {}", benchmark.name, benchmark.about);
         (benchmark.run)(&run).map_err(|err| format!("{}: {err}", benchmark.name))?;
     }
     Ok(())
+}
+
+/// What is not there of what a benchmark needs and a person has to install.
+fn lacks(benchmark: &str) -> Option<&'static str> {
+    match benchmark {
+        "ch" => ch::lacks(),
+        name if ETCD_TOO.contains(&name) && !etcd_is_here() => Some("etcd"),
+        _ => None,
+    }
 }
 
 fn etcd_is_here() -> bool {

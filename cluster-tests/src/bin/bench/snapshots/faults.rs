@@ -153,7 +153,7 @@ impl Image {
 
     /// Touches of memory that a pager brings, as far as it can out of `store`.
     fn touch_paged(&self, store: &Store) -> Outcome<Vec<f64>> {
-        map_of(store, &self.manifest)?.write(&self.dir.path().join(PAGES))?;
+        map_of(store, &self.manifest, Region::new(MEMORY))?.write(&self.dir.path().join(PAGES))?;
         let memory = GuestMemory::create(MEMORY)?;
         let paged = Paged::start(self.dir.path(), &memory)?;
         let socket = self.dir.path().join(SOCKET);
@@ -170,8 +170,8 @@ impl Image {
 }
 
 /// Where each chunk of an image lies in `store`, for a pager.
-fn map_of(store: &Store, manifest: &Manifest) -> Outcome<PageMap> {
-    let mut map = PageMap::builder(Region::new(MEMORY));
+pub(crate) fn map_of(store: &Store, manifest: &Manifest, region: Region) -> Outcome<PageMap> {
+    let mut map = PageMap::builder(region);
     for extent in manifest.extents() {
         let Content::Chunk { id, within_bytes } = extent.content else {
             continue;

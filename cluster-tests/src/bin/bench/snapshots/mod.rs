@@ -38,6 +38,6 @@ fn filled_mib(run: &Run) -> u32 {
 }
 
 /// Rounds of a benchmark whose rounds take half a minute.
-fn rounds(run: &Run) -> usize {
+pub(crate) fn rounds(run: &Run) -> usize {
     run.runs.div_ceil(2)
 }

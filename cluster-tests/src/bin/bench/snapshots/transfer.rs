@@ -11,14 +11,13 @@
 //! the process. sshd listens there only, with keys that are made for it and thrown away. Without sshd
 //! (Debian: openssh-server) ours alone is measured.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use node::store::{CHUNK_BYTES, Limits, SnapshotDigest, Store};
@@ -30,18 +29,13 @@ use transport::{Identity, Transport};
 use super::peer::{Only, begin, hand_out, join, seal, soon};
 use super::rounds;
 use crate::figures::{Samples, figure, ratio};
+use crate::sshd::Sshd;
 use crate::{Outcome, Run, slow_link};
 
 /// One window in so many is written between the two snapshots: 5 %.
 const CHANGED: usize = 20;
 /// The slow link moves so much less, or it would take all day.
 const SLOW_SHARE: u32 = 8;
-/// Where sshd lies: it must be started by its full path.
-const SSHD: &str = "/usr/sbin/sshd";
-/// Longest until sshd listens.
-const SSHD_PATIENCE: Duration = Duration::from_secs(10);
-/// Pause between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Most of scp's time that a cold transfer may take: nine tenths of its speed.
 const COLD_GOAL: f64 = 1.0 / 0.9;
 /// Most of rsync's time that the next snapshot may take.
@@ -88,13 +82,7 @@ pub(crate) fn run_slow(run: &Run) -> Outcome {
 
 fn measure(run: &Run, link: &Link) -> Outcome {
     let bytes = u64::from(run.memory_mib) * MIB_BYTES;
-    let sshd = match Path::new(SSHD).exists() {
-        true => Some(Sshd::start(link)?),
-        false => {
-            run.note("there is no sshd: nothing to compare with");
-            None
-        }
-    };
+    let sshd = Sshd::start_if_there(run, link.listen, link.dial)?;
     let [mut cold, mut changed, mut scp, mut rsync] = [const { Samples::new() }; 4];
     for round in 1..=rounds(run) {
         run.go_on()?;
@@ -102,12 +90,18 @@ fn measure(run: &Run, link: &Link) -> Outcome {
         let mut pair = Pair::start(&image, link)?;
         cold.add_ms(pair.fetch(image.digest)?);
         if let Some(sshd) = &sshd {
-            scp.add_ms(sshd.scp(&image.path(), &image.copy())?);
+            scp.add_ms(timed(
+                &mut sshd.download(&image.path(), &image.copy()),
+                &image.copy(),
+            )?);
         }
         image.change(round)?;
         changed.add_ms(pair.fetch(image.digest)?);
         if let Some(sshd) = &sshd {
-            rsync.add_ms(sshd.rsync(&image.path(), &image.copy())?);
+            rsync.add_ms(timed(
+                &mut sshd.rsync(&image.path(), &image.copy()),
+                &image.copy(),
+            )?);
         }
         pair.stop();
         run.note(&format!("{}: round {round}", link.name));
@@ -261,111 +255,6 @@ impl Pair {
     fn stop(self) {
         self.here.block_on(self.near.stop(soon()));
         self.there.block_on(self.far.stop(soon()));
-    }
-}
-
-/// An sshd of our own.
-struct Sshd {
-    child: Child,
-    port: u16,
-    dial: IpAddr,
-    dir: TempDir,
-}
-
-impl Sshd {
-    fn start(link: &Link) -> Outcome<Self> {
-        // Its privilege separation wants this one, which Debian makes when the service starts.
-        fs::create_dir_all("/run/sshd")?;
-        let dir = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
-        for key in ["host", "user"] {
-            let made = Command::new("ssh-keygen")
-                .args(["-q", "-t", "ed25519", "-N", "", "-f"])
-                .arg(dir.path().join(key))
-                .status()?;
-            if !made.success() {
-                return Err("ssh-keygen made no key".into());
-            }
-        }
-        let port = TcpListener::bind((link.listen, 0))?.local_addr()?.port();
-        let (at, listen) = (dir.path().display(), link.listen);
-        let config = format!(
-            "Port {port}\nListenAddress {listen}\nHostKey {at}/host\nPidFile none\n\
-             AuthorizedKeysFile {at}/user.pub\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n\
-             PasswordAuthentication no\nSubsystem sftp internal-sftp\n"
-        );
-        fs::write(dir.path().join("config"), config)?;
-        let child = Command::new(SSHD)
-            .args(["-D", "-e", "-f"])
-            .arg(dir.path().join("config"))
-            .stderr(Stdio::null())
-            .spawn()?;
-        let dial = link.dial;
-        let sshd = Self {
-            child,
-            port,
-            dial,
-            dir,
-        };
-        let until = Instant::now() + SSHD_PATIENCE;
-        while TcpStream::connect((dial, port)).is_err() {
-            if Instant::now() > until {
-                return Err("sshd does not listen".into());
-            }
-            thread::sleep(LOOK_AGAIN);
-        }
-        Ok(sshd)
-    }
-
-    fn options(&self) -> Vec<String> {
-        let key = self.dir.path().join("user").display().to_string();
-        let known = "-oUserKnownHostsFile=/dev/null";
-        [
-            "-i",
-            &key,
-            "-oStrictHostKeyChecking=no",
-            known,
-            "-oLogLevel=ERROR",
-        ]
-        .map(str::to_owned)
-        .into()
-    }
-
-    fn scp(&self, from: &Path, to: &Path) -> Outcome<Duration> {
-        let mut scp = Command::new("scp");
-        scp.args(["-q", "-P", &self.port.to_string()])
-            .args(self.options());
-        timed(
-            scp.arg(format!("root@{}:{}", self.dial, from.display()))
-                .arg(to),
-            to,
-        )
-    }
-
-    /// Over the copy of the image before.
-    fn rsync(&self, from: &Path, to: &Path) -> Outcome<Duration> {
-        let shell = format!("ssh -p {} {}", self.port, self.options().join(" "));
-        let mut rsync = Command::new("rsync");
-        rsync.args([
-            "--inplace",
-            "--no-whole-file",
-            "--ignore-times",
-            "-e",
-            &shell,
-        ]);
-        timed(
-            rsync
-                .arg(format!("root@{}:{}", self.dial, from.display()))
-                .arg(to),
-            to,
-        )
-    }
-}
-
-impl Drop for Sshd {
-    fn drop(&mut self) {
-        // One that has ended by itself is waited for as well.
-        let _killed = self.child.kill();
-        let _reaped = self.child.wait();
     }
 }
 

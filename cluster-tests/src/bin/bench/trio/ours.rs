@@ -235,8 +235,7 @@ fn proposal(client: u8) -> Vec<u8> {
         name: "v".repeat(VALUE_BYTES),
         hash: [client; 32],
         shown: "wrn_123456".into(),
-        created_at: Stamp(0),
-        revoked: false,
+        ..Key::default()
     };
     let command = Change::PutKey(key);
     Proposal {
