@@ -6,13 +6,18 @@
 //! was opened *before* its command line was read once more, so a number that has passed to another
 //! process in between is never hit. The shim goes first: it could not start anything afterwards. The
 //! pager goes last: the VMM, which may wait for a page, does not need it to die.
+//!
+//! A process has no command line for a moment in the middle of its `exec`, and again while it ends.
+//! Such a one is looked at until it has a name or is gone: it may be the VMM that a shim was just
+//! starting, with the sandbox's disk and tap open.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 
@@ -27,6 +32,13 @@ use crate::vmm::process::poll_timeout;
 
 /// Longest wait for a killed process: freeing a large guest's memory takes a while.
 const GONE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for a process without a command line. An `exec` takes a millisecond; a program may
+/// also have erased its own, and is then no business of ours.
+const NAMELESS_TIMEOUT: Duration = Duration::from_millis(250);
+/// How long between two looks at such a process.
+const NAMELESS_INTERVAL: Duration = Duration::from_millis(1);
+/// `PF_KTHREAD`, among the flags of a process: it belongs to the kernel, and never has a command line.
+const KERNEL_THREAD: u64 = 0x0020_0000;
 
 /// What a process is to the directory that is swept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,8 +48,19 @@ enum Role {
     Pager,
 }
 
+/// What a look at a process says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Ours(Role),
+    /// It is in the middle of its `exec`, or of its end.
+    Nameless,
+    /// Somebody else's, or gone.
+    NotOurs,
+}
+
 /// Kills the shim, the VMM and the pager of `dir`, whether or not they answer, waits until they are
-/// gone, and removes the VMM's control group. Returns the pids that were killed. Blocks: call it off the runtime's threads.
+/// gone, and removes the VMM's control group. Returns the pids that were killed. Blocks: call it off
+/// the runtime's threads.
 ///
 /// # Errors
 /// See [`SweepError`].
@@ -49,10 +72,14 @@ pub fn kill_leftovers(dir: &Path) -> Result<Vec<u32>, SweepError> {
     let mut killed = Vec::new();
     // Once more after the first round, for a process that its shim was just starting.
     loop {
-        let mut found = processes_of(&dir).map_err(|source| SweepError::List { source })?;
-        found.sort();
+        let (mut ours, nameless) =
+            processes_of(&dir).map_err(|source| SweepError::List { source })?;
+        if ours.is_empty() {
+            ours = named_at_last(&dir, &nameless);
+        }
+        ours.sort();
         let mut any = false;
-        for (role, pid) in found {
+        for (role, pid) in ours {
             any |= kill_if_still(&dir, role, pid)?
                 .then(|| killed.push(pid))
                 .is_some();
@@ -80,7 +107,7 @@ fn kill_if_still(dir: &Path, role: Role, pid: u32) -> Result<bool, SweepError> {
     let Ok(pidfd) = pidfd_open(pid) else {
         return Ok(false);
     };
-    if role_of(dir, pid) != Some(role) {
+    if look_at(dir, pid) != Seen::Ours(role) {
         return Ok(false);
     }
     pidfd_kill(pidfd.as_fd()).map_err(|source| SweepError::Kill { pid, source })?;
@@ -103,25 +130,69 @@ fn wait_gone(pidfd: &OwnedFd, pid: u32) -> Result<(), SweepError> {
     }
 }
 
-fn processes_of(dir: &Path) -> io::Result<Vec<(Role, u32)>> {
-    let mut found = Vec::new();
+/// Those of `dir`, and those of which nobody can tell yet.
+fn processes_of(dir: &Path) -> io::Result<(Vec<(Role, u32)>, Vec<u32>)> {
+    let (mut ours, mut nameless) = (Vec::new(), Vec::new());
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        found.extend(role_of(dir, pid).map(|role| (role, pid)));
+        match look_at(dir, pid) {
+            Seen::Ours(role) => ours.push((role, pid)),
+            Seen::Nameless => nameless.push(pid),
+            Seen::NotOurs => {}
+        }
     }
-    Ok(found)
+    Ok((ours, nameless))
 }
 
-/// What process `pid` is to `dir`, by its command line. A zombie has none, and is nothing to us.
-fn role_of(dir: &Path, pid: u32) -> Option<Role> {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    role_in(&line, dir)
+/// Those of `nameless` that turn out to be of `dir`, once each has a name or is gone.
+fn named_at_last(dir: &Path, nameless: &[u32]) -> Vec<(Role, u32)> {
+    let until = Instant::now() + NAMELESS_TIMEOUT;
+    let mut ours = Vec::new();
+    for &pid in nameless {
+        let mut seen = look_at(dir, pid);
+        while seen == Seen::Nameless && Instant::now() < until {
+            thread::sleep(NAMELESS_INTERVAL);
+            seen = look_at(dir, pid);
+        }
+        if let Seen::Ours(role) = seen {
+            ours.push((role, pid));
+        }
+    }
+    ours
 }
 
-/// See [`role_of`]; `line` has its arguments ended by zero bytes.
+/// What process `pid` is to `dir`, by its command line.
+fn look_at(dir: &Path, pid: u32) -> Seen {
+    let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else {
+        return Seen::NotOurs;
+    };
+    if line.is_empty() {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+        let may_be_ours = stat.is_ok_and(|stat| runs_a_program(&stat));
+        return if may_be_ours {
+            Seen::Nameless
+        } else {
+            Seen::NotOurs
+        };
+    }
+    role_in(&line, dir).map_or(Seen::NotOurs, Seen::Ours)
+}
+
+/// Whether the process of this `/proc/PID/stat` is neither a zombie nor a thread of the kernel.
+fn runs_a_program(stat: &str) -> bool {
+    // The name before the fields is in parentheses, and may have some of its own.
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+    let mut fields = fields.split_ascii_whitespace();
+    let (state, flags) = (fields.next(), fields.nth(5));
+    let flags: Option<u64> = flags.and_then(|flags| flags.parse().ok());
+    !matches!(state, Some("Z" | "X") | None)
+        && flags.is_some_and(|flags| flags & KERNEL_THREAD == 0)
+}
+
+/// What the process with this command line is to `dir`. `line` has its arguments ended by zero bytes.
 fn role_in(line: &[u8], dir: &Path) -> Option<Role> {
     let args: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
     let dir = dir.as_os_str().as_bytes();
@@ -156,6 +227,17 @@ mod tests {
 
     fn role(line: &str) -> Option<Role> {
         role_in(line.replace(' ', "\0").as_bytes(), Path::new("/d/cl-1,a"))
+    }
+
+    #[test]
+    fn zombies_and_the_kernels_threads_have_no_name_to_wait_for() {
+        let of = |state: &str, flags: u64| format!("7 (a) b) {state} 1 7 7 0 -1 {flags} 1 2 3");
+        assert!(runs_a_program(&of("R", 0x40_0000)));
+        assert!(!runs_a_program(&of("Z", 0x40_0000)));
+        assert!(!runs_a_program(&of("S", 0x0020_8040)));
+        assert!(!runs_a_program(""));
+        let own = fs::read_to_string("/proc/self/stat").expect("read");
+        assert!(runs_a_program(&own), "{own}");
     }
 
     #[test]
