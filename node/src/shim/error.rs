@@ -284,6 +284,14 @@ pub enum SweepError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The end of a killed process could not be waited for.
+    #[error("wait for the end of process {pid}")]
+    Wait {
+        /// The process.
+        pid: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// A killed process is still there.
     #[error("process {pid} was killed and has not ended within {waited:?}")]
     Lingers {

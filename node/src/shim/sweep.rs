@@ -19,6 +19,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::pager::main as pager;
@@ -116,17 +117,25 @@ fn kill_if_still(dir: &Path, role: Role, pid: u32) -> Result<bool, SweepError> {
 }
 
 fn wait_gone(pidfd: &OwnedFd, pid: u32) -> Result<(), SweepError> {
-    let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    match poll(&mut ended, poll_timeout(GONE_TIMEOUT)) {
-        Ok(0) => Err(SweepError::Lingers {
-            pid,
-            waited: GONE_TIMEOUT,
-        }),
-        Ok(_) => Ok(()),
-        Err(errno) => Err(SweepError::Kill {
-            pid,
-            source: errno.into(),
-        }),
+    let until = Instant::now() + GONE_TIMEOUT;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut ended, poll_timeout(left)) {
+            Ok(0) => {
+                return Err(SweepError::Lingers {
+                    pid,
+                    waited: GONE_TIMEOUT,
+                });
+            }
+            Ok(_) => return Ok(()),
+            // A signal to this process, such as that of the end of a child of its own.
+            Err(Errno::EINTR) => {}
+            Err(errno) => {
+                let source = errno.into();
+                return Err(SweepError::Wait { pid, source });
+            }
+        }
     }
 }
 
