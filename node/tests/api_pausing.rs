@@ -8,10 +8,13 @@ mod api_world;
 use std::time::Duration;
 
 use api_world::{Answer, Fate, HERE, OTHER_KEY, World, eventually, propose};
+use futures::FutureExt as _;
 use http::Method;
 use proto::ids::{NodeId, SandboxId, SnapshotId};
-use raft::command::{Command, Report};
+use raft::command::{Command, Report, StopCause};
+use raft::state::{Phase, Sandbox, State};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 const UNKNOWN: &str = "cl-0000000000000000000000001";
 /// A wait that a test can sit out.
@@ -122,6 +125,51 @@ async fn only_what_runs_is_paused_and_only_what_is_paused_is_resumed() {
         act(&world, &id, asked).await.refused(409, "invalid_state");
         act(&world, UNKNOWN, asked).await.refused(404, "not_found");
     }
+}
+
+#[tokio::test]
+async fn what_another_node_has_acknowledged_is_not_refused_here() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    happens_elsewhere(&world, &id, |sandbox| {
+        let (id, epoch, cause) = (sandbox.id, sandbox.epoch, StopCause::Asked);
+        let then_on = None;
+        let asked = Command::PauseSandbox {
+            id,
+            epoch,
+            cause,
+            then_on,
+        };
+        (asked, Phase::Paused)
+    });
+    act(&world, &id, "resume").await.is(200);
+    act(&world, &id, "pause").await.is(200);
+    happens_elsewhere(&world, &id, |sandbox| {
+        let snapshot = sandbox.snapshot.unwrap();
+        let (id, to, hints) = (sandbox.id, None, Vec::new());
+        let asked = Command::ResumeSandbox {
+            id,
+            snapshot,
+            to,
+            hints,
+        };
+        (asked, Phase::Running)
+    });
+    assert_eq!(world.exec(&id, "echo on").await["stdout"], "on\n");
+}
+
+/// Something that this node hears of once it catches up with the cluster.
+fn happens_elsewhere(world: &World, id: &str, what: impl FnOnce(&Sandbox) -> (Command, Phase)) {
+    let id: SandboxId = id.parse().unwrap();
+    let proposer = world.proposer.clone();
+    let (asked, then) = what(proposer.view().state().sandbox(id).unwrap());
+    let happens = async move {
+        propose(&proposer, asked).await;
+        let is_so = |state: &State| (state.sandbox(id)?.phase == then).then_some(());
+        let deadline = Instant::now() + LONG;
+        proposer.view().wait_for(deadline, is_so).await.unwrap();
+    };
+    *world.cluster.unheard.lock().unwrap() = Some(happens.boxed());
 }
 
 #[tokio::test]

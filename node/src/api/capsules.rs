@@ -209,7 +209,7 @@ pub(super) async fn destroy(
     CapsuleId(id): CapsuleId,
 ) -> Result<StatusCode, ApiError> {
     let deadline = Instant::now() + api.destroy_wait;
-    api.sandbox(&caller, id)?;
+    api.sandbox_to_change(&caller, id, |_| true).await?;
     let cause = StopCause::Asked;
     api.propose(&caller, Command::StopSandbox { id, cause })
         .await?;
@@ -235,7 +235,8 @@ pub(super) async fn ping(
     caller: Caller,
     CapsuleId(id): CapsuleId,
 ) -> Result<StatusCode, ApiError> {
-    api.sandbox(&caller, id)?;
+    let fits = |phase| phase == Phase::Running;
+    api.sandbox_to_change(&caller, id, fits).await?;
     api.relay.ping(id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -280,7 +281,7 @@ pub(super) async fn change(
     CapsuleId(id): CapsuleId,
     JsonBody(request): JsonBody<ChangeCapsule>,
 ) -> Result<Json<Capsule>, ApiError> {
-    let known = api.sandbox(&caller, id)?;
+    let known = api.sandbox_to_change(&caller, id, |_| true).await?;
     if known.phase.is_ended() {
         return Err(wrong_state(id, known.phase, "changed", "alive"));
     }

@@ -44,7 +44,8 @@ pub(super) async fn migrate(
     JsonBody(request): JsonBody<Migrate>,
 ) -> Result<(StatusCode, Json<Capsule>), ApiError> {
     let deadline = Instant::now() + api.pause_wait;
-    let known = api.sandbox(&caller, id)?;
+    let fits = |phase| matches!(phase, Phase::Running | Phase::Resuming | Phase::Pausing);
+    let known = api.sandbox_to_change(&caller, id, fits).await?;
     let to = {
         let state = api.view.state();
         named(&state, &request.node)

@@ -36,9 +36,10 @@ pub(super) async fn pause(
     CapsuleId(id): CapsuleId,
 ) -> Result<(StatusCode, Json<Capsule>), ApiError> {
     let deadline = Instant::now() + api.pause_wait;
-    let known = api.sandbox(&caller, id)?;
+    let fits = |phase| matches!(phase, Phase::Running | Phase::Pausing);
+    let known = api.sandbox_to_change(&caller, id, fits).await?;
     let epoch = match known.phase {
-        Phase::Running | Phase::Pausing => known.epoch,
+        phase if fits(phase) => known.epoch,
         phase => return Err(wrong_state(id, phase, "paused", "running")),
     };
     // Asked for again while it is under way, this changes nothing and waits along.
@@ -90,7 +91,8 @@ pub(super) async fn resume(
     QueryOf(query): QueryOf<ResumeQuery>,
 ) -> Result<(StatusCode, Json<Capsule>), ApiError> {
     let deadline = Instant::now() + api.pause_wait;
-    let known = api.sandbox(&caller, id)?;
+    let fits = |phase| matches!(phase, Phase::Paused | Phase::Resuming);
+    let known = api.sandbox_to_change(&caller, id, fits).await?;
     let to = query.node.map(|name| {
         let state = api.view.state();
         let node = named(&state, &name).map(|it| it.id);
@@ -98,7 +100,7 @@ pub(super) async fn resume(
     });
     let to = to.transpose()?;
     let snapshot = match (known.phase, known.snapshot) {
-        (Phase::Paused | Phase::Resuming, Some(snapshot)) => snapshot,
+        (phase, Some(snapshot)) if fits(phase) => snapshot,
         (phase, _) => return Err(wrong_state(id, phase, "resumed", "paused")),
     };
     let asked = Command::ResumeSandbox {

@@ -135,8 +135,9 @@ pub(super) async fn checkpoint(
     {
         return Ok(());
     }
-    let known = api.sandbox(caller, id)?;
-    if !matches!(known.phase, Phase::Running | Phase::Paused) {
+    let fits = |phase| matches!(phase, Phase::Running | Phase::Paused);
+    let known = api.sandbox_to_change(caller, id, fits).await?;
+    if !fits(known.phase) {
         let needed = "running or paused";
         return Err(wrong_state(id, known.phase, "sealed", needed));
     }

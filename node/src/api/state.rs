@@ -9,9 +9,10 @@ use std::{env, fmt};
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::{Command, Receipt};
-use raft::state::{Sandbox, State};
+use raft::state::{Phase, Sandbox, State};
 use tokio::sync::Semaphore;
 use tokio::time::{self, MissedTickBehavior};
+use tracing::debug;
 
 use super::auth::Caller;
 use super::cluster_info::{Alone, ClusterInfo};
@@ -37,6 +38,9 @@ const DESTROY_WAIT: Duration = Duration::from_secs(10);
 const PAUSE_WAIT: Duration = Duration::from_secs(20);
 /// Longest the taking of a snapshot, and a fork, wait. Client libraries give up on it after 60 s.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(50);
+/// Longest a request to a guest waits for news of the cluster before this node's word counts: about one
+/// election.
+const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a call under way counts as activity: well inside the shortest inactivity timeout.
 const BUSY_INTERVAL: Duration = Duration::from_secs(20);
 /// Uploads that may lie in spool files at once. Each may take 100 MiB of disk.
@@ -183,16 +187,47 @@ impl ApiState {
         self.sessions.spawn(uses.tell(self.proposer.clone()));
     }
 
-    /// The caller's sandbox `id`. Another team's sandbox does not exist for the caller.
+    /// The caller's sandbox `id`, as this node knows it. Another team's sandbox does not exist for the
+    /// caller.
     pub(super) fn sandbox(&self, caller: &Caller, id: SandboxId) -> Result<Sandbox, ApiError> {
         let state = self.view.state();
         owned(&state, caller, id).cloned()
     }
 
+    /// The caller's sandbox `id`, for a change that needs it to be in a phase that `fits`. Whoever asks
+    /// may have heard from another node a moment ago that it is: before anybody is refused for it, this
+    /// node catches up with the cluster.
+    ///
+    /// It may still be in another phase; the caller says which he needs.
+    pub(super) async fn sandbox_to_change(
+        &self,
+        caller: &Caller,
+        id: SandboxId,
+        fits: impl Fn(Phase) -> bool,
+    ) -> Result<Sandbox, ApiError> {
+        match self.sandbox(caller, id) {
+            Ok(known) if fits(known.phase) => Ok(known),
+            _ => {
+                self.cluster.linearize().await?;
+                self.sandbox(caller, id)
+            }
+        }
+    }
+
     /// The guest of the caller's running sandbox.
     pub(super) async fn guest(&self, caller: &Caller, id: SandboxId) -> Result<Run, ApiError> {
         // Before the guest is asked for: a run that begins meanwhile is told as a move, and not as none.
-        let known = self.sandbox(caller, id)?;
+        let known = match self.sandbox(caller, id) {
+            Ok(known) if known.phase == Phase::Running => known,
+            _ => {
+                // As for a change; but a guest goes on without a quorum, and this node's word counts then.
+                let caught_up = time::timeout(CATCH_UP_TIMEOUT, self.cluster.linearize()).await;
+                if !matches!(caught_up, Ok(Ok(()))) {
+                    debug!(sandbox = %id, "judged by what this node knows: no quorum answers");
+                }
+                self.sandbox(caller, id)?
+            }
+        };
         let guest = self.relay.guest(id).await?;
         Ok(Run::new(guest, &known, self.view.clone()))
     }

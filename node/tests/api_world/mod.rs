@@ -5,6 +5,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub)] // each test file uses its part
 
 use std::collections::HashMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use envd::agent::{Agent, Surroundings};
+use futures::future::BoxFuture;
 use futures::{Stream, StreamExt as _};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
@@ -110,11 +112,18 @@ impl LocalGuests for Guests {
 }
 
 /// What the cluster looks like beside the replicated state: as the test says.
-#[derive(Debug)]
 pub struct Surmised {
     pub standing: Mutex<Standing>,
     pub loads: Mutex<Vec<Hint>>,
     pub quorum: AtomicBool,
+    /// What has happened and this node hears of when it catches up with the cluster.
+    pub unheard: Mutex<Option<BoxFuture<'static, ()>>>,
+}
+
+impl fmt::Debug for Surmised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Surmised").finish_non_exhaustive()
+    }
 }
 
 impl Default for Surmised {
@@ -130,6 +139,7 @@ impl Default for Surmised {
             standing: Mutex::new(standing),
             loads: Mutex::default(),
             quorum: AtomicBool::new(true),
+            unheard: Mutex::default(),
         }
     }
 }
@@ -146,7 +156,13 @@ impl ClusterInfo for Surmised {
     fn linearize(&self) -> LinearizeFuture {
         let has_quorum = self.quorum.load(Ordering::Relaxed);
         let lost = || NoQuorum("the test says so".into());
-        Box::pin(async move { has_quorum.then_some(()).ok_or_else(lost) })
+        let unheard = self.unheard.lock().unwrap().take();
+        Box::pin(async move {
+            if let Some(unheard) = unheard {
+                unheard.await;
+            }
+            has_quorum.then_some(()).ok_or_else(lost)
+        })
     }
 
     fn mint(&self, terms: &TokenTerms) -> Result<Minted, String> {
