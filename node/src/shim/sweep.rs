@@ -73,8 +73,8 @@ pub fn kill_leftovers(dir: &Path) -> Result<Vec<u32>, SweepError> {
     let mut killed = Vec::new();
     // Once more after the first round, for a process that its shim was just starting.
     loop {
-        let (mut ours, nameless) =
-            processes_of(&dir).map_err(|source| SweepError::List { source })?;
+        let found = processes_of(&dir).map_err(|source| SweepError::List { source })?;
+        let Found { mut ours, nameless } = found;
         if ours.is_empty() {
             ours = named_at_last(&dir, &nameless);
         }
@@ -139,21 +139,29 @@ fn wait_gone(pidfd: &OwnedFd, pid: u32) -> Result<(), SweepError> {
     }
 }
 
-/// Those of `dir`, and those of which nobody can tell yet.
-fn processes_of(dir: &Path) -> io::Result<(Vec<(Role, u32)>, Vec<u32>)> {
-    let (mut ours, mut nameless) = (Vec::new(), Vec::new());
+/// The processes that matter to a sweep.
+#[derive(Default)]
+struct Found {
+    /// Those of the directory.
+    ours: Vec<(Role, u32)>,
+    /// Those of which nobody can tell yet.
+    nameless: Vec<u32>,
+}
+
+fn processes_of(dir: &Path) -> io::Result<Found> {
+    let mut found = Found::default();
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         match look_at(dir, pid) {
-            Seen::Ours(role) => ours.push((role, pid)),
-            Seen::Nameless => nameless.push(pid),
+            Seen::Ours(role) => found.ours.push((role, pid)),
+            Seen::Nameless => found.nameless.push(pid),
             Seen::NotOurs => {}
         }
     }
-    Ok((ours, nameless))
+    Ok(found)
 }
 
 /// Those of `nameless` that turn out to be of `dir`, once each has a name or is gone.
