@@ -21,6 +21,8 @@ mod files;
 mod fork;
 mod form;
 mod grants;
+mod host_shape;
+mod hosts;
 mod keys;
 mod later;
 mod linger;

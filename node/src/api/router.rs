@@ -29,9 +29,9 @@ use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
 use super::{
-    audit, builds, capsules, channels, cluster, events, exec, files, fork, keys, later, members,
-    metrics, migrating, nodes, pausing, preview, samples, scopes, service, snapshots, stats,
-    streams, teams, templates, tokens, upload, usage,
+    audit, builds, capsules, channels, cluster, events, exec, files, fork, hosts, keys, later,
+    members, metrics, migrating, nodes, pausing, preview, samples, scopes, service, snapshots,
+    stats, streams, teams, templates, tokens, upload, usage,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
@@ -141,6 +141,12 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(nodes::uncordon))
         .routes(routes!(nodes::drain))
         .routes(routes!(nodes::tag))
+        .routes(routes!(hosts::create, hosts::list))
+        .routes(routes!(hosts::get, hosts::remove))
+        .routes(routes!(hosts::preview))
+        .routes(routes!(hosts::renew))
+        .routes(routes!(hosts::tags, hosts::tag))
+        .routes(routes!(hosts::untag))
         .routes(routes!(tokens::create, tokens::list))
         .routes(routes!(tokens::revoke))
         .routes(routes!(cluster::get, cluster::change))

@@ -149,8 +149,10 @@ pub(super) const TABLE: &[(&str, &str, Needs)] = &[
     ("GET", "/v1/admin/builds/{id}", Platform(Admin)),
     ("POST", "/v1/admin/builds/{id}/cancel", Platform(Admin)),
     // Areas that answer only what takes their place.
-    (ANY, "/v1/hosts", Key(Read)),
-    (ANY, "/v1/hosts/{*rest}", Key(Read)),
+    (ANY, "/v1/hosts/register", Key(Read)),
+    (ANY, "/v1/hosts/auth/refresh", Key(Read)),
+    (ANY, "/v1/hosts/sandbox-events", Key(Read)),
+    (ANY, "/v1/hosts/{id}/heartbeat", Key(Read)),
     (ANY, "/v1/admin", Key(Read)),
     (ANY, "/v1/admin/{*rest}", Key(Read)),
     (ANY, "/v1/auth", Key(Read)),
