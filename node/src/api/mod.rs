@@ -31,6 +31,7 @@ mod metrics;
 mod migrating;
 mod node_shape;
 mod nodes;
+mod opening;
 mod pausing;
 mod preview;
 mod rates;

@@ -18,7 +18,7 @@ use axum::routing::get;
 use bytes::Bytes;
 use futures::FutureExt as _;
 use http_body_util::BodyExt as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, Ref, ResponseBuilder};
@@ -250,11 +250,11 @@ async fn bound(State(slots): State<Arc<Semaphore>>, request: Request, next: Next
     held(response, permit)
 }
 
-/// A download is under way until its last byte, so the body carries the permit.
-pub(super) fn held(response: Response, permit: OwnedSemaphorePermit) -> Response {
+/// A download is under way until its last byte, so the body carries what it takes: a permit, mostly.
+pub(super) fn held(response: Response, taken: impl Send + 'static) -> Response {
     response.map(|body| {
         Body::new(body.map_frame(move |frame| {
-            let _held = &permit;
+            let _held = &taken;
             frame
         }))
     })
