@@ -13,6 +13,7 @@ mod channels;
 mod cluster;
 mod cluster_info;
 mod create;
+mod description;
 mod error;
 mod events;
 mod exec;

@@ -20,11 +20,10 @@ use futures::FutureExt as _;
 use http_body_util::BodyExt as _;
 use tokio::sync::Semaphore;
 use utoipa::OpenApi;
-use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::description::describe;
 use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
@@ -37,8 +36,6 @@ use super::{
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
 /// of a file; past this a node had better say so.
 const MAX_REQUESTS: usize = 1024;
-/// The name of our key scheme in the interface description.
-const KEY_SCHEME: &str = "api_key";
 
 #[derive(OpenApi)]
 #[openapi(
@@ -169,41 +166,6 @@ fn service_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(service::healthz))
         .routes(routes!(service::health))
         .routes(routes!(metrics::metrics))
-}
-
-/// Adds what all routes share: the key scheme, and the answer from status 400 up.
-fn describe(mut description: utoipa::openapi::OpenApi) -> Bytes {
-    proto::version::PRODUCT.clone_into(&mut description.info.version);
-    let key = ApiKey::Header(ApiKeyValue::new("X-API-Key"));
-    let components = description.components.get_or_insert_default();
-    components.add_security_scheme(KEY_SCHEME, SecurityScheme::ApiKey(key));
-    let error = ResponseBuilder::new()
-        .description("Something went wrong; the code says what.")
-        .content(
-            "application/json",
-            ContentBuilder::new()
-                .schema(Some(Ref::from_schema_name("ErrorBody")))
-                .build(),
-        )
-        .build();
-    for (path, item) in &mut description.paths.paths {
-        let operations = [
-            &mut item.get,
-            &mut item.post,
-            &mut item.put,
-            &mut item.patch,
-            &mut item.delete,
-        ];
-        for operation in operations.into_iter().flatten() {
-            let responses = &mut operation.responses.responses;
-            responses.insert("default".into(), error.clone().into());
-            if path.starts_with("/v1/") {
-                let scopes: [&str; 0] = [];
-                operation.security = Some(vec![SecurityRequirement::new(KEY_SCHEME, scopes)]);
-            }
-        }
-    }
-    description.to_json().unwrap_or_default().into()
 }
 
 async fn answer_json(json: Bytes) -> Response {
