@@ -133,6 +133,9 @@ impl State {
             let why = "the cluster is not founded yet".into();
             return Applied::untouched(Err(Refusal::Unfit(why)));
         };
+        if settings == known.settings {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
         let times = |of: Settings| (of.lease_ttl, of.lease_grace);
         let outlived = if times(settings) == times(known.settings) {
             known.outlived
@@ -191,6 +194,9 @@ impl State {
         let Some(known) = self.token(id).cloned() else {
             return Applied::untouched(Err(Refusal::NoSuchToken(id.to_string())));
         };
+        if known.revoked {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
         self.put_token(Token {
             revoked: true,
             ..known
@@ -330,13 +336,17 @@ impl State {
         };
         let draining = draining.unwrap_or(known.draining);
         let cordoned = cordoned.unwrap_or(known.cordoned);
-        self.put_node(Node {
+        let next = Node {
             // What is being emptied takes nothing new.
             cordoned: cordoned || draining,
             draining,
-            tags: tags.unwrap_or(known.tags),
-            ..known
-        });
+            tags: tags.unwrap_or_else(|| known.tags.clone()),
+            ..known.clone()
+        };
+        if next == known {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
+        self.put_node(next);
         Applied::touched(Receipt::Done(1), RowKey::Node(id))
     }
 
