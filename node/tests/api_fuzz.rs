@@ -180,6 +180,7 @@ impl Fuzz {
                 "id" if path.contains("/channels/") => &ids.channel,
                 "id" if is_inside => NOBODY,
                 "id" if path.contains("/tokens/") => "tok-0000000000000000000000001",
+                "id" if path.contains("/hosts/") => "node-1",
                 "id" => &ids.capsule,
                 // Not the node of this world: it would be gone.
                 "node" => "node-77",

@@ -6,20 +6,28 @@
 mod api_world;
 
 use std::convert::Infallible;
+use std::future;
 
 use api_world::{ADMIN_KEY, Answer, Body, KEY, OTHER_KEY, PATIENCE, World, full, streamed};
 use bytes::Bytes;
+use futures::future::join_all;
 use futures::{SinkExt as _, StreamExt as _, stream};
-use http::{Method, Request, Response};
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use http::response::Parts;
+use http::{HeaderMap, Method, Request, Response, Version};
+use http_body_util::{BodyDataStream, BodyExt as _, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::client::conn::http2::{self, SendRequest};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+
+/// What a client of HTTP/2 begins with.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A program in the guest: answers with what it saw, or what `/path` asks for.
 async fn program() -> u16 {
@@ -334,4 +342,225 @@ async fn a_websocket_goes_through() {
             .expect("in time");
         assert!(matches!(cut, None | Some(Err(_))), "{cut:?}");
     }
+}
+
+/// A connection of HTTP/2 that begins with it, as to a server that is known to speak it.
+async fn http2(world: &World) -> SendRequest<Body> {
+    let stream = TcpStream::connect(world.address).await.unwrap();
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        .await
+        .unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+/// A request of HTTP/2 to `host`, with the key.
+fn to(host: &str, method: Method, path: &str) -> http::request::Builder {
+    Request::builder()
+        .method(method)
+        .uri(format!("http://{host}{path}"))
+        .version(Version::HTTP_2)
+        .header("x-api-key", KEY)
+}
+
+async fn whole(answer: Response<Incoming>) -> (Parts, Bytes, Option<HeaderMap>) {
+    let (parts, body) = answer.into_parts();
+    let collected = time::timeout(PATIENCE, body.collect()).await;
+    let collected = collected.expect("in time").unwrap();
+    let trailers = collected.trailers().cloned();
+    (parts, collected.to_bytes(), trailers)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_visitor_of_http_2_reaches_a_program_of_http_1_and_the_interface() {
+    for world in both_ways().await {
+        let (id, port) = (world.capsule().await, program().await);
+        let host = format!("{port}-{id}.localhost:99");
+        let mut sender = http2(&world).await;
+        let request = to(&host, Method::PUT, "/x/?q=%20")
+            .header("cookie", "a=1")
+            .header("cookie", "b=2")
+            .header("te", "trailers")
+            .body(streamed(stream::iter([
+                Bytes::from_static(b"two "),
+                Bytes::from_static(b"pieces"),
+            ])))
+            .unwrap();
+        let answer = sender.send_request(request).await.unwrap();
+        assert_eq!(answer.version(), Version::HTTP_2);
+        let (parts, body, _) = whole(answer).await;
+        assert_eq!(parts.status, 200, "{body:?}");
+        assert_eq!(parts.headers.get("x-hop"), None);
+        assert_eq!(parts.headers.get("connection"), None);
+        let seen: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(seen["method"], "PUT");
+        assert_eq!(seen["uri"], "/x/?q=%20");
+        assert_eq!(seen["body"], "two pieces");
+        assert_eq!(header(&seen, "host"), Some(&*host));
+        assert_eq!(header(&seen, "x-forwarded-host"), Some(&*host));
+        assert_eq!(header(&seen, "cookie"), Some("a=1; b=2"));
+        assert_eq!(header(&seen, "te"), None);
+        assert_eq!(header(&seen, "x-api-key"), None);
+
+        // The interface, on the same connection and at the same time.
+        let here = world.address.to_string();
+        let asked = (0..20).map(|_| {
+            let request = to(&here, Method::GET, &format!("/v1/capsules/{id}"));
+            let sent = sender.send_request(request.body(full("")).unwrap());
+            async { whole(sent.await.unwrap()).await }
+        });
+        for (parts, body, _) in join_all(asked).await {
+            assert_eq!(parts.status, 200);
+            let shown: Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(shown["id"], id);
+        }
+        let tunnel = Request::builder()
+            .method(Method::CONNECT)
+            .uri(format!("{port}-{id}.localhost:80"))
+            .header("x-api-key", KEY);
+        let refused = sender.send_request(tunnel.body(full("")).unwrap()).await;
+        assert_eq!(refused.unwrap().status(), 405);
+        let socket = to(&here, Method::GET, &format!("/v1/capsules/{id}/pty"));
+        let refused = sender.send_request(socket.body(full("")).unwrap()).await;
+        let (parts, body, _) = whole(refused.unwrap()).await;
+        let refusal: Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(parts.status, 400, "{refusal}");
+        assert_eq!(refusal["error"]["code"], "invalid_request");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_come_as_they_are_sent_over_http_2() {
+    for world in both_ways().await {
+        let (id, port) = (world.capsule().await, program().await);
+        let mut sender = http2(&world).await;
+        let request = to(&format!("{port}-{id}.localhost"), Method::GET, "/events");
+        let answer = sender.send_request(request.body(full("")).unwrap()).await;
+        let mut body = answer.unwrap().into_body();
+        let frame = time::timeout(PATIENCE, body.frame()).await;
+        let frame = frame.expect("in time").unwrap().unwrap();
+        assert_eq!(frame.data_ref().unwrap(), "data: one\n\n");
+    }
+}
+
+/// A program of gRPC's kind: speaks nothing but HTTP/2, answers piece by piece while it is still being sent to, and
+/// says behind the last piece how it went.
+async fn echo_with_trailers() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let echo = async |request: Request<Incoming>| {
+        let asked = request.headers();
+        assert_eq!(asked["te"], "trailers");
+        assert_eq!(asked.get("connection"), None);
+        let authority = request.uri().authority().unwrap().to_string();
+        let mut trailers = HeaderMap::new();
+        trailers.insert("grpc-status", "0".parse().unwrap());
+        trailers.insert("x-authority", authority.parse().unwrap());
+        let last = stream::iter([Ok(Frame::trailers(trailers))]);
+        let pieces = BodyDataStream::new(request.into_body());
+        let pieces = pieces.map(|piece| Ok::<_, Infallible>(Frame::data(piece.unwrap())));
+        let answer = Response::builder().header("content-type", "application/grpc");
+        Ok::<_, Infallible>(answer.body(StreamBody::new(pieces.chain(last))).unwrap())
+    };
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(stream), service_fn(echo));
+            tokio::spawn(served);
+        }
+    });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_of_grpc_goes_both_ways_at_once_and_ends_with_its_trailers() {
+    for world in both_ways().await {
+        let (id, port) = (world.capsule().await, echo_with_trailers().await);
+        let host = format!("{port}-{id}.localhost");
+        let mut sender = http2(&world).await;
+        for _ in 0..3 {
+            let (pieces, sent) = futures::channel::mpsc::unbounded();
+            let request = to(&host, Method::POST, "/service/Call")
+                .header("content-type", "application/grpc")
+                .header("te", "trailers")
+                .body(streamed(sent))
+                .unwrap();
+            pieces.unbounded_send(Bytes::from_static(b"first")).unwrap();
+            let answer = time::timeout(PATIENCE, sender.send_request(request)).await;
+            let answer = answer.expect("in time").unwrap();
+            assert_eq!(answer.status(), 200);
+            let mut body = answer.into_body();
+            let mut next = async || {
+                let frame = time::timeout(PATIENCE, body.frame()).await;
+                frame.expect("in time").unwrap().unwrap()
+            };
+            assert_eq!(next().await.data_ref().unwrap(), "first");
+            pieces
+                .unbounded_send(Bytes::from_static(b"second"))
+                .unwrap();
+            assert_eq!(next().await.data_ref().unwrap(), "second");
+            drop(pieces);
+            let trailers = next().await.into_trailers().unwrap();
+            assert_eq!(trailers["grpc-status"], "0");
+            assert_eq!(trailers["x-authority"], host);
+        }
+        // A program that does not speak it is said to have broken off.
+        let other = format!("{}-{id}.localhost", program().await);
+        let request = to(&other, Method::POST, "/service/Call")
+            .header("content-type", "application/grpc+proto")
+            .header("te", "trailers")
+            .body(full("x"))
+            .unwrap();
+        let (parts, body, _) = whole(sender.send_request(request).await.unwrap()).await;
+        assert_eq!(parts.status, 502, "{body:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_offer_to_change_to_http_2_is_answered_in_http_1() {
+    let world = World::new().await;
+    let (id, port) = (world.capsule().await, program().await);
+    let offer = [
+        ("x-api-key", KEY),
+        ("connection", "Upgrade, HTTP2-Settings"),
+        ("upgrade", "h2c"),
+        ("http2-settings", "AAMAAABkAAQAoAAAAAIAAAAA"),
+    ];
+    let answer = visit(&world, &format!("{port}-{id}.localhost"), "/", &offer).await;
+    let seen = answer.is(200).json();
+    for name in ["connection", "upgrade", "http2-settings"] {
+        assert_eq!(header(&seen, name), None);
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_asks_for_nothing_is_closed_whatever_it_began_with() {
+    let world = World::new().await;
+    let mut silent = Vec::new();
+    // Nothing; less than tells the versions apart; all of a preface and no more; and a whole greeting.
+    let greeting = [&PREFACE[..], &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat();
+    for sent in [&b""[..], b"PR", PREFACE, &greeting] {
+        let mut stream = TcpStream::connect(world.address).await.unwrap();
+        stream.write_all(sent).await.unwrap();
+        silent.push(stream);
+    }
+    // One that was asked something, and is idle since.
+    let mut sender = http2(&world).await;
+    let request = to("localhost", Method::GET, "/healthz");
+    whole(
+        sender
+            .send_request(request.body(full("")).unwrap())
+            .await
+            .unwrap(),
+    )
+    .await;
+    // All have been accepted, as one that came later was answered. From here on time stands still but for timers.
+    time::pause();
+    for mut stream in silent {
+        let mut last = Vec::new();
+        let read = time::timeout(PATIENCE * 2, stream.read_to_end(&mut last)).await;
+        assert!(read.is_ok(), "it is still open");
+    }
+    let closed = time::timeout(PATIENCE * 2, future::poll_fn(|cx| sender.poll_ready(cx))).await;
+    assert!(closed.is_ok());
 }

@@ -80,6 +80,39 @@ random_id!(
     "tok"
 );
 random_id!(
+    /// What clients of the hosts routes call a node, or a join token that nobody has joined by.
+    HostId,
+    "host"
+);
+
+impl From<NodeId> for HostId {
+    fn from(node: NodeId) -> Self {
+        Self(u128::from(node.0).to_be_bytes())
+    }
+}
+
+impl From<TokenId> for HostId {
+    fn from(token: TokenId) -> Self {
+        Self(token.0)
+    }
+}
+
+impl HostId {
+    /// The node it stands for; `None` where it stands for a token, whose id is a random number past
+    /// those of nodes.
+    #[must_use]
+    pub fn node(self) -> Option<NodeId> {
+        u64::try_from(u128::from_be_bytes(self.0)).ok().map(NodeId)
+    }
+
+    /// The token it stands for where it stands for no node.
+    #[must_use]
+    pub const fn token(self) -> TokenId {
+        TokenId(self.0)
+    }
+}
+
+random_id!(
     /// A person who holds keys of teams.
     UserId,
     "usr"

@@ -91,6 +91,13 @@ pub(super) struct LogQuery {
     follow: bool,
 }
 
+/// The same routes under the paths that administrators know, for the interface's description.
+pub(super) const ALIASES: [(&str, &str); 3] = [
+    ("/v1/admin/builds", "/v1/builds"),
+    ("/v1/admin/builds/{id}", "/v1/builds/{id}"),
+    ("/v1/admin/builds/{id}/cancel", "/v1/builds/{id}/cancel"),
+];
+
 /// The same routes where an administrator's client looks for them.
 pub(super) fn admin_routes() -> Router<ApiState> {
     Router::new()

@@ -42,6 +42,8 @@ pub enum Code {
     MethodNotAllowed,
     /// The capsule is not in the state the call needs.
     InvalidState,
+    /// The host that is to go has capsules.
+    HostHasSandboxes,
     /// The guest says its object is not in the state the call needs.
     Conflict,
     /// Something of that name exists.
@@ -79,6 +81,7 @@ impl Code {
             Self::NotFound => (StatusCode::NOT_FOUND, "not_found"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::InvalidState => (StatusCode::CONFLICT, "invalid_state"),
+            Self::HostHasSandboxes => (StatusCode::CONFLICT, "host_has_sandboxes"),
             Self::Conflict => (StatusCode::CONFLICT, "conflict"),
             Self::AlreadyExists => (StatusCode::CONFLICT, "already_exists"),
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
@@ -130,6 +133,7 @@ impl Code {
             | Self::NotFound
             | Self::MethodNotAllowed
             | Self::InvalidState
+            | Self::HostHasSandboxes
             | Self::Conflict
             | Self::AlreadyExists
             | Self::TooLarge
@@ -167,6 +171,18 @@ impl ApiError {
     /// The request is wrong, and how.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(Code::InvalidRequest, message)
+    }
+
+    /// What a client is told beside the status.
+    pub(super) fn body(&self) -> ErrorBody {
+        let (_, code) = self.code.wire();
+        let message = self.message.chars().take(MESSAGE_CHARS).collect::<String>();
+        let error = ErrorContents {
+            code,
+            message: message.into(),
+            detail: self.detail,
+        };
+        ErrorBody { error }
     }
 
     /// An error whose code follows from its remedy, told with its causes.
@@ -298,13 +314,7 @@ impl IntoResponse for ApiError {
             other if other.is_failure() => warn!(code, message = %self.message, "request failed"),
             _ => {}
         }
-        let message = self.message.chars().take(MESSAGE_CHARS).collect::<String>();
-        let error = ErrorContents {
-            code,
-            message: message.into(),
-            detail: self.detail,
-        };
-        let mut response = (status, Json(ErrorBody { error })).into_response();
+        let mut response = (status, Json(self.body())).into_response();
         if matches!(self.detail, Some(HOST_UNREACHABLE | HOST_FROZEN)) {
             let headers = response.headers_mut();
             headers.insert(RETRY_AFTER, RETRY_AFTER_SECONDS.into());

@@ -3,7 +3,7 @@
 //! `node/tests/api_surface.rs` walks that surface: nothing of it is a silent 404.
 
 use axum::Router;
-use axum::routing::{MethodFilter, MethodRouter, any, on};
+use axum::routing::{MethodFilter, MethodRouter, any, on, post};
 
 use super::auth::Caller;
 use super::error::{ApiError, Code};
@@ -13,15 +13,19 @@ const PEOPLE: &str = "accounts, since people are members of a team and hold API 
                       /v1/teams/{id}/members and /v1/api-keys";
 const OPERATORS: &str = "the routes of operators: an administrator's key does the same by /v1/nodes, \
                          /v1/tokens, /v1/cluster and /v1/capsules";
-const HOSTS: &str = "routes of their own for hosts: a host is a node here. GET /v1/nodes shows them, \
-                     DELETE /v1/nodes/{node} takes one out, PUT /v1/nodes/{node}/tags tags it, and \
-                     POST /v1/tokens answers the command by which one joins";
+const HOST_SIDE: &str = "routes that hosts call: a host joins by `wrenn node start --join TOKEN` with the token \
+                         that POST /v1/hosts answers, proves itself by its own key from then on, and \
+                         tells the cluster over its own connections how it is";
 
 /// Everything at and below these paths, and what is said there to whoever has a key.
-const AREAS: [(&str, &str); 3] = [
-    ("/v1/auth", PEOPLE),
-    ("/v1/admin", OPERATORS),
-    ("/v1/hosts", HOSTS),
+const AREAS: [(&str, &str); 2] = [("/v1/auth", PEOPLE), ("/v1/admin", OPERATORS)];
+
+/// What hosts post, where hosts speak this interface.
+const BY_HOSTS: [&str; 4] = [
+    "/v1/hosts/register",
+    "/v1/hosts/auth/refresh",
+    "/v1/hosts/sandbox-events",
+    "/v1/hosts/{id}/heartbeat",
 ];
 
 /// The same outside the interface proper, said to anybody.
@@ -51,6 +55,9 @@ pub(super) fn routes() -> Router<ApiState> {
     router = router
         .route("/v1/me", on(changes, about_me))
         .route("/v1/me/{*rest}", any(about_me));
+    for path in BY_HOSTS {
+        router = router.route(path, post(|_: Caller| not_here(HOST_SIDE)));
+    }
     for (path, wanted) in PAGES {
         router = router.route(path, any(move || not_here(wanted)));
     }

@@ -173,7 +173,8 @@ impl<'a> Nodes<'a> {
         }
     }
 
-    fn last_seen(&self, node: NodeId) -> Option<Timestamp> {
+    /// When a node was last heard.
+    pub(super) fn last_seen(&self, node: NodeId) -> Option<Timestamp> {
         if node == self.here {
             return timestamp(self.now);
         }

@@ -24,7 +24,7 @@ use super::reading::{Answered, Reading};
 use super::state::ApiState;
 
 /// How long a drain waits where nobody says: client libraries give up on a request after 30 s.
-const DRAIN_WAIT: Duration = Duration::from_secs(20);
+pub(super) const DRAIN_WAIT: Duration = Duration::from_secs(20);
 /// Longest a drain may be asked to wait.
 const MAX_DRAIN_WAIT: Duration = Duration::from_secs(600);
 
@@ -153,7 +153,7 @@ pub(super) async fn drain(
     let _shape = change(&api, &caller, id, (Some(true), Some(true)), None).await?;
     info!(node = %id, stop = request.stop_capsules, "draining");
     if request.stop_capsules {
-        stop_all(&api, &caller, id).await?;
+        stop_all(&api, &caller, held(&api.view.state(), id)).await?;
     }
     let empty = |state: &state::State| held(state, id).is_empty().then_some(());
     let _timed_out = api.view.wait_for(deadline, empty).await;
@@ -200,8 +200,18 @@ pub(super) async fn remove(
 ) -> Result<StatusCode, ApiError> {
     // An id is enough, also one that was removed before: doing so again succeeds.
     let node = name.parse().or_else(|_| id_of(&api, &name))?;
-    let declared_dead = query.force;
-    if is_needed(&api, node) {
+    take_out(&api, &caller, (node, &name), query.force).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Takes a node out, which the caller calls `name`.
+pub(super) async fn take_out(
+    api: &ApiState,
+    caller: &Caller,
+    (node, name): (NodeId, &str),
+    declared_dead: bool,
+) -> Result<(), ApiError> {
+    if is_needed(api, node) {
         let why = format!(
             "{name} votes, and the others cannot decide without it: drain it, and wait until its \
              vote has gone over"
@@ -212,9 +222,9 @@ pub(super) async fn remove(
         node,
         declared_dead,
     };
-    api.propose(&caller, remove).await?;
+    api.propose(caller, remove).await?;
     info!(%node, declared_dead, "removed");
-    Ok(StatusCode::NO_CONTENT)
+    Ok(())
 }
 
 /// Whether the cluster could decide nothing once `node` is out, which closes its connections at once:
@@ -251,12 +261,13 @@ fn id_of(api: &ApiState, name: &str) -> Result<NodeId, ApiError> {
     Ok(node.id)
 }
 
-fn is_visible(node: &Node, caller: &Caller) -> bool {
+/// Whether a node is shown to a caller.
+pub(super) fn is_visible(node: &Node, caller: &Caller) -> bool {
     node.team.is_none_or(|team| team == caller.team) || caller.is_platform()
 }
 
 /// What an operator decides about a node: whether it is cordoned and draining, and its tags.
-async fn change(
+pub(super) async fn change(
     api: &ApiState,
     caller: &Caller,
     node: NodeId,
@@ -284,8 +295,13 @@ fn held(state: &state::State, node: NodeId) -> Vec<SandboxId> {
         .collect()
 }
 
-async fn stop_all(api: &ApiState, caller: &Caller, node: NodeId) -> Result<(), ApiError> {
-    for id in held(&api.view.state(), node) {
+/// Has these sandboxes stopped.
+pub(super) async fn stop_all(
+    api: &ApiState,
+    caller: &Caller,
+    sandboxes: Vec<SandboxId>,
+) -> Result<(), ApiError> {
+    for id in sandboxes {
         let cause = StopCause::Asked;
         api.propose(caller, Command::StopSandbox { id, cause })
             .await?;

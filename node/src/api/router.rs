@@ -18,27 +18,24 @@ use axum::routing::get;
 use bytes::Bytes;
 use futures::FutureExt as _;
 use http_body_util::BodyExt as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use utoipa::OpenApi;
-use utoipa::openapi::security::{ApiKey, ApiKeyValue, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::description::describe;
 use super::error::{ApiError, Code, ErrorBody};
 use super::linger::linger;
 use super::state::ApiState;
 use super::{
-    audit, builds, capsules, channels, cluster, events, exec, files, fork, keys, later, members,
-    metrics, migrating, nodes, pausing, preview, samples, scopes, service, snapshots, stats,
-    streams, teams, templates, tokens, upload, usage,
+    audit, builds, capsules, channels, cluster, events, exec, files, fork, hosts, keys, later,
+    members, metrics, migrating, nodes, pausing, preview, samples, scopes, service, snapshots,
+    stats, streams, teams, templates, tokens, upload, usage,
 };
 
 /// Requests under way at once, streams included. Each may hold a megabyte of JSON or a few pieces
 /// of a file; past this a node had better say so.
 const MAX_REQUESTS: usize = 1024;
-/// The name of our key scheme in the interface description.
-const KEY_SCHEME: &str = "api_key";
 
 #[derive(OpenApi)]
 #[openapi(
@@ -141,6 +138,12 @@ fn v1_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(nodes::uncordon))
         .routes(routes!(nodes::drain))
         .routes(routes!(nodes::tag))
+        .routes(routes!(hosts::create, hosts::list))
+        .routes(routes!(hosts::get, hosts::remove))
+        .routes(routes!(hosts::preview))
+        .routes(routes!(hosts::renew))
+        .routes(routes!(hosts::tags, hosts::tag))
+        .routes(routes!(hosts::untag))
         .routes(routes!(tokens::create, tokens::list))
         .routes(routes!(tokens::revoke))
         .routes(routes!(cluster::get, cluster::change))
@@ -163,41 +166,6 @@ fn service_routes() -> OpenApiRouter<ApiState> {
         .routes(routes!(service::healthz))
         .routes(routes!(service::health))
         .routes(routes!(metrics::metrics))
-}
-
-/// Adds what all routes share: the key scheme, and the answer from status 400 up.
-fn describe(mut description: utoipa::openapi::OpenApi) -> Bytes {
-    proto::version::PRODUCT.clone_into(&mut description.info.version);
-    let key = ApiKey::Header(ApiKeyValue::new("X-API-Key"));
-    let components = description.components.get_or_insert_default();
-    components.add_security_scheme(KEY_SCHEME, SecurityScheme::ApiKey(key));
-    let error = ResponseBuilder::new()
-        .description("Something went wrong; the code says what.")
-        .content(
-            "application/json",
-            ContentBuilder::new()
-                .schema(Some(Ref::from_schema_name("ErrorBody")))
-                .build(),
-        )
-        .build();
-    for (path, item) in &mut description.paths.paths {
-        let operations = [
-            &mut item.get,
-            &mut item.post,
-            &mut item.put,
-            &mut item.patch,
-            &mut item.delete,
-        ];
-        for operation in operations.into_iter().flatten() {
-            let responses = &mut operation.responses.responses;
-            responses.insert("default".into(), error.clone().into());
-            if path.starts_with("/v1/") {
-                let scopes: [&str; 0] = [];
-                operation.security = Some(vec![SecurityRequirement::new(KEY_SCHEME, scopes)]);
-            }
-        }
-    }
-    description.to_json().unwrap_or_default().into()
 }
 
 async fn answer_json(json: Bytes) -> Response {
@@ -244,11 +212,11 @@ async fn bound(State(slots): State<Arc<Semaphore>>, request: Request, next: Next
     held(response, permit)
 }
 
-/// A download is under way until its last byte, so the body carries the permit.
-pub(super) fn held(response: Response, permit: OwnedSemaphorePermit) -> Response {
+/// A download is under way until its last byte, so the body carries what it takes: a permit, mostly.
+pub(super) fn held(response: Response, taken: impl Send + 'static) -> Response {
     response.map(|body| {
         Body::new(body.map_frame(move |frame| {
-            let _held = &permit;
+            let _held = &taken;
             frame
         }))
     })

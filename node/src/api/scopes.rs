@@ -48,7 +48,7 @@ use Scope::{Admin, Read, Run};
 /// How long a request may still take once its key is over.
 const LAST_WORD: Duration = Duration::from_millis(500);
 /// Any method, where a whole area is answered alike.
-const ANY: &str = "*";
+pub(super) const ANY: &str = "*";
 
 /// Method, path and what it needs.
 pub(super) const TABLE: &[(&str, &str, Needs)] = &[
@@ -149,8 +149,10 @@ pub(super) const TABLE: &[(&str, &str, Needs)] = &[
     ("GET", "/v1/admin/builds/{id}", Platform(Admin)),
     ("POST", "/v1/admin/builds/{id}/cancel", Platform(Admin)),
     // Areas that answer only what takes their place.
-    (ANY, "/v1/hosts", Key(Read)),
-    (ANY, "/v1/hosts/{*rest}", Key(Read)),
+    (ANY, "/v1/hosts/register", Key(Read)),
+    (ANY, "/v1/hosts/auth/refresh", Key(Read)),
+    (ANY, "/v1/hosts/sandbox-events", Key(Read)),
+    (ANY, "/v1/hosts/{id}/heartbeat", Key(Read)),
     (ANY, "/v1/admin", Key(Read)),
     (ANY, "/v1/admin/{*rest}", Key(Read)),
     (ANY, "/v1/auth", Key(Read)),
@@ -178,7 +180,8 @@ pub(super) fn needs(method: &Method, path: &str) -> Option<Needs> {
 }
 
 impl Needs {
-    fn scope(self) -> Scope {
+    /// Which scope.
+    pub(super) fn scope(self) -> Scope {
         match self {
             Key(scope) | Platform(scope) | Socket(scope) => scope,
         }

@@ -1,25 +1,32 @@
 //! Listening: connections in, bounded in number and in patience, and an orderly end.
+//!
+//! HTTP/1.1 and, for clients that begin with it, HTTP/2 without TLS, on the same port. A connection of either
+//! without a request is closed after [`HEADER_TIMEOUT`]; one of HTTP/2 is told so first.
 
-use std::io;
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
+use std::{future, io};
 
 use axum::Router;
 use hyper::body::Incoming;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{setsockopt, sockopt};
-use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Semaphore, watch};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
-use tower::ServiceBuilder;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt as _;
 use tracing::{debug, warn};
 
+use super::opening::{Version, opened};
 use super::preview::Peer;
+use super::router::held;
 
 /// Open connections at once: each may hold a read buffer, so this bounds memory to some 400 MiB
 /// in the worst case and keeps well below common limits of descriptors.
@@ -28,6 +35,18 @@ const MAX_CONNECTIONS: usize = 4096;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(75);
 /// Largest head of a request that is kept while it arrives.
 const HEAD_BYTES: usize = 64 << 10;
+/// The same for a head of HTTP/2.
+const HEAD_LIST_BYTES: u32 = 64 << 10;
+/// Requests under way at once on one connection of HTTP/2.
+const MAX_STREAMS: u32 = 128;
+/// What one request of HTTP/2 may send ahead of its reader: as much as 20 ms need at 100 Mbit/s.
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// The same of all requests of a connection: what it can make us hold.
+const CONNECTION_WINDOW_BYTES: u32 = 512 << 10;
+/// What is kept of one answer of HTTP/2 for a client that reads slowly.
+const SEND_BUFFER_BYTES: usize = 64 << 10;
+/// How long an idle client of HTTP/2 has to hear that its connection ends.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after a failed accept. Running out of descriptors fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Silence after which a client is asked whether it still exists: terminals and streams may be silent for hours, and a
@@ -44,14 +63,20 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 /// finish for a while, and returns.
 pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let graceful = GracefulShutdown::new();
+    let tasks = TaskTracker::new();
     let accept = async {
         loop {
             let Ok(permit) = connections.clone().acquire_owned().await else {
                 return;
             };
             match listener.accept().await {
-                Ok((stream, from)) => start(stream, from, permit, &router, &graceful),
+                Ok((stream, from)) => {
+                    let served = connection(stream, from, router.clone(), stop.clone());
+                    tasks.spawn(async move {
+                        let _permit = permit;
+                        served.await;
+                    });
+                }
                 Err(err) => {
                     warn!(%err, "could not accept a connection");
                     time::sleep(ACCEPT_PAUSE).await;
@@ -61,51 +86,110 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
     };
     let _stopped = stop.run_until_cancelled(accept).await;
     drop(listener);
-    if time::timeout(STOP_TIMEOUT, graceful.shutdown())
-        .await
-        .is_err()
-    {
+    tasks.close();
+    if time::timeout(STOP_TIMEOUT, tasks.wait()).await.is_err() {
         warn!(waited = ?STOP_TIMEOUT, "left requests behind that did not finish");
     }
 }
 
-/// Serves one connection in a task of its own, which ends with the connection.
-fn start(
-    stream: TcpStream,
-    from: SocketAddr,
-    permit: OwnedSemaphorePermit,
-    router: &Router,
-    graceful: &GracefulShutdown,
-) {
+/// Serves one connection to its end, in whichever version of HTTP its client begins.
+async fn connection(stream: TcpStream, from: SocketAddr, router: Router, stop: CancellationToken) {
     if let Err(err) = prepare(&stream) {
         debug!(%err, "a connection was gone at once");
         return;
     }
-    // Version 1.1 only, as clients of the interface speak it: with a choice, a connection that
-    // sends nothing would be waited for without a limit.
-    let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
+    let opening = time::timeout(HEADER_TIMEOUT, opened(stream));
+    let (version, stream) = match stop.run_until_cancelled(opening).await {
+        Some(Ok(Ok(opened))) => opened,
+        Some(Ok(Err(err))) => return debug!(%err, "a connection broke before its first request"),
+        // Nobody has asked for anything.
+        Some(Err(_)) | None => return,
+    };
+    let under_way = watch::Sender::new(0);
+    let mut uses = under_way.subscribe();
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(Peer(from));
+        let use_of = Use::new(under_way.clone());
+        let answering = router.clone().oneshot(request);
+        async move { Ok::<_, Infallible>(held(answering.await?, use_of)) }
+    });
+    let builder = builder(version);
+    let served = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    let mut served = pin!(served);
+    let idle = async {
+        match version {
+            // Its own reading has a limit.
+            Version::Http1 => future::pending().await,
+            Version::Http2 => rest(&mut uses).await,
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = served.as_mut() => outcome,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+        () = idle => {
+            served.as_mut().graceful_shutdown();
+            match time::timeout(GOODBYE_TIMEOUT, served).await {
+                Ok(outcome) => outcome,
+                Err(_) => return debug!("an idle connection was closed without a goodbye"),
+            }
+        }
+    };
+    if let Err(err) = outcome {
+        debug!(%err, "a connection broke");
+    }
+}
+
+fn builder(version: Version) -> auto::Builder<TokioExecutor> {
+    let builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = match version {
+        Version::Http1 => builder.http1_only(),
+        Version::Http2 => builder.http2_only(),
+    };
     builder
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(HEAD_BYTES);
-    let service = ServiceBuilder::new()
-        .map_request(move |mut request: hyper::Request<Incoming>| {
-            request.extensions_mut().insert(Peer(from));
-            request
-        })
-        .service(router.clone());
-    let service = TowerToHyperService::new(service);
-    let served = builder
-        .serve_connection_with_upgrades(TokioIo::new(stream), service)
-        .into_owned();
-    let watched = graceful.watch(served);
-    tokio::spawn(async move {
-        let _permit = permit;
-        if let Err(err) = watched.await {
-            debug!(%err, "a connection broke");
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_header_list_size(HEAD_LIST_BYTES)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_send_buf_size(SEND_BUFFER_BYTES);
+    builder
+}
+
+/// A request, from its head to the last byte of its answer.
+struct Use(watch::Sender<usize>);
+
+impl Use {
+    fn new(under_way: watch::Sender<usize>) -> Self {
+        under_way.send_modify(|count| *count += 1);
+        Self(under_way)
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
+
+/// Waits until no request has been under way for [`HEADER_TIMEOUT`].
+async fn rest(uses: &mut watch::Receiver<usize>) {
+    loop {
+        let none = uses.wait_for(|count| *count == 0).await.is_ok();
+        let again = uses.changed();
+        // The service that counts is as old as the connection.
+        if !none || time::timeout(HEADER_TIMEOUT, again).await.is_err() {
+            return;
         }
-    });
+    }
 }
 
 /// Small frames go out at once, and a client that is gone without a word is noticed.

@@ -13,8 +13,8 @@ use raft::state::Token;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::auth::Admin;
-use super::cluster_info::TokenTerms;
+use super::auth::{Admin, Caller};
+use super::cluster_info::{Minted, TokenTerms};
 use super::error::{ApiError, Code};
 use super::extract::{JsonBody, PathName};
 use super::reading::{Answered, Reading};
@@ -105,11 +105,28 @@ pub(super) async fn create(
     JsonBody(request): JsonBody<CreateToken>,
 ) -> Result<(StatusCode, Json<NewToken>), ApiError> {
     let now = api.clock.now();
+    let (token, minted) = make(&api, &caller, &request).await?;
+    let answer = NewToken {
+        shape: TokenShape::new(&token, now),
+        join_command: join_command(&minted),
+        token: minted.text,
+    };
+    Ok((StatusCode::CREATED, Json(answer)))
+}
+
+/// Makes a token of these terms, which only its secret opens.
+pub(super) async fn make(
+    api: &ApiState,
+    caller: &Caller,
+    request: &CreateToken,
+) -> Result<(Token, Minted), ApiError> {
+    let now = api.clock.now();
     let terms = TokenTerms {
         id: TokenId(rand::random()),
         team: request.team()?,
         expires_at: request.expires_at(now)?,
     };
+    let uses_left = request.uses()?;
     let minted = api
         .cluster
         .mint(&terms)
@@ -119,21 +136,20 @@ pub(super) async fn create(
         public_key: minted.public_key,
         team: terms.team,
         expires_at: terms.expires_at,
-        uses_left: request.uses()?,
+        uses_left,
         created_at: now,
         created_by: caller.key.to_string(),
         revoked: false,
         redeemed: Vec::new(),
     };
-    let shape = TokenShape::new(&token, now);
-    api.propose(&caller, Command::PutToken(token)).await?;
-    let join_command = format!("wrenn node start --join {}", minted.text);
-    let answer = NewToken {
-        shape,
-        token: minted.text,
-        join_command,
-    };
-    Ok((StatusCode::CREATED, Json(answer)))
+    api.propose(caller, Command::PutToken(token.clone()))
+        .await?;
+    Ok((token, minted))
+}
+
+/// What to run on the new host.
+pub(super) fn join_command(minted: &Minted) -> String {
+    format!("wrenn node start --join {}", minted.text)
 }
 
 /// Lists the join tokens, the newest first; ended ones for a day.
@@ -171,6 +187,19 @@ pub(super) async fn revoke(
 }
 
 impl CreateToken {
+    /// The usual token of a host of this team, or of a full member.
+    pub(super) fn of(team: Option<String>) -> Self {
+        let role = match team {
+            None => TokenRole::Member,
+            Some(_) => TokenRole::Host,
+        };
+        Self {
+            role: Some(role),
+            team,
+            ..Self::default()
+        }
+    }
+
     fn team(&self) -> Result<Option<TeamId>, ApiError> {
         match (self.role.unwrap_or_default(), &self.team) {
             (TokenRole::Member, None) => Ok(None),

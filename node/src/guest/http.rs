@@ -12,7 +12,7 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
-use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::{Builder, Client};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use proto::envd::filesystem::FilesystemClient;
 use proto::envd::process::ProcessClient;
@@ -25,6 +25,8 @@ use super::error::GuestError;
 const POOL_IDLE: Duration = Duration::from_secs(60);
 /// Idle connections kept per guest: enough for a burst of calls, few enough for a small guest.
 const POOL_SIZE: usize = 8;
+/// Largest head of an answer of HTTP/2.
+const HEAD_LIST_BYTES: u32 = 64 << 10;
 /// Largest error or JSON answer read into memory.
 const SMALL_BODY_BYTES: usize = 1 << 20;
 /// Longest a call may take that does not stream.
@@ -208,11 +210,29 @@ where
     B: hyper::body::Body + Send,
     B::Data: Send,
 {
-    Client::builder(TokioExecutor::new())
+    builder().build(Connector(Arc::clone(dial)))
+}
+
+/// The same for a server that is known to speak HTTP/2: one connection for all.
+pub(super) fn http2_pool<B>(dial: &Arc<dyn Dial>) -> Client<Connector, B>
+where
+    B: hyper::body::Body + Send,
+    B::Data: Send,
+{
+    let mut builder = builder();
+    builder
+        .http2_only(true)
+        .http2_max_header_list_size(HEAD_LIST_BYTES);
+    builder.build(Connector(Arc::clone(dial)))
+}
+
+fn builder() -> Builder {
+    let mut builder = Client::builder(TokioExecutor::new());
+    builder
         .pool_idle_timeout(POOL_IDLE)
         .pool_max_idle_per_host(POOL_SIZE)
-        .pool_timer(TokioTimer::new())
-        .build(Connector(Arc::clone(dial)))
+        .pool_timer(TokioTimer::new());
+    builder
 }
 
 /// The whole of an answer that is small by its nature.

@@ -7,7 +7,7 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::{Client, Error};
 
 use super::dial::{Connector, Dial};
-use super::http::{GuestBody, pool};
+use super::http::{GuestBody, http2_pool, pool};
 
 /// A client of one port, with its pool of connections. Cheap to clone; clones share the pool.
 #[derive(Clone, Debug)]
@@ -20,6 +20,13 @@ impl PortClient {
     #[must_use]
     pub fn new(dial: &Arc<dyn Dial>) -> Self {
         Self { http: pool(dial) }
+    }
+
+    /// The same of a port where HTTP/2 is spoken without asking.
+    #[must_use]
+    pub fn http2(dial: &Arc<dyn Dial>) -> Self {
+        let http = http2_pool(dial);
+        Self { http }
     }
 
     /// Sends a request, whose URI must be absolute. The head of the answer comes as it is.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proto::epoch::Epoch;
-use proto::ids::{ClusterId, NodeId, SnapshotId, TokenId};
+use proto::ids::{ClusterId, NodeId, SandboxId, SnapshotId, TokenId};
 use proto::units::Stamp;
 
 use super::Applied;
@@ -133,6 +133,9 @@ impl State {
             let why = "the cluster is not founded yet".into();
             return Applied::untouched(Err(Refusal::Unfit(why)));
         };
+        if settings == known.settings {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
         let times = |of: Settings| (of.lease_ttl, of.lease_grace);
         let outlived = if times(settings) == times(known.settings) {
             known.outlived
@@ -191,6 +194,9 @@ impl State {
         let Some(known) = self.token(id).cloned() else {
             return Applied::untouched(Err(Refusal::NoSuchToken(id.to_string())));
         };
+        if known.revoked {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
         self.put_token(Token {
             revoked: true,
             ..known
@@ -330,13 +336,17 @@ impl State {
         };
         let draining = draining.unwrap_or(known.draining);
         let cordoned = cordoned.unwrap_or(known.cordoned);
-        self.put_node(Node {
+        let next = Node {
             // What is being emptied takes nothing new.
             cordoned: cordoned || draining,
             draining,
-            tags: tags.unwrap_or(known.tags),
-            ..known
-        });
+            tags: tags.unwrap_or_else(|| known.tags.clone()),
+            ..known.clone()
+        };
+        if next == known {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
+        self.put_node(next);
         Applied::touched(Receipt::Done(1), RowKey::Node(id))
     }
 
@@ -425,6 +435,7 @@ impl State {
             return Err("it is the last node of the cluster".into());
         }
         let (at_rest, names) = self.only_held_by(node.id);
+        let at_rest = u32::try_from(at_rest.len()).unwrap_or(u32::MAX);
         let held = self.reserved(node.id).sandboxes.saturating_add(at_rest);
         let mut has = Vec::new();
         for (count, one, many) in [
@@ -457,9 +468,18 @@ impl State {
         }
     }
 
-    /// How many sandboxes rest, could fall back, or live on what nobody but this node has, and how
+    /// The sandboxes that end with a node if it goes now: those it runs, and those that need what
+    /// nobody else has.
+    #[must_use]
+    pub fn lost_with(&self, id: NodeId) -> Vec<SandboxId> {
+        let here = self.sandboxes().filter(|it| it.owner == id);
+        let here = here.filter(|it| it.phase.holds_resources()).map(|it| it.id);
+        here.chain(self.only_held_by(id).0).collect()
+    }
+
+    /// The sandboxes that rest, could fall back, or live on what nobody but this node has, and how
     /// many names stand for such. Sandboxes that it runs are counted as such.
-    fn only_held_by(&self, id: NodeId) -> (u32, u32) {
+    fn only_held_by(&self, id: NodeId) -> (Vec<SandboxId>, u32) {
         let elsewhere = |holder: &NodeId| {
             let node = self.node(*holder).filter(|node| node.liveness.is_alive());
             *holder != id && node.is_some()
@@ -471,10 +491,10 @@ impl State {
         let only: BTreeSet<SnapshotId> = only.collect();
         let away = |it: &&Sandbox| it.owner != id || !it.phase.holds_resources();
         let needs = |it: &&Sandbox| it.snapshots().any(|id| only.contains(&id));
-        let sandboxes = self.sandboxes().filter(away).filter(needs).count();
+        let sandboxes = self.sandboxes().filter(away).filter(needs);
         let names = self.all_named().filter(|it| only.contains(&it.snapshot));
-        let count = |count| u32::try_from(count).unwrap_or(u32::MAX);
-        (count(sandboxes), count(names.count()))
+        let names = u32::try_from(names.count()).unwrap_or(u32::MAX);
+        (sandboxes.map(|it| it.id).collect(), names)
     }
 
     fn remember_removed(&mut self, removed: Removed) -> Vec<RowKey> {

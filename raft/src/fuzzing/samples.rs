@@ -1,6 +1,6 @@
 //! Bytes as this crate writes them, from which damaged ones are made.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::sync::Arc;
 
@@ -11,33 +11,28 @@ use prost::Message as _;
 use proto::epoch::Epoch;
 use proto::fuzzing::scratch;
 use proto::ids::{
-    BuildId, ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId, UserId,
+    BuildId, ChannelId, ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId,
+    UserId,
 };
 use proto::units::{Mib, Stamp};
 use proto::wire::raftlog as pb;
 
 use crate::codec;
-use crate::command::{
-    Attributed, BuildChange, BuildEnd, Command, Proposal, Receipt, Refusal, Report, StopCause,
-    Verdict,
-};
+use crate::command::{Command, Proposal, Receipt, Refusal};
 use crate::derived;
 use crate::disk::RealDisk;
 use crate::peer::{self, Envelope};
 use crate::snapshot::Snapshots;
-use crate::state::{
-    Actor, Build, BuildSpec, BuildStatus, GuestVersions, HostLoss, Key, Member, Needs, Node,
-    Resources, Role, SandboxSpec, Scope, SealTimes, Sealed, Settings, State, Team, Template, Token,
-};
+use crate::state::{Node, Resources, Settings, State, Template};
 use crate::types::{DiskId, Entry, LogId, SnapshotMeta, Vote};
 use crate::wire;
 
+mod lives;
+
+use lives::{building, channels, copies, fleet, life, people};
+
 /// The last entry of [`founded`].
 pub(super) const FOUNDED_AT: u64 = 3;
-
-const SANDBOX: SandboxId = SandboxId([0x51; 16]);
-const SNAPSHOT: SnapshotId = SnapshotId([0x52; 16]);
-const TOKEN: TokenId = TokenId([0x53; 16]);
 
 /// A cluster of one node with one template.
 pub(super) fn founded() -> State {
@@ -100,241 +95,6 @@ fn node(n: u8) -> Node {
     }
 }
 
-fn spec() -> SandboxSpec {
-    SandboxSpec {
-        template: "minimal".into(),
-        vcpus: 1,
-        memory: Mib(256),
-        disk: Mib(512),
-        on_host_loss: HostLoss::Restart,
-        ..SandboxSpec::default()
-    }
-}
-
-fn report(epoch: u64, report: Report) -> Command {
-    Command::ReportSandbox {
-        id: SANDBOX,
-        epoch: Epoch(epoch),
-        node: NodeId(1),
-        report,
-    }
-}
-
-fn sealed() -> Report {
-    Report::Sealed(Sealed {
-        id: SNAPSHOT,
-        digest: [3; 32],
-        memory_bytes: 64 << 20,
-        disk_bytes: 1 << 20,
-        new_bytes: 9 << 20,
-        needs: Needs {
-            vmm: "qemu".into(),
-            machine: "q35/1".into(),
-            cpu: "tcg-1".into(),
-            base: [1; 32],
-        },
-        pause: FOUNDED_AT + 3,
-        took: SealTimes {
-            quiesce_ms: 5,
-            save_ms: 20,
-            store_ms: 300,
-        },
-    })
-}
-
-/// A sandbox from its creation through a pause and a resume to its end.
-fn life() -> Vec<Command> {
-    let created = FOUNDED_AT + 1;
-    let resumed = created + 4;
-    vec![
-        Command::CreateSandbox {
-            id: SANDBOX,
-            team: TeamId([0; 16]),
-            spec: spec(),
-            hints: vec![],
-        },
-        report(created, Report::Running(GuestVersions::default())),
-        Command::PauseSandbox {
-            id: SANDBOX,
-            epoch: Epoch(created),
-            cause: StopCause::Asked,
-            then_on: None,
-        },
-        report(created, sealed()),
-        Command::ResumeSandbox {
-            id: SANDBOX,
-            snapshot: SNAPSHOT,
-            to: Some(NodeId(1)),
-            hints: vec![],
-        },
-        report(resumed, Report::Running(GuestVersions::default())),
-        Command::HoldSnapshot {
-            id: SNAPSHOT,
-            node: NodeId(1),
-            holds: true,
-        },
-        Command::ChangeSandbox {
-            id: SANDBOX,
-            ports_open: Some(true),
-            wakes: None,
-        },
-        Command::StopSandbox {
-            id: SANDBOX,
-            cause: StopCause::Asked,
-        },
-        report(
-            resumed,
-            Report::Stopped {
-                reason: "why".into(),
-            },
-        ),
-        Command::PruneSandboxes {
-            ended_before: Stamp(u64::MAX),
-        },
-    ]
-}
-
-/// A template that is built.
-fn building() -> Vec<Command> {
-    let id = BuildId([0xb1; 16]);
-    let build = Build {
-        id,
-        owner: NodeId(FOUNDED_AT + 1),
-        spec: BuildSpec {
-            name: "mine".into(),
-            recipe: vec!["RUN true".into()],
-            files: vec![vec![]],
-            ..BuildSpec::default()
-        },
-        ..Build::default()
-    };
-    let changes = [
-        BuildChange::Start(Box::new(build)),
-        BuildChange::Claim {
-            id,
-            attempt: 0,
-            node: NodeId(FOUNDED_AT + 1),
-        },
-        BuildChange::Progress {
-            id,
-            attempt: 1,
-            phase: "recipe".into(),
-            step: 1,
-            sandbox: Some(SandboxId([2; 16])),
-            log: b"{}\n".to_vec(),
-        },
-        BuildChange::End(BuildEnd {
-            id,
-            attempt: 1,
-            status: BuildStatus::Failed,
-            error: "why".into(),
-            default_user: "root".into(),
-            default_env: BTreeMap::from([("A".into(), "1".into())]),
-            log: vec![],
-        }),
-        BuildChange::Cancel(id),
-    ];
-    changes.map(Command::Build).into()
-}
-
-/// Nodes that come, are looked after, and go.
-fn fleet() -> Vec<Command> {
-    let second = NodeId(FOUNDED_AT + 2);
-    vec![
-        Command::PutToken(token()),
-        Command::RedeemToken {
-            token: TOKEN,
-            node: node(2),
-        },
-        Command::ChangeNode {
-            node: second,
-            cordoned: Some(true),
-            draining: Some(true),
-            tags: Some(BTreeMap::from([("disk".into(), "fast".into())])),
-        },
-        Command::JudgeNode {
-            node: second,
-            incarnation: second.0,
-            verdict: Verdict::Missing,
-        },
-        Command::JudgeNode {
-            node: second,
-            incarnation: second.0,
-            verdict: Verdict::Lost,
-        },
-        Command::RemoveNode {
-            node: second,
-            declared_dead: true,
-        },
-        Command::RevokeToken(TOKEN),
-        Command::RevokeKey(KeyId([4; 16])),
-        Command::PutSettings(Settings::default()),
-        Command::RecoverCluster {
-            id: ClusterId([0xc2; 16]),
-            last: 7,
-            lost: vec![second],
-        },
-    ]
-}
-
-/// A team that comes, has people and keys, and goes.
-fn people() -> Vec<Command> {
-    let (team, user, key) = (TeamId([0x61; 16]), UserId([0x62; 16]), KeyId([0x63; 16]));
-    let asked = |change| {
-        Command::By(Attributed {
-            actor: Actor::Key {
-                id: key,
-                name: "a person's".into(),
-                holder: Some(user),
-                address: "10.0.0.7".into(),
-            },
-            change: Box::new(change),
-        })
-    };
-    vec![
-        asked(Command::PutTeam(Team {
-            id: team,
-            name: "Acme".into(),
-            slug: "012345-6789ab".into(),
-            created_at: Stamp(0),
-        })),
-        asked(Command::PutMember(Member {
-            team,
-            user,
-            email: "a@example.com".into(),
-            name: "A".into(),
-            role: Role::Owner,
-            joined_at: Stamp(0),
-        })),
-        asked(Command::PutKey(Key {
-            id: key,
-            team,
-            hash: [8; 32],
-            scope: Scope::Run,
-            expires_at: Some(Stamp(u64::MAX)),
-            holder: Some(user),
-            ..Key::default()
-        })),
-        Command::NoteKeyUses(vec![(key, Stamp(9))]),
-        asked(Command::DropMember { team, user }),
-        asked(Command::DropTeam(team)),
-    ]
-}
-
-fn token() -> Token {
-    Token {
-        id: TOKEN,
-        public_key: [7; 32],
-        team: None,
-        expires_at: Stamp(u64::MAX),
-        uses_left: 2,
-        created_at: Stamp(0),
-        created_by: "a person".into(),
-        revoked: false,
-        redeemed: vec![],
-    }
-}
-
 pub(super) fn proposals() -> Vec<Vec<u8>> {
     let all = [found(), Command::AdmitNode(node(1)), template()];
     let all = all
@@ -342,13 +102,16 @@ pub(super) fn proposals() -> Vec<Vec<u8>> {
         .chain(life())
         .chain(fleet())
         .chain(people())
+        .chain(channels())
+        .chain(copies())
         .chain(building());
     all.map(|command| at_noon(command).encode()).collect()
 }
 
 /// Whole histories, each proposal behind its length.
 pub(super) fn histories() -> Vec<Vec<u8>> {
-    [life(), fleet(), people(), building()].map(history).into()
+    let all = [life(), fleet(), people(), channels(), copies(), building()];
+    all.map(history).into()
 }
 
 fn history(commands: Vec<Command>) -> Vec<u8> {
@@ -361,18 +124,24 @@ fn history(commands: Vec<Command>) -> Vec<u8> {
     framed.collect()
 }
 
-/// The state after both histories.
-fn state() -> State {
-    let mut state = founded();
-    let commands = life()
-        .into_iter()
-        .take(6)
-        .chain(fleet().into_iter().take(4))
-        .chain(people().into_iter().take(4));
-    for (at, command) in commands.enumerate() {
-        state.apply(FOUNDED_AT + 1 + at as u64, at_noon(command));
-    }
-    state
+/// States with a row of every kind: half-way through each history.
+fn states() -> Vec<State> {
+    let halves = [
+        (life(), 6),
+        (fleet(), 4),
+        (people(), 4),
+        (channels(), 2),
+        (copies(), 13),
+        (building(), 3),
+    ];
+    let states = halves.map(|(commands, many)| {
+        let mut state = founded();
+        for (at, command) in commands.into_iter().take(many).enumerate() {
+            state.apply(FOUNDED_AT + 1 + at as u64, at_noon(command));
+        }
+        state
+    });
+    states.into()
 }
 
 pub(super) fn answers() -> Vec<Vec<u8>> {
@@ -443,12 +212,15 @@ pub(super) fn snapshot_files() -> Vec<Vec<u8>> {
     let dir = tempfile::tempdir_in(scratch()).expect("a directory");
     let opened = Snapshots::open(dir.path(), Arc::new(RealDisk));
     let (snapshots, _) = opened.expect("an empty directory");
-    let written = snapshots.write(&meta(), state().rows()).expect("written");
-    vec![fs::read(written.path).expect("just written")]
+    let files = states().into_iter().map(|state| {
+        let written = snapshots.write(&meta(), state.rows()).expect("written");
+        fs::read(written.path).expect("just written")
+    });
+    files.collect()
 }
 
 pub(super) fn derived_parts() -> Vec<Vec<u8>> {
-    let rows = state().rows().collect::<Vec<_>>();
+    let rows: BTreeSet<_> = states().iter().flat_map(State::rows).collect();
     let sound = rows.into_iter().map(|(key, value)| {
         let short = &key[..key.len().min(8)];
         let crc = derived::checksum(b'r', short, &value).to_be_bytes();
@@ -514,4 +286,32 @@ pub(super) fn peer_answers() -> Vec<Vec<u8>> {
         peer::answer_stopped("why".into()),
         peer::answer_other_disk(DiskId([9; 16])),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::RowKey;
+
+    /// A target that never sees a kind of row proves nothing of it.
+    #[test]
+    fn the_samples_have_rows_of_every_kind_and_a_resume_that_failed_once() {
+        let states = states();
+        let rows = states.iter().flat_map(State::rows);
+        let keys = rows.map(|(key, _)| RowKey::decode(&key).expect("an own row"));
+        let kinds: BTreeSet<String> = keys
+            .map(|key| {
+                let text = format!("{key:?}");
+                let end = text.find(['(', ' ']).unwrap_or(text.len());
+                text[..end].to_owned()
+            })
+            .collect();
+        let wanted = "Audit, Build, BuildLog, Channel, Cluster, Event, Key, Member, Named, Node, Sandbox, \
+                      Snapshot, Team, Template, Token, Usage";
+        for kind in wanted.split(", ") {
+            assert!(kinds.contains(kind), "no {kind} among {kinds:?}");
+        }
+        let mut sandboxes = states.iter().flat_map(State::sandboxes);
+        assert!(sandboxes.any(|it| !it.failed_on.is_empty()));
+    }
 }

@@ -20,6 +20,7 @@ use wrenn_raft::state::{
     SandboxSpec, Sealed, Settings, Token,
 };
 
+use super::people::{BuildMove, PeopleMove, any_of_builds, any_of_people};
 use super::{
     HOUR_MS, World, bound, cordon, fork, mark, name, node, node_key, redeem, remove, sandbox_id,
     sealed, snapshot_id, template, token, token_id, warm,
@@ -170,6 +171,10 @@ pub enum Move {
     Prune {
         before_ms: u64,
     },
+    /// The owner's word that it cannot resume one.
+    ResumeFails(Index),
+    People(PeopleMove),
+    Build(BuildMove),
 }
 
 /// What a client asks for.
@@ -299,6 +304,7 @@ fn about_sandboxes() -> impl Strategy<Value = Move> {
             |(sandbox, epoch_back, by, what)| Move::Report { sandbox, epoch_back, by, what }
         ),
         1 => (0_u64..40_000).prop_map(|before_ms| Move::Prune { before_ms }),
+        2 => any::<Index>().prop_map(Move::ResumeFails),
     ]
 }
 
@@ -312,6 +318,8 @@ pub fn any_move() -> impl Strategy<Value = (i64, Move)> {
         2 => about_the_cluster(),
         6 => about_nodes(),
         10 => about_sandboxes(),
+        3 => any_of_people().prop_map(Move::People),
+        2 => any_of_builds().prop_map(Move::Build),
     ];
     (pause, what)
 }
@@ -433,6 +441,19 @@ impl World {
             Move::Prune { before_ms } => Command::PruneSandboxes {
                 ended_before: Stamp(self.now.0.saturating_sub(before_ms)),
             },
+            Move::ResumeFails(pick) => {
+                let known = self.any_sandbox(pick, &[Phase::Resuming])?;
+                Command::ReportSandbox {
+                    id: known.id,
+                    epoch: known.epoch,
+                    node: known.owner,
+                    report: Report::Failed {
+                        reason: "no memory".into(),
+                    },
+                }
+            }
+            Move::People(what) => self.people_command(&what)?,
+            Move::Build(what) => self.build_command(&what)?,
             other => match self.pausing_command(&other) {
                 Some(command) => command?,
                 None => self.node_command(other)?,

@@ -8,6 +8,8 @@
 )]
 
 pub mod history;
+pub mod people;
+pub mod promises;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

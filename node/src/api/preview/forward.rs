@@ -1,4 +1,8 @@
 //! Passing a request on to a port of a guest, and its answer back: bodies stream, upgrades become pipes.
+//!
+//! Whatever a visitor speaks, the program is spoken to in HTTP/1.1, as nearly all programs there understand. A call
+//! by gRPC is the exception: it is nothing without HTTP/2, so its server is known to speak that, and it goes on as
+//! it came, with its trailers.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,12 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::{
-    CONNECTION, COOKIE, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE,
-    TRANSFER_ENCODING, UPGRADE,
+    CONNECTION, CONTENT_TYPE, COOKIE, HOST, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, Uri, Version};
 use axum::response::Response;
 use http_body_util::BodyExt as _;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
@@ -21,7 +27,7 @@ use tracing::debug;
 use super::super::auth;
 use super::super::grants::Grant;
 use super::super::streams::Sessions;
-use super::address::Address;
+use super::address::{Address, host};
 use super::pass::LINK;
 use crate::guest::{Guest, PortClient};
 
@@ -37,12 +43,43 @@ const HOP_BY_HOP: [HeaderName; 7] = [
     TE,
     TRANSFER_ENCODING,
 ];
+/// What a client of HTTP/2 says of itself that reads what comes behind a body.
+const TRAILERS: &str = "trailers";
 const FORWARDED_FOR: &str = "x-forwarded-for";
 const FORWARDED_HOST: &str = "x-forwarded-host";
 const FORWARDED_PROTO: &str = "x-forwarded-proto";
 
-/// Which clients are kept: the guest of one ownership, and its port.
-type PortOf = (SandboxId, Epoch, u16);
+/// What a program is spoken to in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Speech {
+    Http1,
+    /// From the first byte on.
+    Http2,
+}
+
+impl Speech {
+    /// As `request` wants it.
+    pub(super) fn of(request: &Parts) -> Self {
+        let says = |name, what: &dyn Fn(&str) -> bool| {
+            let text = request.headers.get(name).and_then(|it| it.to_str().ok());
+            text.is_some_and(what)
+        };
+        // Its variant for browsers is made for HTTP/1.1 and is another word.
+        let is_grpc = says(CONTENT_TYPE, &|text| {
+            let rest = text.strip_prefix("application/grpc");
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['+', ';']))
+        });
+        let reads_trailers = says(TE, &|text| text.eq_ignore_ascii_case(TRAILERS));
+        if request.version == Version::HTTP_2 && is_grpc && reads_trailers {
+            Self::Http2
+        } else {
+            Self::Http1
+        }
+    }
+}
+
+/// Which clients are kept: the guest of one ownership, its port, and what is spoken there.
+type PortOf = (SandboxId, Epoch, u16, Speech);
 
 /// The connections to ports that were visited last.
 #[derive(Debug, Default)]
@@ -53,82 +90,138 @@ pub(in crate::api) struct Kept {
 
 impl Kept {
     /// The client of a port of `guest`, which runs under `epoch`.
-    pub(super) fn client(&self, to: Address, epoch: Epoch, guest: &Guest) -> PortClient {
-        let wanted = (to.id, epoch, to.port);
+    pub(super) fn client(
+        &self,
+        to: Address,
+        epoch: Epoch,
+        guest: &Guest,
+        speech: Speech,
+    ) -> Program {
+        let wanted = (to.id, epoch, to.port, speech);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let known = clients.iter().position(|(of, _)| *of == wanted);
         let client = known.map_or_else(
-            || PortClient::new(&guest.dial().at_port(to.port)),
+            || {
+                let dial = guest.dial().at_port(to.port);
+                match speech {
+                    Speech::Http1 => PortClient::new(&dial),
+                    Speech::Http2 => PortClient::http2(&dial),
+                }
+            },
             |at| clients.remove(at).1,
         );
         // Clients of former owners are of no use any more.
-        clients.retain(|((id, of, _), _)| *id != to.id || *of == epoch);
+        clients.retain(|((id, of, ..), _)| *id != to.id || *of == epoch);
         if clients.len() >= KEPT_PORTS {
             clients.remove(0);
         }
         clients.push((wanted, client.clone()));
-        client
+        Program { client, speech, to }
     }
 }
 
-/// Sends `request` to the port behind `client`.
-pub(super) async fn forward(
-    client: &PortClient,
+/// A port of a guest, as a request wants to speak to it.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    client: PortClient,
+    speech: Speech,
     to: Address,
+}
+
+/// Sends `request` to `program`.
+pub(super) async fn forward(
+    program: &Program,
     from: Option<IpAddr>,
     (sessions, grant): (&Sessions, Option<Arc<Grant>>),
     mut request: Request,
 ) -> Result<Response, hyper_util::client::legacy::Error> {
-    let upgrade = wants_upgrade(request.headers()).cloned();
+    let upgrade = wants_upgrade(request.headers()).filter(|it| passes(it));
+    let upgrade = upgrade.cloned();
     let visitor = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     let (mut parts, body) = request.into_parts();
-    parts.uri = inner_uri(&parts.uri, to.port);
-    // Inside, it is spoken as most programs do.
-    parts.version = Version::HTTP_11;
-    parts.extensions.clear();
-    dress(&mut parts.headers, from);
+    prepare(&mut parts, program, from);
     if let Some(protocol) = upgrade {
-        parts
-            .headers
-            .insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        parts.headers.insert(UPGRADE, protocol);
+        announce(&mut parts.headers, protocol);
     }
     let body = body.map_err(Into::into).boxed_unsync();
-    let mut answer = client.send(Request::from_parts(parts, body)).await?;
+    let request = Request::from_parts(parts, body);
+    let mut answer = program.client.send(request).await?;
     let switched = answer.status() == StatusCode::SWITCHING_PROTOCOLS;
     let protocol = wants_upgrade(answer.headers()).cloned();
     if let Some(visitor) = visitor.filter(|_| switched) {
         let guest = hyper::upgrade::on(&mut answer);
-        sessions.spawn(async move {
-            let (Ok(visitor), Ok(guest)) = (visitor.await, guest.await) else {
-                return;
-            };
-            let (mut visitor, mut guest) = (TokioIo::new(visitor), TokioIo::new(guest));
-            let copied = io::copy_bidirectional(&mut visitor, &mut guest);
-            let over = async {
-                match &grant {
-                    Some(grant) => grant.ended().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                copied = copied => if let Err(err) = copied {
-                    debug!(%err, "an upgraded connection to a port broke");
-                },
-                () = over => debug!("an upgraded connection to a port ended with its key"),
-            }
-        });
+        sessions.spawn(pipe(visitor, guest, grant));
     }
     let (mut parts, body) = answer.into_parts();
     strip_hops(&mut parts.headers);
     if let Some(protocol) = protocol.filter(|_| switched) {
-        parts
-            .headers
-            .insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        parts.headers.insert(UPGRADE, protocol);
+        announce(&mut parts.headers, protocol);
     }
+    // The visitor is answered in its own version, whatever the program speaks.
+    parts.version = Version::default();
     parts.extensions.clear();
     Ok(Response::from_parts(parts, Body::new(body)))
+}
+
+/// Makes the head of a request the program's.
+fn prepare(parts: &mut Parts, program: &Program, from: Option<IpAddr>) {
+    if let Some(host) = host(parts).and_then(|it| HeaderValue::from_str(it).ok()) {
+        // HTTP/2 has it beside the headers, and whoever has it there means that (RFC 9112, 3.2.2).
+        parts.headers.insert(HOST, host);
+    }
+    dress(&mut parts.headers, from);
+    parts.extensions.clear();
+    let port = program.to.port;
+    match program.speech {
+        Speech::Http1 => {
+            parts.version = Version::HTTP_11;
+            parts.uri = inner_uri(&parts.uri, &format!("guest:{port}"));
+        }
+        Speech::Http2 => {
+            parts.version = Version::HTTP_2;
+            let named = parts.headers.remove(HOST);
+            let named = named.as_ref().and_then(|it| it.to_str().ok());
+            parts.uri = inner_uri(&parts.uri, named.unwrap_or("guest"));
+            let trailers = HeaderValue::from_static(TRAILERS);
+            parts.headers.insert(TE, trailers);
+        }
+    }
+}
+
+/// Carries bytes both ways until either side, or the visitor's key, comes to its end.
+async fn pipe(visitor: OnUpgrade, guest: OnUpgrade, grant: Option<Arc<Grant>>) {
+    let (Ok(visitor), Ok(guest)) = (visitor.await, guest.await) else {
+        return;
+    };
+    let (mut visitor, mut guest) = (TokioIo::new(visitor), TokioIo::new(guest));
+    let copied = io::copy_bidirectional(&mut visitor, &mut guest);
+    let over = async {
+        match &grant {
+            Some(grant) => grant.ended().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        copied = copied => if let Err(err) = copied {
+            debug!(%err, "an upgraded connection to a port broke");
+        },
+        () = over => debug!("an upgraded connection to a port ended with its key"),
+    }
+}
+
+/// Says on one connection that it is to become one of another protocol.
+fn announce(headers: &mut HeaderMap, protocol: HeaderValue) {
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, protocol);
+}
+
+/// Whether a change to this protocol is passed on. HTTP/2 would be one with the next hop alone, and nobody
+/// needs the change any more (RFC 9113, 3.1): the request goes on as it is.
+fn passes(protocol: &HeaderValue) -> bool {
+    let words = protocol.to_str().unwrap_or_default().split(',');
+    !words
+        .map(str::trim)
+        .any(|word| word.eq_ignore_ascii_case("h2c"))
 }
 
 /// The protocol that the sender would change to.
@@ -144,15 +237,15 @@ fn wants_upgrade(headers: &HeaderMap) -> Option<&HeaderValue> {
     headers.get(UPGRADE).filter(|_| asked)
 }
 
-/// Path and query as they came, without a link's word.
-fn inner_uri(uri: &Uri, port: u16) -> Uri {
+/// Path and query as they came, without a link's word, at `authority`.
+fn inner_uri(uri: &Uri, authority: &str) -> Uri {
     let path = Some(uri.path())
         .filter(|path| path.starts_with('/'))
         .unwrap_or("/");
     let query = uri.query().map(without_link).filter(|it| !it.is_empty());
     let query = query.map(|it| format!("?{it}")).unwrap_or_default();
-    let whole = format!("http://guest:{port}{path}{query}");
-    // Both parts come out of a URI.
+    let whole = format!("http://{authority}{path}{query}");
+    // All of it comes out of a URI, or is one of ours.
     whole.parse().unwrap_or_default()
 }
 
@@ -197,31 +290,26 @@ fn strip_hops(headers: &mut HeaderMap) {
     }
 }
 
-/// Takes our cookie out and leaves the others.
+/// Takes our cookie out and leaves the others, in one header: of HTTP/2 each may come in its own, which is not for
+/// programs of HTTP/1.1 (RFC 9113, 8.2.3).
 fn strip_cookie(headers: &mut HeaderMap) {
-    let texts: Vec<String> = headers
-        .get_all(COOKIE)
+    let all = headers.get_all(COOKIE);
+    let pairs = all
         .iter()
-        .filter_map(|it| it.to_str().ok())
-        .filter(|text| text.contains(LINK))
-        .map(str::to_owned)
-        .collect();
-    if texts.is_empty() {
+        .flat_map(|it| it.as_bytes().split(|it| *it == b';'));
+    let pairs: Vec<&[u8]> = pairs.map(<[u8]>::trim_ascii).collect();
+    let is_ours = |pair: &&[u8]| {
+        let rest = pair.strip_prefix(LINK.as_bytes());
+        rest.is_some_and(|rest| rest.starts_with(b"="))
+    };
+    if all.iter().count() < 2 && !pairs.iter().any(is_ours) {
         return;
     }
-    let is_ours = |pair: &&str| {
-        pair.trim()
-            .split_once('=')
-            .is_some_and(|(name, _)| name == LINK)
-    };
-    let kept = texts
-        .iter()
-        .flat_map(|text| text.split(';'))
-        .filter(|pair| !is_ours(pair));
-    let kept = kept.map(str::trim).collect::<Vec<_>>().join("; ");
+    let kept: Vec<&[u8]> = pairs.into_iter().filter(|it| !is_ours(it)).collect();
+    let kept = HeaderValue::from_bytes(&kept.join(&b"; "[..]));
     headers.remove(COOKIE);
-    if !kept.is_empty()
-        && let Ok(kept) = HeaderValue::from_str(&kept)
+    if let Ok(kept) = kept
+        && !kept.is_empty()
     {
         headers.insert(COOKIE, kept);
     }
@@ -284,7 +372,7 @@ mod tests {
 
     #[test]
     fn path_and_query_pass_unchanged_but_for_the_link() {
-        let inner = |uri: &str| inner_uri(&uri.parse().expect("a URI"), 80).to_string();
+        let inner = |uri: &str| inner_uri(&uri.parse().expect("a URI"), "guest:80").to_string();
         assert_eq!(
             inner("/a//b/%2e/?x=%20&y"),
             "http://guest:80/a//b/%2e/?x=%20&y"
@@ -293,5 +381,56 @@ mod tests {
         assert_eq!(inner("/?a=1&wrenn_link=word&b"), "http://guest:80/?a=1&b");
         assert_eq!(inner("http://80-cl-1.localhost/a"), "http://guest:80/a");
         assert_eq!(inner("*"), "http://guest:80/");
+    }
+
+    #[test]
+    fn cookies_that_come_one_by_one_go_on_as_one_and_ours_does_not() {
+        let mut seen = headers(&[
+            ("cookie", "a=1"),
+            ("cookie", "wrenn_link=word"),
+            ("cookie", "b=2; wrenn_links=3"),
+        ]);
+        strip_cookie(&mut seen);
+        assert_eq!(seen, headers(&[("cookie", "a=1; b=2; wrenn_links=3")]));
+        let mut ours = headers(&[("cookie", "wrenn_link=word")]);
+        strip_cookie(&mut ours);
+        assert_eq!(ours, HeaderMap::new());
+    }
+
+    #[test]
+    fn grpc_alone_is_spoken_to_in_http_2() {
+        let speech = |version, pairs: &[(&str, &str)]| {
+            let mut request = Request::new(());
+            *request.version_mut() = version;
+            *request.headers_mut() = headers(pairs);
+            Speech::of(&request.into_parts().0)
+        };
+        let te = ("te", "trailers");
+        for kind in [
+            "application/grpc",
+            "application/grpc+proto",
+            "application/grpc;x",
+        ] {
+            let asked = [te, ("content-type", kind)];
+            assert_eq!(speech(Version::HTTP_2, &asked), Speech::Http2, "{kind}");
+            assert_eq!(speech(Version::HTTP_11, &asked), Speech::Http1, "{kind}");
+            assert_eq!(speech(Version::HTTP_2, &asked[1..]), Speech::Http1);
+        }
+        for kind in ["application/grpc-web+proto", "text/html"] {
+            let asked = [te, ("content-type", kind)];
+            assert_eq!(speech(Version::HTTP_2, &asked), Speech::Http1, "{kind}");
+        }
+    }
+
+    #[test]
+    fn a_change_to_http_2_goes_no_further() {
+        for (protocol, passed) in [
+            ("websocket", true),
+            ("h2c", false),
+            ("H2C, websocket", false),
+        ] {
+            let protocol = protocol.parse().expect("a value");
+            assert_eq!(passes(&protocol), passed, "{protocol:?}");
+        }
     }
 }

@@ -1,8 +1,8 @@
 //! Previews: the ports of a capsule, at every node, as `{port}-{id}.{domain}` or by two headers.
 //!
 //! A request whose host name, or whose headers, name a port goes to the program that listens there, wherever the
-//! capsule runs, and never to the interface; all else never comes here. Bodies stream both ways, and an upgrade
-//! (WebSocket) becomes a pipe. What goes wrong before is told in plain text, since a browser shows it.
+//! capsule runs, and never to the interface; all else never comes here. Visitors speak HTTP/1.1 or HTTP/2. Bodies
+//! stream both ways, and an upgrade (WebSocket) becomes a pipe. What goes wrong before is told in plain text, since a browser shows it.
 //!
 //! | file | what it does |
 //! |---|---|
@@ -33,6 +33,7 @@ use tokio::time::Instant;
 
 use self::address::{Address, address};
 pub(super) use self::forward::Kept;
+use self::forward::Speech;
 pub(super) use self::links::{__path_link, link};
 use self::pass::Pass;
 use super::error::{ApiError, Code};
@@ -120,16 +121,21 @@ async fn visit(api: &ApiState, to: Address, request: Request) -> Result<Response
         return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, words));
     };
     let (parts, body) = request.into_parts();
+    if parts.method == Method::CONNECT {
+        let words = "a port is visited, not tunnelled to: CONNECT is not passed on";
+        return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, words));
+    }
     let (sandbox, pass) = admitted(api, to, &parts)?;
     if let Some(answer) = keep_link(&parts) {
         return Ok(answer);
     }
     let from = parts.extensions.get::<Peer>().map(|peer| peer.0.ip());
     let (sandbox, guest) = guest(api, sandbox).await?;
-    let client = api.previews.kept.client(to, sandbox.epoch, &guest);
+    let speech = Speech::of(&parts);
+    let program = api.previews.kept.client(to, sandbox.epoch, &guest, speech);
     let request = Request::from_parts(parts, body);
     let grant = grant(api, pass);
-    let visited = forward::forward(&client, to, from, (&api.sessions, grant.clone()), request);
+    let visited = forward::forward(&program, from, (&api.sessions, grant.clone()), request);
     let answered = match &grant {
         None => visited.await,
         Some(grant) => tokio::select! {
