@@ -106,6 +106,8 @@ fn assert_exact(pager: &Pager, payload: Payload, from: u64, to: u64) {
 fn a_guest_goes_on_for_generations_each_made_of_its_parent_and_the_listed_pages() {
     let payload = Payload {
         pages: 512,
+        // Its writes are listed too, and its pages missed as well.
+        vcpus: 2,
         ..Payload::default()
     };
     let Some(world) = World::with(payload) else {

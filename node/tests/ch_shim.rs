@@ -6,12 +6,14 @@ mod pager_world;
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use ch_world::{MEMORY, World};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pager_world::{Image, SOON, eventually};
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
@@ -25,6 +27,7 @@ use wrenn_node::shim::sweep::kill_leftovers;
 use wrenn_node::store::Overlay;
 use wrenn_node::store::disk::rebase;
 use wrenn_node::vmm::Hardware;
+use wrenn_node::vmm::confinement::HostConfinement;
 
 const WRENN: &str = env!("CARGO_BIN_EXE_wrenn");
 const LONG: Duration = Duration::from_secs(30);
@@ -93,8 +96,24 @@ fn merged(dir: &Dir, saved: &Saved, parent: &[u8]) -> Vec<u8> {
     whole
 }
 
-fn restoring(dir: &Dir, saved: &Saved, hardware: Hardware, memory: &[u8]) -> RestoreSpec {
+/// Who brings the pages of a guest that is brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bringing {
+    /// A pager that watches over its page faults.
+    Watched,
+    /// The same, which answers the VMM's questions.
+    Asked,
+}
+
+fn restoring(
+    dir: &Dir,
+    saved: &Saved,
+    hardware: Hardware,
+    memory: &[u8],
+    bringing: Bringing,
+) -> RestoreSpec {
     Image::of(dir.path(), memory);
+    let daemon = dir.path().join("pager.sock");
     let path = dir.path().join("resume-state");
     fs::copy(&saved.state.path, &path).expect("copied");
     let mut state = saved.state.clone();
@@ -102,15 +121,30 @@ fn restoring(dir: &Dir, saved: &Saved, hardware: Hardware, memory: &[u8]) -> Res
     RestoreSpec {
         state,
         hardware,
-        memory: MemoryImage::Paged {
-            daemon: dir.path().join("pager.sock"),
+        memory: match bringing {
+            Bringing::Watched => MemoryImage::Paged { daemon },
+            Bringing::Asked => MemoryImage::Asked { daemon },
         },
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_moves_from_shim_to_shim() {
-    let Some(world) = World::new() else { return };
+    moves_from_shim_to_shim(Bringing::Watched).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_asks_for_its_pages_moves_from_shim_to_shim() {
+    moves_from_shim_to_shim(Bringing::Asked).await;
+}
+
+/// As sandboxes of one host do: each with a user, a root and a control group of its own.
+async fn moves_from_shim_to_shim(bringing: Bringing) {
+    let Some(mut world) = World::new() else {
+        return;
+    };
+    let host = HostConfinement::of_this_host(&format!("shim-{bringing:?}-{}", std::process::id()));
+    world.spec.confinement = host.of_sandbox("first", 10);
     let mut dir = Dir::new();
     let mut shim = start(&world, &dir, None).await;
     let mut memory = vec![0; usize::try_from(MEMORY.bytes()).expect("small")];
@@ -128,10 +162,11 @@ async fn a_guest_moves_from_shim_to_shim() {
         memory = merged(&dir, &saved, &memory);
         let next = Dir::new();
         let hardware = shim.known_status().hardware.clone();
-        let restore = restoring(&next, &saved, hardware, &memory);
+        let restore = restoring(&next, &saved, hardware, &memory, bringing);
         let exit = shim.stop(Duration::ZERO).await.expect("ended");
         assert_eq!((exit.code, exit.signal), (Some(0), None), "{exit:?}");
         let round = dir.round();
+        world.spec.confinement = host.of_sandbox(&format!("next-{generation}"), 11 + generation);
         shim = start(&world, &next, Some(restore)).await;
         dir = next;
         let status = shim.status().await.expect("answers");
@@ -139,7 +174,23 @@ async fn a_guest_moves_from_shim_to_shim() {
         eprintln!("vmm {:?}, {:?}", status.vmm_start, status.restored);
         shim.thaw().await.expect("goes on");
         dir.await_round(round + 2);
+        let user = fs::metadata(format!("/proc/{}", status.vmm_pid)).expect("it runs");
+        let wanted = world.spec.confinement.user.unwrap_or(0);
+        assert_eq!(user.uid(), wanted, "it shares its user");
     }
+}
+
+/// As one that hangs: it is asked to end, and then it is killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vmm_that_falls_silent_is_killed_when_its_shim_is_told_to_stop() {
+    let Some(world) = World::new() else { return };
+    let dir = Dir::new();
+    let shim = start(&world, &dir, None).await;
+    dir.await_round(1);
+    let vmm = Pid::from_raw(i32::try_from(shim.known_status().vmm_pid).expect("a pid"));
+    kill(vmm, Signal::SIGSTOP).expect("stopped");
+    let exit = shim.stop(Duration::ZERO).await.expect("ended");
+    assert_eq!(exit.signal, Some(9), "{exit:?}");
 }
 
 /// The VMM marks the image as in use, and goes on to when it is saved.

@@ -11,6 +11,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use ch_world::World;
@@ -192,6 +193,16 @@ fn assert_root(pid: u32, spec: &VmmSpec, user: u32) {
     }
 }
 
+/// Whether somebody holds the other end of the tap.
+fn has_carrier(netns: &Netns) -> bool {
+    let spec = netns.spec();
+    let name = spec.netns.file_name().expect("named");
+    let mut command = Command::new("ip");
+    command.arg("-n").arg(name).args(["-o", "link", "show"]);
+    let told = command.arg(&spec.tap).output().expect("ip runs");
+    String::from_utf8_lossy(&told.stdout).contains("LOWER_UP")
+}
+
 fn loudly_unless_possible() {
     if let Err(err) = own_users() {
         eprintln!("!!! NOT TESTED: users and roots of their own: {err} !!!");
@@ -245,11 +256,16 @@ fn cloud_hypervisor_is_shut_off_from_its_host_at_boot_and_when_it_takes_a_guest_
     loudly_unless_possible();
     let host = HostConfinement::of_this_host(&format!("ch-{}", std::process::id()));
     world.spec.confinement = host.of_sandbox("first", 1);
+    let (here, there) = (Netns::new("tap1"), Netns::new("tap2"));
+    world.spec.network = Some(here.spec());
     let guest = world.boot();
     assert_confined(guest.vmm.pid(), &world.spec);
+    assert!(has_carrier(&here), "it holds the tap");
     let saved = guest.save();
-    // Another sandbox of this host: another user, who gets the disk.
+    // Another sandbox of this host: another user, who gets the disk, and another tap.
     world.spec.confinement = host.of_sandbox("second", 2);
+    world.spec.network = Some(there.spec());
+    assert!(!has_carrier(&there));
     let resumed = world.incoming(&saved, saved.copied());
     resumed
         .vmm
@@ -258,6 +274,7 @@ fn cloud_hypervisor_is_shut_off_from_its_host_at_boot_and_when_it_takes_a_guest_
     resumed.vmm.resume(ch_world::soon()).expect("goes on");
     resumed.await_round(saved.round + 2);
     assert_confined(resumed.vmm.pid(), &world.spec);
+    assert!(has_carrier(&there), "it holds the other tap");
     let second = world.spec.confinement.group.clone();
     drop(guest);
     drop(resumed);

@@ -213,6 +213,10 @@ impl RootPlan {
         }
         taken.extend(self.take_program()?);
         for path in &self.readable {
+            // A kernel that needs no initramfs is its own; nothing is put in the place of a mount.
+            if taken.iter().any(|it| it.name() == path) {
+                continue;
+            }
             check_open(path, OTHERS_READ)?;
             taken.push(Taken::file(path, path, Use::Read)?);
         }
@@ -318,6 +322,12 @@ impl Taken {
             name: name.to_owned(),
             used,
         })
+    }
+
+    fn name(&self) -> &Path {
+        match self {
+            Self::Link { name, .. } | Self::File { name, .. } => name,
+        }
     }
 
     /// The name under which everything below is the host's.

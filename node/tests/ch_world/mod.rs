@@ -32,6 +32,8 @@ pub(crate) const STRIDE: u64 = 16;
 const MULTIPLIER: u32 = 0x9E37_79B1;
 /// Words in a page.
 const WORDS: u64 = 1024;
+/// Where the payload's processors count: the one numbered `n`, from 1 on, in the `n`th double word.
+const COUNTS: usize = 0x8800;
 /// Memory of the guests.
 pub(crate) const MEMORY: Mib = Mib(64);
 
@@ -53,6 +55,8 @@ pub(crate) enum End {
 pub(crate) struct Payload {
     pub(crate) pages: u64,
     pub(crate) end: End,
+    /// All of them run; those beside the first count.
+    pub(crate) vcpus: u8,
 }
 
 impl Default for Payload {
@@ -60,6 +64,7 @@ impl Default for Payload {
         Self {
             pages: 256,
             end: End::Never,
+            vcpus: 1,
         }
     }
 }
@@ -83,6 +88,7 @@ impl Payload {
             ("PAUSE", 10_000_000),
             ("ROUNDS", rounds),
             ("END", end),
+            ("OTHERS", u64::from(self.vcpus - 1)),
         ] {
             assembler.arg("--defsym").arg(format!("{symbol}={value}"));
         }
@@ -93,6 +99,18 @@ impl Payload {
         run(linker.arg(&object));
         kernel
     }
+}
+
+/// A program that does nothing, whatever it is told, until it is killed.
+pub(crate) fn silent_program(home: &Path) -> PathBuf {
+    let (source, object) = (home.join("silent.s"), home.join("silent.o"));
+    let program = home.join("silent");
+    // `pause`, again and again.
+    let text = ".globl _start\n_start: mov $34, %eax\nsyscall\njmp _start\n";
+    std::fs::write(&source, text).expect("written");
+    run(Command::new("as").arg("-o").arg(&object).arg(&source));
+    run(Command::new("ld").arg("-o").arg(&program).arg(&object));
+    program
 }
 
 /// An empty overlay over an empty raw image, which the payload never touches.
@@ -170,7 +188,7 @@ impl World {
             kernel,
             initramfs,
             cmdline: "wrenn.probe=1".to_owned(),
-            vcpus: 1,
+            vcpus: payload.vcpus,
             memory: MEMORY,
             root_disk: Some(make_disk(home.path())),
             network: None,
@@ -261,6 +279,15 @@ pub(crate) fn content_of(memory: &GuestMemory) -> Vec<u8> {
         .read_exact_at(&mut content, 0)
         .expect("read");
     content
+}
+
+/// How far each of the payload's processors beside the first has counted in `memory`.
+pub(crate) fn counts_in(memory: &[u8], vcpus: u8) -> Vec<u32> {
+    let words = memory[COUNTS..].chunks_exact(4).skip(1);
+    let words = words.take(usize::from(vcpus) - 1);
+    words
+        .map(|word| u32::from_le_bytes(word.try_into().expect("four")))
+        .collect()
 }
 
 /// A VMM without a shim, and what its guest has said.

@@ -8,13 +8,25 @@
 # on the same pages was r - STRIDE.
 #
 # Symbols given to the assembler: FIRST (address of page 0), PAGES, STRIDE (a power of two),
-# PAUSE (ticks of the processor's clock between rounds), ROUNDS (after how many it ends; 0: never)
-# and END (what it then writes to the port of the ACPI controls: 0x34 switches off, 1 resets).
+# PAUSE (ticks of the processor's clock between rounds), ROUNDS (after how many it ends; 0: never),
+# END (what it then writes to the port of the ACPI controls: 0x34 switches off, 1 resets) and, where
+# it is to use more than one processor, OTHERS (how many more). Each of those counts for itself from
+# then on, in the double word at COUNTS + 4 * its number; the numbers begin with 1.
 
+        .ifndef OTHERS
+        .set    OTHERS, 0
+        .endif
         .set    MULTIPLIER, 0x9E3779B1
         .set    SERIAL, 0x3f8
         .set    LINE_STATUS, 0x3fd
         .set    CONTROLS, 0x600
+        # Where the other processors begin, in real mode: the page that wakes them is its number.
+        .set    OTHERS_AT, 0x8000
+        .set    COUNTS, 0x8800
+        # The low half of the local APIC's interrupt command: to all others, INIT and start-up.
+        .set    APIC_COMMAND, 0xfee00300
+        .set    INIT_OTHERS, 0x000c4500
+        .set    START_OTHERS, 0x000c4600 + (OTHERS_AT >> 12)
 
         # Where the boot protocol finds the entry: note 18 of owner "Xen".
         .section .note.pvh, "a", @note
@@ -44,6 +56,15 @@ fill:
         jb      fill
         movl    $text_filled, %esi
         call    say
+
+        .if     OTHERS
+        movl    $other, %esi
+        movl    $OTHERS_AT, %edi
+        movl    $(other_end - other), %ecx
+        rep movsb
+        movl    $INIT_OTHERS, APIC_COMMAND
+        movl    $START_OTHERS, APIC_COMMAND
+        .endif
 
         movl    $1, %ebp                # round
 round:
@@ -148,6 +169,26 @@ busy:
         movb    %ah, %al
         outb    %al, %dx
         ret
+
+# What every other processor does, copied to OTHERS_AT. The number of its counter is in a register
+# alone, as a saved processor has to keep it.
+        .if     OTHERS
+        .code16
+other:
+        cli
+        movw    $(COUNTS >> 4), %ax
+        movw    %ax, %ds
+        movl    $1, %ebx
+        lock xaddl %ebx, 0              # whose turn it is to take a number
+        incw    %bx
+        shlw    $2, %bx
+count:
+        incl    (%bx)
+        pause
+        jmp     count
+other_end:
+        .code32
+        .endif
 
 text_up:     .asciz "payload: up\n"
 text_filled: .asciz "payload: filled\n"

@@ -29,7 +29,7 @@ pub mod version;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,11 @@ const LAST_REPORTS: Duration = Duration::from_millis(100);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// What it says to everything while a hand-over is under way.
 const BUSY: &str = "migrating";
-
+/// As many orders to go on may go unanswered in a row before it counts as hung and is killed. Each
+/// has had the time of whoever gave it, and a guest that stands still loses nothing by one more.
+const MAX_MISSED: u32 = 3;
+/// The reason of that end.
+const SILENT: &str = "vmm-silent";
 /// What it says to a save as long as it asks for pages.
 const RESTORING: &str = "on-demand memory restore";
 
@@ -93,6 +97,10 @@ pub struct CloudHypervisor {
     pass: Mutex<Pass>,
     refusals: Refusals,
     told_to_quit: AtomicBool,
+    /// Whether we have stopped its process: then it hears nothing, and is not to blame for it.
+    stopped: AtomicBool,
+    /// How many orders to go on it has not answered, since the last that it did.
+    missed: AtomicU32,
 }
 
 impl CloudHypervisor {
@@ -122,6 +130,8 @@ impl CloudHypervisor {
             }),
             refusals: heard.1,
             told_to_quit: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            missed: AtomicU32::new(0),
         }
     }
 
@@ -224,6 +234,19 @@ impl CloudHypervisor {
         self.pass.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Ends a VMM that hangs: its guest would stand still for ever. `told` is how an order to go on
+    /// has ended.
+    fn count_silence(&self, told: &Result<(), ApiError>) {
+        let is_silent = matches!(told, Err(ApiError::TimedOut { .. }));
+        if !is_silent || self.stopped.load(Ordering::Relaxed) {
+            return self.missed.store(0, Ordering::Relaxed);
+        }
+        if self.missed.fetch_add(1, Ordering::Relaxed) + 1 >= MAX_MISSED {
+            // One that cannot be killed is tried again with the next order.
+            let _tried = self.process.kill();
+        }
+    }
+
     /// Calls off the hand-over of a saved guest, if there is one: the VMM keeps it.
     fn keep_guest(&self) {
         if let Some(held) = self.pass().held.take() {
@@ -252,7 +275,9 @@ impl Vmm for CloudHypervisor {
 
     fn resume(&self, deadline: Instant) -> Result<(), VmmError> {
         self.keep_guest();
-        self.tell("resume", self.bring(&Call::Resume, "Running", deadline))
+        let told = self.bring(&Call::Resume, "Running", deadline);
+        self.count_silence(&told);
+        self.tell("resume", told)
     }
 
     fn save_state(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), VmmError> {
@@ -291,11 +316,14 @@ impl Vmm for CloudHypervisor {
     }
 
     fn freeze(&self) -> Result<(), VmmError> {
+        self.stopped.store(true, Ordering::Relaxed);
         self.process.freeze()
     }
 
     fn thaw(&self) -> Result<(), VmmError> {
-        self.process.thaw()
+        self.process.thaw()?;
+        self.stopped.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     fn kill(&self) -> Result<(), VmmError> {
@@ -309,6 +337,8 @@ impl Vmm for CloudHypervisor {
         self.events.await_end(Instant::now() + LAST_REPORTS);
         if self.told_to_quit.load(Ordering::Relaxed) {
             "host-quit".clone_into(&mut exit.reason);
+        } else if self.missed.load(Ordering::Relaxed) >= MAX_MISSED {
+            SILENT.clone_into(&mut exit.reason);
         } else if exit.reason.is_empty() {
             self.events.last_words().clone_into(&mut exit.reason);
         }
