@@ -538,7 +538,7 @@ async fn a_connection_that_asks_for_nothing_is_closed_whatever_it_began_with() {
     let world = World::new().await;
     let mut silent = Vec::new();
     // Nothing; less than tells the versions apart; all of a preface and no more; and a whole greeting.
-    let greeting = [&PREFACE[..], &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat();
+    let greeting = [PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat();
     for sent in [&b""[..], b"PR", PREFACE, &greeting] {
         let mut stream = TcpStream::connect(world.address).await.unwrap();
         stream.write_all(sent).await.unwrap();

@@ -10,10 +10,7 @@ use openraft::raft::{
 use prost::Message as _;
 use proto::epoch::Epoch;
 use proto::fuzzing::scratch;
-use proto::ids::{
-    BuildId, ChannelId, ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId, TokenId,
-    UserId,
-};
+use proto::ids::{ClusterId, NodeId, NodeKey};
 use proto::units::{Mib, Stamp};
 use proto::wire::raftlog as pb;
 

@@ -303,30 +303,12 @@ fn failed(epoch: u64, node: NodeId) -> Command {
 pub(super) fn copies() -> Vec<Command> {
     let second = NodeId(FOUNDED_AT + 2);
     let created = FOUNDED_AT + 3;
-    let checkpoint = |ask, purpose| {
-        Command::CheckpointSandbox(CheckpointSandbox {
-            id: SANDBOX,
-            epoch: Epoch(created),
-            checkpoint: Checkpoint {
-                ask: SnapshotId([ask; 16]),
-                purpose,
-            },
-            hints: vec![],
-        })
-    };
-    let name = Purpose::Name {
-        name: "mine".into(),
-        overwrite: true,
-        metadata: BTreeMap::from([("a".into(), "b".into())]),
-    };
-    let fork = Purpose::Fork {
-        ids: vec![SandboxId([0x59; 16])],
-    };
     let sealed = seal();
     let paused = Sealed {
         pause: created + 2,
         ..sealed.clone()
     };
+    let [name, fork] = checkpoints(created);
     vec![
         by_platform(Command::PutToken(token())),
         Command::RedeemToken {
@@ -355,8 +337,8 @@ pub(super) fn copies() -> Vec<Command> {
             node: second,
             holds: true,
         },
-        checkpoint(0x54, name),
-        checkpoint(0x55, fork),
+        name,
+        fork,
         Command::ResumeSandbox {
             id: SANDBOX,
             snapshot: SNAPSHOT,
@@ -366,26 +348,7 @@ pub(super) fn copies() -> Vec<Command> {
         // Whichever has it: the other's word is refused.
         failed(created + 7, NodeId(1)),
         failed(created + 7, second),
-        Command::PutWarm(Snapshot {
-            sealed: Sealed {
-                id: SnapshotId([0x56; 16]),
-                ..sealed
-            },
-            team: TeamId([0; 16]),
-            sandbox: SANDBOX,
-            epoch: Epoch(1),
-            sealed_by: NodeId(1),
-            sealed_at: Stamp(0),
-            holders: [NodeId(1)].into(),
-            warm: Some(Warm {
-                vcpus: 1,
-                memory: Mib(256),
-                disk: Mib(512),
-                version: "0.1.0".into(),
-                guest: "6.1".into(),
-                retired: false,
-            }),
-        }),
+        Command::PutWarm(warm(sealed)),
         Command::RetireWarm(SnapshotId([0x56; 16])),
         Command::DropNamed(DropNamed {
             team: TeamId([0; 16]),
@@ -393,6 +356,54 @@ pub(super) fn copies() -> Vec<Command> {
             snapshot: SNAPSHOT,
         }),
     ]
+}
+
+/// A capsule is given a name's snapshot, and one to fork from.
+fn checkpoints(created: u64) -> [Command; 2] {
+    let checkpoint = |ask, purpose| {
+        Command::CheckpointSandbox(CheckpointSandbox {
+            id: SANDBOX,
+            epoch: Epoch(created),
+            checkpoint: Checkpoint {
+                ask: SnapshotId([ask; 16]),
+                purpose,
+            },
+            hints: vec![],
+        })
+    };
+    let name = Purpose::Name {
+        name: "mine".into(),
+        overwrite: true,
+        metadata: BTreeMap::from([("a".into(), "b".into())]),
+    };
+    let fork = Purpose::Fork {
+        ids: vec![SandboxId([0x59; 16])],
+    };
+    [checkpoint(0x54, name), checkpoint(0x55, fork)]
+}
+
+/// What a node keeps warm of a template.
+fn warm(sealed: Sealed) -> Snapshot {
+    Snapshot {
+        sealed: Sealed {
+            id: SnapshotId([0x56; 16]),
+            ..sealed
+        },
+        team: TeamId([0; 16]),
+        sandbox: SANDBOX,
+        epoch: Epoch(1),
+        sealed_by: NodeId(1),
+        sealed_at: Stamp(0),
+        holders: [NodeId(1)].into(),
+        warm: Some(Warm {
+            vcpus: 1,
+            memory: Mib(256),
+            disk: Mib(512),
+            version: "0.1.0".into(),
+            guest: "6.1".into(),
+            retired: false,
+        }),
+    }
 }
 
 fn token() -> Token {
