@@ -270,9 +270,10 @@ fn member(header: &tar::Header, kind: EntryType, said: Extension) -> Result<Memb
         .unwrap_or_else(|| header.path_bytes().into_owned());
     let path = text(&path)?;
     let path = inside(&path).ok_or(ArchiveError::Outside(path))?;
+    // Writers that have no owner to tell leave the field empty: root's, as what is copied is anyway.
     let owner = (
-        said.user.map_or_else(|| header.uid(), Ok)?,
-        said.group.map_or_else(|| header.gid(), Ok)?,
+        said.user.unwrap_or_else(|| header.uid().unwrap_or(0)),
+        said.group.unwrap_or_else(|| header.gid().unwrap_or(0)),
     );
     let link = || {
         let link = said
