@@ -18,6 +18,7 @@ mod durability;
 mod fencing;
 mod flow;
 mod forks;
+mod imports;
 mod lost;
 mod moving;
 mod passed_over;

@@ -5,6 +5,7 @@
 //! topics, since forming one and booting guests takes longest. `deploy/clients wrenn` makes the Python that
 //! has the package; without it the test is skipped, and says so. `WRENN_SDK_TOPICS` names some topics.
 
+mod runner;
 mod sources;
 
 use std::env;
@@ -47,6 +48,9 @@ fn the_wrenn_sdk_finds_everything_as_it_expects() {
     wait_voters(cluster.client(1), usize::from(NODES));
 
     let chosen = env::var("WRENN_SDK_TOPICS").unwrap_or_else(|_| TOPICS.join(" "));
+    if chosen.split_whitespace().any(|topic| topic == "code") {
+        runner::build(cluster.client(1));
+    }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sdk/wrenn_client/run.py");
     let nodes: Vec<String> = (1..=NODES)
         .map(|number| address(&cluster, number))

@@ -12,6 +12,7 @@
 //! the switch of root the agent's own file is out of reach: it stays mapped and is never executed
 //! again. Nothing of this is kept on disk, so a crash leaves nothing behind.
 
+pub mod adopt;
 pub mod cgroup;
 pub mod cmdline;
 pub mod command;

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! request ── cors (answers OPTIONS) ── drain ── gate ── token
-//!               ├ health, init, metrics, envs, files, poweroff, snapshot/{prepare,undo,restore}
+//!               ├ health, init, metrics, envs, files, poweroff, root/adopt, snapshot/{prepare,undo,restore}
 //!               └ process.Process, filesystem.Filesystem
 //! ```
 //!
 //! Plain endpoints answer errors as `{"code": status, "message": text}` ([`error`]); the services
 //! answer in Connect's form. No layer compresses: a stream must leave message by message.
 
+pub mod adopt;
 pub mod cors;
 pub mod drain;
 pub mod error;
@@ -57,6 +58,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/snapshot/prepare", post(snapshot::prepare))
         .route("/snapshot/undo", post(snapshot::undo))
         .route("/snapshot/restore", post(snapshot::restore))
+        .route("/root/adopt", post(adopt::adopt))
         .route("/poweroff", post(power_off))
         .route_service("/process.Process/{method}", rpc.clone())
         .route_service("/filesystem.Filesystem/{method}", rpc)

@@ -6,6 +6,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -43,11 +44,14 @@ use crate::build::archive_path;
 use crate::cluster::{ProposeError, View};
 use crate::template::archive::{self, ArchiveError, Contents};
 use crate::template::health::HealthCheck;
+use crate::template::import::{ImportError, Imported, import};
 use crate::template::plan;
 use crate::template::recipe::{self, Directive};
 
 /// Largest archive, as it is sent: 100 MB by the specification.
 const ARCHIVE_BYTES: u64 = 100 << 20;
+/// Largest archive of a root file system or an image, as it is sent.
+const ROOTFS_BYTES: u64 = 2 << 30;
 /// Largest description of a build in a form.
 const CONFIG_BYTES: usize = 1 << 20;
 /// Most bytes of all directives together. They are replicated to every node.
@@ -64,7 +68,9 @@ pub(super) struct CreateBuild {
     name: String,
     /// The template to build upon; `minimal` where absent.
     base_template: Option<String>,
-    /// What to do, a directive each: `RUN`, `START`, `ENV`, `WORKDIR`, `USER`, `COPY`.
+    /// What to do, a directive each: `RUN`, `START`, `ENV`, `WORKDIR`, `USER`, `COPY`. It may be left out
+    /// where a root file system is sent.
+    #[serde(default)]
     recipe: Vec<String>,
     /// When it is ready: `[--interval=3s] [--timeout=10s] [--start-period=0s] [--retries=0] COMMAND`.
     healthcheck: Option<String>,
@@ -107,7 +113,8 @@ pub(super) fn admin_routes() -> Router<ApiState> {
 }
 
 /// Starts building a template. With files to copy: a form with the same JSON in part `config`, and a tar
-/// file in part `archive`.
+/// file in part `archive`. Of a root file system, or of an image as `docker save` and OCI tools write it:
+/// the same, with it in part `rootfs`; the recipe, if there is one, follows.
 #[utoipa::path(
     post, path = "/v1/builds", tag = "templates",
     request_body(content_type = "application/json", content = CreateBuild),
@@ -121,10 +128,22 @@ pub(super) async fn create(
     request: Request,
 ) -> Result<(StatusCode, Json<BuildShape>), ApiError> {
     refuse_on_team_host(&api)?;
-    let (asked, archive) = read(&api, request).await?;
+    let (asked, sent) = read(&api, request).await?;
     let ids = retry.ids(&caller, &["build"]);
     let id = BuildId(ids.sandbox(0).0);
-    let spec = checked(&api, &caller, asked, archive.as_ref()).await?;
+    let (spec, archive) = match sent {
+        Sent::Rootfs(sent) => {
+            let (rootfs, imported) = sent.import().await?;
+            let asked = importing(asked, &imported)?;
+            let spec = checked(&api, &caller, asked, Files::Rootfs(imported.digest)).await?;
+            (spec, Some(rootfs))
+        }
+        Sent::Files(archive) => {
+            refuse_import(&asked.recipe)?;
+            let spec = checked(&api, &caller, asked, Files::Archive(archive.as_ref())).await?;
+            (spec, archive)
+        }
+    };
     // One that comes again has its archive here, or has it in its capsule.
     let is_new = api.view.state().build(id).is_none();
     if let Some(archive) = archive.filter(|_| is_new) {
@@ -289,25 +308,19 @@ fn refuse_on_team_host(api: &ApiState) -> Result<(), ApiError> {
 }
 
 /// Reads the request: JSON, or a form with an archive.
-async fn read(
-    api: &ApiState,
-    request: Request,
-) -> Result<(CreateBuild, Option<Archive>), ApiError> {
+async fn read(api: &ApiState, request: Request) -> Result<(CreateBuild, Sent), ApiError> {
     let kind = request.headers().get(CONTENT_TYPE);
     let kind = kind.and_then(|it| it.to_str().ok()).unwrap_or_default();
     if !kind.to_ascii_lowercase().starts_with("multipart/") {
         let JsonBody(asked) = JsonBody::from_request(request, &()).await?;
-        return Ok((asked, None));
+        return Ok((asked, Sent::Files(None)));
     }
     let headers = request.headers().clone();
     read_form(api, Form::new(&headers, request.into_body())?).await
 }
 
-async fn read_form(
-    api: &ApiState,
-    mut form: Form,
-) -> Result<(CreateBuild, Option<Archive>), ApiError> {
-    let (mut asked, mut archive) = (None, None);
+async fn read_form(api: &ApiState, mut form: Form) -> Result<(CreateBuild, Sent), ApiError> {
+    let (mut asked, mut archive, mut rootfs) = (None, None, None);
     while let Some(name) = form.next_part().await? {
         match name.as_str() {
             "config" => {
@@ -316,12 +329,78 @@ async fn read_form(
                     JsonBody::from_request(Request::new(Body::from(text)), &()).await?;
                 asked = Some(it);
             }
-            "archive" => archive = Some(Archive::receive(api, &mut form).await?),
+            "archive" if archive.is_none() => {
+                archive = Some(Archive::receive(api, &mut form, ARCHIVE_BYTES).await?);
+            }
+            "rootfs" if rootfs.is_none() => {
+                rootfs = Some(Archive::receive(api, &mut form, ROOTFS_BYTES).await?);
+            }
+            "archive" | "rootfs" => return Err(ApiError::invalid("the form has a part twice")),
             _ => {}
         }
     }
     let asked = asked.ok_or_else(|| ApiError::invalid("the form lacks field config"))?;
-    Ok((asked, archive))
+    match (archive, rootfs) {
+        (Some(_), Some(_)) => {
+            let why = "a root file system and files to copy are two builds: import first, then build on it";
+            Err(ApiError::invalid(why))
+        }
+        (None, Some(rootfs)) => Ok((asked, Sent::Rootfs(rootfs))),
+        (archive, None) => Ok((asked, Sent::Files(archive))),
+    }
+}
+
+/// What came with a build.
+enum Sent {
+    /// Files to copy, if any.
+    Files(Option<Archive>),
+    /// What is to become its root file system.
+    Rootfs(Archive),
+}
+
+/// What the steps of a build may take along.
+#[derive(Clone, Copy)]
+enum Files<'a> {
+    Archive(Option<&'a Archive>),
+    /// A root file system, by its hash.
+    Rootfs([u8; 32]),
+}
+
+/// The recipe of an import: the root file system, what its image says, what was asked for, and what the
+/// image runs. What usually surrounds a recipe is left out: it is another's system.
+fn importing(asked: CreateBuild, imported: &Imported) -> Result<CreateBuild, ApiError> {
+    refuse_import(&asked.recipe)?;
+    let has_start = match asked.recipe.as_slice() {
+        [] => false,
+        lines => {
+            let parsed = recipe::parse(lines).map_err(|err| ApiError::invalid(err.to_string()))?;
+            parsed
+                .iter()
+                .any(|it| matches!(it.directive, Directive::Start { .. }))
+        }
+    };
+    let (mut recipe, start) = imported.config.directives(has_start);
+    recipe.extend(asked.recipe);
+    recipe.extend(start);
+    Ok(CreateBuild {
+        recipe,
+        skip_pre_post: Some(true),
+        ..asked
+    })
+}
+
+/// `IMPORT` is ours to write: where there is nothing to import it could do nothing.
+fn refuse_import(lines: &[String]) -> Result<(), ApiError> {
+    let imports = |line: &String| {
+        let parsed = recipe::parse(std::slice::from_ref(line));
+        parsed.is_ok_and(|it| matches!(it[0].directive, Directive::Import { .. }))
+    };
+    if lines.iter().any(imports) {
+        let why =
+            "IMPORT is written by the node: send the root file system as part rootfs of a form";
+        return Err(ApiError::invalid(why));
+    }
+    Ok(())
 }
 
 /// What to build, checked: nothing is proposed before all of it holds.
@@ -329,7 +408,7 @@ async fn checked(
     api: &ApiState,
     caller: &Caller,
     asked: CreateBuild,
-    archive: Option<&Archive>,
+    archive: Files<'_>,
 ) -> Result<BuildSpec, ApiError> {
     check_name("name", &asked.name)?;
     let bytes: usize = asked.recipe.iter().map(String::len).sum();
@@ -366,9 +445,23 @@ async fn checked(
 }
 
 /// For each directive the hash of the files it takes along.
-async fn files_of(lines: &[String], archive: Option<&Archive>) -> Result<Vec<Vec<u8>>, ApiError> {
+async fn files_of(lines: &[String], files: Files<'_>) -> Result<Vec<Vec<u8>>, ApiError> {
     let parsed = recipe::parse(lines).map_err(|err| ApiError::invalid(err.to_string()))?;
     let is_copy = |it: &recipe::Line| matches!(it.directive, Directive::Copy { .. });
+    let archive = match files {
+        Files::Rootfs(_) if parsed.iter().any(is_copy) => {
+            let why = "a recipe that follows a root file system copies no files: import first, then build on it";
+            return Err(ApiError::invalid(why));
+        }
+        Files::Rootfs(digest) => {
+            let of = |line: &recipe::Line| match line.directive {
+                Directive::Import { .. } => digest.to_vec(),
+                _ => Vec::new(),
+            };
+            return Ok(parsed.iter().map(of).collect());
+        }
+        Files::Archive(archive) => archive,
+    };
     let contents = match archive {
         _ if !parsed.iter().any(is_copy) => return Ok(Vec::new()),
         None => {
@@ -391,11 +484,11 @@ async fn files_of(lines: &[String], archive: Option<&Archive>) -> Result<Vec<Vec
 /// An archive that was received, under a name that nobody knows yet.
 struct Archive {
     path: PathBuf,
-    _permit: OwnedSemaphorePermit,
+    _permit: Arc<OwnedSemaphorePermit>,
 }
 
 impl Archive {
-    async fn receive(api: &ApiState, form: &mut Form) -> Result<Self, ApiError> {
+    async fn receive(api: &ApiState, form: &mut Form, most: u64) -> Result<Self, ApiError> {
         let permit = api.spools.clone().try_acquire_owned().map_err(|_| {
             ApiError::new(
                 Code::Overloaded,
@@ -408,7 +501,7 @@ impl Archive {
         // Dropped, it removes its file.
         let archive = Self {
             path,
-            _permit: permit,
+            _permit: Arc::new(permit),
         };
         let mut file = File::create(&archive.path)
             .await
@@ -416,8 +509,8 @@ impl Archive {
         let mut seen = 0;
         while let Some(data) = form.chunk().await? {
             seen += data.len() as u64;
-            if seen > ARCHIVE_BYTES {
-                let why = format!("an archive may have {ARCHIVE_BYTES} bytes at most");
+            if seen > most {
+                let why = format!("an archive may have {most} bytes at most");
                 return Err(ApiError::new(Code::TooLarge, why));
             }
             file.write_all(&data).await.map_err(|err| failed(&err))?;
@@ -435,6 +528,24 @@ impl Archive {
             ArchiveError::TooLarge { .. } => ApiError::new(Code::TooLarge, err.to_string()),
             err => ApiError::invalid(crate::base::chain::chain(&err)),
         })
+    }
+
+    /// Makes a root file system of it, which takes its place.
+    async fn import(self) -> Result<(Self, Imported), ApiError> {
+        let from = self.path.clone();
+        let made = Self {
+            path: from.with_extension("rootfs"),
+            _permit: self._permit.clone(),
+        };
+        let to = made.path.clone();
+        let imported = task::spawn_blocking(move || import(&from, &to)).await;
+        let imported = imported.map_err(|err| failed(&io::Error::other(err)))?;
+        let imported = imported.map_err(|err| match err {
+            err if err.is_too_large() => ApiError::new(Code::TooLarge, err.to_string()),
+            ImportError::Write(err) => failed(&err),
+            err => ApiError::invalid(crate::base::chain::chain(&err)),
+        })?;
+        Ok((made, imported))
     }
 
     /// Gives it the name under which the build finds it.

@@ -46,6 +46,8 @@ const WORTH_KEEPING: Duration = Duration::from_secs(2);
 const SMALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest files may take to be unpacked or copied.
 const FILES_TIMEOUT: Duration = Duration::from_secs(300);
+/// Longest a root file system may take to be unpacked: tens of thousands of files on an emulated disk.
+const IMPORT_TIMEOUT: Duration = Duration::from_secs(900);
 /// Longest a `START` may take to begin.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much later than a command's own deadline its guest may say so.
@@ -200,11 +202,19 @@ impl Attempt {
         let file = File::open(&archive).await;
         let file = file.map_err(|err| Stop::Broke(format!("open the build's archive: {err}")))?;
         let contents = ReaderStream::with_capacity(file, SEND_BYTES);
+        let is_root = left.iter().any(Step::imports);
+        let to = if is_root {
+            steps::IMPORT_ARCHIVE
+        } else {
+            steps::ARCHIVE
+        };
         let sent = self.capsule.guest().await?;
-        let sent = sent.write_file(steps::ARCHIVE, contents).await;
+        let sent = sent.write_file(to, contents).await;
         sent.map_err(|err| refused("bring the files into the capsule", &err))?;
-        let unpacked = self.quiet(steps::unpack(), FILES_TIMEOUT).await?;
-        expect_ok("unpack the files", &unpacked)?;
+        if !is_root {
+            let unpacked = self.quiet(steps::unpack(), FILES_TIMEOUT).await?;
+            expect_ok("unpack the files", &unpacked)?;
+        }
         let nodes = self.means.proposer.view().state().nodes().count();
         if nodes > 1 {
             // Otherwise they would be lost with this node.
@@ -271,6 +281,7 @@ impl Attempt {
                 self.around.become_user(name, &home);
                 Ok(made.exit_code)
             }
+            Directive::Import { user } => self.import(user.as_deref()).await,
             Directive::Copy {
                 sources,
                 destination,
@@ -279,6 +290,30 @@ impl Attempt {
                 self.watched(copy, FILES_TIMEOUT).await
             }
         }
+    }
+
+    /// Has the root file system that was brought in take the place of the guest's; everything is as in a
+    /// guest that has just started from it.
+    async fn import(&mut self, user: Option<&str>) -> Result<i32, Stop> {
+        let exit = self.watched(steps::unpack_root(), IMPORT_TIMEOUT).await?;
+        if exit != 0 {
+            return Ok(exit);
+        }
+        let guest = self.capsule.guest().await?;
+        let adopted = guest.adopt_root(steps::IMPORT).await;
+        adopted.map_err(|err| refused("change to the root file system", &err))?;
+        self.around = Around::default();
+        self.around.own = self.environment().await?;
+        let Some(user) = user else {
+            return Ok(0);
+        };
+        let found = self.quiet(steps::find_user(user), SMALL_TIMEOUT).await?;
+        self.tell_complaints(&found);
+        let said = String::from_utf8_lossy(&found.stdout);
+        if let Some((name, home)) = said.trim_end().split_once('\n') {
+            self.around.become_user(name, home);
+        }
+        Ok(found.exit_code)
     }
 
     /// Starts something that goes on.

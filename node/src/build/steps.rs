@@ -11,6 +11,30 @@ pub(super) const FILES: &str = "/tmp/build-files";
 /// Where their archive is put.
 pub(super) const ARCHIVE: &str = "/tmp/build-files.tar";
 
+/// Where a root file system is brought and unpacked: on the disk it is to take, since `/tmp` is memory.
+pub(super) const IMPORT: &str = "/.wrenn-import";
+/// Its archive.
+pub(super) const IMPORT_ARCHIVE: &str = "/.wrenn-import/root.tar";
+/// It, unpacked.
+pub(super) const IMPORT_ROOT: &str = "/.wrenn-import/root";
+
+/// Unpacks a root file system ($1) into an empty directory ($2), owners by number.
+const UNPACK_ROOT: &str = "rm -rf -- \"$2\" && mkdir -p -- \"$2\" && \
+    tar -xpf \"$1\" -C \"$2\" --numeric-owner --xattrs --xattrs-include=security.capability && \
+    rm -f -- \"$1\"";
+/// Prints name and home of the user $1, a name or a number, whatever follows a colon left out. The shell
+/// alone does it: nothing else is known of what was imported.
+const FIND_USER: &str = r#"wanted=${1%%:*}
+while IFS=: read -r name pass uid gid gecos home shell; do
+    if [ "$wanted" = "$name" ] || [ "$wanted" = "$uid" ]; then
+        echo "$name"
+        echo "${home:-/}"
+        exit 0
+    fi
+done </etc/passwd
+echo "the image has no user $1 in /etc/passwd" >&2
+exit 1"#;
+
 /// Unpacks the archive ($1) into an empty directory ($2).
 const UNPACK: &str = "rm -rf -- \"$2\" && mkdir -p -- \"$2\" && \
     tar -xf \"$1\" -C \"$2\" --no-same-owner && rm -f -- \"$1\"";
@@ -123,6 +147,16 @@ pub(super) fn copy(around: &Around, sources: &[String], to: &str) -> ProcessComm
 /// Unpacks the archive.
 pub(super) fn unpack() -> ProcessCommand {
     root(UNPACK, &[ARCHIVE, FILES])
+}
+
+/// Unpacks the root file system.
+pub(super) fn unpack_root() -> ProcessCommand {
+    root(UNPACK_ROOT, &[IMPORT_ARCHIVE, IMPORT_ROOT])
+}
+
+/// Looks a user up by name or number.
+pub(super) fn find_user(user: &str) -> ProcessCommand {
+    root(FIND_USER, &[user])
 }
 
 /// Removes what the build has brought in.

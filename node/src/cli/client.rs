@@ -126,6 +126,32 @@ impl Client {
         let body = Full::new(body)
             .map_err(|never| match never {})
             .boxed_unsync();
+        self.post_body(path, content_type, body, retry_key).await
+    }
+
+    /// The same with a body of any size.
+    pub(super) async fn post_stream<S>(
+        &self,
+        path: &str,
+        content_type: &str,
+        contents: S,
+        retry_key: &str,
+    ) -> Result<Value, CliError>
+    where
+        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+    {
+        let frames = contents.map_ok(Frame::data).map_err(Into::into);
+        let body = StreamBody::new(frames).boxed_unsync();
+        self.post_body(path, content_type, body, retry_key).await
+    }
+
+    async fn post_body(
+        &self,
+        path: &str,
+        content_type: &str,
+        body: RequestBody,
+        retry_key: &str,
+    ) -> Result<Value, CliError> {
         let request = self
             .request(Method::POST, path, content_type)
             .header("idempotency-key", retry_key);

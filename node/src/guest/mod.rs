@@ -11,8 +11,10 @@
 //! | `quiesce` `restore` | from a running guest to one fit to be sealed, and from a sealed one back |
 //! | `process` `terminal` `files` `ports` | what clients ask for |
 //! | `load` | how busy it is |
+//! | `adopt` | another root file system in the place of its own |
 //! | `defaults` | user, directory and environment of processes that name none |
 
+mod adopt;
 mod defaults;
 pub mod dial;
 mod error;

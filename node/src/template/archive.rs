@@ -18,8 +18,13 @@ use super::recipe::inside;
 const PATH_BYTES: usize = 4096;
 /// Largest record that extends a header.
 const EXTENSION_BYTES: u64 = 64 << 10;
+/// How archives begin that are compressed with gzip, and with zstd.
+const GZIP: &[u8] = &[0x1f, 0x8b];
+const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
+/// The record with a program's capability, as every writer of tar files calls it.
+pub(super) const CAPABILITY: &[u8] = b"SCHILY.xattr.security.capability";
 /// Keeps hashes of contents apart from all others.
 const CONTEXT: &str = "wrenn 2026-11-22 files of a template build";
 
@@ -66,6 +71,14 @@ pub struct Member {
     pub mode: u32,
     /// Bytes of contents.
     pub size: u64,
+    /// Who owns it, and with which group.
+    pub owner: (u64, u64),
+    /// Unix seconds of its last change.
+    pub modified: u64,
+    /// What a program may do without being root, as the kernel keeps it; empty for most.
+    pub capability: Vec<u8>,
+    /// Where its contents begin, in bytes of the unpacked archive.
+    pub offset: u64,
 }
 
 /// Why an archive cannot be used.
@@ -100,6 +113,11 @@ impl From<io::Error> for ArchiveError {
     }
 }
 
+/// Whether these first bytes are those of a compressed archive.
+pub(super) fn is_compressed(head: &[u8]) -> bool {
+    head.starts_with(GZIP) || head.starts_with(ZSTD)
+}
+
 /// Opens an archive, whichever of the known compressions it has.
 ///
 /// # Errors
@@ -116,9 +134,9 @@ pub fn decompressed<R: io::BufRead + Send + 'static>(
     mut reader: R,
 ) -> io::Result<Box<dyn Read + Send>> {
     let head = reader.fill_buf()?;
-    Ok(if head.starts_with(&[0x1f, 0x8b]) {
+    Ok(if head.starts_with(GZIP) {
         Box::new(flate2::bufread::MultiGzDecoder::new(reader))
-    } else if head.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+    } else if head.starts_with(ZSTD) {
         Box::new(zstd::Decoder::with_buffer(reader)?)
     } else {
         Box::new(reader)
@@ -130,6 +148,9 @@ pub fn decompressed<R: io::BufRead + Send + 'static>(
 struct Extension {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
+    user: Option<u64>,
+    group: Option<u64>,
+    capability: Vec<u8>,
 }
 
 /// Reads an archive from its beginning to its end; `each` is given every member with its contents.
@@ -156,7 +177,8 @@ pub fn walk<R: Read>(
     }
 }
 
-const fn too_large(limits: Limits) -> ArchiveError {
+/// What exceeds `limits`.
+pub(super) const fn too_large(limits: Limits) -> ArchiveError {
     ArchiveError::TooLarge {
         members: limits.members,
         bytes: limits.bytes,
@@ -183,7 +205,8 @@ fn read_members<R: Read>(
             }
             kind => {
                 let said = std::mem::take(&mut extension);
-                let member = member(entry.header(), kind, said)?;
+                let mut member = member(entry.header(), kind, said)?;
+                member.offset = entry.raw_file_position();
                 each(&member, &mut entry)?;
             }
         }
@@ -225,6 +248,9 @@ fn read_pax(mut records: &[u8], extension: &mut Extension) -> Result<(), Archive
         match key {
             b"path" => extension.path = Some(value[1..].to_vec()),
             b"linkpath" => extension.link = Some(value[1..].to_vec()),
+            b"uid" => extension.user = Some(number(&value[1..]).ok_or_else(garbled)?),
+            b"gid" => extension.group = Some(number(&value[1..]).ok_or_else(garbled)?),
+            CAPABILITY => extension.capability = value[1..].to_vec(),
             // A size that differs from the header's would move everything that follows.
             b"size" => return Err(garbled().into()),
             _ => {}
@@ -234,12 +260,21 @@ fn read_pax(mut records: &[u8], extension: &mut Extension) -> Result<(), Archive
     Ok(())
 }
 
+fn number(text: &[u8]) -> Option<u64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 fn member(header: &tar::Header, kind: EntryType, said: Extension) -> Result<Member, ArchiveError> {
     let path = said
         .path
         .unwrap_or_else(|| header.path_bytes().into_owned());
     let path = text(&path)?;
     let path = inside(&path).ok_or(ArchiveError::Outside(path))?;
+    // Writers that have no owner to tell leave the field empty: root's, as what is copied is anyway.
+    let owner = (
+        said.user.unwrap_or_else(|| header.uid().unwrap_or(0)),
+        said.group.unwrap_or_else(|| header.gid().unwrap_or(0)),
+    );
     let link = || {
         let link = said
             .link
@@ -265,6 +300,11 @@ fn member(header: &tar::Header, kind: EntryType, said: Extension) -> Result<Memb
         kind,
         mode: header.mode()? & 0o7777,
         size: header.entry_size()?,
+        owner,
+        // Hostile or odd dates are nobody's loss.
+        modified: header.mtime().unwrap_or(0),
+        capability: said.capability,
+        offset: 0,
     })
 }
 

@@ -4,11 +4,11 @@ use proto::fuzzing::Target;
 
 use super::archive::Contents;
 use super::health::HealthCheck;
-use super::{catalog, log, recipe};
+use super::{catalog, import, log, recipe};
 use crate::fuzzing::file_with;
 
 /// The targets of this room.
-pub(crate) const TARGETS: &[Target] = &[FILES, ARCHIVE, RECIPE];
+pub(crate) const TARGETS: &[Target] = &[FILES, ARCHIVE, IMPORT, RECIPE];
 
 /// A tar file that a build takes files from. Its members lie inside, whatever they are called.
 const ARCHIVE: Target = Target {
@@ -19,6 +19,23 @@ const ARCHIVE: Target = Target {
             let _found = contents.hash_of(&[String::new()]);
         }
     },
+};
+
+/// A root file system or an image that a template is made of. What is written can be read again.
+const IMPORT: Target = Target {
+    name: "template-import",
+    samples: || {
+        let config = br#"{"architecture":"amd64","config":{"Env":["A=b"],"Cmd":["sh"]}}"#;
+        let saved = br#"[{"Config":"c.json","Layers":["l.tar","l.tar"]}]"#;
+        let layer = archive("bin/sh", b"#!");
+        let image = members(&[
+            ("manifest.json", saved),
+            ("c.json", config),
+            ("l.tar", &layer),
+        ]);
+        vec![layer, image]
+    },
+    run: import::fuzz,
 };
 
 /// The lines of a recipe, a health check, and the lines of a log.
@@ -45,12 +62,20 @@ const RECIPE: Target = Target {
 
 /// An archive with one member.
 fn archive(name: &str, contents: &[u8]) -> Vec<u8> {
+    members(&[(name, contents)])
+}
+
+/// An archive with some.
+fn members(members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(0o644);
-    header.set_size(contents.len() as u64);
-    let added = builder.append_data(&mut header, name, contents);
-    added.and_then(|()| builder.into_inner()).expect("room")
+    for (name, contents) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_size(contents.len() as u64);
+        let added = builder.append_data(&mut header, name, *contents);
+        added.expect("room");
+    }
+    builder.into_inner().expect("room")
 }
 
 const FILES: Target = Target {

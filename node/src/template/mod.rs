@@ -8,7 +8,7 @@
 //!
 //! A team's own templates are built by the room `build`; what a build is made of is here, pure: the
 //! [`recipe`], its steps and their keys ([`plan`]), the [`health`] check, the [`archive`] that files come
-//! from, and the lines of the [`log`].
+//! from, and the lines of the [`log`]; [`import`] makes a root file system of an archive or an image.
 
 pub mod archive;
 pub mod catalog;
@@ -16,6 +16,7 @@ pub mod error;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 pub mod health;
+pub mod import;
 pub mod log;
 pub mod plan;
 pub mod recipe;

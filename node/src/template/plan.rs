@@ -78,7 +78,16 @@ impl Step {
     /// Whether it needs the build's archive.
     #[must_use]
     pub const fn takes_files(&self) -> bool {
-        matches!(self.line.directive, Directive::Copy { .. })
+        matches!(
+            self.line.directive,
+            Directive::Copy { .. } | Directive::Import { .. }
+        )
+    }
+
+    /// Whether the archive it needs is a root file system.
+    #[must_use]
+    pub const fn imports(&self) -> bool {
+        matches!(self.line.directive, Directive::Import { .. })
     }
 }
 

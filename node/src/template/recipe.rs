@@ -11,6 +11,7 @@
 //! | `WORKDIR PATH` | makes it and goes there |
 //! | `USER NAME` | makes the user and becomes it |
 //! | `COPY SOURCE… DESTINATION` | takes files of the build's archive along |
+//! | `IMPORT [--user=USER]` | has the build's archive take the place of the root file system; written by the node that takes one in, first and once |
 
 use std::time::Duration;
 
@@ -64,6 +65,12 @@ pub enum Directive {
         /// Where to.
         destination: String,
     },
+    /// The root file system of the archive takes the place of the guest's.
+    Import {
+        /// Who does everything that follows: a name or a number, and after a colon a group; root where
+        /// absent.
+        user: Option<String>,
+    },
 }
 
 /// A directive and how it was written.
@@ -110,6 +117,9 @@ pub enum Problem {
     /// A flag of `RUN` that is not known.
     #[error("RUN does not know {0:?}; it knows --timeout=DURATION")]
     Flag(String),
+    /// `IMPORT` with something else than a user.
+    #[error("IMPORT is written alone or with --user=USER")]
+    Import,
     /// A duration that is none.
     #[error("{0:?} is no duration of up to 6h, such as 90s or 5m")]
     Duration(String),
@@ -166,6 +176,7 @@ fn directive(text: &str) -> Result<Directive, Problem> {
         "WORKDIR" => follows("WORKDIR", rest).map(|path| Directive::Workdir { path }),
         "USER" => user(rest),
         "COPY" => copy(rest),
+        "IMPORT" => import(rest),
         _ => Err(Problem::Keyword(keyword.chars().take(32).collect())),
     }
 }
@@ -218,6 +229,21 @@ fn user(rest: &str) -> Result<Directive, Problem> {
         return Err(Problem::User(name.chars().take(64).collect()));
     }
     Ok(Directive::User { name })
+}
+
+fn import(rest: &str) -> Result<Directive, Problem> {
+    if rest.is_empty() {
+        return Ok(Directive::Import { user: None });
+    }
+    let plain = |it: char| it.is_ascii_alphanumeric() || matches!(it, '_' | '-' | '.' | ':');
+    let user = rest.strip_prefix("--user=").filter(|it| {
+        !it.is_empty()
+            && !it.starts_with('-')
+            && it.len() <= 2 * MAX_USER_CHARS
+            && it.chars().all(plain)
+    });
+    let user = user.ok_or(Problem::Import)?.to_owned();
+    Ok(Directive::Import { user: Some(user) })
 }
 
 fn copy(rest: &str) -> Result<Directive, Problem> {
@@ -428,6 +454,25 @@ mod tests {
         let empty = one("ENV A=").expect("an empty value");
         let (name, value) = ("A".to_owned(), String::new());
         assert_eq!(empty, Directive::Env { name, value });
+    }
+
+    #[test]
+    fn an_import_names_a_user_or_nothing() {
+        assert_eq!(one("IMPORT"), Ok(Directive::Import { user: None }));
+        let user = Some("1000:app".to_owned());
+        assert_eq!(
+            one("import --user=1000:app"),
+            Ok(Directive::Import { user })
+        );
+        for bad in [
+            "IMPORT x",
+            "IMPORT --user=",
+            "IMPORT --user=-a",
+            "IMPORT --user=a b",
+            "IMPORT --user=a;b",
+        ] {
+            assert_eq!(one(bad), Err(Problem::Import), "{bad}");
+        }
     }
 
     proptest! {

@@ -5,6 +5,7 @@ language as the SDK hears: what is tried then is our way to it, not Jupyter.
 """
 
 import asyncio
+import base64
 import pathlib
 import queue
 
@@ -15,6 +16,8 @@ from wrenn.code_runner import AsyncCapsule as AsyncRunner
 from wrenn.code_runner import Capsule as Runner
 from wrenn.code_runner.capsule import DEFAULT_TEMPLATE
 
+#: As much of a picture as anybody looks at here.
+_PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(64))
 _STAND_IN = pathlib.Path(__file__).with_name("stand_in.py")
 
 
@@ -57,6 +60,8 @@ def code_runs_in_the_template():
         _runs_code(runner)
         shown = runner.run_code("from IPython.display import HTML; display(HTML('<b>x</b>'))")
         assert shown.results[0].html == "<b>x</b>", shown
+        image = runner.run_code(f"from IPython.display import Image; Image({_PNG!r})")
+        assert base64.b64decode(image.results[0].png) == _PNG, image
 
     async def act():
         async with await AsyncRunner.create(wait=True) as runner:

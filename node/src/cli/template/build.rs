@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clap::Args;
+use futures::StreamExt as _;
 use http::Method;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 use tokio::time::{self, Instant};
+use tokio_util::io::ReaderStream;
 
 use super::file::{RecipeFile, pack};
 use crate::cli::client::Client;
@@ -24,6 +26,8 @@ const AWAY_TIMEOUT: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_secs(1);
 /// Longest the sending of the files may take.
 const SEND_TIMEOUT: Duration = Duration::from_secs(600);
+/// Bytes of a root file system sent at once.
+const SEND_BYTES: usize = 64 << 10;
 
 /// A template to build.
 #[derive(Debug, Args)]
@@ -34,6 +38,11 @@ pub(in crate::cli) struct Build {
     /// The recipe; `Wrennfile` in the context where absent.
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
+    /// Build from a root file system: a tar file of one, or an image as `docker save` and OCI tools write
+    /// it, plain or compressed. What the image says of user, directory, environment and command holds; a
+    /// recipe follows only where --file names one.
+    #[arg(long, value_name = "FILE", conflicts_with = "skip_pre_post")]
+    from_archive: Option<PathBuf>,
     /// The name of the template.
     #[arg(short = 't', long)]
     name: String,
@@ -76,12 +85,7 @@ pub(super) async fn run(global: &Global, asked: Build) -> Result<ExitCode, CliEr
 }
 
 async fn start(client: &Client, asked: &Build) -> Result<Value, CliError> {
-    let path = asked.file.clone();
-    let path = path.unwrap_or_else(|| asked.context.join("Wrennfile"));
-    let failed = |err| CliError::from_error(&format!("read {}", path.display()), &err);
-    let text = fs::read_to_string(&path).map_err(failed)?;
-    let file = RecipeFile::parse(&text)
-        .map_err(|why| CliError::usage(format!("{}: {why}", path.display())))?;
+    let file = recipe_of(asked)?;
     let config = json!({
         "name": asked.name,
         "base_template": file.base,
@@ -93,11 +97,67 @@ async fn start(client: &Client, asked: &Build) -> Result<Value, CliError> {
         "overwrite": asked.overwrite,
         "no_cache": asked.no_cache,
     });
-    let (kind, body) = body_of(&config.to_string(), &asked.context, &file.sources())?;
+    let config = config.to_string();
     let retry_key = format!("{:032x}", rand::random::<u128>());
-    let sent = client.post_again("/v1/builds", &kind, body, &retry_key);
+    let sent = async {
+        if let Some(archive) = &asked.from_archive {
+            return send_archive(client, &config, archive, &retry_key).await;
+        }
+        let (kind, body) = body_of(&config, &asked.context, &file.sources())?;
+        client
+            .post_again("/v1/builds", &kind, body, &retry_key)
+            .await
+    };
     let sent = time::timeout(SEND_TIMEOUT, print::progress("sending the build", sent)).await;
     sent.map_err(|_| CliError::new(format!("the node took no build for {SEND_TIMEOUT:?}")))?
+}
+
+/// The recipe that was asked for; none where an archive needs none.
+fn recipe_of(asked: &Build) -> Result<RecipeFile, CliError> {
+    if asked.from_archive.is_some() && asked.file.is_none() {
+        return Ok(RecipeFile::default());
+    }
+    let path = asked.file.clone();
+    let path = path.unwrap_or_else(|| asked.context.join("Wrennfile"));
+    let failed = |err| CliError::from_error(&format!("read {}", path.display()), &err);
+    let text = fs::read_to_string(&path).map_err(failed)?;
+    let wrong = |why: String| CliError::usage(format!("{}: {why}", path.display()));
+    let file = RecipeFile::parse(&text).map_err(wrong)?;
+    if asked.from_archive.is_some() && file.base.is_some() {
+        return Err(wrong(
+            "FROM and --from-archive are two things to begin with".into(),
+        ));
+    }
+    Ok(file)
+}
+
+/// Sends the root file system as it is read.
+async fn send_archive(
+    client: &Client,
+    config: &str,
+    archive: &Path,
+    retry_key: &str,
+) -> Result<Value, CliError> {
+    let failed = |err| CliError::from_error(&format!("read {}", archive.display()), &err);
+    let file = tokio::fs::File::open(archive).await.map_err(failed)?;
+    let boundary = format!("{:032x}", rand::random::<u128>());
+    let (head, tail) = around(&boundary, config, "rootfs", "rootfs.tar");
+    let whole = |text: String| futures::stream::iter([Ok(Bytes::from(text))]);
+    let contents = ReaderStream::with_capacity(file, SEND_BYTES);
+    let body = whole(head).chain(contents).chain(whole(tail));
+    let kind = format!("multipart/form-data; boundary={boundary}");
+    client
+        .post_stream("/v1/builds", &kind, body, retry_key)
+        .await
+}
+
+/// What stands before and behind a file in a form that begins with `config`.
+fn around(boundary: &str, config: &str, part: &str, name: &str) -> (String, String) {
+    let head = format!(
+        "--{boundary}\r\nContent-Disposition: form-data; name=\"config\"\r\n\r\n{config}\r\n\
+         --{boundary}\r\nContent-Disposition: form-data; name=\"{part}\"; filename=\"{name}\"\r\n\r\n"
+    );
+    (head, format!("\r\n--{boundary}--\r\n"))
 }
 
 /// The request: JSON alone, or with the files in a form.
@@ -108,11 +168,7 @@ fn body_of(config: &str, dir: &Path, sources: &[String]) -> Result<(String, Byte
     let packed = pack(dir, sources);
     let packed = packed.map_err(|err| CliError::from_error("pack the files to copy", &err))?;
     let boundary = format!("{:032x}", rand::random::<u128>());
-    let head = format!(
-        "--{boundary}\r\nContent-Disposition: form-data; name=\"config\"\r\n\r\n{config}\r\n\
-         --{boundary}\r\nContent-Disposition: form-data; name=\"archive\"; filename=\"files.tar\"\r\n\r\n"
-    );
-    let tail = format!("\r\n--{boundary}--\r\n");
+    let (head, tail) = around(&boundary, config, "archive", "files.tar");
     let body = [head.as_bytes(), &packed, tail.as_bytes()].concat();
     let kind = format!("multipart/form-data; boundary={boundary}");
     Ok((kind, body.into()))

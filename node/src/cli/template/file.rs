@@ -182,10 +182,11 @@ mod tests {
         let text = include_str!("../../../../deploy/templates/code-runner-beta/Wrennfile");
         let file = RecipeFile::parse(text).expect("a file");
         assert_eq!(file.base.as_deref(), Some("minimal"));
-        assert_eq!(file.sources(), ["jupyter_server_config.py"]);
+        let sources = ["wheels", "jupyter_server_config.py", "ready.py"];
+        assert_eq!(file.sources(), sources);
         let check =
             crate::template::health::HealthCheck::parse(&file.healthcheck.expect("a check"));
-        assert_eq!(check.expect("a check").retries, 5);
+        assert_eq!(check.expect("a check").retries, 1);
     }
 
     #[test]
