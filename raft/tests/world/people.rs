@@ -202,6 +202,51 @@ fn any_of<'a, T>(all: impl Iterator<Item = &'a T>, pick: Index) -> Option<&'a T>
     (!all.is_empty()).then(|| *pick.get(&all))
 }
 
+fn a_member(of: u8, who: u8, role: Role, email: u8) -> Member {
+    Member {
+        team: team(of),
+        user: user(who),
+        email: format!("{email}@example.com"),
+        name: format!("person {who}"),
+        role,
+        joined_at: Stamp(0),
+    }
+}
+
+fn a_key(n: u8, of: u8, who: u8, scope: Scope) -> Key {
+    Key {
+        id: key(n),
+        team: team(of),
+        hash: mark(b'h', n),
+        scope,
+        holder: Some(user(who)),
+        ..Key::default()
+    }
+}
+
+fn a_channel(n: u8, of: u8, enabled: bool) -> Channel {
+    Channel {
+        id: ChannelId(mark(b'w', n)),
+        team: team(of),
+        url: "https://example.com".into(),
+        secret: format!("secret-of-channel-{n}"),
+        enabled,
+        ..Channel::default()
+    }
+}
+
+fn a_recipe(name: u8, overwrite: bool) -> BuildSpec {
+    BuildSpec {
+        name: format!("name-{name}"),
+        overwrite,
+        sandbox: bound(256),
+        recipe: vec!["RUN true".into()],
+        files: vec![vec![]],
+        total_steps: 3,
+        ..BuildSpec::default()
+    }
+}
+
 impl World {
     pub(super) fn people_command(&self, what: &PeopleMove) -> Option<Command> {
         Some(match *what {
@@ -217,14 +262,7 @@ impl World {
                 user: who,
                 role,
                 email,
-            } => Command::PutMember(Member {
-                team: team(n),
-                user: user(who),
-                email: format!("{email}@example.com"),
-                name: format!("person {who}"),
-                role,
-                joined_at: Stamp(0),
-            }),
+            } => Command::PutMember(a_member(n, who, role, email)),
             PeopleMove::DropMember(pick) => {
                 let known = any_of(self.state.members(), pick)?;
                 Command::DropMember {
@@ -237,14 +275,7 @@ impl World {
                 team: of,
                 user: who,
                 scope,
-            } => Command::PutKey(Key {
-                id: key(n),
-                team: team(of),
-                hash: mark(b'h', n),
-                scope,
-                holder: Some(user(who)),
-                ..Key::default()
-            }),
+            } => Command::PutKey(a_key(n, of, who, scope)),
             PeopleMove::KeyUse { n, ago_ms } => {
                 let at = Stamp(self.now.0.saturating_sub(ago_ms));
                 Command::NoteKeyUses(vec![(key(n), at), (key(n / 2), at)])
@@ -253,27 +284,15 @@ impl World {
                 n,
                 team: of,
                 enabled,
-            } => Command::PutChannel(Channel {
-                id: ChannelId(mark(b'w', n)),
-                team: team(of),
-                url: "https://example.com".into(),
-                secret: format!("secret-of-channel-{n}"),
-                enabled,
-                ..Channel::default()
-            }),
+            } => Command::PutChannel(a_channel(n, of, enabled)),
             PeopleMove::DropChannel {
                 channel,
                 by_its_team,
             } => {
                 let known = any_of(self.state.channels(), channel)?;
-                Command::DropChannel {
-                    team: if by_its_team {
-                        known.team
-                    } else {
-                        TeamId(mark(b't', 99))
-                    },
-                    id: known.id,
-                }
+                let (stranger, id) = (TeamId(mark(b't', 99)), known.id);
+                let team = if by_its_team { known.team } else { stranger };
+                Command::DropChannel { team, id }
             }
             PeopleMove::Tell {
                 channel,
@@ -331,15 +350,7 @@ impl World {
                 id: BuildId(mark(b'b', n)),
                 team: team(of),
                 owner: any_of(self.state.nodes(), owner)?.id,
-                spec: BuildSpec {
-                    name: format!("name-{name}"),
-                    overwrite,
-                    sandbox: bound(256),
-                    recipe: vec!["RUN true".into()],
-                    files: vec![vec![]],
-                    total_steps: 3,
-                    ..BuildSpec::default()
-                },
+                spec: a_recipe(name, overwrite),
                 ..Build::default()
             })),
             BuildMove::Claim { build, stale, node } => {

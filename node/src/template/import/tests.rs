@@ -30,8 +30,11 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     gzip.finish().expect("room")
 }
 
-/// What became of an archive: what was told, and path by path what was written.
-fn imported(bytes: &[u8]) -> Result<(Imported, Vec<(String, Vec<u8>)>), ImportError> {
+/// Paths with what was written there.
+type Members = Vec<(String, Vec<u8>)>;
+
+/// What became of an archive: what was told, and what was written.
+fn imported(bytes: &[u8]) -> Result<(Imported, Members), ImportError> {
     let dir = tempfile::tempdir().expect("a directory");
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
     fs::write(&from, bytes).expect("written");
