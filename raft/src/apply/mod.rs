@@ -184,9 +184,11 @@ impl State {
     }
 
     fn replace_template(&mut self, at: Stamp, mut template: Template) -> Applied {
-        template.created_at = self
-            .template(&template.name)
-            .map_or(at, |known| known.created_at);
+        let known = self.template(&template.name);
+        template.created_at = known.map_or(at, |known| known.created_at);
+        if known == Some(&template) {
+            return Applied::untouched(Ok(Receipt::Done(1)));
+        }
         let mut touched = vec![RowKey::Template(template.name.clone())];
         self.put_template(template);
         touched.extend(self.retire_warm());
