@@ -19,7 +19,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek as _, SeekFrom, Write};
 use std::path::Path;
 
-use super::archive::{self, ArchiveError, Kind, Limits, walk};
+use super::archive::{self, ArchiveError, Limits, walk};
 use image::{ImageConfig, ImageError, Index};
 use tree::{Meta, Node, Source, Tree, TreeError};
 
@@ -343,7 +343,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
         let written = File::open(&to).expect("it was made");
         let mut seen = std::collections::BTreeSet::new();
         let walked = walk(written, LIMITS, |member, _| {
-            assert_ne!(member.kind, Kind::Special);
+            assert_ne!(member.kind, archive::Kind::Special);
             assert!(seen.insert(member.path.clone()), "{} twice", member.path);
             Ok(())
         });

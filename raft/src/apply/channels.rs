@@ -27,8 +27,12 @@ impl State {
             Some(known) => Channel {
                 created_at: known.created_at,
                 updated_at: known.updated_at,
-                // What happened while it was off is not sent later.
-                cursor: if known.enabled { known.cursor } else { newest },
+                // What happened while it was off is not sent once it is on.
+                cursor: if asked.enabled && !known.enabled {
+                    newest
+                } else {
+                    known.cursor
+                },
                 delivered: known.delivered,
                 given_up: known.given_up,
                 failure: known.failure.clone(),
