@@ -333,7 +333,7 @@ impl Step<'_> {
             }
             // Its owner sealed it, and so it goes on where it is bound for.
             assert!(matches!(report, Report::Sealed(_)), "{report:?}");
-            assert_eq!(known.phase, Phase::Pausing);
+            assert_eq!(known.phase, Phase::Pausing, "{:?}: {known:?}", self.command);
             assert!(
                 known.bound_for.is_some(),
                 "nobody wanted {} to move",

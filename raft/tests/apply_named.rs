@@ -282,6 +282,31 @@ fn forks_of_a_running_sandbox_all_start_from_one_checkpoint() {
     assert_eq!(world.snapshot(7), None, "it was theirs alone");
 }
 
+/// Two ask for forks of the same ids before either is sealed; who is sealed later makes none.
+#[test]
+fn forks_whose_ids_were_taken_meanwhile_are_left_as_they_are() {
+    let (mut world, second, _) = running();
+    world.create_on(second, 2, waiting(512));
+    world.run(2);
+    world.checkpoint(1, 7, fork([11, 12])).expect("it runs");
+    world.checkpoint(2, 8, fork([12, 13])).expect("it runs");
+    let sealed = world.seal(1, 7, true);
+    world.report(1, sealed).expect("sealed");
+    let made = world.sandbox(12).clone();
+    let late = world.seal(2, 8, true);
+    world.report(2, late).expect("heard");
+    assert_eq!(world.sandbox(12), &made);
+    assert_eq!(world.state.sandbox(sandbox_id(13)), None);
+    assert_eq!(world.snapshot(8), None);
+    assert!(
+        world.sandbox(2).reason.contains("is taken"),
+        "{:?}",
+        world.sandbox(2)
+    );
+    world.run(2);
+    assert_eq!(world.sandbox(2).phase, Phase::Running);
+}
+
 #[test]
 fn what_rests_is_forked_at_once_and_keeps_resting() {
     let (mut world, _, _) = at_rest();

@@ -103,7 +103,11 @@ impl State {
                 }
                 Ok(())
             }
-            Purpose::Fork { .. } => Ok(()),
+            // Another fork that asked for the same ids may have been sealed first.
+            Purpose::Fork { ids } => match ids.iter().find(|id| self.sandbox(**id).is_some()) {
+                Some(taken) => Err(Refusal::IdTaken(taken.to_string())),
+                None => Ok(()),
+            },
         }
     }
 

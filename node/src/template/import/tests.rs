@@ -5,6 +5,7 @@ use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
 use super::*;
+use crate::template::archive::Kind;
 
 /// Name and contents; a name that ends in a slash is a directory.
 fn tar_of(members: &[(&str, &[u8])]) -> Vec<u8> {
