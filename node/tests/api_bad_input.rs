@@ -169,7 +169,7 @@ async fn routes_that_come_later_say_what_they_wait_for() {
     for (method, path, word) in [
         (Method::POST, "/v1/me/password", "api-keys"),
         (Method::POST, "/auth/oauth/github", "api-keys"),
-        (Method::POST, "/v1/hosts/register", "POST /v1/tokens"),
+        (Method::POST, "/v1/hosts/register", "POST /v1/hosts"),
         (Method::PUT, "/api/v1/admin/teams/x/byoc", "/v1/nodes"),
     ] {
         let answer = world.ask(method, path, ADMIN_KEY, "").await;

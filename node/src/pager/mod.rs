@@ -17,11 +17,10 @@
 //!                                            └─> working_set, stats
 //! ```
 //!
-//! Pure: [`region`], [`layout`], [`claim`], [`pages`], [`page_map`], [`working_set`], [`stats`].
+//! Pure: [`region`], [`layout`], [`pages`], [`page_map`], [`working_set`], [`stats`].
 //! `docs/internals/pager.md` tells the whole story.
 
 pub mod ask;
-mod claim;
 mod control;
 pub mod dirty;
 #[cfg(feature = "fuzzing")]

@@ -4,8 +4,7 @@
 //! fault ─> page present?  yes: the guest had given it back: zero, or wake if it is there after all
 //!             │ no        being filled: whoever fills it wakes everybody when he is done
 //!             v
-//!          win the window's absent pages ─> bytes are here: fill, settle, wake: first the page
-//!                                        │  that was touched, then the rest of the window
+//!          win the window's absent pages ─> bytes are here: fill, settle, wake
 //!                                        └> elsewhere: to the fetchers, and on to the next fault
 //! ```
 //!
@@ -28,8 +27,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::pager::claim::{Claim, for_each_page, runs_of};
-use crate::pager::layout::{Hva, Layout};
+use crate::pager::layout::{Hva, Layout, Mapping};
 use crate::pager::region::{
     ImageOffset, PAGE_BYTES, PageIndex, WINDOW_BYTES, WINDOW_PAGES, WindowIndex, index,
 };
@@ -49,6 +47,8 @@ const BATCH: usize = 16;
 const STACK_BYTES: usize = 256 * 1024;
 /// How long to wait for the host to find memory before a page is tried again.
 const MEMORY_PAUSE: Duration = Duration::from_millis(10);
+const WINDOW_PAGES_BITS: u32 = 16;
+const _: () = assert!(WINDOW_PAGES == WINDOW_PAGES_BITS as u64);
 /// What a hole is made of.
 static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
 const _: () = assert!(CHUNK_BYTES as u64 == WINDOW_BYTES);
@@ -83,10 +83,17 @@ fn kernel(doing: &'static str) -> impl Fn(Errno) -> ServeError {
     }
 }
 
+/// Pages of one mapping, all in one window, that this thread has won.
+#[derive(Clone, Copy, Debug)]
+struct Claim {
+    place: Mapping,
+    /// Bit n: the page n of the window.
+    pages: u16,
+}
+
 /// A window on its way to a fetcher.
 struct Fetch {
-    /// The page that was touched.
-    page: PageIndex,
+    window: WindowIndex,
     claims: Vec<Claim>,
     since: Instant,
     /// Asked by the thread that read the fault: the answer is on its way while a fetcher wakes up.
@@ -297,18 +304,17 @@ impl Server {
             }
             PageState::Absent => {
                 self.recorder().note(page.window());
-                self.serve_absent(page, since, scratch)
+                self.serve_absent(page.window(), since, scratch)
             }
         }
     }
 
     fn serve_absent(
         &self,
-        page: PageIndex,
+        window: WindowIndex,
         since: Instant,
         scratch: &mut Scratch,
     ) -> Result<(), ServeError> {
-        let window = page.window();
         let claims = self.claim(window);
         if claims.is_empty() {
             // Lost to a thread that pushes: it wakes.
@@ -316,7 +322,7 @@ impl Server {
         }
         let Some(content) = self.source.read_here(window, scratch) else {
             let fetch = Fetch {
-                page,
+                window,
                 claims,
                 since,
                 asked: self.source.ask_ahead(window),
@@ -325,7 +331,8 @@ impl Server {
             self.fetch_there.notify_one();
             return Ok(());
         };
-        let put = self.put_touched(page, claims, bytes_of(content, scratch), since)?;
+        let put = self.put(window, &claims, bytes_of(content, scratch))?;
+        self.counters.latency.record(since.elapsed());
         if content == Content::Hole {
             add(&self.counters.hole_faults, 1);
         }
@@ -342,10 +349,10 @@ impl Server {
                 Some(scratch) => scratch,
                 none => none.insert(new_scratch()?),
             };
-            let window = fetch.page.window();
-            let content = self.source.read(window, fetch.asked, scratch)?;
+            let content = self.source.read(fetch.window, fetch.asked, scratch)?;
             let bytes = bytes_of(content, scratch);
-            let put = self.put_touched(fetch.page, fetch.claims, bytes, fetch.since)?;
+            let put = self.put(fetch.window, &fetch.claims, bytes)?;
+            self.counters.latency.record(fetch.since.elapsed());
             add(&self.counters.peer_faults, 1);
             self.count(content, put, true);
         }
@@ -383,48 +390,9 @@ impl Server {
         claims
     }
 
-    /// As [`Self::put`], the page that was touched at `since` first, so that whoever touched it goes
-    /// on while the rest of its window is filled.
-    fn put_touched(
-        &self,
-        page: PageIndex,
-        mut claims: Vec<Claim>,
-        bytes: &[u8],
-        since: Instant,
-    ) -> Result<u64, ServeError> {
-        let window = page.window();
-        let bit = 1 << (page.0 - window.0 * WINDOW_PAGES);
-        let touched = claims.iter_mut().find(|claim| claim.pages & bit != 0);
-        // Nobody else can have won it: the fault says that it was absent, and this window was claimed whole.
-        let mut put = 0;
-        if let Some(claim) = touched {
-            claim.pages &= !bit;
-            let first = Claim {
-                pages: bit,
-                ..*claim
-            };
-            put += self.fill(window, &[first], bytes)?;
-            let place = claim.place;
-            let at = place.hva.0 + (page.offset().0 - place.image.0);
-            self.uffd
-                .wake(Hva(at), PAGE_BYTES)
-                .map_err(kernel("wake the guest"))?;
-        }
-        self.counters.latency.record(since.elapsed());
-        put += self.put(window, &claims, bytes)?;
-        Ok(put)
-    }
-
     /// Makes the claimed pages from `bytes`, the whole window's, says so, and wakes. Returns how
     /// many bytes were put.
     fn put(&self, window: WindowIndex, claims: &[Claim], bytes: &[u8]) -> Result<u64, ServeError> {
-        let put = self.fill(window, claims, bytes)?;
-        self.wake(window)?;
-        Ok(put)
-    }
-
-    /// As [`Self::put`], and wakes nobody.
-    fn fill(&self, window: WindowIndex, claims: &[Claim], bytes: &[u8]) -> Result<u64, ServeError> {
         let mut put = 0;
         for claim in claims {
             let skew = index(claim.place.image.0 - window.offset().0);
@@ -438,6 +406,7 @@ impl Server {
             }
         }
         for_each_page(claims, |page| self.table.settle(page));
+        self.wake(window)?;
         Ok(put)
     }
 
@@ -553,6 +522,69 @@ fn bytes_of(content: Content, scratch: &Scratch) -> &[u8] {
     }
 }
 
+/// The pages of the window that a claim holds, as runs.
+fn runs_of(claim: &Claim) -> impl Iterator<Item = Range<u64>> + use<> {
+    let mut left = claim.pages;
+    std::iter::from_fn(move || {
+        let start = left.trailing_zeros();
+        if start >= WINDOW_PAGES_BITS {
+            return None;
+        }
+        let length = (left >> start).trailing_ones();
+        let run = start..start + length;
+        // Clears the run; shifting by all sixteen bits would not.
+        left &= u16::MAX.checked_shl(run.end).unwrap_or(0);
+        Some(u64::from(run.start)..u64::from(run.end))
+    })
+}
+
+fn for_each_page(claims: &[Claim], mut act: impl FnMut(PageIndex)) {
+    for claim in claims {
+        let window = claim.place.image.page().window();
+        for run in runs_of(claim) {
+            run.for_each(|page| act(PageIndex(window.0 * WINDOW_PAGES + page)));
+        }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn claim(pages: u16) -> Claim {
+        Claim {
+            place: Mapping {
+                hva: Hva(0x10000),
+                image: ImageOffset(3 * WINDOW_BYTES),
+                bytes: WINDOW_BYTES,
+            },
+            pages,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_runs_of_a_claim_are_its_pages(pages: u16) {
+            let mut seen = 0_u16;
+            let mut last_end = None;
+            for run in runs_of(&claim(pages)) {
+                prop_assert!(last_end.is_none_or(|end| end < run.start));
+                last_end = Some(run.end);
+                run.for_each(|page| seen |= 1 << page);
+            }
+            prop_assert_eq!(seen, pages);
+            let mut count = 0;
+            for_each_page(&[claim(pages)], |page| {
+                count += 1;
+                assert_eq!(page.window(), WindowIndex(3));
+            });
+            prop_assert_eq!(count, pages.count_ones());
+        }
+    }
 }
