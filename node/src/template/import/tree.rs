@@ -119,6 +119,10 @@ impl Tree {
             return Ok(());
         }
         let (parent, name) = split(&member.path);
+        if is_layer && parent.split('/').any(|part| part.starts_with(WHITEOUT)) {
+            // Drivers keep links of their own in such directories.
+            return Ok(());
+        }
         let parent = self.real_parent(&member.path, parent)?;
         if is_layer && name.starts_with(WHITEOUT) {
             self.remove(source.layer, &parent, name);

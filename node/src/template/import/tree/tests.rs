@@ -171,7 +171,7 @@ fn a_shell_is_found_behind_links() {
 }
 
 fn some_member() -> impl Strategy<Value = String> {
-    let path = "(a|b|c|.wh.a|.wh..wh..opq)(/(a|b|c|.wh.b)){0,2}";
+    let path = r"(a|b|c|\.wh\.a|\.wh\.\.wh\.(\.opq|plnk))(/(a|b|c|\.wh\.b)){0,2}";
     prop_oneof![
         path.prop_map(|it: String| it),
         path.prop_map(|it| format!("{it}/")),
