@@ -41,6 +41,7 @@ use super::feed::Feed;
 use super::lineage;
 use super::mesh::{Mesh, MeshError};
 use super::roster::Contact;
+use super::seldom::Seldom;
 use super::speaker;
 
 /// Longest a receiver may take from the first byte of a snapshot to its answer.
@@ -241,6 +242,8 @@ pub(super) struct SnapshotStreams {
     pub(super) spool: PathBuf,
     /// Whether a snapshot that was not for this node has been mentioned.
     pub(super) complained: AtomicBool,
+    /// How often one that did not arrive is mentioned.
+    pub(super) failures: Seldom,
 }
 
 impl StreamHandler for SnapshotStreams {
@@ -248,8 +251,9 @@ impl StreamHandler for SnapshotStreams {
         if let Err(err) = time::timeout(SNAPSHOT_TIMEOUT, self.receive(inbound))
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            && let Some(left_out) = self.failures.is_due()
         {
-            tracing::warn!(%err, "could not take a snapshot in");
+            tracing::warn!(%err, left_out, "could not take a snapshot in");
         }
     }
 }

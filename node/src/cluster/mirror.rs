@@ -31,6 +31,7 @@ use super::calls;
 use super::hearsay::Hearsay;
 use super::mesh::Mesh;
 use super::replica::Replica;
+use super::seldom::Seldom;
 use super::slices::ReceivedSlice;
 use super::view::Seen;
 
@@ -213,6 +214,8 @@ pub(super) struct PullStreams {
     pub(super) group: Group<State>,
     pub(super) mesh: Mesh,
     pub(super) replica: Replica,
+    /// How often what became of these is mentioned: a peer can ask, and not read, without end.
+    pub(super) failures: Seldom,
 }
 
 impl StreamHandler for PullStreams {
@@ -226,13 +229,19 @@ impl StreamHandler for PullStreams {
         let sent = time::timeout(SNAPSHOT_TIMEOUT, self.send(inbound)).await;
         match sent {
             Ok(Ok(())) => {}
-            Ok(Err(why)) => warn!(%why, "could not give a mirror a snapshot"),
-            Err(_) => warn!("a mirror took too long to read a snapshot"),
+            Ok(Err(why)) => self.complain(&why),
+            Err(_) => self.complain(&"it took too long to read it".into()),
         }
     }
 }
 
 impl PullStreams {
+    fn complain(&self, why: &Reason) {
+        if let Some(left_out) = self.failures.is_due() {
+            warn!(%why, left_out, "could not give a mirror a snapshot");
+        }
+    }
+
     async fn send(&self, inbound: Inbound) -> Result<(), Reason> {
         let offered = self.group.snapshot_file().await?;
         let mut stream = inbound.accept().await?;

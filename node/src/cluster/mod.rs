@@ -38,6 +38,7 @@ pub mod recovery;
 mod replica;
 mod roster;
 mod running;
+mod seldom;
 mod serve;
 mod slices;
 mod speaker;

@@ -29,6 +29,7 @@ use super::mirror::{Mirror, PullStreams};
 use super::propose::Proposer;
 use super::replica::Replica;
 use super::roster::Roster;
+use super::seldom::Seldom;
 use super::serve::ClusterCalls;
 use super::slices::SentSlices;
 use crate::base::chain::chain;
@@ -210,12 +211,14 @@ impl Cluster {
             mesh: self.mesh.clone(),
             spool,
             complained: AtomicBool::new(false),
+            failures: Seldom::default(),
         };
         transport.register_streams(Service::SNAPSHOT, Lane::Bulk, snapshots);
         let pulls = PullStreams {
             group: self.group.clone(),
             mesh: self.mesh.clone(),
             replica: self.replica.clone(),
+            failures: Seldom::default(),
         };
         transport.register_streams(Service::PULL, Lane::Bulk, pulls);
         let (mesh, loads) = (self.mesh.clone(), Arc::clone(&self.loads));
