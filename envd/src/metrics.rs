@@ -141,16 +141,24 @@ impl CpuTicks {
     }
 }
 
+/// One part in so many of memory may be page cache through a pause: it is what makes the first commands
+/// after the resume quick.
+const CACHE_KEPT: u64 = 4;
+
 /// Memory in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Memory {
+pub struct Memory {
     total: u64,
     available: u64,
     cache: u64,
+    /// What of the cache cannot be read from a disk again: tmpfs and shared memory.
+    shared: u64,
 }
 
 impl Memory {
-    fn parse(meminfo: &str) -> Self {
+    /// Reads `/proc/meminfo`; what it does not say is 0.
+    #[must_use]
+    pub fn parse(meminfo: &str) -> Self {
         let field = |name: &str| {
             let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
             let kib: u64 = line
@@ -166,7 +174,14 @@ impl Memory {
             total: field("MemTotal:"),
             available: field("MemAvailable:"),
             cache: field("Cached:"),
+            shared: field("Shmem:"),
         }
+    }
+
+    /// Whether more than a quarter of it is files that could be read from the disk again.
+    #[must_use]
+    pub fn caches_much(self) -> bool {
+        self.cache.saturating_sub(self.shared) > self.total / CACHE_KEPT
     }
 
     fn used(self) -> u64 {
@@ -220,5 +235,16 @@ mod tests {
             (memory.total, memory.used(), memory.cache),
             (2 << 20, 1 << 20, 0)
         );
+    }
+
+    #[test]
+    fn more_than_a_quarter_of_files_is_much_and_shared_memory_is_none() {
+        let caches_much = |cached, shared| {
+            let text = format!("MemTotal: 1000 kB\nCached: {cached} kB\nShmem: {shared} kB\n");
+            Memory::parse(&text).caches_much()
+        };
+        assert!(caches_much(251, 0) && !caches_much(250, 0));
+        assert!(!caches_much(900, 800));
+        assert!(!Memory::default().caches_much());
     }
 }

@@ -193,6 +193,7 @@ fn changes() -> Vec<Vec<u8>> {
         plain("POST", "/files", form, part),
         call("files/compose", &order),
         call("init", &init),
+        call("snapshot/reclaim", &json!({})),
         call("snapshot/undo", &json!({"epoch": 1, "wallClockNs": 1})),
         call("filesystem.Filesystem/MakeDir", &none),
         call("filesystem.Filesystem/Move", &moved),

@@ -75,6 +75,7 @@ async fn token_guards_everything_but_health() {
     assert_eq!(get_as(&envd, "/envs", "secret").await, 200);
     assert_eq!(envd.post("/poweroff", "").await.status, 401);
     assert_eq!(envd.post("/snapshot/prepare", "").await.status, 401);
+    assert_eq!(envd.post("/snapshot/reclaim", "").await.status, 401);
     assert_eq!(envd.get("/health").await.status, 200);
     let list = Request::post("/process.Process/List")
         .header("content-type", "application/json")
@@ -192,6 +193,8 @@ async fn only_the_first_process_powers_off() {
     let answer = envd.post("/poweroff", "").await;
     assert_eq!((answer.status, &answer.json()["code"]), (501, &json!(501)));
     assert_eq!(envd.post("/snapshot/prepare", "").await.status, 204);
+    let answer = envd.post("/snapshot/reclaim", "").await;
+    assert!(answer.status == 200 && answer.json()["reclaimed"].is_boolean());
 }
 
 #[tokio::test]

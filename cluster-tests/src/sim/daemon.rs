@@ -479,7 +479,7 @@ impl Daemon {
                 };
                 self.send_to_leader(0, command, context);
             }
-            Step::PutAway(_) | Step::TellWarm(_) | Step::Prune { .. } => {}
+            Step::Reclaim(_) | Step::PutAway(_) | Step::TellWarm(_) | Step::Prune { .. } => {}
         }
     }
 

@@ -148,6 +148,7 @@ impl Body {
                 GuestState::Gone(end) => ObservedState::Gone(end.clone()),
             },
             idle_for: Duration::ZERO,
+            reclaimed: false,
             has_warm: false,
         };
         self.guests

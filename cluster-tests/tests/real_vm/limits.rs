@@ -13,6 +13,8 @@ use wrenn_cluster_tests::world::{World, images};
 const IDLE: Duration = Duration::from_secs(60);
 /// What a stop may take after it on a busy machine.
 const IDLE_GRACE: Duration = Duration::from_secs(30);
+/// Bytes of a file that a guest of 256 MiB has written and still has in its memory.
+const CACHED: u64 = 96 << 20;
 /// Size of a data directory that holds a node and no more.
 const SMALL_DISK_MIB: u32 = 96;
 
@@ -167,6 +169,9 @@ fn an_idle_capsule_is_paused_a_used_one_is_not_and_one_that_asked_to_end_ends() 
     let to_end = json!({ "memory_mb": 256, "timeout_sec": 60, "timeout_action": "destroy" });
     let to_end = world.capsule_with(&to_end);
     world.output(&idle, "mkdir -p /dev/shm; echo kept > /dev/shm/kept");
+    // In memory too, where only its pages on the disk are worth keeping.
+    let write = format!("head -c {CACHED} /dev/urandom > /root/big; sync; sha256sum /root/big");
+    let sum = world.output(&idle, &write);
     for (id, status) in [(&idle, "paused"), (&to_end, "stopped")] {
         let at_rest = wait_for(IDLE + IDLE_GRACE + Duration::from_secs(60), || {
             assert_eq!(world.about("POST", &used, "/ping", None).status, 204);
@@ -180,6 +185,13 @@ fn an_idle_capsule_is_paused_a_used_one_is_not_and_one_that_asked_to_end_ends() 
         assert_eq!(record["status"], status, "{record}");
         let reason = record["reason"].as_str().unwrap_or_default();
         assert!(reason.starts_with("inactivity"), "{reason}");
+        if status == "paused" {
+            // A guest without the file has some 96 MiB in use.
+            let sealed = record["snapshot"]["memory_bytes"].as_u64();
+            let sealed = sealed.expect("it says what is sealed");
+            println!("{} MiB of memory are sealed", sealed >> 20);
+            assert!(sealed < (256 << 20) - CACHED, "{record}");
+        }
     }
     assert_eq!(world.output(&used, "echo used"), "used");
     world.wait_only(&[&used]);
@@ -187,6 +199,7 @@ fn an_idle_capsule_is_paused_a_used_one_is_not_and_one_that_asked_to_end_ends() 
     assert!(matches!(resumed.status, 200 | 202), "{}", resumed.json());
     world.wait_status(&idle, "running");
     assert_eq!(world.output(&idle, "cat /dev/shm/kept"), "kept");
+    assert_eq!(world.output(&idle, "sha256sum /root/big"), sum);
     assert_eq!(world.record(&idle)["reason"], Value::Null);
 }
 

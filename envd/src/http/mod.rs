@@ -55,6 +55,7 @@ pub fn router(agent: Arc<Agent>) -> Router {
         .route("/envs", get(envs))
         .route("/files", get(download::download).post(upload::upload))
         .route("/files/compose", post(compose::compose))
+        .route("/snapshot/reclaim", post(snapshot::reclaim))
         .route("/snapshot/prepare", post(snapshot::prepare))
         .route("/snapshot/undo", post(snapshot::undo))
         .route("/snapshot/restore", post(snapshot::restore))

@@ -1,4 +1,4 @@
-//! `POST /snapshot/{prepare,undo,restore}`: the orders of [`crate::snapshot`] on the wire.
+//! `POST /snapshot/{reclaim,prepare,undo,restore}`: the orders of [`crate::snapshot`] on the wire.
 //!
 //! `prepare` without a body is the word of hosts that know nothing of the others: everything reaches
 //! the disk and idle connections are closed, nothing is frozen, and there is nothing to undo.
@@ -76,6 +76,16 @@ impl Prepare {
             undo_after: or(self.undo_after_ms, DEFAULT_UNDO_AFTER),
         }
     }
+}
+
+/// Handles `POST /snapshot/reclaim`, some seconds before a prepare.
+///
+/// # Errors
+/// 500 where the kernel refuses.
+pub async fn reclaim(State(agent): State<Arc<Agent>>) -> Result<Response, ApiError> {
+    let reclaimed = agent.snapshots.reclaim().await;
+    let reclaimed = reclaimed.map_err(ApiError::internal)?;
+    Ok(([NO_STORE], Json(json!({ "reclaimed": reclaimed }))).into_response())
 }
 
 /// Handles `POST /snapshot/prepare`.

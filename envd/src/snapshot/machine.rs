@@ -15,10 +15,13 @@ use super::identity;
 use super::lineage::Generation;
 use crate::boot::{self, BootError, name, network};
 use crate::environment::Identity;
+use crate::metrics::Memory;
 use crate::{clock, sys};
 
 /// Tells programs in the guest which life it is in; its text is as long for every life.
 pub const GENERATION_FILE: &str = "/run/wrenn/generation";
+/// Tells what memory is used for.
+const MEMORY: &str = "/proc/meminfo";
 /// Drops what the kernel keeps of files, when written to.
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
 /// The page cache, and not the directory entries with it: those are small and cost most to regain.
@@ -28,6 +31,15 @@ const DROP_PAGE_CACHE: &str = "1";
 pub trait Machine: fmt::Debug + Send + Sync {
     /// Writes all dirty data to the disks.
     fn sync(&self);
+
+    /// What memory there is and what of it caches the disk.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn memory(&self) -> io::Result<Memory> {
+        let text = fs::read_to_string(MEMORY)?;
+        Ok(Memory::parse(&text))
+    }
 
     /// Gives memory back that only caches the disk.
     ///

@@ -153,6 +153,25 @@ impl Snapshots {
         })
     }
 
+    /// Drops the page cache where it is large enough for a snapshot without it to be worth more than
+    /// the reading of files anew. Tells whether it did.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub async fn reclaim(&self) -> io::Result<bool> {
+        let machine = Arc::clone(&self.machine);
+        let reclaim = move || {
+            if !machine.memory()?.caches_much() {
+                return Ok(false);
+            }
+            // Dirty pages are not dropped.
+            machine.sync();
+            machine.reclaim()?;
+            Ok(true)
+        };
+        spawn_blocking(reclaim).await.map_err(io::Error::other)?
+    }
+
     /// What hosts get that ask for no more: everything written so far is on the disk, and idle
     /// connections are closed.
     ///

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 use proto::epoch::Epoch;
 use serde::Deserialize;
 use serde_json::json;
@@ -33,8 +33,8 @@ pub struct Quiesce {
     /// Whether its root disk is to refuse writes: for a snapshot of the disk alone. One that has
     /// memory and disk of the same instant needs none of it.
     pub freeze_disk: bool,
-    /// Whether its page cache is to be dropped: the snapshot becomes smaller where freed pages are
-    /// given back to the host, and the resumed guest reads its files anew.
+    /// Whether its page cache is to be dropped at this moment: freed pages keep their bytes until they
+    /// are reported free, so only [`Guest::reclaim`] some seconds before makes a snapshot smaller.
     pub reclaim: bool,
     /// After how long of running the agent undoes it by itself: longer than the rest of the pause
     /// and the start of the resume may take, since it must not happen in between.
@@ -173,6 +173,22 @@ impl Guest {
         let (status, text) = asked.map_err(QuiesceError::Ask)?;
         let answer: Answer = read(status, &text, quiesce.epoch)?;
         Ok(answer.into())
+    }
+
+    /// Has the agent drop the page cache where it is large, so that the guest reports what becomes
+    /// free to the host in the next seconds. Tells whether it did.
+    ///
+    /// # Errors
+    /// [`GuestError`]; nothing is the worse for it.
+    pub async fn reclaim(&self, timeout: Duration) -> Result<bool, GuestError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            reclaimed: bool,
+        }
+        let text = self.call(Method::POST, "/snapshot/reclaim", None, timeout);
+        let answer: serde_json::Result<Answer> = serde_json::from_slice(&text.await?);
+        let answer = answer.map_err(|err| GuestError::Nonsense(err.to_string()))?;
+        Ok(answer.reclaimed)
     }
 
     /// Lets a quiesced guest go on and tells it the time, which may have passed it by. Doing it

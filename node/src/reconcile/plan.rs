@@ -8,6 +8,7 @@
 //! | wanted running, `starting` | ready | report running |
 //! | wanted running, `running` | ready, was sealed when it had booted | tell of that |
 //! | wanted running, `running` | nothing | report failed: its VMM is gone; one that is bound to the lease: start |
+//! | wanted running, `running` | ready, idle nearly too long, to be paused then | have its guest give memory back |
 //! | wanted running, `running` | ready, idle too long | ask for a pause, or a stop, for idleness |
 //! | wanted running, `resuming` | nothing, on its way up, ready | as `starting`, from what it rests as |
 //! | wanted paused, `pausing` | ready | seal |
@@ -44,13 +45,16 @@ use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::Report;
-use raft::state::{Desired, HostLoss, Phase, Sandbox, State};
+use raft::state::{Desired, HostLoss, IdleAction, Phase, Sandbox, State};
 
 use crate::sandbox::{End, Observed, ObservedState};
 
 /// As much of a reason as is told to the cluster. It quotes what VMM and guest said, and a report
 /// larger than the log takes would be refused for ever.
 const REASON_CHARS: usize = 4096;
+/// How long before a pause for idleness a guest gives back what only caches its disk. It reports
+/// free pages to the host two seconds later, and some more it may be slow.
+const RECLAIM_AHEAD: Duration = Duration::from_secs(6);
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +85,8 @@ pub enum Step {
         /// What was seen.
         report: Report,
     },
+    /// Have a guest give memory back that a pause need not seal.
+    Reclaim(SandboxId),
     /// Ask the cluster to pause, or stop, a sandbox that nobody used for too long.
     PutAway(SandboxId),
     /// Tell the cluster what a guest was sealed as when it had just booted.
@@ -102,6 +108,7 @@ impl Step {
             | Self::Stop(id)
             | Self::Thaw(id)
             | Self::Forget(id)
+            | Self::Reclaim(id)
             | Self::PutAway(id)
             | Self::TellWarm(id) => Some(*id),
             Self::Report { id, .. } | Self::Seal { id, .. } => Some(*id),
@@ -230,16 +237,24 @@ fn for_record(
     }
 }
 
-/// A pause or a stop for idleness, or the wait until one.
+/// A pause or a stop for idleness and what comes before it, or the wait until then.
 fn idle(record: &Sandbox, seen: &Observed, look_again_in: &mut Option<Duration>) -> Option<Step> {
     let timeout = record.spec.idle_timeout?;
-    match timeout.checked_sub(seen.idle_for) {
-        None | Some(Duration::ZERO) => Some(Step::PutAway(record.id)),
-        Some(left) => {
-            sooner(look_again_in, left);
-            None
-        }
+    let left = timeout.saturating_sub(seen.idle_for);
+    if left.is_zero() {
+        return Some(Step::PutAway(record.id));
     }
+    let reclaims = record.spec.on_idle == IdleAction::Pause && !seen.reclaimed;
+    let wait = left.saturating_sub(if reclaims {
+        RECLAIM_AHEAD
+    } else {
+        Duration::ZERO
+    });
+    if wait.is_zero() {
+        return Some(Step::Reclaim(record.id));
+    }
+    sooner(look_again_in, wait);
+    None
 }
 
 /// The step for something that runs here although the cluster does not say so.

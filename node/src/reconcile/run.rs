@@ -155,6 +155,7 @@ impl Reconciler {
                 })
                 .await;
             }
+            Step::Reclaim(id) => self.registry.reclaim(id).await,
             Step::PutAway(id) => self.put_away(id).await,
             Step::TellWarm(id) => self.tell_warm(id).await,
             Step::Prune { ended_before } => {

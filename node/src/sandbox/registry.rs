@@ -1,5 +1,7 @@
 //! The sandboxes of this node by id: the one owner of their drivers.
 
+mod idle;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::MetadataExt as _;
@@ -44,6 +46,8 @@ pub struct Observed {
     pub let_begin: bool,
     /// How long nobody has used it.
     pub idle_for: Duration,
+    /// Whether it gave memory back since.
+    pub reclaimed: bool,
     /// Whether the cluster is to be told about a warm snapshot: made of it, or found spoilt by it.
     pub has_warm: bool,
 }
@@ -135,6 +139,8 @@ struct Told {
     versions: GuestVersions,
     timings: Option<StartTimings>,
     last_used: Instant,
+    /// When the guest last gave memory back for a pause that was near.
+    reclaimed: Option<Instant>,
     /// Whether a pause or a stop for idleness is under way, so that nobody may begin to use the guest.
     withheld: bool,
     /// Whether the guest is frozen, and until its clock is right again after that.
@@ -160,6 +166,7 @@ impl Shared {
             versions: GuestVersions::default(),
             timings: None,
             last_used: Instant::now(),
+            reclaimed: None,
             withheld: false,
             frozen: false,
             warm: None,
@@ -233,23 +240,6 @@ impl Shared {
         told.frozen = frozen;
     }
 
-    /// The guest, which counts as used from now on.
-    fn begin_use(&self) -> Option<Guest> {
-        let mut told = self.told();
-        let ready = matches!(told.phase, Phase::Ready);
-        let may_use = ready && !told.withheld && !told.frozen;
-        let guest = told.guest.clone().filter(|_| may_use)?;
-        told.last_used = Instant::now();
-        Some(guest)
-    }
-
-    /// Withholds the guest if nobody has used it for `timeout`.
-    fn withhold_idle(&self, timeout: Duration) -> bool {
-        let mut told = self.told();
-        told.withheld |= told.last_used.elapsed() >= timeout;
-        told.withheld
-    }
-
     pub(super) fn console_tail(&self, bytes: usize) -> Option<Vec<u8>> {
         tail(&self.paths.console(), bytes).ok()
     }
@@ -279,6 +269,7 @@ impl Shared {
             state,
             let_begin: self.begin.is_cancelled(),
             idle_for: told.last_used.elapsed(),
+            reclaimed: told.is_reclaimed(),
             has_warm: told.warm.is_some(),
         }
     }
@@ -461,34 +452,6 @@ impl Registry {
             // What cannot be read allows nothing.
             None => false,
         }
-    }
-
-    /// Before a pause or a stop for idleness: withholds the guest, so that nobody begins to use what
-    /// is about to go. `false` where somebody has used it within `timeout`.
-    #[must_use]
-    pub fn withhold_idle(&self, id: SandboxId, timeout: Duration) -> bool {
-        self.shared(id)
-            .is_some_and(|shared| shared.withhold_idle(timeout))
-    }
-
-    /// After a pause or a stop for idleness that did not come about.
-    pub fn give_out_again(&self, id: SandboxId) {
-        if let Some(shared) = self.shared(id) {
-            shared.told().withheld = false;
-        }
-    }
-
-    /// Notes that somebody used a sandbox.
-    pub fn touch(&self, id: SandboxId) {
-        if let Some(shared) = self.shared(id) {
-            shared.told().last_used = Instant::now();
-        }
-    }
-
-    /// How long nobody has used a sandbox.
-    #[must_use]
-    pub fn idle_for(&self, id: SandboxId) -> Option<Duration> {
-        Some(self.shared(id)?.told().last_used.elapsed())
     }
 
     /// How long the start of a sandbox took, where this daemon started it.

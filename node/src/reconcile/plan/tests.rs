@@ -135,6 +135,7 @@ fn seen_under(
             epoch,
             state,
             idle_for,
+            reclaimed: false,
             has_warm: false,
         },
     )])
@@ -329,13 +330,36 @@ fn what_no_record_names_is_stopped_and_forgotten() {
 }
 
 #[test]
-fn an_idle_sandbox_is_stopped_when_its_timeout_has_passed_and_not_before() {
+fn a_guest_that_will_be_paused_gives_memory_back_once_some_seconds_before() {
     let state = state_after([running()]);
-    let nearly = seen_under(
+    let mut seen = seen_under(Epoch(3), ready(), IDLE.saturating_sub(2 * RECLAIM_AHEAD));
+    let waiting = plan(at(), &state, &seen);
+    assert_eq!(waiting.steps, []);
+    assert_eq!(waiting.look_again_in, Some(RECLAIM_AHEAD));
+    let mut since = |idle_for, reclaimed| {
+        let known = seen.get_mut(&ID).expect("it is seen");
+        (known.idle_for, known.reclaimed) = (idle_for, reclaimed);
+        plan(at(), &state, &seen)
+    };
+    let near = IDLE.saturating_sub(RECLAIM_AHEAD);
+    assert_eq!(since(near, false).steps, [Step::Reclaim(ID)]);
+    let done = since(near, true);
+    assert_eq!(
+        (done.steps, done.look_again_in),
+        (vec![], Some(RECLAIM_AHEAD))
+    );
+    assert_eq!(since(IDLE, false).steps, [Step::PutAway(ID)]);
+}
+
+#[test]
+fn an_idle_sandbox_is_put_away_when_its_timeout_has_passed_and_not_before() {
+    let state = state_after([running()]);
+    let mut nearly = seen_under(
         Epoch(3),
         ready(),
         IDLE.saturating_sub(Duration::from_secs(1)),
     );
+    nearly.get_mut(&ID).expect("it is seen").reclaimed = true;
     let waiting = plan(at(), &state, &nearly);
     assert_eq!(waiting.steps, []);
     assert_eq!(waiting.look_again_in, Some(Duration::from_secs(1)));
