@@ -12,9 +12,16 @@
 # END (what it then writes to the port of the ACPI controls: 0x34 switches off, 1 resets) and, where
 # it is to use more than one processor, OTHERS (how many more). Each of those counts for itself from
 # then on, in the double word at COUNTS + 4 * its number; the numbers begin with 1.
+#
+# Two more may be given, for a KVM that emulates each instruction: WORDS, how many words of a page
+# the rounds look at (else all), and GO, an address. With GO it fills nothing, and waits until the
+# double word there is not zero: whoever has saved it by then fills its memory and lets it go.
 
         .ifndef OTHERS
         .set    OTHERS, 0
+        .endif
+        .ifndef WORDS
+        .set    WORDS, 1024
         .endif
         .set    MULTIPLIER, 0x9E3779B1
         .set    SERIAL, 0x3f8
@@ -45,6 +52,12 @@ start:
         movl    $text_up, %esi
         call    say
 
+        .ifdef GO
+waits:
+        pause
+        cmpl    $0, GO
+        je      waits
+        .else
         # Filling: generation 0, every word of every page.
         movl    $FIRST, %edi
         xorl    %ecx, %ecx              # word number, i * 1024 + j
@@ -54,6 +67,7 @@ fill:
         incl    %ecx
         cmpl    $(PAGES * 1024), %ecx
         jb      fill
+        .endif
         movl    $text_filled, %esi
         call    say
 
@@ -83,7 +97,7 @@ pages:
         addl    $FIRST, %edi
         movl    %edx, %ecx
         shll    $10, %ecx
-        movl    $1024, %esi
+        movl    $WORDS, %esi
 words:
         imull   $MULTIPLIER, %ecx, %eax
         xorl    %ebx, %eax

@@ -16,7 +16,7 @@ use proto::units::Mib;
 use tempfile::TempDir;
 use wrenn_cluster_tests::world::wrenn;
 
-use super::payload::{Console, await_mapped};
+use super::payload::{Console, await_mapped, fill};
 use super::{PATIENCE, Resumed};
 use crate::Outcome;
 use crate::snapshots::faults::map_of;
@@ -60,7 +60,7 @@ impl Image {
         let started = vmm::spawn(&spec, NAME, ram.as_fd(), Instant::now() + PATIENCE)?;
         let guest = Guest::new(started.vmm);
         let console = Console::listen(started.console);
-        console.await_rounds()?;
+        console.await_up()?;
         let state = File::options()
             .create_new(true)
             .read(true)
@@ -71,6 +71,7 @@ impl Image {
             .save_state(state.as_fd(), Instant::now() + PATIENCE)?;
         let hardware = guest.0.hardware().clone();
         let content = File::from(ram.as_fd().try_clone_to_owned()?);
+        fill(&content, memory)?;
         let store = Store::open(&home.path().join("store"), Limits::default())?;
         let seal = store.begin();
         let sealed = seal.image(&content, memory.bytes())?;

@@ -7,7 +7,7 @@
 //! | daemon, copied | into a memfd before the guest runs |
 //! | daemon, on demand | over its page-fault connection; the VMM asks for the rest, page by page |
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -21,7 +21,7 @@ use proto::units::Mib;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::payload::{Console, await_mapped};
+use super::payload::{Console, await_mapped, fill};
 use super::{PATIENCE, Resumed};
 use crate::Outcome;
 
@@ -88,11 +88,12 @@ impl Snapshots {
         let guest = Process::start(program, made.home.path())?;
         guest.call("PUT", "vm.create", Some(&machine(kernel, memory)))?;
         guest.call("PUT", "vm.boot", None)?;
-        guest.console.await_rounds()?;
+        guest.console.await_up()?;
         guest.call("PUT", "vm.pause", None)?;
         fs::create_dir(made.native())?;
         let place = json!({ "destination_url": format!("file://{}", made.native().display()) });
         guest.call("PUT", "vm.snapshot", Some(&place))?;
+        fill(&memory_in(&made.native(), memory)?, memory)?;
         if let Some(daemon) = &made.daemon {
             let socket = made.home.path().join("send");
             let child = Command::new(daemon)
@@ -112,6 +113,7 @@ impl Snapshots {
             if !status.success() {
                 return Err(format!("the offload daemon ended with {status}").into());
             }
+            fill(&memory_in(&made.offloaded(), memory)?, memory)?;
         }
         Ok(made)
     }
@@ -187,6 +189,17 @@ fn machine(kernel: &Path, memory: Mib) -> Value {
         "serial": { "mode": "Tty" },
         "console": { "mode": "Off" },
     })
+}
+
+/// The file of a snapshot that is the guest's memory as it lies: both ways have one.
+fn memory_in(dir: &Path, memory: Mib) -> Outcome<File> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.metadata()?.len() == memory.bytes() {
+            return Ok(File::options().write(true).open(entry.path())?);
+        }
+    }
+    Err(format!("no file in {} is as large as the memory", dir.display()).into())
 }
 
 fn await_there(path: &Path) -> Outcome {
