@@ -14,6 +14,11 @@ impl Samples {
         Self { values: Vec::new() }
     }
 
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
     /// Adds one.
     pub(crate) fn add(&mut self, value: f64) {
         self.values.push(value);
