@@ -1,7 +1,8 @@
 //! Many guests resumed at the same instant, each to its first word.
 //!
 //! Each way by itself: guests that run use a processor each. A guest goes as soon as it was heard,
-//! so what is measured is bringing it back and not how busy its fellows are.
+//! so what is measured is bringing it back and not how busy its fellows are. The reference daemon is
+//! left out: of 16 of its guests one said nothing for three minutes.
 
 use std::path::Path;
 use std::sync::Barrier;
@@ -16,33 +17,26 @@ use crate::figures::{Samples, ms, ratio};
 use crate::snapshots::rounds;
 use crate::{Outcome, Run};
 
-/// Resumes [`Run::at_once`] guests of `kernel` in each way that brings memory on demand.
+/// Resumes [`Run::at_once`] guests of `kernel`, ours and those that Cloud Hypervisor brings on demand.
 pub(super) fn measure(run: &Run, tools: &Tools, kernel: &Path, memory: Mib) -> Outcome {
     let image = Image::make(&tools.program, kernel, memory)?;
-    let (program, daemon) = (&tools.program, tools.daemon.as_deref());
-    let snapshots = Snapshots::make(program, daemon, kernel, memory)?;
+    let snapshots = Snapshots::make(&tools.program, None, kernel, memory)?;
     let count = run.at_once;
     run.note(&format!("{count} at once: saved in all ways"));
     let mut ours = Samples::default();
-    let ways = tools.ways().into_iter();
-    let ways = ways.filter(|way| matches!(way, Way::NativeOnDemand | Way::DaemonOnDemand));
-    let mut theirs: Vec<(Way, Samples)> = ways.map(|way| (way, Samples::default())).collect();
+    let (way, mut theirs) = (Way::NativeOnDemand, Samples::default());
     for round in 1..=rounds(run) {
         run.go_on()?;
         together(count, &mut ours, || image.resume(false))?;
-        for (way, samples) in &mut theirs {
-            run.go_on()?;
-            together(count, samples, || snapshots.resume(*way, false))?;
-        }
+        run.go_on()?;
+        together(count, &mut theirs, || snapshots.resume(way, false))?;
         run.note(&format!("{count} at once: round {round}"));
     }
     ours.print(&format!("ch_at_once_{count}_ours_lazy_first"), "ms");
-    for (way, samples) in &theirs {
-        let way = way.name();
-        samples.print(&format!("ch_at_once_{count}_{way}_first"), "ms");
-        let name = format!("ch_at_once_{count}_first_over_{way}");
-        ratio(&name, ours.p50(), samples.p50(), FIRST_GOAL);
-    }
+    let way = way.name();
+    theirs.print(&format!("ch_at_once_{count}_{way}_first"), "ms");
+    let name = format!("ch_at_once_{count}_first_over_{way}");
+    ratio(&name, ours.p50(), theirs.p50(), FIRST_GOAL);
     Ok(())
 }
 

@@ -8,7 +8,7 @@
 //! | daemon, on demand | over its page-fault connection; the VMM asks for the rest, page by page |
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -215,6 +215,19 @@ fn await_there(path: &Path) -> Outcome {
     Ok(())
 }
 
+/// A socket is bound before it listens: among many that start at once, for a while.
+fn connect(socket: &Path) -> Outcome<UnixStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(socket) {
+            Err(err) if err.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                thread::sleep(LOOK_AGAIN);
+            }
+            connected => return Ok(connected?),
+        }
+    }
+}
+
 /// A process that does not outlive this.
 struct Killed(Child);
 
@@ -255,7 +268,7 @@ impl Process {
     }
 
     fn ask(&self, method: &str, name: &str, body: Option<&Value>) -> Outcome<UnixStream> {
-        let mut stream = UnixStream::connect(&self.api)?;
+        let mut stream = connect(&self.api)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let body = body.map(Value::to_string);
         let body = body.as_ref().map(String::as_bytes);
