@@ -127,12 +127,15 @@ async fn a_leader_hands_over_when_asked() {
     let follower = cluster
         .groups()
         .into_iter()
-        .find(|group| group.role() != Role::Leader);
-    let refused = follower
-        .unwrap()
-        .transfer_leader(NodeId(1))
-        .await
-        .unwrap_err();
+        .find(|group| group.role() != Role::Leader)
+        .unwrap();
+    // It voted in this term, perhaps before it heard who won.
+    cluster
+        .until("the follower hears its leader", || {
+            follower.metrics().leader.is_some()
+        })
+        .await;
+    let refused = follower.transfer_leader(NodeId(1)).await.unwrap_err();
     assert!(
         matches!(refused, ChangeError::NotLeader { leader: Some(_) }),
         "{refused:?}"
