@@ -119,6 +119,16 @@ pub enum Command {
         /// Whether a visit resumes it.
         wakes: Option<bool>,
     },
+    /// Somebody is given a link to a port, which whoever has it may visit. Links are words that nodes check by
+    /// themselves: this is for the audit log alone, and the same link is kept there once.
+    LinkSandbox {
+        /// Which one.
+        id: SandboxId,
+        /// Which port of it.
+        port: u16,
+        /// When the link ends.
+        until: Stamp,
+    },
     /// From now on the sandbox is wanted stopped.
     StopSandbox {
         /// Which one.
@@ -238,6 +248,7 @@ impl Command {
             | Self::PutChannel(_)
             | Self::DropChannel { .. }
             | Self::TellChannel(_)
+            | Self::LinkSandbox { .. }
             | Self::Build(_)
             | Self::By(_) => true,
             _ => false,

@@ -6,7 +6,8 @@
 //! scarcest resource wins. What the proposer last heard of the load weighs a little; it can never
 //! make a node fit. The lower id wins a tie.
 //!
-//! A paused sandbox is placed where its guest can be resumed: the same hypervisor. A holder of its
+//! A paused sandbox is placed where its guest can be resumed: the same hypervisor. One that boots from
+//! a disk that was sealed needs only the image below that. A holder of its
 //! snapshot wins over anybody who would have to fetch it first. The node that a create asked for is
 //! where the sandbox began: it binds no resume, which would else be lost with that node.
 
@@ -158,11 +159,11 @@ fn bar(
             Some("where it failed already")
         }
         Source::Snapshot { snapshot, .. } => {
-            let needs = &snapshot.sealed.needs;
-            if !needs.are_met_by(node) {
+            let sealed = &snapshot.sealed;
+            if !sealed.runs_on(node) {
                 return Some("with another hypervisor than the snapshot's");
             }
-            (!needs.has_base(node)).then_some("without the template of the snapshot")
+            (!sealed.needs.has_base(node)).then_some("without the template of the snapshot")
         }
     }
 }

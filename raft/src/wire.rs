@@ -133,6 +133,11 @@ fn command_to_wire(command: &Command) -> pb::proposal::Command {
             ports_open,
             wakes,
         } => sandbox_changed_to_wire(*id, *ports_open, *wakes),
+        Command::LinkSandbox { id, port, until } => Wire::LinkSandbox(pb::LinkSandbox {
+            id: id.0.to_vec(),
+            port: (*port).into(),
+            until_ms: until.0,
+        }),
         Command::StopSandbox { id, cause } => stopped_to_wire(*id, *cause),
         Command::PauseSandbox {
             id,
@@ -379,6 +384,11 @@ fn command_from_wire(wire: pb::proposal::Command) -> Result<Command, BadRow> {
             id: SandboxId(array("sandbox id", &it.id)?),
             ports_open: it.ports_open,
             wakes: it.wakes,
+        },
+        Wire::LinkSandbox(it) => Command::LinkSandbox {
+            id: SandboxId(array("sandbox id", &it.id)?),
+            port: u16::try_from(it.port).map_err(|_| BadRow::Unknown("port"))?,
+            until: Stamp(it.until_ms),
         },
         Wire::StopSandbox(it) => Command::StopSandbox {
             id: SandboxId(array("sandbox id", &it.id)?),

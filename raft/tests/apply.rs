@@ -147,6 +147,23 @@ fn creating_twice_with_one_id_answers_the_same_and_reserves_once() {
 }
 
 #[test]
+fn what_a_template_was_called_makes_no_other_sandbox() {
+    let mut world = World::with_node();
+    let create = |name: &str| {
+        let mut spec = spec(512);
+        spec.asked_template = name.into();
+        let (id, team, hints) = (sandbox_id(1), TEAM, vec![]);
+        Command::CreateSandbox {
+            id,
+            team,
+            spec,
+            hints,
+        }
+    };
+    assert_eq!(world.apply(create("x")), world.apply(create("")));
+}
+
+#[test]
 fn an_id_that_stands_for_another_sandbox_is_refused() {
     let mut world = World::with_node();
     world.create(1).expect("there is room");

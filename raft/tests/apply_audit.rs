@@ -61,6 +61,38 @@ fn last(state: &State, team: TeamId) -> AuditRecord {
 }
 
 #[test]
+fn a_link_is_recorded_once_however_often_it_is_proposed_and_changes_nothing_else() {
+    let (mut world, ..) = World::of_three();
+    world.create(1, waiting(512)).expect("room");
+    let id = sandbox_id(1);
+    let link = |port, until| Command::LinkSandbox {
+        id,
+        port,
+        until: Stamp(until),
+    };
+    let before = world.state.clone();
+    for asked in [link(80, 7), link(80, 7), link(81, 7), link(80, 8)] {
+        assert_eq!(world.act(by_ann(asked)), Ok(Receipt::Done(1)));
+    }
+    let team = world.state.sandbox(id).expect("known").team;
+    let links = |it: &&AuditRecord| it.action == Action::CapsuleLink;
+    let records: Vec<&AuditRecord> = world.state.audit_of(team).filter(links).collect();
+    assert_eq!(records.len(), 3);
+    assert_eq!(records[0].actor, ann());
+    assert_eq!(records[0].object, id.to_string());
+    assert_eq!(records[0].metadata["port"], "80");
+    assert_eq!(records[0].metadata["expires_at_unix_ms"], "7");
+    assert_eq!(world.state.sandbox(id), before.sandbox(id));
+    let nowhere = Command::LinkSandbox {
+        id: sandbox_id(9),
+        port: 80,
+        until: Stamp(7),
+    };
+    let refused = world.act(by_ann(nowhere));
+    assert!(matches!(refused, Err(Refusal::NoSuchSandbox(_))));
+}
+
+#[test]
 fn a_change_that_names_who_asked_is_recorded_by_its_own_entry() {
     let mut world = World::founded();
     assert!(!world.state.keeps_audit());

@@ -4,9 +4,10 @@ mod world;
 
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, TeamId};
+use proto::units::Mib;
 use world::*;
 use wrenn_raft::command::{Command, DropNamed, Receipt, Refusal, Report};
-use wrenn_raft::state::{Desired, Node, Phase, SandboxSpec};
+use wrenn_raft::state::{Desired, Node, Phase, SandboxSpec, Sealed, SnapshotKind};
 
 const NAME: &str = "mine";
 
@@ -58,6 +59,102 @@ fn a_running_sandbox_is_sealed_under_a_name_and_goes_on() {
     assert_eq!(named.size_bytes, 65 << 20);
     let snapshot = world.snapshot(7).expect("it is on record");
     assert!(snapshot.holders.iter().eq([&second]));
+}
+
+/// Sandbox 1 was sealed for a name as the disk alone, by a host with another hypervisor than all others.
+fn base() -> (World, NodeId, NodeId) {
+    let (mut world, second, third) = running();
+    let asked = world.checkpoint(1, 7, name_of(SnapshotKind::Base, NAME, false));
+    assert_eq!(asked, Ok(Receipt::Done(1)));
+    let disk = sealed_disk(&world);
+    assert_eq!(world.report(1, disk), Ok(Receipt::Done(1)));
+    world.run(1);
+    (world, second, third)
+}
+
+/// What the owner of sandbox 1 reports of a disk alone.
+fn sealed_disk(world: &World) -> Report {
+    Report::Sealed(Sealed {
+        pause: world.sandbox(1).pause,
+        kind: SnapshotKind::Base,
+        memory_bytes: 0,
+        ..sealed(7, false)
+    })
+}
+
+#[test]
+fn a_base_leaves_the_shape_to_the_create_but_for_the_disk_and_takes_any_hypervisor() {
+    let (mut world, second, _) = base();
+    let named = world.named(NAME).expect("it has its name");
+    assert_eq!(
+        (named.kind, named.size_bytes),
+        (SnapshotKind::Base, 1 << 20)
+    );
+    let other_shape = SandboxSpec {
+        vcpus: 3,
+        memory: Mib(768),
+        ..named_spec()
+    };
+    let placed = world.create(2, other_shape.clone()).expect("any shape");
+    let Receipt::Placed { node, .. } = placed else {
+        panic!("not placed: {placed:?}");
+    };
+    assert_eq!(node, second, "who holds the disk need not fetch it");
+    assert_eq!(world.sandbox(2).origin, Some(snapshot_id(7)));
+    let other_disk = SandboxSpec {
+        disk: Mib(other_shape.disk.0 + 1),
+        ..other_shape
+    };
+    assert!(matches!(
+        world.create(3, other_disk),
+        Err(Refusal::Unfit(_))
+    ));
+}
+
+#[test]
+fn what_boots_from_a_base_keeps_its_disk_on_record_until_it_rests_by_itself() {
+    let (mut world, _, _) = base();
+    world.create(2, named_spec()).expect("there is room");
+    world.run(2);
+    assert_eq!(drop_name(&mut world, 7), Receipt::Done(1));
+    assert!(world.snapshot(7).is_some(), "it may have to boot again");
+    world.rest(2, 2);
+    assert_eq!(world.snapshot(7), None, "nobody needs it");
+}
+
+#[test]
+fn a_disk_alone_is_not_taken_for_a_pause_or_a_snapshot_with_memory() {
+    let (mut world, _, _) = running();
+    world.checkpoint(1, 7, name(NAME, false)).expect("it runs");
+    let disk = sealed_disk(&world);
+    assert_eq!(world.report(1, disk), Ok(Receipt::Done(0)));
+    let whole = world.seal(1, 7, true);
+    world.report(1, whole).expect("sealed");
+    world.run(1);
+    assert_eq!(
+        world.named(NAME).map(|it| it.kind),
+        Some(SnapshotKind::Snapshot)
+    );
+    world.pause(1).expect("it runs");
+    let disk = Report::Sealed(Sealed {
+        pause: world.sandbox(1).pause,
+        kind: SnapshotKind::Base,
+        ..sealed(8, true)
+    });
+    assert_eq!(world.report(1, disk), Ok(Receipt::Done(0)));
+    assert_eq!(world.sandbox(1).phase, Phase::Pausing);
+}
+
+#[test]
+fn a_name_says_what_was_sealed_and_not_what_was_asked_for() {
+    let (mut world, _, _) = at_rest();
+    world
+        .checkpoint(1, 7, name_of(SnapshotKind::Base, NAME, false))
+        .expect("it rests");
+    assert_eq!(
+        world.named(NAME).map(|it| it.kind),
+        Some(SnapshotKind::Snapshot)
+    );
 }
 
 #[test]

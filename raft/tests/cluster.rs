@@ -7,10 +7,10 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::net::Cluster;
-use common::{get, soon};
+use common::{PATIENCE, get, soon};
 use proto::ids::NodeId;
 use tokio::time;
-use wrenn_raft::group::{ChangeError, ProposeError, ReadError, Role};
+use wrenn_raft::group::{ChangeError, ProposeError, ReadError, Role, Timeouts};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_members_agree_and_outlive_their_leader() {
@@ -47,14 +47,15 @@ async fn three_members_agree_and_outlive_their_leader() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_comes_back_from_a_partition_deposes_nobody() {
-    let cluster = Cluster::of(3).await;
+    // Only the one that goes away is quick to stand for election.
+    let mut cluster = Cluster::calm(2).await;
+    cluster.timeouts = Timeouts::default();
+    let away = 3;
+    cluster.start(away).await;
+    cluster.add(away).await;
+    cluster.vote(1..=away).await;
     cluster.agreed().await;
     let before = cluster.leader().await.metrics();
-    let away = if before.leader == Some(NodeId(3)) {
-        2
-    } else {
-        3
-    };
     cluster.net.isolate(away);
     let group = cluster.group(away);
     // Long enough to stand for election several times.
@@ -95,7 +96,7 @@ async fn a_leader_without_a_quorum_acknowledges_and_confirms_nothing() {
             ),
             "{refused:?}"
         );
-        let read = time::timeout(Duration::from_secs(2), leader.read_index()).await;
+        let read = time::timeout(PATIENCE, leader.read_index()).await;
         let read = read.unwrap().unwrap_err();
         assert!(
             matches!(read, ReadError::NoQuorum | ReadError::NotLeader { .. }),
@@ -111,7 +112,7 @@ async fn a_leader_without_a_quorum_acknowledges_and_confirms_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_hands_over_when_asked() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     for round in 0..6 {
         cluster.set("key", &round.to_string()).await;
         let leader = cluster.leader().await;
@@ -145,7 +146,7 @@ async fn a_leader_hands_over_when_asked() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_proposed_in_a_term_is_taken_in_no_other() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     let leader = cluster.leader().await;
     let (id, term) = (leader.metrics().leader.unwrap(), leader.metrics().term);
     let propose = |term| leader.propose_in(term, b"key=in a term".to_vec(), soon());
@@ -170,7 +171,7 @@ async fn what_is_proposed_in_a_term_is_taken_in_no_other() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_was_away_too_long_is_brought_back_by_a_snapshot() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     cluster.agreed().await;
     let away = cluster.group(3);
     cluster.net.isolate(3);

@@ -57,7 +57,7 @@ async fn a_member_back_with_a_blank_disk_takes_no_part_and_says_that_it_must_joi
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_wiped_node_joins_anew_under_another_id_and_gets_everything() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     for round in 0..400 {
         cluster
             .set(&format!("key {}", round % 30), &round.to_string())
@@ -78,6 +78,9 @@ async fn the_wiped_node_joins_anew_under_another_id_and_gets_everything() {
         .remove_members([lost].into(), None, soon())
         .await
         .unwrap();
+    cluster
+        .until("the log is purged", || leader.metrics().purged > Some(0))
+        .await;
     cluster.add(new.0).await;
     cluster.vote([1, 2, 4]).await;
     cluster.set("key 0", "after").await;

@@ -5,13 +5,14 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::time::Duration;
 
 use common::net::Cluster;
 use common::soon;
 use proto::ids::NodeId;
 use tokio::time;
-use wrenn_raft::group::{ChangeError, Group, Member, Role};
+use wrenn_raft::group::{ChangeError, Group, Member, Role, Timeouts};
 use wrenn_raft::types::Node;
 
 use common::toy::Toy;
@@ -32,7 +33,7 @@ fn members(group: &Group<Toy>) -> BTreeSet<NodeId> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_learner_follows_becomes_a_voter_and_stays_a_learner_when_it_loses_its_vote() {
-    let cluster = Cluster::of(1).await;
+    let cluster = Cluster::calm(1).await;
     let leader = cluster.group(1);
     let learner = cluster.start(2).await;
     cluster.set("key", "before").await;
@@ -110,7 +111,7 @@ async fn adding_the_same_member_again_changes_nothing_and_another_record_is_a_co
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_decided_on_an_older_membership_is_a_conflict() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     let leader = cluster.leader().await;
     let old = leader.metrics().stamp;
     leader
@@ -133,7 +134,7 @@ async fn a_change_decided_on_an_older_membership_is_a_conflict() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_changes_on_the_same_membership_exactly_one_is_made() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     cluster.agreed().await;
     let leader = cluster.leader().await;
     for _ in 0..5 {
@@ -164,13 +165,21 @@ async fn of_many_changes_on_the_same_membership_exactly_one_is_made() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_whose_caller_gave_up_is_finished_all_the_same() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     let leader = cluster.leader().await;
+    cluster
+        .until("the other voter is heard", || {
+            leader.metrics().heard.contains_key(&NodeId(2))
+        })
+        .await;
+    // Nobody takes its entries for now, so that it cannot be done before its caller gives up.
+    cluster.net.isolate(1);
     {
-        let change = leader.change_voters(ids([1, 2]), None, soon());
+        let mut change = pin!(leader.change_voters(ids([1, 2]), None, soon()));
         // Polled once, so that it has begun.
-        assert!(time::timeout(Duration::ZERO, change).await.is_err());
+        assert!(futures::poll!(change.as_mut()).is_pending());
     }
+    cluster.net.heal();
     cluster
         .until("the change is made", || {
             let metrics = leader.metrics();
@@ -182,7 +191,13 @@ async fn a_change_whose_caller_gave_up_is_finished_all_the_same() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn voters_without_a_quorum_are_refused_before_anything_is_written() {
-    let cluster = Cluster::of(3).await;
+    // Less calm than elsewhere: it waits for a silence of twice the longest.
+    let timeouts = Timeouts {
+        election_min: Duration::from_secs(1),
+        election_max: Duration::from_millis(1500),
+        ..Timeouts::default()
+    };
+    let cluster = Cluster::timed(timeouts, 3).await;
     cluster.start(4).await;
     cluster.add(4).await;
     let leader = cluster.leader().await;
@@ -233,7 +248,7 @@ async fn voters_without_a_quorum_are_refused_before_anything_is_written() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_makes_no_sense_is_refused_by_name() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     let leader = cluster.leader().await;
     let own = leader.metrics().leader.unwrap();
     let refusals = [
@@ -273,7 +288,7 @@ async fn what_makes_no_sense_is_refused_by_name() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_leader_of_the_past_is_gone_and_the_rest_goes_on() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     cluster
         .leader()
         .await
@@ -322,7 +337,7 @@ async fn whoever_watches_sees_roles_and_memberships_change_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_leader_knows_how_far_everybody_is() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     cluster.set("key", "value").await;
     let leader = cluster.leader().await;
     cluster
@@ -393,7 +408,7 @@ async fn a_change_left_half_done_is_seen_and_finished_by_the_next_leader() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_keeps_its_vote_until_it_has_handed_over() {
-    let cluster = Cluster::of(3).await;
+    let cluster = Cluster::calm(3).await;
     cluster.agreed().await;
     let old = cluster.leader().await;
     let own = old.metrics().leader.unwrap();

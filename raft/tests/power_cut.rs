@@ -79,6 +79,8 @@ fn image_after_cut(dir: &Path, image: &Path, cut: usize) {
         fs::copy(image, &after).unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
+        // It may have gone on for a moment: what it noted by then is not what the copy must hold.
+        fs::write(&notes, format!("{last}\n")).unwrap();
         last
     };
     fs::rename(&after, image).unwrap();

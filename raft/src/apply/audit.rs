@@ -2,7 +2,8 @@
 //!
 //! What a change is about is looked up before it is carried out, since it may be gone afterwards. A
 //! change that somebody asked for is recorded also where it is refused; one that comes again and finds
-//! its work done is not, nor is what nodes report.
+//! its work done is not, nor is what nodes report. Giving out a link changes nothing but who may come in,
+//! so its record is all that its entry makes.
 
 use std::collections::BTreeMap;
 
@@ -73,9 +74,11 @@ impl State {
         change: Command,
     ) -> Applied {
         let subject = self.subject(&change);
+        let is_link = matches!(change, Command::LinkSandbox { .. });
         let mut applied = self.act(at, index, change);
         let error = applied.answer.as_ref().err().map(ToString::to_string);
         let is_news = match error {
+            None if is_link => true,
             None => !applied.touched.is_empty(),
             Some(_) => actor.is_some(),
         };
@@ -91,9 +94,24 @@ impl State {
                 error: error.map(|error| first(&error, ERROR_CHARS)),
                 metadata: subject.metadata,
             };
-            applied.touched.extend(self.keep(record));
+            if !(is_link && self.has_kept(&record)) {
+                applied.touched.extend(self.keep(record));
+            }
         }
         applied
+    }
+
+    /// Whether the log has the same already, of an entry that was proposed before: all that is said of a link makes
+    /// its word, so two that are the same are one.
+    fn has_kept(&self, record: &AuditRecord) -> bool {
+        let is_same = |it: &AuditRecord| {
+            it.action == record.action
+                && it.object == record.object
+                && it.actor == record.actor
+                && it.error == record.error
+                && it.metadata == record.metadata
+        };
+        self.audit_of(record.team).any(is_same)
     }
 
     fn keep(&mut self, record: AuditRecord) -> Vec<RowKey> {
@@ -136,6 +154,7 @@ impl State {
             }
             Command::Build(change) => self.subject_of_build(change),
             Command::ChangeSandbox { .. }
+            | Command::LinkSandbox { .. }
             | Command::StopSandbox { .. }
             | Command::PauseSandbox { .. }
             | Command::ResumeSandbox { .. } => self.subject_of_sandbox(change),
@@ -156,6 +175,10 @@ impl State {
     fn subject_of_sandbox(&self, change: &Command) -> Option<Subject> {
         match change {
             Command::ChangeSandbox { id, .. } => self.about(*id, Action::CapsuleUpdate),
+            Command::LinkSandbox { id, port, until } => {
+                let subject = self.about(*id, Action::CapsuleLink)?.with("port", port);
+                Some(subject.with("expires_at_unix_ms", until.0))
+            }
             Command::StopSandbox { id, cause } => {
                 let subject = self.about(*id, Action::CapsuleDestroy)?;
                 Some(subject.because_of(*cause))

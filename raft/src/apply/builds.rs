@@ -56,11 +56,14 @@ impl State {
         let Build {
             id,
             team,
-            spec,
+            mut spec,
             owner,
             ..
         } = asked;
         if let Some(known) = self.build(id) {
+            // A release before this one did not keep by which name the base was asked for.
+            let called = &known.spec.sandbox.asked_template;
+            spec.sandbox.asked_template.clone_from(called);
             let same = known.team == team && known.spec == spec;
             let taken = Refusal::IdTaken(id.to_string());
             return Applied::untouched(if same {

@@ -141,6 +141,7 @@ impl State {
                 ports_open,
                 wakes,
             } => self.change_sandbox(at, id, ports_open, wakes),
+            Command::LinkSandbox { id, .. } => self.link_sandbox(id),
             Command::StopSandbox { id, cause } => self.stop_sandbox(at, id, cause),
             Command::ReportSandbox {
                 id,

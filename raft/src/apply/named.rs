@@ -21,7 +21,7 @@ use crate::command::{CheckpointSandbox, DropNamed, Receipt, Refusal};
 use crate::placement::LoadHint;
 use crate::state::{
     Checkpoint, Desired, Named, Phase, Purpose, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot,
-    State, Warm,
+    SnapshotKind, State, Warm,
 };
 
 /// Why a sandbox cannot be sealed again just now.
@@ -125,6 +125,10 @@ impl State {
             return None;
         }
         let checkpoint = known.checkpoint.clone()?;
+        if sealed.kind == SnapshotKind::Base && checkpoint.purpose.kind() != SnapshotKind::Base {
+            // What nobody could go on from is not what was asked for; the sealer is not believed.
+            return None;
+        }
         let mut touched = vec![RowKey::Snapshot(id)];
         // Somebody else may have taken the name since it was asked for.
         let fits = self.may_be_made(known.team, &checkpoint.purpose);
@@ -184,6 +188,8 @@ impl State {
             team: known.team,
             name,
             snapshot: from,
+            // What it is, whatever was asked for.
+            kind: sealed.map_or(SnapshotKind::Snapshot, |it| it.kind),
             ask: from,
             template: known.spec.template.clone(),
             vcpus: known.spec.vcpus,
@@ -282,7 +288,7 @@ impl State {
         if snapshot.holders.iter().ne([&maker.id]) || snapshot.team != TeamId::default() {
             return Err("it is not its maker's to give");
         }
-        if !snapshot.is_warm_for(maker) {
+        if snapshot.sealed.kind == SnapshotKind::Base || !snapshot.is_warm_for(maker) {
             return Err("its maker could not start anything from it");
         }
         if !self.templates().any(|it| it.digest == needs.base) {

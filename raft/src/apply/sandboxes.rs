@@ -45,10 +45,12 @@ impl State {
     ) -> Applied {
         let NewSandbox { id, team, spec } = new;
         if let Some(known) = self.sandbox(id) {
-            // What may be changed later says nothing about what was asked for.
+            // What may be changed later says nothing about what was asked for, and neither does by
+            // which name: a release before this one did not keep that.
             let asked = SandboxSpec {
                 ports_open: known.spec.ports_open,
                 wakes: known.spec.wakes,
+                asked_template: known.spec.asked_template.clone(),
                 ..spec
             };
             let same = known.team == team && known.spec == asked;
@@ -127,6 +129,13 @@ impl State {
             answer: Ok(Receipt::Done(1)),
             touched,
         }
+    }
+
+    /// A link changes nothing here: the record of it is all there is.
+    pub(super) fn link_sandbox(&self, id: SandboxId) -> Applied {
+        let known = self.sandbox(id);
+        let answer = known.map(|_| Receipt::Done(1));
+        Applied::untouched(answer.ok_or_else(|| Refusal::NoSuchSandbox(id.to_string())))
     }
 
     pub(super) fn stop_sandbox(&mut self, at: Stamp, id: SandboxId, cause: StopCause) -> Applied {

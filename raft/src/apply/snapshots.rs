@@ -14,7 +14,8 @@ use super::named::BEING_SEALED;
 use crate::command::{Receipt, Refusal, StopCause};
 use crate::placement::{self, Lack, LoadHint, Source};
 use crate::state::{
-    Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot, State,
+    Desired, GuestVersions, Needs, Phase, RowKey, Sandbox, SandboxSpec, Sealed, Snapshot,
+    SnapshotKind, State,
 };
 
 /// Hosts that a resume is tried on, one after the other, unless its client named one: what is the matter
@@ -235,8 +236,9 @@ impl State {
             return None;
         }
         let id = sealed.id;
-        if self.snapshot(id).is_some() {
-            // An id stands for one snapshot; a sealer that gives one twice is not believed.
+        if self.snapshot(id).is_some() || sealed.kind == SnapshotKind::Base {
+            // An id stands for one snapshot, and nothing goes on from a disk: a sealer that gives one
+            // twice, or only that, is not believed.
             return None;
         }
         self.put_snapshot(sealed_by_owner(at, known, sealed));

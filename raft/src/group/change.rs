@@ -38,6 +38,9 @@ use crate::types::{DiskId, Membership, Node, StoredMembership, Types};
 /// A member counts as answering if it answered within this many of the longest election timeouts:
 /// it outlasts one lost heartbeat and one slow sync, and is short enough to mean "now".
 const ANSWERING_TIMEOUTS: u32 = 2;
+/// Heartbeats a silent member is waited for: after a standstill of this process the first one is
+/// overdue, and the second makes up for one that was lost.
+const SILENT_HEARTBEATS: u32 = 2;
 /// How long a handover may take before it counts as failed, in longest election timeouts: if the
 /// chosen member does not take over, some other one does after two of them.
 const TRANSFER_TIMEOUTS: u32 = 3;
@@ -204,26 +207,31 @@ impl<M: Machine> Group<M> {
         self.change(replaced, current.stamp, deadline).await
     }
 
-    /// A majority of `voters` must be answering. A new leader has not heard of everybody yet: those
-    /// it is waited for, those that fell silent it is not.
+    /// A majority of `voters` must be answering. A new leader has not heard of everybody yet, and
+    /// waits for those. Who fell silent is given [`SILENT_HEARTBEATS`] only: it may have been this
+    /// member that stood still.
     async fn check_quorum(
         &self,
         voters: &BTreeSet<u64>,
         deadline: Instant,
     ) -> Result<(), ChangeError> {
         let recent = self.inner.timeouts.election_max * ANSWERING_TIMEOUTS;
-        let limit = time::Instant::from_std(deadline).min(time::Instant::now() + recent);
+        let started = time::Instant::now();
+        let limit = time::Instant::from_std(deadline).min(started + recent);
+        let silent_until = started + self.inner.timeouts.heartbeat * SILENT_HEARTBEATS;
         loop {
+            let now = time::Instant::now();
             let heard = heard(&self.inner.raft.metrics().borrow_watched());
             let own = |id: &&u64| **id == self.inner.node_id.0;
             let answers = |id: &&u64| heard.get(&NodeId(**id)).is_some_and(|age| *age < recent);
-            let unknown = |id: &&u64| !heard.contains_key(&NodeId(**id));
+            let may_answer = |id: &&u64| now < silent_until || !heard.contains_key(&NodeId(**id));
             let answering = voters.iter().filter(|id| own(id) || answers(id)).count();
             if answering * 2 > voters.len() {
                 return Ok(());
             }
-            let hoped_for = voters.iter().filter(|id| !own(id) && unknown(id)).count();
-            if (answering + hoped_for) * 2 <= voters.len() || time::Instant::now() >= limit {
+            let is_hoped_for = |id: &&u64| !own(id) && !answers(id) && may_answer(id);
+            let hoped_for = voters.iter().filter(is_hoped_for).count();
+            if (answering + hoped_for) * 2 <= voters.len() || now >= limit {
                 return Err(ChangeError::NoQuorum(format!("{voters:?}")));
             }
             time::sleep(LEASE_RETRY).await;

@@ -94,6 +94,11 @@ pub(super) fn raft_config(config: &GroupConfig) -> Result<Config, OpenError> {
         max_in_snapshot_log_to_keep: config.snapshot_entries.saturating_mul(2),
         purge_batch_size: PURGE_ENTRIES.min(config.snapshot_entries),
         enable_pre_vote: Some(true),
+        // Entries go out to the others while this member still writes them, so a quorum may have
+        // what a crash takes from this disk. Leading on in the same term would give the places of
+        // those entries to others, which nobody could tell apart: acknowledged writes are lost and
+        // the members differ for ever.
+        enable_leader_restore: Some(false),
         ..Config::default()
     };
     wanted

@@ -5,6 +5,7 @@
 //! handed out: those are committed and never taken back.
 
 use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use tokio::time;
 use super::{EntriesError, Group, Role, SnapshotError};
 use crate::fault::Fault;
 use crate::machine::Machine;
+use crate::snapshot::Snapshots;
 use crate::types::Entry;
 
 /// Most bytes of entries one answer takes from the log, whatever is asked for.
@@ -125,22 +127,35 @@ impl<M: Machine> Group<M> {
 
     async fn newest_snapshot(&self) -> Result<Option<OfferedSnapshot>, SnapshotError> {
         let files = self.inner.files.clone();
-        let opened = spawn_blocking(move || {
-            let Some((meta, snapshot)) = files.snapshots.newest() else {
-                return Ok(None);
-            };
-            let file = File::open(&snapshot.path)?;
-            Ok(Some(OfferedSnapshot {
-                bytes: file.metadata()?.len(),
-                file,
-                path: snapshot.path,
-                index: meta.last_log_id.map_or(0, |id| id.index),
-            }))
-        });
+        let opened = spawn_blocking(move || open_newest(&files.snapshots));
         match opened.await {
             Ok(opened) => opened.map_err(|err| SnapshotError::Disk(Arc::new(err))),
             Err(_) => Err(SnapshotError::Stopped),
         }
+    }
+}
+
+/// Looks again where the file is gone and newer ones have taken its place.
+fn open_newest(snapshots: &Snapshots) -> io::Result<Option<OfferedSnapshot>> {
+    let mut gone = None;
+    loop {
+        let Some((meta, snapshot)) = snapshots.newest() else {
+            return Ok(None);
+        };
+        let path = snapshot.path;
+        let file = match File::open(&path) {
+            Err(err) if err.kind() == io::ErrorKind::NotFound && gone.as_ref() != Some(&path) => {
+                gone = Some(path);
+                continue;
+            }
+            opened => opened?,
+        };
+        return Ok(Some(OfferedSnapshot {
+            bytes: file.metadata()?.len(),
+            file,
+            path,
+            index: meta.last_log_id.map_or(0, |id| id.index),
+        }));
     }
 }
 

@@ -103,6 +103,8 @@ actions! {
     CapsuleCreate = "capsule.create",
     /// Its ports were opened or closed, or what a visit does.
     CapsuleUpdate = "capsule.update",
+    /// A link to one of its `port`s was given out, good until `expires_at_unix_ms`.
+    CapsuleLink = "capsule.link",
     /// It is to be paused; `reason` says `ttl_expired` where nobody asked.
     CapsulePause = "capsule.pause",
     /// It is to go on.

@@ -102,7 +102,7 @@ pub struct Settings {
     pub lease_grace: Duration,
     /// On how many nodes each snapshot shall lie.
     pub replicas: u32,
-    /// Requests a second that one node takes of one API key; 0 for as many as come.
+    /// Requests a second that one node takes of one API key; 0 for what nodes take where nothing is said.
     pub key_rate: u32,
     /// How many of those may come at once after a pause.
     pub key_burst: u32,

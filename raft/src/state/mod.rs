@@ -39,7 +39,7 @@ pub use named::{Checkpoint, Named, Purpose};
 pub use nodes::{Liveness, Node, Removed, Resources};
 pub use rows::{BadRow, Change, Row, RowKey};
 pub use sandboxes::{Desired, GuestVersions, HostLoss, IdleAction, Phase, Sandbox, SandboxSpec};
-pub use snapshots::{Needs, SealTimes, Sealed, Snapshot, Warm};
+pub use snapshots::{Needs, SealTimes, Sealed, Snapshot, SnapshotKind, Warm};
 pub use teams::{Member, Role, Team};
 pub use templates::Template;
 pub use tokens::Token;

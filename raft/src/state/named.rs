@@ -9,8 +9,8 @@ use proto::ids::{SandboxId, SnapshotId, TeamId};
 use proto::units::{Mib, Stamp};
 use proto::wire::raft as pb;
 
-use super::SandboxSpec;
 use super::rows::BadRow;
+use super::{SandboxSpec, SnapshotKind};
 use crate::wire::{array, some};
 
 /// A name of a team's, and the snapshot it stands for.
@@ -22,13 +22,15 @@ pub struct Named {
     pub name: String,
     /// What it stands for.
     pub snapshot: SnapshotId,
+    /// Of which kind that is.
+    pub kind: SnapshotKind,
     /// The checkpoint by which it got its name.
     pub ask: SnapshotId,
     /// Name of the template of the sandbox that was sealed.
     pub template: String,
-    /// Virtual processors of whatever starts from it.
+    /// Virtual processors of whatever goes on from it; of a base, only what it was made with.
     pub vcpus: u32,
-    /// Its memory.
+    /// Its memory, likewise.
     pub memory: Mib,
     /// Its root disk.
     pub disk: Mib,
@@ -41,10 +43,12 @@ pub struct Named {
 }
 
 impl Named {
-    /// Whether `spec` asks for what its guest has: a guest's shape cannot change.
+    /// Whether `spec` asks for what its guest has: a guest's shape cannot change. One that boots is given
+    /// what is asked for, but for its disk.
     #[must_use]
     pub fn fits(&self, spec: &SandboxSpec) -> bool {
-        (self.vcpus, self.memory, self.disk) == (spec.vcpus, spec.memory, spec.disk)
+        let same_guest = (self.vcpus, self.memory) == (spec.vcpus, spec.memory);
+        self.disk == spec.disk && (self.kind == SnapshotKind::Base || same_guest)
     }
 }
 
@@ -64,6 +68,8 @@ pub enum Purpose {
     Name {
         /// Its name.
         name: String,
+        /// What of it is kept.
+        kind: SnapshotKind,
         /// Whether it may take the name of another.
         overwrite: bool,
         /// The client's own labels.
@@ -74,6 +80,18 @@ pub enum Purpose {
         /// Chosen by the proposer.
         ids: Vec<SandboxId>,
     },
+}
+
+impl Purpose {
+    /// What of the sandbox is to be sealed for it.
+    #[must_use]
+    pub const fn kind(&self) -> SnapshotKind {
+        match self {
+            Self::Name { kind, .. } => *kind,
+            // Forks go on with what they had in memory.
+            Self::Fork { .. } => SnapshotKind::Snapshot,
+        }
+    }
 }
 
 impl From<&Named> for pb::NamedRow {
@@ -90,6 +108,7 @@ impl From<&Named> for pb::NamedRow {
             size_bytes: named.size_bytes,
             created_at_ms: named.created_at.0,
             metadata: named.metadata.clone(),
+            disk_alone: named.kind.is_disk_alone(),
         }
     }
 }
@@ -102,6 +121,7 @@ impl TryFrom<pb::NamedRow> for Named {
             team: TeamId(array("team id", &row.team)?),
             name: row.name,
             snapshot: SnapshotId(array("snapshot id", &row.snapshot)?),
+            kind: SnapshotKind::of(row.disk_alone),
             ask: SnapshotId(array("checkpoint id", &row.ask)?),
             template: row.template,
             vcpus: row.vcpus,
@@ -120,12 +140,14 @@ impl From<&Checkpoint> for pb::Checkpoint {
         let purpose = match &checkpoint.purpose {
             Purpose::Name {
                 name,
+                kind,
                 overwrite,
                 metadata,
             } => Wire::Name(pb::Naming {
                 name: name.clone(),
                 overwrite: *overwrite,
                 metadata: metadata.clone(),
+                disk_alone: kind.is_disk_alone(),
             }),
             Purpose::Fork { ids } => Wire::Fork(pb::Forking {
                 ids: ids.iter().map(|id| id.0.to_vec()).collect(),
@@ -146,6 +168,7 @@ impl TryFrom<pb::Checkpoint> for Checkpoint {
         let purpose = match some("purpose of a checkpoint", row.purpose)? {
             Wire::Name(naming) => Purpose::Name {
                 name: naming.name,
+                kind: SnapshotKind::of(naming.disk_alone),
                 overwrite: naming.overwrite,
                 metadata: naming.metadata,
             },

@@ -65,6 +65,8 @@ pub struct Node {
     /// Whether it reads changes that name who asked for them, and teams, members and keys with scopes.
     /// Nodes of earlier releases stop at those.
     pub reads_actors: bool,
+    /// Whether it reads snapshots of a disk alone, and boots guests from them.
+    pub boots_disks: bool,
 }
 
 /// What the cluster knows of a node's lease.
@@ -199,6 +201,7 @@ impl From<&Node> for pb::NodeRow {
             cpu: node.cpu.clone(),
             asks_first: node.asks_first,
             reads_actors: node.reads_actors,
+            boots_disks: node.boots_disks,
             version: node.version.clone(),
             admitted_at_ms: node.admitted_at.0,
         }
@@ -246,6 +249,7 @@ impl TryFrom<pb::NodeRow> for Node {
             cpu: row.cpu,
             asks_first: row.asks_first,
             reads_actors: row.reads_actors,
+            boots_disks: row.boots_disks,
             version: row.version,
             admitted_at: Stamp(row.admitted_at_ms),
         })

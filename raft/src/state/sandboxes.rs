@@ -97,6 +97,8 @@ pub struct SandboxSpec {
     pub ports_open: bool,
     /// Whether a visit resumes it.
     pub wakes: bool,
+    /// What its template was called when it was asked for; empty where that is its name.
+    pub asked_template: String,
 }
 
 /// What becomes of a running sandbox that nobody uses.
@@ -122,6 +124,15 @@ pub enum HostLoss {
 }
 
 impl SandboxSpec {
+    /// Its template, by the name it was asked for under.
+    #[must_use]
+    pub fn template_as_asked(&self) -> &str {
+        match self.asked_template.as_str() {
+            "" => &self.template,
+            asked => asked,
+        }
+    }
+
     /// What placement counts for it.
     #[must_use]
     pub const fn resources(&self) -> Resources {
@@ -327,6 +338,7 @@ impl From<&SandboxSpec> for pb::SandboxSpec {
             on_node: spec.on_node.unwrap_or_default().0,
             ports_open: spec.ports_open,
             wakes: spec.wakes,
+            asked_template: spec.asked_template.clone(),
         }
     }
 }
@@ -354,6 +366,7 @@ impl From<pb::SandboxSpec> for SandboxSpec {
             on_node: (row.on_node != 0).then_some(NodeId(row.on_node)),
             ports_open: row.ports_open,
             wakes: row.wakes,
+            asked_template: row.asked_template,
         }
     }
 }

@@ -17,6 +17,38 @@ use super::rows::BadRow;
 use super::{Node, SandboxSpec};
 use crate::wire::{array, some};
 
+/// What a snapshot consists of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SnapshotKind {
+    /// Memory, devices and disk: guests go on from it.
+    #[default]
+    Snapshot,
+    /// A disk alone: guests boot from it.
+    Base,
+}
+
+impl SnapshotKind {
+    /// The word for it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Base => "base",
+        }
+    }
+
+    pub(super) const fn is_disk_alone(self) -> bool {
+        matches!(self, Self::Base)
+    }
+
+    pub(super) const fn of(disk_alone: bool) -> Self {
+        match disk_alone {
+            true => Self::Base,
+            false => Self::Snapshot,
+        }
+    }
+}
+
 /// A snapshot as the cluster knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -84,6 +116,8 @@ pub struct Sealed {
     pub id: SnapshotId,
     /// BLAKE3 of its manifest, which names everything in it.
     pub digest: [u8; 32],
+    /// What it consists of.
+    pub kind: SnapshotKind,
     /// Guest memory, holes left out.
     pub memory_bytes: u64,
     /// The disk's changes, holes left out.
@@ -96,6 +130,20 @@ pub struct Sealed {
     pub pause: u64,
     /// How long it took.
     pub took: SealTimes,
+}
+
+impl Sealed {
+    /// Whether a guest can go on, or boot, from it on `node`.
+    #[must_use]
+    pub fn can_start_on(&self, node: &Node) -> bool {
+        self.runs_on(node) && self.needs.has_base(node)
+    }
+
+    /// Whether `node` has the machine for it: a guest that boots takes any.
+    #[must_use]
+    pub fn runs_on(&self, node: &Node) -> bool {
+        self.kind == SnapshotKind::Base || self.needs.are_met_by(node)
+    }
 }
 
 /// How long the steps of a seal took, in milliseconds.
@@ -152,6 +200,7 @@ impl From<&Sealed> for pb::Sealed {
             quiesce_ms: sealed.took.quiesce_ms,
             save_ms: sealed.took.save_ms,
             store_ms: sealed.took.store_ms,
+            disk_alone: sealed.kind.is_disk_alone(),
         }
     }
 }
@@ -163,6 +212,7 @@ impl TryFrom<pb::Sealed> for Sealed {
         Ok(Self {
             id: SnapshotId(array("snapshot id", &row.id)?),
             digest: array("snapshot digest", &row.digest)?,
+            kind: SnapshotKind::of(row.disk_alone),
             memory_bytes: row.memory_bytes,
             disk_bytes: row.disk_bytes,
             new_bytes: row.new_bytes,

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use wrenn_raft::disk::{Disk, LogFile, RealDisk};
 
@@ -16,6 +16,8 @@ pub enum Break {
     Full,
     /// Every sync says that the medium failed.
     SyncFails,
+    /// Every write waits for the next change, and then says that the medium failed.
+    Hangs,
 }
 
 /// The counters and the fault, shared with every open file.
@@ -23,6 +25,7 @@ pub struct TestDisk {
     pub writes: AtomicU64,
     pub syncs: AtomicU64,
     broken: Mutex<Break>,
+    changed: Condvar,
 }
 
 impl TestDisk {
@@ -31,11 +34,24 @@ impl TestDisk {
             writes: AtomicU64::new(0),
             syncs: AtomicU64::new(0),
             broken: Mutex::new(Break::Never),
+            changed: Condvar::new(),
         })
     }
 
     pub fn set(&self, broken: Break) {
         *self.broken.lock().unwrap() = broken;
+        self.changed.notify_all();
+    }
+
+    fn hang(&self) -> io::Result<()> {
+        let mut broken = self.broken.lock().unwrap();
+        if *broken != Break::Hangs {
+            return Ok(());
+        }
+        while *broken == Break::Hangs {
+            broken = self.changed.wait(broken).unwrap();
+        }
+        Err(io::Error::from_raw_os_error(EIO))
     }
 
     fn check(&self, breaks: Break, errno: i32) -> io::Result<()> {
@@ -61,6 +77,7 @@ impl LogFile for TestFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.disk.writes.fetch_add(1, Ordering::SeqCst);
         self.disk.check(Break::Full, ENOSPC)?;
+        self.disk.hang()?;
         self.file.write_at(bytes, offset)
     }
 

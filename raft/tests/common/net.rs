@@ -10,13 +10,22 @@ use std::time::{Duration, Instant};
 
 use proto::ids::{NodeId, NodeKey};
 use tokio::time;
-use wrenn_raft::group::{Group, GroupConfig, Role};
+use wrenn_raft::disk::{Disk, RealDisk};
+use wrenn_raft::group::{Group, GroupConfig, Role, Timeouts};
 use wrenn_raft::link::{self, Link, LinkError};
 use wrenn_raft::snapshot::SnapshotFile;
 use wrenn_raft::types::Node;
 
 use super::toy::Toy;
 use super::{PATIENCE, get, soon};
+
+/// For tests that hold on to a leader: nobody stands for election because a busy machine stood
+/// still for a moment.
+pub const CALM: Timeouts = Timeouts {
+    heartbeat: Duration::from_millis(100),
+    election_min: Duration::from_secs(2),
+    election_max: Duration::from_secs(3),
+};
 
 /// What joins the members: who is there, and which ways are cut.
 #[derive(Default)]
@@ -140,6 +149,8 @@ impl Net {
 pub struct Cluster {
     pub net: Arc<Net>,
     pub dir: tempfile::TempDir,
+    /// Those of whoever starts from now on.
+    pub timeouts: Timeouts,
 }
 
 impl Cluster {
@@ -148,12 +159,26 @@ impl Cluster {
         Self {
             net: Arc::default(),
             dir: tempfile::tempdir().unwrap(),
+            timeouts: Timeouts::default(),
         }
     }
 
     /// Members 1 to `voters`, all of them voters, 1 the first leader.
     pub async fn of(voters: u64) -> Self {
-        let cluster = Self::new();
+        Self::timed(Timeouts::default(), voters).await
+    }
+
+    /// [`Self::of`], for tests that need no election: [`CALM`].
+    pub async fn calm(voters: u64) -> Self {
+        Self::timed(CALM, voters).await
+    }
+
+    /// [`Self::of`] with given timeouts.
+    pub async fn timed(timeouts: Timeouts, voters: u64) -> Self {
+        let cluster = Self {
+            timeouts,
+            ..Self::new()
+        };
         cluster.start(1).await.bootstrap().await.unwrap();
         for id in 2..=voters {
             cluster.start(id).await;
@@ -170,16 +195,25 @@ impl Cluster {
 
     /// A member's settings; small, so that snapshots and purges come soon.
     pub fn config(&self, id: u64) -> GroupConfig {
-        config(&self.home(id), id)
+        GroupConfig {
+            timeouts: self.timeouts,
+            ..config(&self.home(id), id)
+        }
     }
 
     /// Starts, or starts again, a member.
     pub async fn start(&self, id: u64) -> Group<Toy> {
+        self.start_on(id, Arc::new(RealDisk)).await
+    }
+
+    /// [`Self::start`] on a given disk.
+    pub async fn start_on(&self, id: u64, disk: Arc<dyn Disk>) -> Group<Toy> {
         let wire = Wire {
             own: NodeId(id),
             net: Arc::clone(&self.net),
         };
-        let group = Group::<Toy>::open(self.config(id), wire).await.unwrap();
+        let group = Group::<Toy>::open_on(self.config(id), wire, disk).await;
+        let group = group.unwrap();
         let mut groups = self.net.groups.lock().unwrap();
         groups.insert(NodeId(id), group.clone());
         group

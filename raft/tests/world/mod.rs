@@ -23,7 +23,7 @@ use wrenn_raft::command::{
 };
 use wrenn_raft::state::{
     Checkpoint, GuestVersions, HostLoss, Named, Needs, Node, Purpose, Resources, Sandbox,
-    SandboxSpec, SealTimes, Sealed, Settings, Snapshot, State, Template, Token, Warm,
+    SandboxSpec, SealTimes, Sealed, Settings, Snapshot, SnapshotKind, State, Template, Token, Warm,
 };
 
 pub const FOUNDER: NodeId = NodeId(1);
@@ -57,6 +57,7 @@ pub fn sealed(n: u8, fits: bool) -> Sealed {
     Sealed {
         id: snapshot_id(n),
         digest: mark(b'm', n),
+        kind: SnapshotKind::Snapshot,
         memory_bytes: 64 << 20,
         disk_bytes: 1 << 20,
         new_bytes: 9 << 20,
@@ -99,8 +100,14 @@ pub fn warm(n: u8, by: NodeId, memory: u32) -> Snapshot {
 
 /// A checkpoint for a name.
 pub fn name(name: &str, overwrite: bool) -> Purpose {
+    name_of(SnapshotKind::Snapshot, name, overwrite)
+}
+
+/// A checkpoint for a name of that kind.
+pub fn name_of(kind: SnapshotKind, name: &str, overwrite: bool) -> Purpose {
     Purpose::Name {
         name: name.into(),
+        kind,
         overwrite,
         metadata: BTreeMap::new(),
     }

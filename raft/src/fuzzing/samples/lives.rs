@@ -16,7 +16,7 @@ use crate::command::{
 use crate::state::{
     Actor, Build, BuildSpec, BuildStatus, Channel, Checkpoint, EventId, GuestVersions, HostLoss,
     Key, Member, Needs, Purpose, Role, SandboxSpec, Scope, SealTimes, Sealed, Settings, Snapshot,
-    Team, Token, Warm,
+    SnapshotKind, Team, Token, Warm,
 };
 
 const SANDBOX: SandboxId = SandboxId([0x51; 16]);
@@ -47,6 +47,7 @@ fn seal() -> Sealed {
     Sealed {
         id: SNAPSHOT,
         digest: [3; 32],
+        kind: SnapshotKind::Snapshot,
         memory_bytes: 64 << 20,
         disk_bytes: 1 << 20,
         new_bytes: 9 << 20,
@@ -100,6 +101,11 @@ pub(super) fn life() -> Vec<Command> {
             id: SANDBOX,
             ports_open: Some(true),
             wakes: None,
+        },
+        Command::LinkSandbox {
+            id: SANDBOX,
+            port: 8080,
+            until: Stamp(u64::MAX),
         },
         Command::StopSandbox {
             id: SANDBOX,
@@ -320,6 +326,7 @@ pub(super) fn copies() -> Vec<Command> {
             team: TeamId([0; 16]),
             spec: SandboxSpec {
                 on_node: Some(NodeId(1)),
+                asked_template: "minimal-ubuntu".into(),
                 ..spec()
             },
             hints: vec![],
@@ -373,6 +380,7 @@ fn checkpoints(created: u64) -> [Command; 2] {
     };
     let name = Purpose::Name {
         name: "mine".into(),
+        kind: SnapshotKind::Snapshot,
         overwrite: true,
         metadata: BTreeMap::from([("a".into(), "b".into())]),
     };
