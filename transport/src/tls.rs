@@ -49,6 +49,16 @@ pub(crate) fn server_config(
     peers: Arc<Peers>,
     alpns: &[Alpn],
 ) -> Result<QuicServerConfig, TlsError> {
+    let config = raw_server_config(identity, peers, alpns)?;
+    QuicServerConfig::try_from(config).map_err(TlsError::new)
+}
+
+/// The same before it is wrapped up for QUIC.
+fn raw_server_config(
+    identity: &Identity,
+    peers: Arc<Peers>,
+    alpns: &[Alpn],
+) -> Result<rustls::ServerConfig, TlsError> {
     let provider = provider();
     let verifier = Arc::new(AnyoneWelcome {
         peers,
@@ -65,7 +75,7 @@ pub(crate) fn server_config(
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.max_early_data_size = 0;
-    QuicServerConfig::try_from(config).map_err(TlsError::new)
+    Ok(config)
 }
 
 /// The dialler's side: only the node with the key `pin` will do.
@@ -276,5 +286,59 @@ impl ClientCertVerifier for AnyoneWelcome {
 
     fn requires_raw_public_keys(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::version::TLS12;
+    use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig};
+    use rustls::{ServerConnection, SupportedProtocolVersion};
+
+    use super::*;
+
+    /// Hands what `from` says first to `to`, and returns what that makes of it.
+    fn tell(from: &mut Connection, to: &mut Connection) -> Result<(), Error> {
+        let mut said = Vec::new();
+        from.write_tls(&mut said).expect("into memory");
+        to.read_tls(&mut said.as_slice()).expect("from memory");
+        to.process_new_packets().map(drop)
+    }
+
+    fn stranger(config: ClientConfig) -> Connection {
+        let name = "node".try_into().expect("a name");
+        let client = ClientConnection::new(Arc::new(config), name);
+        client.expect("a client").into()
+    }
+
+    fn acceptor(config: ServerConfig) -> Connection {
+        let server = ServerConnection::new(Arc::new(config));
+        server.expect("a server").into()
+    }
+
+    #[test]
+    fn neither_end_speaks_tls_1_2_although_the_library_could() {
+        let only: &[&SupportedProtocolVersion] = &[&TLS12];
+        let node = Identity::ephemeral().expect("an identity");
+        let peers = Arc::new(Peers::new(node.key()));
+        let config = raw_server_config(&node, peers, &[Alpn::Mesh]).expect("TLS");
+        let old = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(only)
+            .expect("the provider speaks it")
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        let told = tell(&mut stranger(old), &mut acceptor(config));
+        assert_eq!(told, Err(PeerIncompatible::Tls12NotOfferedOrEnabled.into()));
+
+        let config = raw_client_config(&node, node.key(), Alpn::Mesh).expect("TLS");
+        let old = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(only)
+            .expect("the provider speaks it")
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(
+                node.certified(),
+            )));
+        let told = tell(&mut stranger(config), &mut acceptor(old));
+        assert_eq!(told, Err(PeerIncompatible::Tls12NotOfferedOrEnabled.into()));
     }
 }
