@@ -197,7 +197,7 @@ async fn a_stream_starts_tells_and_ends_with_its_client_or_its_deadline() {
         assert_eq!(seen[0], ("d".to_owned(), EVENT_TYPE_CREATE));
         drop(stream);
 
-        let hurried = [("connect-timeout-ms", "300")];
+        let hurried = [("connect-timeout-ms", "3000")];
         let mut stream = watch(&envd, codec, dir.path(), &hurried).await;
         assert!(matches!(next(&mut stream).await, Some(Ok(Event::Start(_)))));
         match next(&mut stream).await {

@@ -111,7 +111,7 @@ impl Launch {
 
         let output = Arc::new(Fanout::default());
         let subscription = output.subscribe();
-        let (deadline, place) = (self.deadline, self.place);
+        let (deadline, place) = (self.deadline, self.place.map(Arc::new));
         let (input, pumps) =
             connect(&mut child, master.as_ref(), &output, &exit).map_err(LaunchError::Streams)?;
         let process = Arc::new(Process {
@@ -123,11 +123,12 @@ impl Launch {
             output,
             exit,
             reaper: registry.reaper().clone(),
+            place: place.as_ref().map(Arc::downgrade).unwrap_or_default(),
         });
         registry.add(process.clone());
         let (watched, registry) = (process.clone(), registry.clone());
         tokio::spawn(async move {
-            watched.supervise(pumps, deadline, place.as_ref()).await;
+            watched.supervise(pumps, deadline).await;
             drop(place);
             registry.forget_in_time().await;
         });

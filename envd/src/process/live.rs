@@ -1,13 +1,13 @@
 //! One started process and the task that sees it to its end.
 //!
 //! Order at the end: reaped (and so out of every list) → pumps have drained → end event. The
-//! deadline kills the whole process group; closing a stream kills nobody, because no stream owns
-//! anything here.
+//! deadline, and a kill that says so, end the whole tree; closing a stream kills nobody, because no
+//! stream owns anything here.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -58,6 +58,8 @@ pub struct Process {
     pub exit: ExitWatch,
     /// Who may signal it.
     pub reaper: Arc<Reaper>,
+    /// The group it was placed in, as long as it has not ended.
+    pub place: Weak<Place>,
 }
 
 impl Process {
@@ -73,10 +75,14 @@ impl Process {
         self.exit.borrow().is_none()
     }
 
-    /// Signals the process itself; `false` when it was dead already. After SIGKILL it returns only
-    /// once the process is reaped, so that its pid is free and every list is right.
-    pub async fn signal(&self, signal: Signal) -> bool {
-        let delivered = self.reaper.signal(self.pid, signal, Reach::Process);
+    /// Signals the process, or as far as `reach` says; `false` when it was dead already. SIGKILL to
+    /// its group ends all that it started, in sessions of their own as well. After SIGKILL it returns
+    /// only once the process is reaped, so that its pid is free and every list is right.
+    pub async fn signal(&self, signal: Signal, reach: Reach) -> bool {
+        let delivered = match (signal, reach) {
+            (Signal::SIGKILL, Reach::Group) => self.kill_tree(),
+            _ => self.reaper.signal(self.pid, signal, reach),
+        };
         if delivered && signal == Signal::SIGKILL {
             let mut exit = self.exit.clone();
             // Past the timeout the kernel holds the process; the kill stands all the same.
@@ -85,15 +91,10 @@ impl Process {
         delivered
     }
 
-    /// Waits for the end, kills at the deadline, and reports the end once `pumps` have drained.
-    /// A deadline ends all that is in `place` as well.
-    pub async fn supervise(
-        self: Arc<Self>,
-        pumps: Vec<JoinHandle<()>>,
-        deadline: Option<Instant>,
-        place: Option<&Place>,
-    ) {
-        let (status, by_deadline) = self.wait_or_kill(deadline, place).await;
+    /// Waits for the end, kills the tree at the deadline, and reports the end once `pumps` have
+    /// drained.
+    pub async fn supervise(self: Arc<Self>, pumps: Vec<JoinHandle<()>>, deadline: Option<Instant>) {
+        let (status, by_deadline) = self.wait_or_kill(deadline).await;
         for pump in pumps {
             // A pump that panicked has nothing more to deliver.
             let _ = pump.await;
@@ -101,21 +102,23 @@ impl Process {
         self.output.finish(Exit::new(status, by_deadline)).await;
     }
 
-    async fn wait_or_kill(
-        &self,
-        deadline: Option<Instant>,
-        place: Option<&Place>,
-    ) -> (ExitStatus, bool) {
+    /// Kills the process, its group and all that is in its place; `false` when it was dead already.
+    fn kill_tree(&self) -> bool {
+        let killed = self.reaper.signal(self.pid, Signal::SIGKILL, Reach::Group);
+        if let Some(place) = self.place.upgrade() {
+            place.kill();
+        }
+        killed
+    }
+
+    async fn wait_or_kill(&self, deadline: Option<Instant>) -> (ExitStatus, bool) {
         let Some(deadline) = deadline else {
             return (self.wait().await, false);
         };
         tokio::select! {
             status = self.wait() => (status, false),
             () = sleep_until(deadline) => {
-                let killed = self.reaper.signal(self.pid, Signal::SIGKILL, Reach::Group);
-                if let Some(place) = place {
-                    place.kill();
-                }
+                let killed = self.kill_tree();
                 (self.wait().await, killed)
             }
         }

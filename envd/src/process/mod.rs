@@ -9,7 +9,7 @@
 //! What must hold, and where: a reader is attached before the fork ([`launch`]); a dead process is
 //! reaped and out of every list at once ([`reap`], [`registry`]); both pipes are drained before the
 //! end event, without waiting for ever on a descendant that kept them ([`pump`]); a closed stream
-//! kills nobody, a deadline does ([`live`]).
+//! kills nobody, a deadline does ([`live`]), and so does a node whose client has left.
 
 pub mod exit;
 pub mod input;

@@ -222,9 +222,9 @@ mod tests {
         let by_pid = Selector::Pid(process.pid_on_wire());
         assert!(registry.find(&by_pid).is_err(), "dead at once");
         tokio::time::pause();
-        tokio::time::advance(RETAIN - Duration::from_secs(1)).await;
+        tokio::time::advance(RETAIN / 2).await;
         assert!(registry.find_retained(&by_pid).is_ok());
-        tokio::time::advance(Duration::from_secs(2)).await;
+        tokio::time::advance(RETAIN).await;
         assert!(registry.find_retained(&by_pid).is_err());
     }
 

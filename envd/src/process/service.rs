@@ -22,6 +22,7 @@ use super::input::{FeedError, Piece, TerminalSize};
 use super::launch::{Launch, LaunchError};
 use super::live::{CommandLine, Process};
 use super::output::{Channel, Output, Subscription};
+use super::reap::Reach;
 use super::registry::{FindError, Selector};
 use crate::agent::Agent;
 use crate::boot::cgroup::Group;
@@ -32,6 +33,11 @@ use crate::users::User;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(90);
 /// The client's wish for that interval, in seconds.
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
+/// Says how far a signal goes. Nodes send it; a signal without it goes to the process alone, as the
+/// SDKs expect.
+pub const REACH_HEADER: &str = "x-wrenn-signal-reach";
+/// Its value for a signal that goes to the process and to all that it started.
+pub const REACH_TREE: &str = "tree";
 
 /// The service.
 pub struct ProcessService {
@@ -118,6 +124,14 @@ pub fn keepalive_interval(ctx: &RequestContext) -> Duration {
         .and_then(|seconds| seconds.parse().ok())
         .filter(|seconds| *seconds > 0);
     asked.map_or(KEEPALIVE_INTERVAL, Duration::from_secs)
+}
+
+/// How far the caller of a signal wants it to go.
+fn signal_reach(ctx: &RequestContext) -> Reach {
+    match ctx.header(REACH_HEADER) {
+        Some(value) if value == REACH_TREE => Reach::Group,
+        _ => Reach::Process,
+    }
 }
 
 /// The user name of a Basic `Authorization` value.
@@ -449,7 +463,7 @@ impl wire::Process for ProcessService {
 
     async fn send_signal(
         &self,
-        _ctx: RequestContext,
+        ctx: RequestContext,
         request: ServiceRequest<'_, wire::SendSignalRequest>,
     ) -> ServiceResult<wire::SendSignalResponse> {
         let request = request.to_owned_message();
@@ -463,7 +477,7 @@ impl wire::Process for ProcessService {
             }
         };
         let process = self.find(&request.process)?;
-        if !process.signal(signal).await {
+        if !process.signal(signal, signal_reach(&ctx)).await {
             return Err(FindError::Pid(process.pid_on_wire()).into());
         }
         Response::ok(wire::SendSignalResponse::default())

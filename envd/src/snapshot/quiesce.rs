@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use proto::epoch::Epoch;
-use tokio::task::spawn_blocking;
+use tokio::task::{spawn_blocking, yield_now};
 use tokio::time::{Instant, timeout_at};
 
 use super::hold::{HoldError, Turn, Workload};
@@ -179,6 +179,8 @@ impl Snapshots {
     /// When the thread that waits for the disks could not run.
     pub async fn prepare(&self) -> io::Result<()> {
         self.connections.finish_served();
+        // The asking connection hears of it before the answer is written, and says so in it.
+        yield_now().await;
         let machine = Arc::clone(&self.machine);
         spawn_blocking(move || machine.sync())
             .await
