@@ -51,14 +51,15 @@ async fn everything_but_the_memory_is_here_and_durable_when_it_answers() {
     );
     let manifest = world.sealed.signed.manifest();
     let path = world.dir.path().join("out");
-    for image in [manifest.disk, manifest.device_state] {
+    let running = manifest.running.unwrap();
+    for image in [manifest.disk, running.device_state] {
         let image_manifest = world.store.image(&image.digest).unwrap();
         world
             .store
             .assemble(&image_manifest, image.len_bytes, &path)
             .unwrap();
     }
-    let memory = world.store.image(&manifest.memory.digest).unwrap();
+    let memory = world.store.image(&running.memory.digest).unwrap();
     assert_eq!(world.store.missing(&memory).len(), memory_only(&world));
 
     // A daemon that starts anew with the guest under way needs nobody for it.
@@ -370,7 +371,14 @@ async fn a_chunk_that_every_holder_lacks_is_gone_after_one_more_round() {
     // The rest comes, and then it is said that this one does not.
     let failed = incoming.complete().await.unwrap_err();
     assert!(matches!(failed, FetchError::NoHolder { .. }), "{failed:?}");
-    let memory = world.sealed.signed.manifest().memory.digest;
+    let memory = world
+        .sealed
+        .signed
+        .manifest()
+        .running
+        .unwrap()
+        .memory
+        .digest;
     let memory = world.store.image(&memory).unwrap();
     assert_eq!(world.store.missing(&memory), [lost]);
     // A holder that has it again, or a new one, is all it takes.

@@ -24,7 +24,7 @@ use std::sync::{Arc, PoisonError};
 
 use super::chunk::ChunkId;
 use super::engine::{Core, Store};
-use super::error::{CollectError, ReadManifestError};
+use super::error::{CollectError, ReadManifestError, SealError};
 use super::extent::Content;
 use super::index::Place;
 use super::manifest::ImageDigest;
@@ -229,6 +229,20 @@ impl Core {
         marked: &Marked,
         done: &mut Collected,
     ) -> Result<(), CollectError> {
+        let generation = self.packs.generation();
+        self.copy_needed(pack, marked, done)?;
+        self.remove_copied(pack, generation)?;
+        done.packs += 1;
+        Ok(())
+    }
+
+    /// Copies what is needed of `pack` into the newest one.
+    fn copy_needed(
+        &self,
+        pack: &Arc<Pack>,
+        marked: &Marked,
+        done: &mut Collected,
+    ) -> Result<(), CollectError> {
         let mut failed = None;
         let walked = pack.walk(Depth::Heads, |found| {
             let Found::Record { offset, head, .. } = found else {
@@ -244,16 +258,25 @@ impl Core {
                 io::Error::other("stopped")
             })
         });
-        if let Some(err) = failed {
-            return Err(err);
+        match failed {
+            Some(err) => Err(err),
+            None => walked
+                .map(drop)
+                .map_err(CollectError::disk("read pack", pack.path())),
         }
-        walked.map_err(CollectError::disk("read pack", pack.path()))?;
+    }
+
+    /// Removes `pack` once its copies, which were begun in `generation`, are durable. Somebody else's
+    /// sync may have failed meanwhile, and have cost them although ours does not.
+    fn remove_copied(&self, pack: &Arc<Pack>, generation: u64) -> Result<(), CollectError> {
         self.sync()?;
+        if self.packs.generation() != generation {
+            self.settle(Err(SealError::Lost))?;
+        }
         fault::point("store-collect-copied");
         let removed = self.packs.remove(pack.number());
         removed.map_err(CollectError::disk("remove pack", pack.path()))?;
         fault::point("store-collect-unlinked");
-        done.packs += 1;
         Ok(())
     }
 
@@ -294,5 +317,43 @@ impl Core {
                 self.with_index(|index| index.remove(id));
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Limits;
+    use super::*;
+
+    /// As when a seal that goes on meanwhile hears of a failed sync, and the next sync succeeds.
+    #[test]
+    fn a_pack_whose_copies_were_lost_before_they_were_durable_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store"), Limits::default()).unwrap();
+        let seal = store.begin();
+        let id = seal.put(&[7; 5000]).unwrap().unwrap();
+        let core = &store.core;
+        core.sync().unwrap();
+        let pack = core.packs.all().pop().unwrap();
+        core.packs.retire_active(&[pack.number()]).unwrap();
+        let mut marked = Marked::default();
+        marked.chunks.insert(&id);
+        let generation = core.packs.generation();
+        let mut done = Collected::default();
+        core.copy_needed(&pack, &marked, &mut done).unwrap();
+        assert!(done.copied_bytes > 0);
+
+        core.packs.lose_tail_for_test();
+        let kept = core.remove_copied(&pack, generation).unwrap_err();
+        assert!(
+            matches!(kept, CollectError::Copy(SealError::Lost)),
+            "{kept}"
+        );
+        assert_eq!(store.get(&id).unwrap(), [7; 5000]);
+        // The next collection finishes it.
+        let generation = core.packs.generation();
+        core.copy_needed(&pack, &marked, &mut done).unwrap();
+        core.remove_copied(&pack, generation).unwrap();
+        assert_eq!(store.get(&id).unwrap(), [7; 5000]);
     }
 }

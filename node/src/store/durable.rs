@@ -7,8 +7,12 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use std::{process, thread};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 
 /// Ends the name of a file that is not finished.
 pub const TEMP_SUFFIX: &str = ".unfinished";
@@ -16,6 +20,11 @@ pub const TEMP_SUFFIX: &str = ".unfinished";
 pub const PRIVATE_FILE: u32 = 0o600;
 /// The same for directories.
 pub const PRIVATE_DIR: u32 = 0o700;
+/// How long a lock may outlive its owner: a child that it was starting has a copy, until the child
+/// runs a program of its own. That takes milliseconds, on a machine that is not out of breath.
+const LOCK_LAG: Duration = Duration::from_secs(1);
+/// How often a lock is tried meanwhile.
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 
 /// Makes temporary names differ within this process; its id makes them differ between processes.
 static NEXT_TEMP: AtomicU64 = AtomicU64::new(0);
@@ -35,6 +44,30 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let _ = fs::remove_file(&temp);
     }
     written
+}
+
+/// Takes the file at `path` for this process alone, making it where there is none; `None` where
+/// somebody else has it and keeps it.
+///
+/// # Errors
+/// The disk refused.
+pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(PRIVATE_FILE)
+        .open(path)?;
+    let give_up = Instant::now() + LOCK_LAG;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= give_up => return Ok(None),
+            Err((file, Errno::EWOULDBLOCK)) => file,
+            Err((_, errno)) => return Err(errno.into()),
+        };
+        thread::sleep(LOCK_RETRY);
+    }
 }
 
 /// Makes the directory at `path`, private, with its entry flushed; fine if it is there already.

@@ -18,15 +18,14 @@
 //! (in `packs`, never both), index. None is held while anything is hashed or compressed.
 
 use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use tokio::sync::watch;
 
 use super::chunk::ChunkId;
@@ -446,18 +445,9 @@ fn is_lost(err: &io::Error) -> bool {
 
 fn take_lock(dir: &Path) -> Result<Flock<File>, OpenStoreError> {
     let path = dir.join("lock");
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(durable::PRIVATE_FILE)
-        .open(&path)
-        .map_err(OpenStoreError::disk("open", &path))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        Errno::EWOULDBLOCK => OpenStoreError::InUse {
-            path: dir.to_owned(),
-        },
-        other => OpenStoreError::disk("lock", &path)(other.into()),
+    let lock = durable::lock(&path).map_err(OpenStoreError::disk("lock", &path))?;
+    lock.ok_or_else(|| OpenStoreError::InUse {
+        path: dir.to_owned(),
     })
 }
 

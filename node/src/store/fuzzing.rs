@@ -24,10 +24,12 @@ use super::pack::{Depth, FIRST_RECORD, Found, Pack};
 use super::packs::Limits;
 use super::record::{ALIGN, HEAD_BYTES, Head, MAX_RECORD_BYTES};
 use super::snapshot::{
-    GuestFacts, ImageRef, MachineFacts, SignedSnapshot, SnapshotDigest, SnapshotManifest,
+    GuestFacts, ImageRef, MachineFacts, Running, SignedSnapshot, SnapshotDigest, SnapshotManifest,
 };
 use super::{CHUNK_BYTES, ChunkId, Kept, Store};
 use crate::fuzzing::{file_with, hashed, now};
+
+mod rounds;
 
 /// The targets of this room.
 pub(crate) const TARGETS: &[Target] = &[
@@ -70,6 +72,11 @@ pub(crate) const TARGETS: &[Target] = &[
         name: "index-row",
         samples: rows,
         run: row,
+    },
+    Target {
+        name: "scrub-rounds",
+        samples: rounds::samples,
+        run: rounds::run,
     },
     Target {
         name: "overlay-header",
@@ -189,9 +196,11 @@ fn snapshot(images: &[Manifest; 3]) -> SnapshotManifest {
         epoch: Epoch(7),
         created_at: Stamp(1_700_000_000_000),
         parent: Some(SnapshotDigest([5; 32])),
-        memory,
+        running: Some(Running {
+            memory,
+            device_state,
+        }),
         disk,
-        device_state,
         working_set: None,
         base: image(1 << 20, ChunkId([9; 32])).digest(),
         machine: MachineFacts {
@@ -391,13 +400,15 @@ fn manifest(bytes: &[u8]) {
     assert_eq!(reached, read.image_bytes());
 }
 
-/// One of each version: the second names a working set.
+/// One of each version: the second names a working set, the third a disk alone.
 fn signed_snapshots() -> Vec<Vec<u8>> {
     let first = Sealed::new().signed;
     let mut manifest = first.manifest().clone();
-    manifest.working_set = Some(manifest.device_state);
-    let second = SignedSnapshot::sign(manifest, &IDENTITY).expect("it is sound");
-    vec![first.encode(), second.encode()]
+    manifest.working_set = Some(manifest.disk);
+    let second = SignedSnapshot::sign(manifest.clone(), &IDENTITY).expect("it is sound");
+    (manifest.running, manifest.working_set) = (None, None);
+    let third = SignedSnapshot::sign(manifest, &IDENTITY).expect("it is sound");
+    vec![first.encode(), second.encode(), third.encode()]
 }
 
 /// Reads it as it came, and its body signed anew by a node that may seal.

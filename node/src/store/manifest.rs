@@ -18,7 +18,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::chunk::{ChunkId, ParseHashError, parse_hex, write_hex};
+use super::chunk::{CHUNK_BYTES_U64, ChunkId, ParseHashError, parse_hex, write_hex};
 use super::error::DecodeManifestError;
 use super::extent::{BLOCK_BYTES, Content, Extent};
 
@@ -34,6 +34,14 @@ const HOLE: u8 = 0;
 const CHUNK: u8 = 1;
 const HOLE_BYTES: usize = 1 + 8;
 const CHUNK_REF_BYTES: usize = 1 + 4 + 4 + 32;
+
+/// Longest manifest of an image of which so many bytes are in use, in windows of a chunk: with a hole
+/// between any two. None that we seal is longer.
+pub(super) const fn longest_bytes(in_use_bytes: u64) -> u64 {
+    let windows = in_use_bytes.div_ceil(CHUNK_BYTES_U64);
+    let (chunk, hole) = (CHUNK_REF_BYTES as u64, HOLE_BYTES as u64);
+    HEADER_BYTES as u64 + hole + windows * (chunk + hole)
+}
 
 /// The digest of an image: BLAKE3 of its manifest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -310,6 +318,16 @@ mod tests {
         let joined = manifest(&[(1, None), (2, None), (1, Some(1)), (1, None)]);
         assert_eq!(joined, manifest(&[(3, None), (1, Some(1)), (1, None)]));
         assert_eq!(joined.extents().len(), 3);
+    }
+
+    #[test]
+    fn a_manifest_is_longest_where_each_chunk_lies_between_holes() {
+        let [first, second] = [(16, Some(1)), (16, Some(2))];
+        let longest = longest_bytes(2 * CHUNK_BYTES_U64);
+        let apart = manifest(&[(5, None), first, (16, None), second, (1, None)]);
+        assert_eq!(apart.encode().len() as u64, longest);
+        let together = manifest(&[first, second]);
+        assert!((together.encode().len() as u64) < longest);
     }
 
     #[test]

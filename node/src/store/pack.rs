@@ -222,6 +222,8 @@ impl Pack {
     ) -> io::Result<Walked> {
         let limit = self.end();
         let mut at = from.max(FIRST_RECORD);
+        // From anywhere else no record would be found, and all would look damaged.
+        at -= at % ALIGN;
         let mut sound_to = at;
         let broken_off = |sound_to, next| Walked {
             sound_to,

@@ -12,7 +12,8 @@
 //!        templates/       root file systems in use, each under its digest
 //!        pager.sock       where pagers ask for what is not on this node
 //!        store.sock       where `wrenn store` asks a running daemon
-//!        cache/           what can be computed again; may be deleted while no daemon runs
+//!        cache/           what can be computed again or done without (how busy guests were); may be
+//!                         deleted while no daemon runs
 //!        sandboxes/<id>/  shim.json shim.sock root.qcow2 console.log exit.json token
 //! ```
 //!
@@ -20,12 +21,12 @@
 //! The kernel drops the lock with the process, so a crash leaves nothing to clear. [`DataPaths`]
 //! and [`SandboxPaths`] are only names; a shim, which lives beside the daemon, uses those.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use proto::ids::SandboxId;
 use proto::version;
 
@@ -307,18 +308,9 @@ fn make_root(root: &Path) -> Result<(), OpenDataDirError> {
 
 fn take_lock(paths: &DataPaths) -> Result<Flock<File>, OpenDataDirError> {
     let path = paths.lock_file();
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(durable::PRIVATE_FILE)
-        .open(&path)
-        .map_err(disk("open", &path))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => OpenDataDirError::InUse {
-            path: paths.root.clone(),
-        },
-        other => disk("lock", &path)(other.into()),
+    let lock = durable::lock(&path).map_err(disk("lock", &path))?;
+    lock.ok_or_else(|| OpenDataDirError::InUse {
+        path: paths.root.clone(),
     })
 }
 

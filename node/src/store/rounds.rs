@@ -100,18 +100,34 @@ impl Round {
     /// Whether nothing was found.
     #[must_use]
     pub const fn is_sound(&self) -> bool {
-        self.damaged_chunks + self.damaged_manifests + self.unreadable_packs == 0
+        self.damaged_chunks == 0 && self.damaged_manifests == 0 && self.unreadable_packs == 0
     }
 
+    /// Counts on. What was read back from the disk may say anything.
     fn count(&mut self, checked: &Checked) {
-        self.chunks += checked.chunks;
-        self.damaged_chunks += checked.damaged.len() as u64;
-        self.damaged_manifests += checked.bad_manifests.len() as u64;
-        self.unreadable_packs += checked.unreadable_packs.len() as u64;
+        let add = |counter: &mut u64, more: usize| *counter = counter.saturating_add(more as u64);
+        self.chunks = self.chunks.saturating_add(checked.chunks);
+        add(&mut self.damaged_chunks, checked.damaged.len());
+        add(&mut self.damaged_manifests, checked.bad_manifests.len());
+        add(&mut self.unreadable_packs, checked.unreadable_packs.len());
+    }
+
+    fn add_read(&mut self, bytes: u64) {
+        self.read_bytes = self.read_bytes.saturating_add(bytes);
     }
 }
 
 impl Rounds {
+    /// What such a file says; `None` where it is none.
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
+    }
+
+    /// The bytes of a file that says so.
+    pub(super) fn encode(&self) -> io::Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(io::Error::other)
+    }
+
     /// Ends the round under way.
     pub fn end(&mut self, at: Stamp) {
         if let Some(round) = self.under_way.take() {
@@ -128,8 +144,8 @@ impl Store {
     #[must_use]
     pub fn rounds(&self) -> Rounds {
         let read = fs::read(self.rounds_file());
-        let parsed = read.map(|bytes| serde_json::from_slice(&bytes).ok());
-        parsed.ok().flatten().unwrap_or_default()
+        let decoded = read.map(|bytes| Rounds::decode(&bytes));
+        decoded.ok().flatten().unwrap_or_default()
     }
 
     /// Writes down where the rounds stand.
@@ -137,8 +153,7 @@ impl Store {
     /// # Errors
     /// The disk failed.
     pub fn keep_rounds(&self, rounds: &Rounds) -> io::Result<()> {
-        let bytes = serde_json::to_vec(rounds).map_err(io::Error::other)?;
-        durable::write(&self.rounds_file(), &bytes)
+        durable::write(&self.rounds_file(), &rounds.encode()?)
     }
 
     /// Reads the next of `round`, about `most_bytes` of it, and looks for damage.
@@ -195,7 +210,7 @@ impl Core {
             let path = self.manifests.path(pin);
             let bytes = fs::metadata(path).map_or(0, |it| it.len());
             left = left.saturating_sub(bytes);
-            round.read_bytes += bytes;
+            round.add_read(bytes);
             kept += usize::from(self.scrub_manifest(pin, checked));
         }
         round.next = Next::Packs(0, 0);
@@ -251,7 +266,7 @@ impl Core {
             })
         });
         self.check_gaps(&pack, &gaps, checked);
-        round.read_bytes += read_bytes;
+        round.add_read(read_bytes);
         let next_pack = Next::Packs(pack.number().saturating_add(1), 0);
         round.next = match walked.map(|it| it.broken_off_at) {
             Ok(Some(at)) => Next::Packs(pack.number(), at),

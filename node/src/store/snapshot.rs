@@ -10,7 +10,8 @@
 //! ```text
 //! body      "wrenn-sn"  u32 version  16 bytes sandbox  u64 epoch  u64 created, ms since 1970
 //!           u8 0 | u8 1 + 32 bytes digest                          the parent snapshot
-//!           3 x (32 bytes digest  u64 bytes)                       memory, overlay, device state
+//!           3 x (32 bytes digest  u64 bytes)                       memory, overlay, device state;
+//!                                                                  in version 3 the overlay only
 //!           32 bytes digest                                        image below the overlay
 //!           texts: driver, its version, machine type, CPU model, accelerator
 //!           u32 vcpus  u32 memory in MiB
@@ -18,6 +19,7 @@
 //!           6 bytes MAC  4 bytes address  u8 prefix  4 bytes gateway
 //!           text: the agent's token
 //!           in version 2, and only there: 32 bytes digest  u64 bytes       the working set
+//!           version 3 is of a disk alone, from which guests boot
 //! text      u8 length  UTF-8 without control characters
 //! signed    "wrenn-ss"  u32 version  32 bytes public key  64 bytes signature  body
 //! ```
@@ -45,6 +47,8 @@ use super::manifest::{ImageDigest, MAX_IMAGE_BYTES};
 pub const SNAPSHOT_VERSION: u32 = 1;
 /// Version of a body with a working set.
 const WORKING_SET_VERSION: u32 = 2;
+/// Version of a body without memory and device state.
+const DISK_VERSION: u32 = 3;
 /// Longest text in a manifest: version strings of programs and kernels.
 pub const MAX_TEXT_BYTES: usize = 255;
 /// No signed manifest is longer: nine texts of the greatest length and 500 bytes of the rest.
@@ -133,6 +137,15 @@ pub struct GuestFacts {
     pub token: String,
 }
 
+/// A guest that ran when it was sealed, beside its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Running {
+    /// Guest memory.
+    pub memory: ImageRef,
+    /// What the VMM wrote about its devices.
+    pub device_state: ImageRef,
+}
+
 /// A sandbox sealed at one instant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotManifest {
@@ -142,14 +155,12 @@ pub struct SnapshotManifest {
     pub epoch: Epoch,
     /// When, by the clock of the node that sealed it.
     pub created_at: Stamp,
-    /// The snapshot it was resumed from or last sealed as.
+    /// The snapshot it was resumed from.
     pub parent: Option<SnapshotDigest>,
-    /// Guest memory.
-    pub memory: ImageRef,
+    /// What makes its guest go on; `None` where the disk alone was sealed, for guests to boot from.
+    pub running: Option<Running>,
     /// The overlay, as a file.
     pub disk: ImageRef,
-    /// What the VMM wrote about its devices.
-    pub device_state: ImageRef,
     /// Which parts of the memory the guest needed first when it was resumed last, as a pager writes
     /// it down. Helps the next resume, and nothing depends on it.
     pub working_set: Option<ImageRef>,
@@ -162,13 +173,21 @@ pub struct SnapshotManifest {
 }
 
 impl SnapshotManifest {
-    /// The images it consists of: memory, disk, device state, and the working set if it has one. The
-    /// one below the overlay is none of them: templates are kept and pinned on their own.
+    /// The images it consists of: memory, disk, device state, and the working set if it has one; or the
+    /// disk alone. The one below the overlay is none of them: templates are kept and pinned on their own.
     #[must_use]
     pub fn images(&self) -> Vec<ImageRef> {
-        let mut images = vec![self.memory, self.disk, self.device_state];
+        let mut images = self.parts();
         images.extend(self.working_set);
         images
+    }
+
+    /// Those in front of the base.
+    fn parts(&self) -> Vec<ImageRef> {
+        match self.running {
+            Some(running) => vec![running.memory, self.disk, running.device_state],
+            None => vec![self.disk],
+        }
     }
 
     /// The name of this snapshot.
@@ -187,9 +206,10 @@ impl SnapshotManifest {
         self.check()?;
         let mut bytes = Vec::with_capacity(MAX_SIGNED_BYTES / 2);
         bytes.extend(BODY_MAGIC);
-        let version = match self.working_set {
-            None => SNAPSHOT_VERSION,
-            Some(_) => WORKING_SET_VERSION,
+        let version = match (self.running, self.working_set) {
+            (None, _) => DISK_VERSION,
+            (Some(_), None) => SNAPSHOT_VERSION,
+            (Some(_), Some(_)) => WORKING_SET_VERSION,
         };
         bytes.extend(version.to_le_bytes());
         bytes.extend(self.sandbox.0);
@@ -202,7 +222,7 @@ impl SnapshotManifest {
                 bytes.extend(parent.0);
             }
         }
-        for image in [self.memory, self.disk, self.device_state] {
+        for image in self.parts() {
             put_image(&mut bytes, image);
         }
         bytes.extend(self.base.0);
@@ -235,15 +255,17 @@ impl SnapshotManifest {
     /// Any of [`DecodeSnapshotError`] but those of signatures.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeSnapshotError> {
         let mut reader = Reader { all: bytes, at: 0 };
-        let version = reader.begin(BODY_MAGIC, WORKING_SET_VERSION)?;
+        let version = reader.begin(BODY_MAGIC, DISK_VERSION)?;
+        let (sandbox, epoch) = (SandboxId(reader.array()?), Epoch(reader.u64()?));
+        let (created_at, parent) = (Stamp(reader.u64()?), reader.parent()?);
+        let (running, disk) = reader.parts(version)?;
         let mut manifest = Self {
-            sandbox: SandboxId(reader.array()?),
-            epoch: Epoch(reader.u64()?),
-            created_at: Stamp(reader.u64()?),
-            parent: reader.parent()?,
-            memory: reader.image()?,
-            disk: reader.image()?,
-            device_state: reader.image()?,
+            sandbox,
+            epoch,
+            created_at,
+            parent,
+            running,
+            disk,
             working_set: None,
             base: ImageDigest(reader.array()?),
             machine: MachineFacts {
@@ -299,8 +321,12 @@ impl SnapshotManifest {
                 return wrong("an image's length");
             }
         }
-        if self.memory.len_bytes != machine.memory.bytes() {
+        let memory = self.running.map(|it| it.memory.len_bytes);
+        if memory.is_some_and(|bytes| bytes != machine.memory.bytes()) {
             return wrong("memory");
+        }
+        if self.running.is_none() && self.working_set.is_some() {
+            return wrong("working set");
         }
         if machine.vcpus == 0 {
             return wrong("vcpus");
@@ -497,6 +523,19 @@ impl Reader<'_> {
             digest: ImageDigest(self.array()?),
             len_bytes: self.u64()?,
         })
+    }
+
+    /// The images in front of the base: memory, disk and device state, or the disk alone.
+    fn parts(&mut self, version: u32) -> Result<(Option<Running>, ImageRef), DecodeSnapshotError> {
+        if version == DISK_VERSION {
+            return Ok((None, self.image()?));
+        }
+        let (memory, disk, device_state) = (self.image()?, self.image()?, self.image()?);
+        let running = Running {
+            memory,
+            device_state,
+        };
+        Ok((Some(running), disk))
     }
 
     fn text(&mut self, field: &'static str) -> Result<String, DecodeSnapshotError> {

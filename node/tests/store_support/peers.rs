@@ -22,7 +22,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadHalf, W
 use transport::Identity;
 use wrenn_node::store::fetch::{Holders, Wire};
 use wrenn_node::store::serve::{Asked, Wants};
-use wrenn_node::store::snapshot::{GuestFacts, MachineFacts};
+use wrenn_node::store::snapshot::{GuestFacts, MachineFacts, Running};
 use wrenn_node::store::{
     CHUNK_BYTES, ChunkId, Content, ImageDigest, SignedSnapshot, SnapshotDigest, SnapshotManifest,
     Store,
@@ -63,9 +63,11 @@ impl Sealed {
             epoch: Epoch(seed),
             created_at: Stamp(1_700_000_000_000),
             parent: None,
-            memory,
+            running: Some(Running {
+                memory,
+                device_state,
+            }),
             disk,
-            device_state,
             working_set: None,
             base: ImageDigest([6; 32]),
             machine: machine(),
@@ -92,7 +94,7 @@ impl Sealed {
 
     /// The chunks of its memory, in order.
     pub(crate) fn memory_chunks(&self) -> Vec<ChunkId> {
-        let memory = self.signed.manifest().memory.digest;
+        let memory = self.signed.manifest().running.unwrap().memory.digest;
         let manifest = self.store.image(&memory).unwrap();
         let chunks = manifest.extents().iter();
         let chunks = chunks.filter_map(|extent| match extent.content {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fs;
+use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 
 use transport::Identity;

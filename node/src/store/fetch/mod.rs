@@ -12,7 +12,8 @@
 //!
 //! What has arrived is found again after a crash of either end, since only what is missing is asked
 //! for; while a fetch is under way it is synced every 64 MiB. A snapshot counts as held
-//! here when nothing of it is missing. Its manifests are here before: they keep what has come.
+//! here when nothing of it is missing. While it is fetched it is held against collections; one whose
+//! memory comes last has its manifests here before: they keep what has come.
 
 use std::fmt;
 use std::io;
@@ -138,8 +139,12 @@ enum Failed {
     Stream(#[from] io::Error),
     #[error("it said nothing for {0:?}")]
     Stalled(Duration),
-    #[error("it sent a part of {0} bytes, which is too long")]
+    #[error("it sent a snapshot manifest of {0} bytes, which is too long")]
     TooLong(u32),
+    #[error(
+        "the manifest of an image has {0} bytes, which is too long: images with more than some 100 GiB in use cannot be fetched"
+    )]
+    ManifestTooLong(u32),
     #[error("it sent another snapshot")]
     Another,
     #[error("read its snapshot")]
@@ -157,7 +162,8 @@ enum Failed {
 }
 
 impl Failed {
-    /// Whether a node that keeps to the rules would never do this.
+    /// Whether a node that keeps to the rules would never do this. One that has a very large image
+    /// has a very long manifest of it: that it is not taken in here is nobody's fault.
     fn is_lie(&self) -> bool {
         match self {
             Self::TooLong(_)
@@ -167,7 +173,7 @@ impl Failed {
             | Self::AnotherManifest
             | Self::Wrong(_) => true,
             Self::Stream(err) => err.kind() == io::ErrorKind::InvalidData,
-            Self::Stalled(_) | Self::Lacks(_) | Self::Store(_) => false,
+            Self::ManifestTooLong(_) | Self::Stalled(_) | Self::Lacks(_) | Self::Store(_) => false,
         }
     }
 
@@ -207,7 +213,12 @@ impl Store {
     ) -> Result<Incoming, FetchError> {
         let (opened, first) = opening::open(self, digest, holders.as_ref()).await?;
         let meter = Meter::default();
-        let (part, patience) = (Part::AllButMemory, Patience::Bounded);
+        // A disk alone has no memory that could come later.
+        let part = match opened.signed.manifest().running {
+            Some(_) => Part::AllButMemory,
+            None => Part::Whole,
+        };
+        let patience = Patience::Bounded;
         let fetched = self.fetch_part(&opened, first, part, holders.as_ref(), &meter, patience);
         let kept = fetched.await?;
         Ok(Incoming::new(
@@ -310,5 +321,17 @@ async fn patiently<T>(
     match time::timeout(limit, work).await {
         Ok(done) => Ok(done?),
         Err(_) => Err(Failed::Stalled(limit)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_holder_of_an_image_that_is_too_large_to_fetch_has_not_lied() {
+        let too_large = Failed::ManifestTooLong(u32::MAX);
+        assert!(!too_large.is_lie() && !too_large.is_answer());
+        assert!(Failed::TooLong(u32::MAX).is_lie());
     }
 }

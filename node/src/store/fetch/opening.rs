@@ -19,15 +19,22 @@ use super::ledger::Owed;
 use super::{Failed, FetchError, Holders, Part, STALL, Wire, blocking, patiently};
 use crate::base::chain::chain;
 use crate::store::chunk::{CHUNK_BYTES, ChunkId};
+use crate::store::disk::MAX_DISK;
 use crate::store::engine::Store;
 use crate::store::exchange::{Asked, Wants};
 use crate::store::extent::Content;
-use crate::store::manifest::Manifest;
+use crate::store::manifest::{Manifest, longest_bytes};
 use crate::store::seal::Seal;
 use crate::store::snapshot::{MAX_SIGNED_BYTES, SignedSnapshot, SnapshotDigest};
 
-/// Largest manifest that is taken in: that of an image of 100 GiB without a hole.
-const MAX_MANIFEST_BYTES: u32 = 64 << 20;
+/// Largest manifest that is taken in. Either end has it in memory whole, and from
+/// [`AT_ONCE`] holders, whose word for it is all there is until it has been hashed.
+const MAX_MANIFEST_BYTES: u32 = 80 << 20;
+/// So this much of an image may be in use, in chunks, if it is to be copied: what was written counts,
+/// however large the disk is, and a disk may be larger by far.
+const LARGEST_IN_USE_BYTES: u64 = 100 << 30;
+const _: () = assert!(longest_bytes(LARGEST_IN_USE_BYTES) <= MAX_MANIFEST_BYTES as u64);
+const _: () = assert!(LARGEST_IN_USE_BYTES < MAX_DISK.bytes());
 /// How long the first holder is waited for before the next is asked as well: the manifests of a
 /// large guest take a tenth of it on a network of 1 Gbit/s.
 const NEXT_AFTER: Duration = Duration::from_secs(1);
@@ -186,7 +193,7 @@ async fn open_at(
     let header = Asked { digest, wants }.header();
     let mut wire = patiently(STALL, holders.open(node, header)).await?;
     let most = u32::try_from(MAX_SIGNED_BYTES).unwrap_or(u32::MAX);
-    let signed = read_part(&mut wire, most).await?;
+    let signed = read_part(&mut wire, most, Failed::TooLong).await?;
     let signed = SignedSnapshot::decode(&signed, |key| holders.may_seal(key))?;
     if signed.digest() != digest {
         return Err(Failed::Another);
@@ -194,7 +201,7 @@ async fn open_at(
     let mut manifests = Vec::new();
     let mut held = store.begin();
     for image in signed.manifest().images() {
-        let bytes = read_part(&mut wire, MAX_MANIFEST_BYTES).await?;
+        let bytes = read_part(&mut wire, MAX_MANIFEST_BYTES, Failed::ManifestTooLong).await?;
         let taken = blocking(move || {
             let manifest = Manifest::decode(&bytes)?;
             // From now on the chunks that are here are held.
@@ -215,10 +222,14 @@ async fn open_at(
     Ok((opened, wire))
 }
 
-async fn read_part(wire: &mut Box<dyn Wire>, most: u32) -> Result<Vec<u8>, Failed> {
+async fn read_part(
+    wire: &mut Box<dyn Wire>,
+    most: u32,
+    too_long: fn(u32) -> Failed,
+) -> Result<Vec<u8>, Failed> {
     let length = patiently(STALL, wire.read_u32()).await?;
     if length > most {
-        return Err(Failed::TooLong(length));
+        return Err(too_long(length));
     }
     // Memory only for what has come, or is about to.
     let (mut part, whole) = (Vec::new(), length as usize);

@@ -13,6 +13,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use proto::ids::NodeId;
 use tokio::time::{self, Instant};
+use tokio_util::task::TaskTracker;
 use tracing::warn;
 
 use super::ledger::Ledger;
@@ -96,7 +97,8 @@ struct Ended {
 }
 
 impl Run<'_> {
-    /// Gets everything there is in the ledger. `first` is a stream that is open already.
+    /// Gets everything there is in the ledger. `first` is a stream that is open already. When it
+    /// answers, nothing works on the store for it any more.
     pub(super) async fn finish(self, first: First) -> Result<(), FetchError> {
         let shared = Shared {
             store: self.store,
@@ -104,6 +106,7 @@ impl Run<'_> {
             digest: self.digest,
             ledger: std::sync::Mutex::new(self.ledger),
             meter: self.meter,
+            works: TaskTracker::new(),
         };
         let mut crew = Crew {
             shared: &shared,
@@ -115,6 +118,9 @@ impl Run<'_> {
             forget_lacks_at: Instant::now() + LACKS_AGAIN,
         };
         let outcome = crew.work(first).await;
+        crew.streams.clear();
+        shared.works.close();
+        shared.works.wait().await;
         self.meter.sources(0);
         outcome
     }

@@ -5,13 +5,15 @@
 //! us hold: one batch in memory, and of the other what QUIC's window takes.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use proto::ids::NodeId;
+use tokio_util::task::TaskTracker;
 
 use super::ledger::{Ledger, Number};
 use super::progress::Meter;
-use super::{Failed, Holders, STALL, Wire, blocking, patiently};
+use super::{Failed, Holders, STALL, Wire, patiently};
 use crate::store::chunk::ChunkId;
 use crate::store::engine::Store;
 use crate::store::error::SealError;
@@ -32,11 +34,22 @@ pub(super) struct Shared<'a> {
     pub(super) digest: SnapshotDigest,
     pub(super) ledger: Mutex<Ledger>,
     pub(super) meter: &'a Meter,
+    /// Work on the store that is under way, also for streams that were given up since.
+    pub(super) works: TaskTracker,
 }
 
 impl Shared<'_> {
     pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs work on the store off the runtime's workers.
+    async fn off<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let done = self.works.spawn_blocking(work).await;
+        done.map_err(io::Error::other)
     }
 }
 
@@ -135,7 +148,7 @@ impl<'a> Source<'a> {
             named.collect()
         };
         let store = self.shared.store.clone();
-        let looked = blocking(move || {
+        let looked = self.shared.off(move || {
             let (here, missing): (Vec<_>, Vec<_>) =
                 named.into_iter().partition(|(_, id)| store.has(id));
             (
@@ -196,7 +209,7 @@ impl<'a> Source<'a> {
             return Ok(());
         }
         let store = self.shared.store.clone();
-        let (stored, failed) = blocking(move || take_in(&store, &came)).await?;
+        let (stored, failed) = self.shared.off(move || take_in(&store, &came)).await?;
         self.gave += stored.len();
         self.settle(stored);
         failed.map_or(Ok(()), Err)

@@ -94,6 +94,23 @@ fn a_bad_head_costs_its_own_record_and_none_behind_it() {
 }
 
 #[test]
+fn a_walk_from_amid_a_record_finds_all_behind_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pack, [first, second, _], ids) = three(dir.path());
+    for from in first + 1..second {
+        let mut found = Vec::new();
+        pack.walk_from(from, Depth::Bodies, |it| {
+            if let Found::Record { head, .. } = it {
+                found.push(head.id);
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+        .unwrap();
+        assert!(found.ends_with(&ids[1..]), "from {from}: {found:?}");
+    }
+}
+
+#[test]
 fn a_head_far_behind_a_long_gap_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let pack = Pack::create(dir.path(), 3).unwrap();

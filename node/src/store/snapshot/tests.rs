@@ -12,9 +12,11 @@ pub(in crate::store) fn manifest(memory: ImageRef, disk: ImageRef) -> SnapshotMa
         epoch: Epoch(7),
         created_at: Stamp(1_700_000_000_000),
         parent: Some(SnapshotDigest([5; 32])),
-        memory,
+        running: Some(Running {
+            memory,
+            device_state: disk,
+        }),
         disk,
-        device_state: disk,
         working_set: None,
         base: ImageDigest([6; 32]),
         machine: MachineFacts {
@@ -113,9 +115,9 @@ fn fields_out_of_bounds_are_refused_by_name_both_ways() {
 #[test]
 fn another_version_is_named() {
     let mut bytes = example().encode().unwrap();
-    bytes[8] = 3;
+    bytes[8] = 4;
     let refused = SnapshotManifest::decode(&bytes).unwrap_err();
-    assert_eq!(refused, DecodeSnapshotError::Version { found: 3, ours: 2 });
+    assert_eq!(refused, DecodeSnapshotError::Version { found: 4, ours: 3 });
 }
 
 #[test]
@@ -137,6 +139,29 @@ fn a_manifest_has_a_working_set_in_its_second_version_and_only_there() {
     assert_eq!(bytes[8], 1, "as releases before it wrote it");
     bytes[8] = 2;
     assert!(SnapshotManifest::decode(&bytes).is_err());
+}
+
+#[test]
+fn a_manifest_of_a_disk_alone_has_a_version_of_its_own_and_one_image() {
+    let disk = SnapshotManifest {
+        running: None,
+        ..example()
+    };
+    let mut bytes = disk.encode().unwrap();
+    assert_eq!((bytes[8], disk.images()), (3, vec![disk.disk]));
+    assert_eq!(SnapshotManifest::decode(&bytes), Ok(disk.clone()));
+    for other in [1, 2] {
+        bytes[8] = other;
+        assert!(SnapshotManifest::decode(&bytes).is_err());
+    }
+    let mut bytes = example().encode().unwrap();
+    bytes[8] = 3;
+    assert!(SnapshotManifest::decode(&bytes).is_err());
+    let works = SnapshotManifest {
+        working_set: Some(disk.disk),
+        ..disk
+    };
+    assert!(works.encode().is_err(), "it has no memory");
 }
 
 #[test]
