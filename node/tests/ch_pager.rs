@@ -4,6 +4,7 @@
 mod ch_world;
 mod pager_world;
 
+use std::io::Seek;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,12 +14,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::fstat;
 use nix::unistd::Pid;
 use pager_world::{Image, PAGE, SOON, eventually, pages_of, stats};
-use wrenn_node::pager::handle::{Pager, PagerEnd, PagerSpec};
+use wrenn_node::pager::handle::{Pager, PagerEnd, PagerSpec, WORKING_SET};
 use wrenn_node::pager::memory::GuestMemory;
 use wrenn_node::pager::pages::PageSet;
 use wrenn_node::pager::prefetch::Fill;
-use wrenn_node::pager::region::PageIndex;
+use wrenn_node::pager::region::{PageIndex, WINDOW_BYTES};
 use wrenn_node::pager::uffd::Tracking;
+use wrenn_node::pager::working_set::WorkingSet;
 
 /// A guest whose memory is in `dir`, and its pager; it stands still.
 fn resume_in(world: &World, dir: &Path, saved: &Saved, fill: Fill) -> (Guest, Pager) {
@@ -60,7 +62,11 @@ fn kill_now(pid: u32) {
 /// What the guest had before, with the pages that are listed as they are now: what a snapshot
 /// would hold. Every page that differs must be listed.
 fn merged(guest: &Guest, pager: &Pager, parent: &[u8]) -> Vec<u8> {
-    let listed = pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = pages_of(
+        &pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed"),
+    );
     let now = content_of(&guest.memory);
     let region = guest.memory.region();
     let existing = PageSet::present_in(guest.memory.as_fd(), region).expect("listed");
@@ -82,7 +88,11 @@ fn merged(guest: &Guest, pager: &Pager, parent: &[u8]) -> Vec<u8> {
 
 /// The list is exact: of the payload's pages it names those of the rounds since, and no other.
 fn assert_exact(pager: &Pager, payload: Payload, from: u64, to: u64) {
-    let listed = pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = pages_of(
+        &pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed"),
+    );
     let is_of = |page: u64, rounds: std::ops::RangeInclusive<u64>| {
         rounds
             .into_iter()
@@ -174,6 +184,63 @@ fn a_guest_is_complete_where_the_pager_pushes_everything() {
     );
     guest.vmm.resume(soon()).expect("goes on");
     guest.await_round(saved.round + 2);
+}
+
+/// What a guest touched on its way is put into it before it asks, the next time that it takes the same
+/// way; whatever else there is, and whatever was pushed, is as it was saved.
+#[test]
+fn a_guest_has_the_pages_of_its_working_set_without_a_fault_on_any_of_them() {
+    let Some(world) = World::new() else { return };
+    let first = world.boot();
+    let saved = first.save();
+    drop(first);
+    // So many rounds touch every page of the payload.
+    let way = saved.round + STRIDE + 1;
+    let dir = tempfile::tempdir().expect("tempdir");
+    let record = dir.path().join(WORKING_SET);
+    let (guest, pager) = resume_in(&world, dir.path(), &saved, Fill::Nothing);
+    guest.vmm.resume(soon()).expect("goes on");
+    guest.await_round(way);
+    let missed = stats(&pager).faults;
+    pager.mark_ready();
+    assert!(eventually(SOON, || record.exists()), "recorded");
+    drop((guest, pager));
+    let set = WorkingSet::read(&record).expect("whole");
+    assert!(missed > 0 && !set.windows().is_empty(), "{missed} faults");
+
+    let again = tempfile::tempdir().expect("tempdir");
+    std::fs::copy(&record, again.path().join(WORKING_SET)).expect("copied");
+    Image::of(again.path(), &saved.memory);
+    let memory = GuestMemory::create(MEMORY).expect("memory");
+    let guest = world.incoming(&saved, memory);
+    let pager = page(again.path(), &guest, Fill::Nothing);
+    assert!(eventually(SOON, || stats(&pager).pushing_done), "pushed");
+    let pushed = content_of(&guest.memory);
+    for window in set.windows() {
+        let start = usize::try_from(window.offset().0).expect("small");
+        let bytes = start..start + usize::try_from(WINDOW_BYTES).expect("small");
+        assert!(pushed[bytes.clone()] == saved.memory[bytes], "{window:?}");
+    }
+    let told = stats(&pager);
+    assert_eq!(
+        (told.faults, told.pushed_windows),
+        (0, set.windows().len() as u64)
+    );
+    // It was read before.
+    (&saved.state).rewind().expect("rewound");
+    guest
+        .vmm
+        .load_state(saved.state.as_fd(), soon())
+        .expect("loaded");
+    guest.vmm.resume(soon()).expect("goes on");
+    guest.await_round(way);
+    let told = stats(&pager);
+    eprintln!("{missed} faults without the set, {} with it", told.faults);
+    assert_eq!(told.faults, 0, "{told:#?}");
+    guest.save();
+    // Looks at every page: each is listed, or as it was.
+    let merged = merged(&guest, &pager, &saved.memory);
+    assert_ne!(merged, saved.memory, "it has run");
 }
 
 /// The most dangerous end of all: without its pager's descriptor a guest would run on zeros.

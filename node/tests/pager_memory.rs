@@ -12,7 +12,7 @@ use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use pager_world::daemon::{Daemon, Mood};
 use pager_world::{Elsewhere, PAGE, PAGES, SOON, World, eventually, hash, pages_of, stats, vmm};
-use wrenn_node::pager::dirty::probe;
+use wrenn_node::pager::dirty::{DirtyError, probe};
 use wrenn_node::pager::handle::{ListWrittenError, Pager, PagerEnd, StartPagerError};
 use wrenn_node::pager::prefetch::Fill;
 use wrenn_node::pager::region::PageIndex;
@@ -57,7 +57,12 @@ fn every_byte_arrives_whole_from_packs_holes_and_the_daemon() {
     assert_eq!(daemon.asked().len(), 64);
     assert!(daemon.asked().iter().all(|asked| !asked.spoiled));
     // Reading is not writing.
-    assert!(pager.written_since_parent().expect("listed").is_empty());
+    assert!(
+        pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed")
+            .is_empty()
+    );
 }
 
 fn written_pages_are_listed(tracking: Tracking) {
@@ -74,7 +79,13 @@ fn written_pages_are_listed(tracking: Tracking) {
         world.vmm.write(page, 0xab);
         fill_page(&mut expected, page, 0xab);
     }
-    let listed = || pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = || {
+        pages_of(
+            &pager
+                .written_since_parent(Instant::now() + SOON)
+                .expect("listed"),
+        )
+    };
     assert_eq!(listed(), written);
     assert_eq!(listed(), written, "listing changes nothing");
 
@@ -107,7 +118,13 @@ fn comparing_lists_the_same_pages() {
 fn each_generation_lists_its_own_writes() {
     let world = World::new(Elsewhere::None);
     let pager = world.start(world.spec());
-    let listed = || pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = || {
+        pages_of(
+            &pager
+                .written_since_parent(Instant::now() + SOON)
+                .expect("listed"),
+        )
+    };
     for generation in 0..4 {
         // Some anew, some that an earlier generation had written, some never touched before.
         let written: Vec<u64> = (0..40).map(|at| at * 37 + generation * 11).collect();
@@ -123,6 +140,23 @@ fn each_generation_lists_its_own_writes() {
         world.vmm.hash(generation * 512, 512);
         assert!(listed().is_empty(), "generation {generation} only read");
     }
+}
+
+/// A guest of many gigabytes would stand still for as long as all of it takes.
+#[test]
+fn comparing_is_given_up_in_time_and_what_may_differ_is_still_told() {
+    let world = World::new(Elsewhere::None);
+    let mut spec = world.spec();
+    spec.tracking = Tracking::Compare;
+    let pager = world.start(spec);
+    world.vmm.write(7, 1);
+    let late = pager.written_since_parent(Instant::now());
+    let late = late.expect_err("nothing is compared in no time");
+    assert!(
+        matches!(late, ListWrittenError::Dirty(DirtyError::TooSlow)),
+        "{late}"
+    );
+    assert!(pages_of(&pager.may_differ().expect("listed")).contains(&7));
 }
 
 #[test]
@@ -158,7 +192,11 @@ fn a_killed_pager_is_replaced_and_nothing_is_lost() {
     assert_eq!(stats(&pager).takeovers, 1);
     // The successor knows what was given back: the image's old bytes must not come again.
     assert_eq!(world.vmm.hash(0, PAGES), hash(&expected, 0, PAGES));
-    let listed = pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = pages_of(
+        &pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed"),
+    );
     assert_eq!(listed, [5, 32, 33, 34, 35, 36, 37, 38, 39]);
 }
 
@@ -194,7 +232,12 @@ fn faults_of_many_threads_survive_kills_while_everything_is_pushed() {
     }
     assert!(eventually(SOON, || stats(&pager).pushing_done));
     assert_eq!(world.vmm.hash(0, PAGES), world.image.hash(0, PAGES));
-    assert!(pager.written_since_parent().expect("listed").is_empty());
+    assert!(
+        pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed")
+            .is_empty()
+    );
     println!("{:#?}", stats(&pager));
 }
 

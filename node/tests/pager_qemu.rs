@@ -185,7 +185,11 @@ fn a_jailed_qemu_reads_the_image_and_outlives_a_killed_pager() {
     assert_eq!(qemu.word_at(0x200_0000), word_of(&image, 0x200_0000));
     assert!(eventually(SOON, || pager.pid() != old));
     assert!(qemu.execute("query-status", "{}").contains("inmigrate"));
-    let listed = pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = pages_of(
+        &pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed"),
+    );
     assert!(listed.is_empty(), "QEMU only read: {listed:?}");
     qemu.execute("quit", "{}");
     let status = qemu.child.wait().expect("reaped");
@@ -264,7 +268,11 @@ fn a_guest_goes_on_in_mid_boot_and_every_page_it_writes_is_listed() {
     );
     qemu.execute("stop", "{}");
 
-    let listed = pages_of(&pager.written_since_parent().expect("listed"));
+    let listed = pages_of(
+        &pager
+            .written_since_parent(Instant::now() + SOON)
+            .expect("listed"),
+    );
     let now = content(&memory);
     let present = nix::sys::stat::fstat(memory.as_fd())
         .expect("fstat")

@@ -71,7 +71,7 @@ async fn debian_is_saved_thawed_and_brought_back_elsewhere_with_all_it_had() {
 
     let before = count(&guest).await;
     print_times(&shim.save(SOON).await.expect("saved"));
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     guest
         .wait_ready(Instant::now() + SOON)
         .await
@@ -97,7 +97,7 @@ async fn debian_is_saved_thawed_and_brought_back_elsewhere_with_all_it_had() {
     let shim = shim.expect("back");
     let up = began.elapsed();
     assert_eq!(shim.known_status().stand, GuestStand::Still);
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     let guest = away.guest();
     guest
         .wait_ready(Instant::now() + SOON)
@@ -125,7 +125,7 @@ async fn debian_is_saved_thawed_and_brought_back_elsewhere_with_all_it_had() {
     );
     // And it can be saved from here.
     print_times(&shim.save(SOON).await.expect("saved"));
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     assert_eq!(run(&guest, SUMS).await, sums);
     shim.stop(Duration::ZERO).await.expect("stopped");
 }

@@ -21,6 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, NodeKey, SandboxId};
 use proto::units::Mib;
+use raft::state::SnapshotKind;
 use shim_support::debian::{images, run};
 use shim_support::{BOOT, QEMU, SOON, WRENN};
 use tempfile::TempDir;
@@ -222,7 +223,7 @@ impl Place {
     /// How many chunks of a snapshot's memory are not here.
     fn missing(&self, snapshot: SnapshotDigest) -> usize {
         let signed = self.store.snapshot(&snapshot).unwrap();
-        let memory = signed.manifest().memory.digest;
+        let memory = signed.manifest().running.unwrap().memory.digest;
         self.store
             .missing(&self.store.image(&memory).unwrap())
             .len()
@@ -307,7 +308,7 @@ async fn sealed_elsewhere() -> (Place, SnapshotDigest, Vec<String>) {
     for file in 1..=3 {
         sums.push(sum(&guest, file).await);
     }
-    node.registry.seal(ID, 1);
+    node.registry.seal(ID, 1, SnapshotKind::Snapshot);
     node.await_that(BOOT, || node.sealed().is_some()).await;
     let snapshot = node.sealed().unwrap();
     node.end().await;
@@ -341,7 +342,7 @@ fn a_guest_runs_before_its_memory_is_here_outlives_a_daemon_and_is_paused_once_a
 
         let missing = here.missing(snapshot);
         assert!(missing > 0, "all of it is here");
-        node.registry.seal(ID, 2);
+        node.registry.seal(ID, 2, SnapshotKind::Snapshot);
         let asked = Instant::now();
         let sealing = || matches!(node.state(), ObservedState::Sealing);
         node.await_that(SOON, sealing).await;

@@ -14,7 +14,9 @@ use shim_support::debian::{Netns, SUMS, boot, count, debian, run};
 use shim_support::{BOOT, SOON, Sandbox, WRENN, eventually, runs, signal};
 use tokio::time::Instant;
 use wrenn_node::base::stop::Tasks;
-use wrenn_node::pager::handle::{PAGES, WORKING_SET};
+use wrenn_node::guest::Guest;
+use wrenn_node::pager::handle::WORKING_SET;
+use wrenn_node::pager::page_map::PAGES;
 use wrenn_node::pager::region::Region;
 use wrenn_node::pager::working_set::WorkingSet;
 use wrenn_node::sandbox::paging::{Paging, map_of};
@@ -25,6 +27,9 @@ use wrenn_node::shim::spec::{MemoryImage, RestoreSpec, ShimSpec};
 use wrenn_node::shim::sweep::kill_leftovers;
 use wrenn_node::store::{Content, Kept, Limits, Manifest, Store};
 use wrenn_node::vmm::{Hardware, NetworkSpec};
+
+/// Of what a guest has written since it was resumed.
+const WRITTEN_SUMS: &str = "sha256sum /dev/shm/more /dev/shm/later";
 
 /// A daemon, as far as a resume needs one.
 struct Daemon {
@@ -40,6 +45,16 @@ struct Sealed {
     new_bytes: u64,
     basis: Basis,
     _kept: Kept,
+}
+
+/// The second pause of one resume.
+struct Again {
+    saved: Saved,
+    sealed: Sealed,
+    /// How far the guest had counted.
+    counted: u64,
+    /// The sums of what it has written since it was resumed.
+    written: String,
 }
 
 impl Daemon {
@@ -62,7 +77,8 @@ impl Daemon {
         self.home.path().join("pager.sock")
     }
 
-    /// Keeps the memory of a guest that stands still, as a change of `parent` if its list is one.
+    /// Keeps the memory of a guest that stands still, as a change of `parent` if its list is one: of what
+    /// it was resumed from, or sealed as since.
     fn seal(&self, saved: &Saved, from: &Sandbox, parent: Option<&Manifest>) -> Sealed {
         let bytes = saved.memory.bytes;
         let region = Region::of_bytes(bytes).expect("whole pages");
@@ -71,10 +87,12 @@ impl Daemon {
         let seal = self.store.begin();
         let image = match (list.basis(), parent) {
             (Basis::Zeros, _) => seal.image(&memory, bytes),
-            (Basis::Parent, Some(parent)) => {
+            (Basis::Parent | Basis::LastSeal, Some(parent)) => {
                 seal.image_changed(parent, &memory, bytes, list.ranges())
             }
-            (Basis::Parent, None) => panic!("a guest that was booted has no parent"),
+            (Basis::Parent | Basis::LastSeal, None) => {
+                panic!("a guest that was booted has no parent")
+            }
         };
         let image = image.expect("sealed");
         let new_bytes = seal.tally().written_bytes;
@@ -143,6 +161,44 @@ async fn bring_back(spec: &ShimSpec, there: &Sandbox) -> ShimClient {
     shim
 }
 
+/// Kills the pager of a guest that had counted to `before` when it was saved; the next one takes over.
+async fn outlives_its_pager(shim: &ShimClient, guest: &Guest, before: u64, sums: &str) {
+    let killed = paging(shim).await.pager_pid;
+    signal(killed, Signal::SIGKILL);
+    let after = count(guest).await;
+    assert!((before..before + 600).contains(&after), "{before}, {after}");
+    assert_eq!(run(guest, SUMS).await, sums);
+    let served = paging(shim).await;
+    println!("{served:?}");
+    assert_ne!(served.pager_pid, killed);
+    assert_eq!(served.counters.expect("told").takeovers, 1);
+}
+
+/// Has a guest that was sealed as `last` go on, write a little and be sealed again: the list is of what it
+/// wrote from then on.
+async fn seal_again(
+    daemon: &Daemon,
+    shim: &ShimClient,
+    guest: &Guest,
+    here: &Sandbox,
+    last: &Sealed,
+) -> Again {
+    shim.thaw(true).await.expect("goes on");
+    run(guest, "head -c 100000 /dev/urandom > /dev/shm/later").await;
+    let written = run(guest, WRITTEN_SUMS).await;
+    let counted = count(guest).await;
+    let saved = shim.save(SOON).await.expect("saved");
+    let sealed = daemon.seal(&saved, here, Some(&last.memory));
+    assert_eq!(sealed.basis, Basis::LastSeal, "{}", here.file("shim.log"));
+    assert!(sealed.listed_bytes < last.listed_bytes);
+    Again {
+        saved,
+        sealed,
+        counted,
+        written,
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "boots a real guest"]
 async fn a_guest_goes_on_lazily_hop_after_hop_with_its_pager_killed_and_keeps_what_it_changed() {
@@ -161,6 +217,7 @@ async fn a_guest_goes_on_lazily_hop_after_hop_with_its_pager_killed_and_keeps_wh
     daemon.carry_over(&saved, &last, &homes[0], &homes[1]);
     shim.stop(Duration::ZERO).await.expect("stopped");
     let (full_listed, full_new) = (last.listed_bytes, last.new_bytes);
+    let mut written = None;
 
     for hop in 1..homes.len() {
         let here = &homes[hop];
@@ -175,7 +232,7 @@ async fn a_guest_goes_on_lazily_hop_after_hop_with_its_pager_killed_and_keeps_wh
         let asked_for = untouched.resident_bytes.saturating_sub(pushed << 16);
         assert!(asked_for < 16 << 20, "{untouched:?}");
         println!("hop {hop}: {pushed} windows were pushed");
-        shim.thaw().await.expect("goes on");
+        shim.thaw(false).await.expect("goes on");
         let guest = netns[hop].guest();
         guest
             .wait_ready(Instant::now() + SOON)
@@ -191,24 +248,21 @@ async fn a_guest_goes_on_lazily_hop_after_hop_with_its_pager_killed_and_keeps_wh
         );
         assert!(!set.windows().is_empty());
 
-        let killed = paging(&shim).await.pager_pid;
-        signal(killed, Signal::SIGKILL);
-        let after = count(&guest).await;
-        assert!((before..before + 600).contains(&after), "{before}, {after}");
-        assert_eq!(run(&guest, SUMS).await, sums);
-        let served = paging(&shim).await;
-        println!("hop {hop}: {served:?}");
-        assert_ne!(served.pager_pid, killed);
-        assert_eq!(served.counters.expect("told").takeovers, 1);
+        outlives_its_pager(&shim, &guest, before, &sums).await;
+        if let Some(written) = &written {
+            assert_eq!(&run(&guest, WRITTEN_SUMS).await, written);
+        }
 
         run(&guest, "head -c 1000000 /dev/urandom > /dev/shm/more").await;
-        before = count(&guest).await;
         saved = shim.save(SOON).await.expect("saved");
         let next = daemon.seal(&saved, here, Some(&last.memory));
         assert_eq!(next.basis, Basis::Parent, "{}", here.file("shim.log"));
         assert!(next.listed_bytes < full_listed / 2);
         assert!(next.new_bytes < full_new / 2);
-        last = next;
+
+        let again = seal_again(&daemon, &shim, &guest, here, &next).await;
+        (before, saved, last) = (again.counted, again.saved, again.sealed);
+        written = Some(again.written);
         if let Some(there) = homes.get(hop + 1) {
             daemon.carry_over(&saved, &last, here, there);
         }
@@ -273,7 +327,7 @@ async fn what_a_guest_gives_back_leaves_the_host_and_the_next_snapshot_and_comes
 
     let spec = daemon.spec(&saved, &hardware, &there, away.spec());
     let shim = bring_back(&spec, &there).await;
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     let guest = away.guest();
     guest
         .wait_ready(Instant::now() + SOON)
@@ -303,7 +357,7 @@ async fn what_a_guest_gives_back_leaves_the_host_and_the_next_snapshot_and_comes
 
     let saved = shim.save(SOON).await.expect("saved");
     let next = daemon.seal(&saved, &there, Some(&first.memory));
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     let (before, after) = (data_bytes(&first.memory), data_bytes(&next.memory));
     println!("{before} bytes of memory in the first snapshot, {after} in the second");
     let given_back = full.resident_bytes - left.resident_bytes;

@@ -59,7 +59,10 @@ async fn stand(shim: &ShimClient) -> GuestStand {
 fn ask_and_die(sandbox: &Sandbox) {
     let path = SocketPath::new(&sandbox.dir).expect("dir");
     let mut stream = UnixStream::connect(path.as_path()).expect("listens");
-    let call = Call::Save(wire::Save { timeout_ms: 60_000 });
+    let call = Call::Save(wire::Save {
+        timeout_ms: 60_000,
+        since_resume: false,
+    });
     protocol::write(&mut stream, &Request { call: Some(call) }).expect("sent");
 }
 
@@ -77,8 +80,8 @@ async fn a_saved_guest_stands_still_until_it_is_let_go_on_and_a_later_daemon_can
     assert!(stands_still(&sandbox));
     assert_eq!(shim.save(SOON).await.expect("known"), saved);
     saved.memory.open().expect("the memory can be read");
-    shim.thaw().await.expect("goes on");
-    shim.thaw().await.expect("no harm");
+    shim.thaw(false).await.expect("goes on");
+    shim.thaw(false).await.expect("no harm");
     assert_eq!(stand(&shim).await, GuestStand::Running);
     assert!(counts_on(&sandbox));
 
@@ -93,13 +96,13 @@ async fn a_saved_guest_stands_still_until_it_is_let_go_on_and_a_later_daemon_can
     assert_eq!(stand(adopted).await, GuestStand::Saved);
     assert!(stands_still(&sandbox));
     assert!(saved.memory.dirty_bytes > 0);
-    adopted.thaw().await.expect("or thawed");
+    adopted.thaw(false).await.expect("or thawed");
     assert!(counts_on(&sandbox));
 
     // Or while it is being saved: it goes on once that is done.
     ask_and_die(&sandbox);
     while stand(adopted).await == GuestStand::Running {}
-    adopted.thaw().await.expect("waited");
+    adopted.thaw(false).await.expect("waited");
     assert!(counts_on(&sandbox));
     adopted.stop(Duration::ZERO).await.expect("stopped");
 }
@@ -143,7 +146,7 @@ async fn a_guest_whose_lease_ends_while_it_is_saved_is_frozen_and_killed() {
     lease_for(Duration::ZERO, LONG);
     let told = shim.wait_freeze(false, Instant::now() + SOON).await;
     assert_eq!(told.expect("told"), Some(true));
-    let refused = shim.thaw().await.expect_err("frozen");
+    let refused = shim.thaw(false).await.expect_err("frozen");
     assert!(refused.to_string().contains("no lease"), "{refused}");
     // Thawed as a process, and still saved as a guest.
     lease_for(LONG, LONG);
@@ -151,7 +154,7 @@ async fn a_guest_whose_lease_ends_while_it_is_saved_is_frozen_and_killed() {
     assert_eq!(told.expect("told"), Some(false));
     assert_eq!(stand(&shim).await, GuestStand::Saved);
     assert!(stands_still(&sandbox));
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     assert!(counts_on(&sandbox));
     // A frozen guest is not saved: nobody would answer.
     lease_for(Duration::ZERO, LONG);
@@ -184,7 +187,7 @@ async fn a_guest_whose_vmm_hangs_in_a_save_is_known_to_stand_still_and_goes_on_w
     assert_eq!(stand(&shim).await, GuestStand::Still);
     assert!(!sandbox.dir.join("state").exists());
     signal(vmm, Signal::SIGCONT);
-    shim.thaw().await.expect("goes on");
+    shim.thaw(false).await.expect("goes on");
     assert_eq!(stand(&shim).await, GuestStand::Running);
     // And is not caught by what it was told while it hung.
     assert!(counts_on(&sandbox) && counts_on(&sandbox));

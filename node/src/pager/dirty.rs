@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -58,6 +59,9 @@ pub enum DirtyError {
     /// There is no image of what the guest was when it was last sealed.
     #[error("this kernel notes no writes, so there is nothing to start anew")]
     NothingToRearm,
+    /// Comparing with the image took too long.
+    #[error("compare the guest's memory with its image in time")]
+    TooSlow,
 }
 
 fn kernel<E: Into<io::Error>>(doing: &'static str) -> impl Fn(E) -> DirtyError {
@@ -90,11 +94,14 @@ pub struct Tracker<'a> {
 impl Tracker<'_> {
     /// The bytes that may differ from the image the guest was resumed from, or from what it was at
     /// the last [`Tracker::rearm`]: whole pages, in order, none touching the next. The guest must
-    /// stand still.
+    /// stand still. Comparing reads all that exists, and is given up at `deadline`.
     ///
     /// # Errors
     /// See [`DirtyError`].
-    pub fn written_since_parent(&self) -> Result<Vec<Range<ImageOffset>>, DirtyError> {
+    pub fn written_since_parent(
+        &self,
+        deadline: Instant,
+    ) -> Result<Vec<Range<ImageOffset>>, DirtyError> {
         let region = self.table.region();
         let existing = PageSet::present_in(self.memory, region)
             .map_err(kernel("list the pages of the guest"))?;
@@ -105,7 +112,7 @@ impl Tracker<'_> {
                 written.keep_only(&existing);
                 written
             }
-            Evidence::Parent(parent) => self.differing(&existing, &**parent)?,
+            Evidence::Parent(parent) => self.differing(&existing, &**parent, deadline)?,
         };
         add_given_back(&mut written, &existing, self.table);
         Ok(written.runs())
@@ -140,6 +147,7 @@ impl Tracker<'_> {
         &self,
         existing: &PageSet,
         parent: &dyn PageSource,
+        deadline: Instant,
     ) -> Result<PageSet, DirtyError> {
         let region = self.table.region();
         let mut scratch = Scratch::new().map_err(kernel("make a decoder"))?;
@@ -156,6 +164,9 @@ impl Tracker<'_> {
             let pages = region.pages_of(window);
             let length = index((pages.end - pages.start) * PAGE_BYTES);
             if read_last != Some(window) {
+                if Instant::now() >= deadline {
+                    return Err(DirtyError::TooSlow);
+                }
                 memory
                     .read_exact_at(&mut now[..length], window.offset().0)
                     .map_err(kernel("read the guest's memory"))?;

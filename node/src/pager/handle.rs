@@ -17,11 +17,11 @@
 //! ([`super::main`]).
 
 mod process;
+mod written;
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -38,15 +38,14 @@ use nix::unistd::Pid;
 use self::process::{Serving, reason_in, setup_of, wait_readable};
 use crate::base::chain::chain;
 use crate::pager::control::{Channel, FromPager, ToPager};
-use crate::pager::dirty::{DirtyError, Evidence, Tracker, may_differ, probe};
+use crate::pager::dirty::probe;
 use crate::pager::layout::Layout;
 use crate::pager::main::{FAILURE, GONE};
 use crate::pager::memory::{GuestMemory, sealed_memfd};
-use crate::pager::page_map::{PageMap, PageMapError};
+use crate::pager::page_map::PAGES;
 use crate::pager::post_copy::Questions;
 use crate::pager::prefetch::Fill;
-use crate::pager::region::{ImageOffset, Region};
-use crate::pager::source::{Daemon, ImageSource};
+use crate::pager::region::Region;
 use crate::pager::states::StateTable;
 use crate::pager::stats::Stats;
 use crate::pager::target::{AttachError, Target};
@@ -54,6 +53,7 @@ use crate::pager::uffd::Tracking;
 use crate::pager::uffd::sys::pidfd_open;
 
 pub use self::process::Waiting;
+pub use self::written::ListWrittenError;
 
 /// So many deaths within [`DEATHS_WITHIN`] are one too many: whatever kills pagers kills the next.
 const MAX_DEATHS: usize = 5;
@@ -100,8 +100,6 @@ pub struct PagerSpec {
 
 /// The program of a pager, to its shim: the same.
 pub const OURSELVES: &str = "/proc/self/exe";
-/// The page map in a sandbox's directory.
-pub const PAGES: &str = "pages";
 /// The working set in a sandbox's directory.
 pub const WORKING_SET: &str = "working-set";
 
@@ -177,27 +175,6 @@ pub enum AskPagerError {
     /// It did not answer in time.
     #[error("the pager did not answer in time")]
     TooSlow,
-}
-
-/// Why written pages cannot be listed. The next snapshot has to be a full one.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ListWrittenError {
-    /// The VMM cannot be looked into.
-    #[error("look into the VMM")]
-    Target(#[from] AttachError),
-    /// Its page map cannot be opened.
-    #[error("open the page map of the VMM")]
-    Pagemap {
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The image cannot be read to compare with it.
-    #[error("read the page map")]
-    Map(#[from] PageMapError),
-    /// The pages cannot be listed.
-    #[error("list the written pages")]
-    Dirty(#[from] DirtyError),
 }
 
 /// How a pager ended for good.
@@ -403,35 +380,6 @@ impl Pager {
             .unwrap_or_else(PoisonError::into_inner);
         state.stats.take().ok_or(AskPagerError::TooSlow)
     }
-
-    /// The bytes of the image that may have changed since the guest was resumed, or since
-    /// [`Pager::rearm`]. The guest must stand still; a pager need not be there.
-    ///
-    /// # Errors
-    /// See [`ListWrittenError`].
-    pub fn written_since_parent(&self) -> Result<Vec<Range<ImageOffset>>, ListWrittenError> {
-        Ok(self.shared.tracker()?.written_since_parent()?)
-    }
-
-    /// The bytes of the image that can have changed at all: of every page that exists, or did once. A
-    /// superset of [`Self::written_since_parent`] that needs nothing but the memory itself.
-    ///
-    /// # Errors
-    /// [`ListWrittenError::Dirty`].
-    pub fn may_differ(&self) -> Result<Vec<Range<ImageOffset>>, ListWrittenError> {
-        let shared = &self.shared;
-        Ok(may_differ(shared.memory.as_fd(), &shared.table)?)
-    }
-
-    /// Has only later writes count, after a snapshot whose guest goes on. The guest must stand
-    /// still since its written pages were listed. Refused where writes are found by comparing: the
-    /// next snapshot of such a guest is a full one.
-    ///
-    /// # Errors
-    /// See [`ListWrittenError`].
-    pub fn rearm(&self) -> Result<(), ListWrittenError> {
-        Ok(self.shared.tracker()?.rearm()?)
-    }
 }
 
 impl Drop for Pager {
@@ -468,30 +416,6 @@ impl Shared {
 
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
-    }
-
-    fn tracker(&self) -> Result<Tracker<'_>, ListWrittenError> {
-        let evidence = match self.tracking {
-            Tracking::WriteProtect => {
-                let path = format!("/proc/{}/pagemap", self.target.pid());
-                let pagemap = File::open(path);
-                Evidence::Notes(pagemap.map_err(|source| ListWrittenError::Pagemap { source })?)
-            }
-            Tracking::Compare => {
-                let map = PageMap::read(&self.spec.pages)?;
-                let daemon = Daemon::new(self.spec.daemon.clone(), self.spec.sandbox.clone());
-                Evidence::Parent(Box::new(ImageSource::new(map, Box::new(daemon))))
-            }
-        };
-        if self.target.has_ended() {
-            return Err(AttachError::Ended.into());
-        }
-        Ok(Tracker {
-            memory: self.memory.as_fd(),
-            layout: &self.layout,
-            table: &self.table,
-            evidence,
-        })
     }
 
     /// Follows one pager after the other. `None` if the shim wanted no more.

@@ -163,12 +163,16 @@ pub fn userfaultfd(
 /// has whatever C library the process runs on.
 fn find_instruction(pid: u32) -> Result<u64, InjectError> {
     let read = |what| {
-        move |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => InjectError::Gone,
+        move |source: io::Error| match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ESRCH) => InjectError::Gone,
             _ => InjectError::Read { what, source },
         }
     };
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(read("mappings"))?;
+    if maps.is_empty() {
+        // It has ended, and nobody has asked yet how.
+        return Err(InjectError::Gone);
+    }
     let memory = File::open(format!("/proc/{pid}/mem")).map_err(read("memory"))?;
     let mut code: Vec<(bool, u64, u64)> = maps.lines().filter_map(executable).collect();
     code.sort_by_key(|&(vdso, ..)| !vdso);

@@ -1,9 +1,10 @@
 //! The pager process, from its first packet to its end.
 //!
 //! `wrenn pager --dir D` is started by a shim, with one end of a socket pair as its standard input.
-//! It gets hold of the VMM (or of what a pager before it left there), gives up every right it needs
-//! no longer, starts its threads, says that it serves, and then waits: for words of the shim, for
-//! the end of the VMM, for the end of the shim. Whichever comes, there is nothing to clean up.
+//! It reads the page map while the shim starts a VMM, and is then told which one it is. It gets hold
+//! of that (or of what a pager before it left there), gives up every right it needs no longer, starts
+//! its threads, says that it serves, and then waits: for words of the shim, for the end of the VMM,
+//! for the end of the shim. Whichever comes, there is nothing to clean up.
 //!
 //! No async runtime, no thread before the rights are gone, some ten threads of small stacks after.
 //! Killed at any time it loses nothing but its counters and the unfinished recording of the working
@@ -35,7 +36,7 @@ use crate::base::chain::chain;
 use crate::base::fault;
 use crate::pager::control::{Channel, FromPager, Setup, ToPager};
 use crate::pager::layout::Layout;
-use crate::pager::page_map::{PageMap, PageMapError};
+use crate::pager::page_map::{PAGES, PageMap, PageMapError};
 use crate::pager::pages::PageSet;
 use crate::pager::post_copy::{Answerer, Questions};
 use crate::pager::region::Region;
@@ -206,6 +207,8 @@ struct Told {
 /// `None` if the shim is gone before it said anything.
 fn start(dir: &Path) -> Result<Option<Pager>, StartError> {
     let channel = Channel::of_stdin().map_err(system("take the shim's socket"))?;
+    // It takes milliseconds, in which the shim has other things to do than to wait for us.
+    let ahead = MapAhead::read(dir);
     let heard = channel.receive().map_err(system("hear from the shim"))?;
     let Some((message, fds)) = heard else {
         return Ok(None);
@@ -214,7 +217,7 @@ fn start(dir: &Path) -> Result<Option<Pager>, StartError> {
         return Err(StartError::Unexpected);
     };
     let ([memory, states, vmm], asking) = split(fds)?;
-    let map = PageMap::read(&setup.pages)?;
+    let map = ahead.of(&setup.pages)?;
     let region = map.region();
     if region.bytes() != setup.memory_bytes {
         return Err(StartError::OtherImage {
@@ -236,6 +239,32 @@ fn start(dir: &Path) -> Result<Option<Pager>, StartError> {
         (Some(slots), Some(stream)) => told.answer(Questions::of_parts(stream, slots)).map(Some),
         (None, None) => told.serve().map(Some),
         _ => Err(StartError::Unexpected),
+    }
+}
+
+/// The page map where it always lies, read before it is known which one is to be served.
+struct MapAhead {
+    path: PathBuf,
+    /// `None` if there was none that could be read yet.
+    map: Option<PageMap>,
+}
+
+impl MapAhead {
+    fn read(dir: &Path) -> Self {
+        let path = dir.join(PAGES);
+        Self {
+            // Should it be the one to serve, it is read again, and that says what is wrong.
+            map: PageMap::read(&path).ok(),
+            path,
+        }
+    }
+
+    /// The map at `path`.
+    fn of(self, path: &Path) -> Result<PageMap, PageMapError> {
+        match self.map {
+            Some(map) if self.path == path => Ok(map),
+            _ => PageMap::read(path),
+        }
     }
 }
 

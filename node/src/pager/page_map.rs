@@ -27,6 +27,9 @@ use crate::pager::region::{ImageOffset, PAGE_BYTES, Region, WINDOW_BYTES, Window
 use crate::store::chunk::{CHUNK_BYTES, CHUNK_BYTES_U64, ChunkId};
 use crate::store::durable;
 
+/// Its name in a sandbox's directory.
+pub const PAGES: &str = "pages";
+
 const MAGIC: [u8; 8] = *b"WRNPAGES";
 const VERSION: u32 = 1;
 /// In the place of a pack's number: this node does not hold the chunk.

@@ -9,7 +9,8 @@
 //! It is told *that* a page is there, never its bytes: those are written into the guest's memory,
 //! which it has mapped. [`super::inject`] needs less work and less memory, and is not permitted
 //! everywhere; this needs no right at all. Two threads write ahead of it, so that most questions are
-//! about pages that are there.
+//! about pages that are there. A window that they cannot have is left to whoever is asked for it, and
+//! his failure ends the guest: nothing but a hole is ever taken for one.
 //!
 //! Pages are made by `pwrite` alone: it shows no half of one. A page of a hole is made only when
 //! it is asked for a second time: the VMM asks for every page once, and a guest that touches one
@@ -19,13 +20,14 @@
 //! taking it and answering lie two system calls; whoever takes over therefore brings everything
 //! first, and then says "there" once if nothing is asked: true of any page by then.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -114,9 +116,17 @@ pub struct Answerer {
     /// Which pages were asked for, a bit each.
     asked: Vec<AtomicU64>,
     next_push: AtomicU64,
-    pushed: Mutex<usize>,
-    pushing_done: AtomicBool,
+    pushed: Mutex<Pushed>,
     on_failure: OnFailure,
+}
+
+/// How far the writing ahead has come.
+#[derive(Debug, Default)]
+struct Pushed {
+    /// Threads that have been through all windows.
+    ended: usize,
+    /// Windows that they could not have, and that nobody has written since.
+    left: BTreeSet<u64>,
 }
 
 impl Answerer {
@@ -140,8 +150,7 @@ impl Answerer {
             counters: Counters::default(),
             asked: (0..words).map(|_| AtomicU64::new(0)).collect(),
             next_push: AtomicU64::new(0),
-            pushed: Mutex::new(0),
-            pushing_done: AtomicBool::new(false),
+            pushed: Mutex::default(),
             on_failure,
         })
     }
@@ -167,7 +176,12 @@ impl Answerer {
     /// True once all of the image has been written.
     #[must_use]
     pub fn pushing_done(&self) -> bool {
-        self.pushing_done.load(Ordering::Acquire)
+        let pushed = self.pushed();
+        pushed.ended == PUSHERS && pushed.left.is_empty()
+    }
+
+    fn pushed(&self) -> MutexGuard<'_, Pushed> {
+        self.pushed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn spawn(
@@ -196,9 +210,7 @@ impl Answerer {
         let failed = |source| ServeError::Kernel { doing, source };
         let mut scratch = new_scratch()?;
         if in_doubt {
-            while !self.pushing_done() {
-                thread::sleep(NAP);
-            }
+            self.write_rest(&mut scratch)?;
             if nothing_asked(&self.questions.stream) {
                 (&self.questions.stream).write_all(&THERE).map_err(failed)?;
             }
@@ -225,11 +237,30 @@ impl Answerer {
         Ok(())
     }
 
+    /// Waits until all windows were tried, and writes those that could not be had.
+    fn write_rest(&self, scratch: &mut Scratch) -> Result<(), ServeError> {
+        while self.pushed().ended < PUSHERS {
+            thread::sleep(NAP);
+        }
+        let left = self.pushed().left.clone();
+        left.into_iter().try_for_each(|window| {
+            let window = WindowIndex(window);
+            self.write_window(window, true, scratch).map(drop)
+        })
+    }
+
     /// Has `page` be there, unless nothing is in it.
     fn bring(&self, page: PageIndex, scratch: &mut Scratch) -> Result<(), ServeError> {
-        self.write_window(page.window(), true, scratch)?;
-        while self.table.get(page) == PageState::Filling {
-            thread::sleep(NAP);
+        loop {
+            let found = self.write_window(page.window(), true, scratch)?;
+            while self.table.get(page) == PageState::Filling {
+                thread::sleep(NAP);
+            }
+            // One that was given up by a thread that could not have it is no hole: it is ours to write,
+            // and ours to fail.
+            if found == Some(Content::Hole) || self.table.get(page) == PageState::Present {
+                break;
+            }
         }
         if self.was_asked(page) && !self.exists(page)? {
             // A hole, or given back by the guest.
@@ -242,20 +273,21 @@ impl Answerer {
     }
 
     /// Writes what of `window` is absent. A hole stays one. What cannot be had is an error where it
-    /// is `needed`, and else left for the day it is.
+    /// is `needed`, and else noted, and left for the day it is. Returns what stands in it, or `None`
+    /// where that was not found out.
     fn write_window(
         &self,
         window: WindowIndex,
         needed: bool,
         scratch: &mut Scratch,
-    ) -> Result<(), ServeError> {
+    ) -> Result<Option<Content>, ServeError> {
         let pages = self.table.region().pages_of(window);
         let claimed: Vec<PageIndex> = pages
             .map(PageIndex)
             .filter(|page| self.table.claim(*page))
             .collect();
         if claimed.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let here = self.source.read_here(window, scratch);
         let is_peers = here.is_none();
@@ -268,11 +300,18 @@ impl Answerer {
             Ok(Content::Bytes) => {}
             Ok(Content::Hole) => {
                 give_up();
-                return Ok(());
+                self.pushed().left.remove(&window.0);
+                return Ok(Some(Content::Hole));
             }
-            Err(err) => {
+            Err(err) if needed => {
                 give_up();
-                return if needed { Err(err.into()) } else { Ok(()) };
+                return Err(err.into());
+            }
+            Err(_) => {
+                // Noted first: whoever writes the last page of it then takes it off the list.
+                self.pushed().left.insert(window.0);
+                give_up();
+                return Ok(None);
             }
         }
         for &page in &claimed {
@@ -286,7 +325,16 @@ impl Answerer {
             false => &self.counters.local_bytes,
         };
         add(counter, claimed.len() as u64 * PAGE_BYTES);
-        Ok(())
+        self.strike_off(window);
+        Ok(Some(Content::Bytes))
+    }
+
+    /// Takes `window` off the list of those that are left, if all of it is there.
+    fn strike_off(&self, window: WindowIndex) {
+        let mut pages = self.table.region().pages_of(window).map(PageIndex);
+        if pages.all(|page| self.table.get(page) == PageState::Present) {
+            self.pushed().left.remove(&window.0);
+        }
     }
 
     fn push_all(&self) -> Result<(), ServeError> {
@@ -300,11 +348,7 @@ impl Answerer {
             self.write_window(WindowIndex(window), false, &mut scratch)?;
             add(&self.counters.pushed_windows, 1);
         }
-        let mut ended = self.pushed.lock().unwrap_or_else(PoisonError::into_inner);
-        *ended += 1;
-        if *ended == PUSHERS {
-            self.pushing_done.store(true, Ordering::Release);
-        }
+        self.pushed().ended += 1;
         Ok(())
     }
 

@@ -3,6 +3,9 @@
 //! A child that waits is given a userfaultfd as a VMM would be ([`super::inject`]): that needs the
 //! right to trace a process, to make such a descriptor, and to fetch it, and a kernel that serves
 //! memfds with it. Each of them may be missing in a container or under a security module.
+//!
+//! The child has as few rights as a VMM in its jail, so that it needs the same door of the kernel. One
+//! with the daemon's would be given a descriptor where a VMM is refused, and every resume would fail.
 
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};
@@ -10,11 +13,13 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::prctl;
+
 use crate::pager::dirty;
 use crate::pager::main::{COMMAND, PROBE_OPTION};
 use crate::pager::target::{AttachError, Target};
 use crate::pager::uffd::Tracking;
-use crate::pager::uffd::sys::pidfd_open;
+use crate::pager::uffd::sys::{keep_capabilities, pidfd_open};
 
 /// Longest the child may take to stop.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -74,8 +79,11 @@ impl Drop for Waiting {
     }
 }
 
-/// The child's half: waits until whoever tries is done.
+/// The child's half: gives up every right, and waits until whoever tries is done. Whoever has more
+/// rights may still trace it.
 pub(super) fn wait() -> io::Result<()> {
+    keep_capabilities(0)?;
+    prctl::set_no_new_privs()?;
     io::stdout().write_all(WAITS)?;
     io::stdout().flush()?;
     io::stdin().read_to_end(&mut Vec::new()).map(drop)

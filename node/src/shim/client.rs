@@ -230,9 +230,24 @@ impl ShimClient {
     /// # Errors
     /// See [`CallShimError`]; [`CallShimError::Failed`] when the guest could not be saved.
     pub async fn save(&self, timeout: Duration) -> Result<Saved, CallShimError> {
+        self.save_as(timeout, false).await
+    }
+
+    /// The same of a guest whose last seal is lost: its pages are listed as of its resume.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub async fn save_since_resume(&self, timeout: Duration) -> Result<Saved, CallShimError> {
+        self.save_as(timeout, true).await
+    }
+
+    async fn save_as(&self, timeout: Duration, since_resume: bool) -> Result<Saved, CallShimError> {
         let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
         let deadline = Instant::now() + timeout + SAVE_MARGIN;
-        let call = Call::Save(wire::Save { timeout_ms });
+        let call = Call::Save(wire::Save {
+            timeout_ms,
+            since_resume,
+        });
         let wrong = || CallShimError::WrongAnswer {
             dir: self.dir.to_path_buf(),
         };
@@ -243,14 +258,15 @@ impl ShimClient {
     }
 
     /// Lets a guest that stands still go on: one that was saved, or restored. No harm to one that
-    /// runs.
+    /// runs. With `sealed` the caller has kept what was saved, and noted as what on the disk: the next
+    /// save may list later writes alone ([`Basis::LastSeal`](super::dirty::Basis::LastSeal)).
     ///
     /// # Errors
     /// See [`CallShimError`]; [`CallShimError::Failed`] when it does not go on. Asking again is
     /// no harm.
-    pub async fn thaw(&self) -> Result<(), CallShimError> {
+    pub async fn thaw(&self, sealed: bool) -> Result<(), CallShimError> {
         let deadline = Instant::now() + THAW_TIMEOUT;
-        match call_shim(&self.dir, Call::Thaw(wire::Thaw {}), deadline).await? {
+        match call_shim(&self.dir, Call::Thaw(wire::Thaw { sealed }), deadline).await? {
             Answer::Status(_) => Ok(()),
             _ => Err(CallShimError::WrongAnswer {
                 dir: self.dir.to_path_buf(),

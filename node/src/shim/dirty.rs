@@ -1,8 +1,8 @@
 //! Which pages of a saved guest's memory have to be read: the file `dirty`.
 //!
 //! The shim writes it while the guest stands still, the daemon reads it and then those pages, from
-//! the memfd. What is not listed is as in the snapshot that the guest was resumed from, or zero
-//! for a guest that booted ([`Basis`]). A listed page need not exist in the memfd: a guest may have
+//! the memfd. What is not listed is as in the snapshot that the guest was resumed from, or was sealed
+//! as since, or zero for a guest that booted ([`Basis`]). A listed page need not exist in the memfd: a guest may have
 //! given it back, and it reads as zeros.
 //!
 //! ```text
@@ -34,6 +34,9 @@ const VERSION: u32 = 1;
 const ZEROS: u32 = 1;
 /// [`Basis::Parent`] in the file.
 const PARENT: u32 = 2;
+/// [`Basis::LastSeal`] in the file. A daemon that does not know it takes the list for garbled, and the
+/// guest goes on: it would read too little.
+const LAST_SEAL: u32 = 3;
 /// Bytes before the ranges.
 const HEAD_BYTES: usize = 8 + 4 + 4 + 8 + 8;
 /// Bytes of one range.
@@ -48,6 +51,8 @@ pub enum Basis {
     Zeros,
     /// What they hold in the snapshot that the guest was resumed from.
     Parent,
+    /// What they hold in the snapshot that it was sealed as last, where it went on.
+    LastSeal,
 }
 
 /// The pages of a guest's memory that have to be read to keep it.
@@ -103,7 +108,7 @@ pub enum ListDirtyError {
     List(#[from] DirtyListError),
 }
 
-/// Knows which pages of a guest's memory were written since it was resumed, or booted.
+/// Knows which pages of a guest's memory were written since it was resumed, booted or sealed.
 pub trait DirtyPages: Send + Sync {
     /// Lists them. The guest stands still, and goes on doing so until what was listed was read, or
     /// until the save was given up; a list that was given up takes nothing from the next one.
@@ -111,6 +116,23 @@ pub trait DirtyPages: Send + Sync {
     /// # Errors
     /// See [`ListDirtyError`]; the save fails and the guest goes on.
     fn list(&self, memory: &GuestMemory, deadline: Instant) -> Result<DirtyList, ListDirtyError>;
+
+    /// Lists at least those that were written since the guest was resumed, or booted, whatever it was
+    /// sealed as since.
+    ///
+    /// # Errors
+    /// As [`DirtyPages::list`].
+    fn list_since_resume(
+        &self,
+        memory: &GuestMemory,
+        deadline: Instant,
+    ) -> Result<DirtyList, ListDirtyError> {
+        self.list(memory, deadline)
+    }
+
+    /// What was listed last has been read and sealed, and the guest stands still until this returns:
+    /// whoever can lists only what is written later. Nobody has to.
+    fn sealed(&self) {}
 }
 
 /// All pages that exist: right for a guest that booted here, or whose memory was all brought here
@@ -233,6 +255,7 @@ impl DirtyList {
         let basis = match self.basis {
             Basis::Zeros => ZEROS,
             Basis::Parent => PARENT,
+            Basis::LastSeal => LAST_SEAL,
         };
         content.extend(basis.to_le_bytes());
         content.extend(self.memory_bytes.to_le_bytes());
@@ -268,6 +291,7 @@ impl DirtyList {
         let basis = match u64_at(body, 8).ok_or(Garbled)? >> 32 {
             basis if basis == u64::from(ZEROS) => Basis::Zeros,
             basis if basis == u64::from(PARENT) => Basis::Parent,
+            basis if basis == u64::from(LAST_SEAL) => Basis::LastSeal,
             _ => return Err(Garbled),
         };
         let found = u64_at(body, 16).ok_or(Garbled)?;

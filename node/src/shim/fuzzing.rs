@@ -70,7 +70,10 @@ fn requests() -> Vec<Vec<u8>> {
     let calls = [
         Call::Stop(wire::Stop { grace_ms: 3000 }),
         Call::WaitFreeze(wire::WaitFreeze { frozen: true }),
-        Call::Save(wire::Save { timeout_ms: 20_000 }),
+        Call::Save(wire::Save {
+            timeout_ms: 20_000,
+            since_resume: true,
+        }),
     ];
     let requests = calls.map(|call| framed(&wire::Request { call: Some(call) }));
     vec![requests.concat()]
@@ -230,11 +233,16 @@ fn exit(bytes: &[u8]) {
 fn lists() -> Vec<Vec<u8>> {
     let pages = |from: u64, to: u64| from * PAGE_BYTES..to * PAGE_BYTES;
     let ranges = vec![pages(0, 1), pages(3, 20), pages(200, 256)];
-    let list = DirtyList::new(Basis::Parent, REGION, ranges).expect("it is sound");
-    let dir = tempfile::tempdir_in(scratch()).expect("a directory");
-    let draft = list.draft(dir.path()).expect("written");
-    draft.keep().expect("kept");
-    vec![fs::read(dir.path().join(files::DIRTY)).expect("just written")]
+    let encoded = |basis| {
+        let list = DirtyList::new(basis, REGION, ranges.clone()).expect("it is sound");
+        let dir = tempfile::tempdir_in(scratch()).expect("a directory");
+        let draft = list.draft(dir.path()).expect("written");
+        draft.keep().expect("kept");
+        fs::read(dir.path().join(files::DIRTY)).expect("just written")
+    };
+    [Basis::Zeros, Basis::Parent, Basis::LastSeal]
+        .map(encoded)
+        .into()
 }
 
 /// Reads the list as it is, and with its hash made right: what is taken is in order, apart, whole

@@ -46,7 +46,7 @@ use crate::shim::error::RunShimError;
 use crate::shim::exit::ExitRecord;
 use crate::shim::files::{self, SocketPath};
 use crate::shim::freeze::Frozen;
-use crate::shim::restore::{Restore, RestoreError, Restored};
+use crate::shim::restore::{PAGER_END_TIMEOUT, Restore, RestoreError, Restored};
 use crate::shim::save::{Saveable, Saver, Stand, micros};
 use crate::shim::serve::Server;
 use crate::shim::source::MemoryLoss;
@@ -67,8 +67,6 @@ const VMM_UP_TIMEOUT: Duration = Duration::from_secs(15);
 const LONG_WAIT: Duration = Duration::from_secs(300);
 /// How long the ends of the VMM's streams are waited for after its own end. They are in the pipe.
 const STREAMS_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the pager may take to end after its VMM: it waits for that, and has nothing to clean up.
-const PAGER_END_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long clients that are owed the exit may take to receive it.
 const LINGER: Duration = Duration::from_secs(2);
 /// How much of the VMM's complaints goes into the exit record.

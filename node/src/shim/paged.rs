@@ -3,20 +3,24 @@
 //! ```text
 //! prepare   pager up, the VMM's page faults are its own > (state loaded, guest goes on) > …
 //! list      what the kernel noted as written since, or, should it not tell, all that may differ
+//! sealed    the kernel's notes begin anew
 //! end       the VMM's: the pager goes with it; or the pager's last word: the guest is ended
 //! ```
 //!
 //! A page that nobody has touched is not in the memory, and reads there as zero. So what is not
-//! listed is always as in the snapshot ([`Basis::Parent`]), and never "zero": a list of all that
-//! exists would lose whatever was not touched.
+//! listed is always as in a snapshot ([`Basis::Parent`], [`Basis::LastSeal`]), and never "zero": a list
+//! of all that exists would lose whatever was not touched.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use proto::ids::SandboxId;
 
 use crate::base::chain::chain;
+use crate::pager::dirty::DirtyError;
 use crate::pager::handle::{ListWrittenError, OURSELVES, Pager, PagerEnd, PagerSpec, Waiting};
 use crate::pager::memory::GuestMemory;
 use crate::pager::region::ImageOffset;
@@ -83,6 +87,7 @@ impl MemorySource for Paged {
         let written = Written {
             pager: Arc::clone(&pager),
             dir: self.dir.clone(),
+            since_seal: AtomicBool::new(false),
         };
         Ok(Brought {
             dirty: Box::new(written),
@@ -91,27 +96,78 @@ impl MemorySource for Paged {
     }
 }
 
-/// Knows which pages a guest has written since a pager began to bring them.
+/// Knows which pages a guest has written since a pager began to bring them, or since its last seal.
 struct Written {
     pager: Arc<Pager>,
     dir: PathBuf,
+    /// The kernel's notes were begun anew with that seal.
+    since_seal: AtomicBool,
 }
 
 impl DirtyPages for Written {
-    fn list(&self, memory: &GuestMemory, _: Instant) -> Result<DirtyList, ListDirtyError> {
-        let pages = self.pager.written_since_parent().or_else(|err| {
-            let line = format!(
-                "which pages were written is not known, and all that exist are taken for written: {}\n",
+    fn list(&self, memory: &GuestMemory, deadline: Instant) -> Result<DirtyList, ListDirtyError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let pages = self.pager.written_since_parent(deadline - left / 2);
+        let pages = pages.or_else(|err| {
+            self.log(&format!(
+                "which pages were written is not known, and all that exist are taken for written: {}",
                 chain(&err)
-            );
-            BoundedLog::new(&self.dir, files::LOG).append(line.as_bytes());
+            ));
             self.pager.may_differ()
         });
         let pages = pages.map_err(unlisted)?;
-        let bytes = |run: std::ops::Range<ImageOffset>| run.start.0..run.end.0;
-        let ranges = pages.into_iter().map(bytes).collect();
-        Ok(DirtyList::new(Basis::Parent, memory.region(), ranges)?)
+        let basis = match self.since_seal.load(Ordering::Relaxed) {
+            true => Basis::LastSeal,
+            false => Basis::Parent,
+        };
+        list_of(basis, memory, pages)
     }
+
+    fn list_since_resume(
+        &self,
+        memory: &GuestMemory,
+        _: Instant,
+    ) -> Result<DirtyList, ListDirtyError> {
+        let pages = self.pager.may_differ().map_err(unlisted)?;
+        list_of(Basis::Parent, memory, pages)
+    }
+
+    fn sealed(&self) {
+        let rearmed = self.pager.rearm();
+        let begun = match &rearmed {
+            // A part of the notes may have been begun anew; the others have what was noted before as well.
+            Ok(()) | Err(ListWrittenError::Dirty(DirtyError::Kernel { .. })) => true,
+            // Among them that writes are found by comparing: with what the guest was resumed from.
+            Err(_) => false,
+        };
+        if begun {
+            self.since_seal.store(true, Ordering::Relaxed);
+        }
+        if let Err(err) = rearmed
+            && !matches!(err, ListWrittenError::Dirty(DirtyError::NothingToRearm))
+        {
+            self.log(&format!(
+                "the next list is longer than what will be written: {}",
+                chain(&err)
+            ));
+        }
+    }
+}
+
+impl Written {
+    fn log(&self, line: &str) {
+        BoundedLog::new(&self.dir, files::LOG).append(format!("{line}\n").as_bytes());
+    }
+}
+
+fn list_of(
+    basis: Basis,
+    memory: &GuestMemory,
+    pages: Vec<Range<ImageOffset>>,
+) -> Result<DirtyList, ListDirtyError> {
+    let bytes = |run: Range<ImageOffset>| run.start.0..run.end.0;
+    let ranges = pages.into_iter().map(bytes).collect();
+    Ok(DirtyList::new(basis, memory.region(), ranges)?)
 }
 
 fn unlisted(err: ListWrittenError) -> ListDirtyError {

@@ -33,6 +33,8 @@ use crate::vmm::{Hardware, Vmm, VmmError};
 /// have to be brought from another node, of which one answer may take 20 s. A flat image comes at
 /// 1 GiB/s where the disk can.
 pub const RESTORE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the pager may take to end, after its VMM or when it is told to: it has nothing to clean up.
+pub const PAGER_END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a saved guest was not brought back.
 #[non_exhaustive]
@@ -130,7 +132,14 @@ impl Restore {
         let brought = self.source.prepare(vmm, memory, loss, deadline)?;
         let Brought { dirty, pager } = brought;
         let prepared = Instant::now();
-        vmm.load_state(self.state.as_fd(), deadline)?;
+        if let Err(err) = vmm.load_state(self.state.as_fd(), deadline) {
+            // Whoever hears of it may rely on nothing of the guest being left. The VMM is not killed
+            // yet: it may just be saying why.
+            if let Some(pager) = pager {
+                pager.end(Instant::now() + PAGER_END_TIMEOUT);
+            }
+            return Err(err.into());
+        }
         Ok(Restored {
             dirty,
             pager,

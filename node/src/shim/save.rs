@@ -21,7 +21,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -141,6 +141,12 @@ impl Saver {
         &*self.guest.vmm
     }
 
+    /// Its sandbox's directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.guest.dir
+    }
+
     /// Whether the lease has stopped the guest.
     #[must_use]
     pub fn frozen(&self) -> &Frozen {
@@ -160,11 +166,12 @@ impl Saver {
     }
 
     /// Saves the guest; it may stand still for at most `timeout` before that is done. A guest that
-    /// is saved is not saved again: the answer is the same.
+    /// is saved is not saved again: the answer is the same. `since_resume` says that what it was
+    /// sealed as last is lost, so that its pages are listed as of before that.
     ///
     /// # Errors
     /// See [`SaveError`]. The guest goes on; [`Self::stand`] says if it does not.
-    pub fn save(&self, timeout: Duration) -> Result<wire::Saved, SaveError> {
+    pub fn save(&self, timeout: Duration, since_resume: bool) -> Result<wire::Saved, SaveError> {
         let _turn = self.take_turn();
         match self.stand() {
             Stand::Running => {}
@@ -175,7 +182,7 @@ impl Saver {
             return Err(SaveError::Frozen);
         }
         self.set(Stand::Saving);
-        let saved = self.write(Instant::now() + timeout.min(MAX_SAVE));
+        let saved = self.write(Instant::now() + timeout.min(MAX_SAVE), since_resume);
         match &saved {
             Ok(saved) => self.set(Stand::Saved(Box::new(saved.clone()))),
             Err(_) => {
@@ -187,17 +194,23 @@ impl Saver {
         saved
     }
 
-    /// Lets the guest go on. One that runs is left in peace.
+    /// Lets the guest go on. One that runs is left in peace. `sealed` says that what it was saved as is
+    /// kept, and that later writes alone are to be listed next time.
     ///
     /// # Errors
     /// See [`ThawError`]. The guest may go on later all the same; asking again is no harm.
-    pub fn thaw(&self) -> Result<(), ThawError> {
+    pub fn thaw(&self, sealed: bool) -> Result<(), ThawError> {
         let _turn = self.take_turn();
-        if self.stand() == Stand::Running {
+        let stand = self.stand();
+        if stand == Stand::Running {
             return Ok(());
         }
         if self.guest.frozen.get() {
             return Err(ThawError::Frozen);
+        }
+        // Of no other guest was anything listed that it has not changed since.
+        if sealed && matches!(stand, Stand::Saved(_)) {
+            self.guest.dirty.sealed();
         }
         self.set(Stand::Still);
         Ok(self.resume()?)
@@ -209,9 +222,13 @@ impl Saver {
         Ok(())
     }
 
-    fn write(&self, deadline: Instant) -> Result<wire::Saved, SaveError> {
+    fn write(&self, deadline: Instant, since_resume: bool) -> Result<wire::Saved, SaveError> {
         let Saveable {
-            vmm, memory, dir, ..
+            vmm,
+            memory,
+            dirty,
+            dir,
+            ..
         } = &self.guest;
         let disk = |name| move |source| SaveError::Disk { name, source };
         let began = Instant::now();
@@ -219,7 +236,10 @@ impl Saver {
         vmm.save_state(draft.file().as_fd(), deadline)?;
         let state = StateFile::of_draft(dir, &mut draft).map_err(disk(files::STATE))?;
         let saved = Instant::now();
-        let list = self.guest.dirty.list(memory, deadline)?;
+        let list = match since_resume {
+            true => dirty.list_since_resume(memory, deadline)?,
+            false => dirty.list(memory, deadline)?,
+        };
         let listed = Instant::now();
         self.keep(draft, &list)?;
         Ok(wire::Saved {
@@ -268,6 +288,7 @@ pub(super) fn micros(took: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use proto::units::Mib;
 
@@ -320,7 +341,7 @@ mod tests {
         let Guest {
             saver, vmm, home, ..
         } = running();
-        let saved = saver.save(LONG).expect("saved");
+        let saved = saver.save(LONG, false).expect("saved");
         assert_eq!(saver.stand(), Stand::Saved(Box::new(saved.clone())));
         assert_eq!(files_in(&home), [files::DIRTY, files::STATE]);
         let state = fs::read(home.path().join(files::STATE)).expect("readable");
@@ -331,8 +352,8 @@ mod tests {
             (list.bytes(), saved.dirty_bytes, saved.rest_is_zero),
             (0, 0, true)
         );
-        saver.thaw().expect("goes on");
-        saver.thaw().expect("and again");
+        saver.thaw(false).expect("goes on");
+        saver.thaw(false).expect("and again");
         assert_eq!(saver.stand(), Stand::Running);
         assert_eq!(vmm.told(), ["save", "resume"]);
     }
@@ -345,8 +366,8 @@ mod tests {
             home: _home,
             ..
         } = running();
-        let first = saver.save(LONG).expect("saved");
-        assert_eq!(saver.save(LONG).expect("known"), first);
+        let first = saver.save(LONG, false).expect("saved");
+        assert_eq!(saver.save(LONG, false).expect("known"), first);
         assert_eq!(vmm.told(), ["save"]);
     }
 
@@ -356,13 +377,13 @@ mod tests {
             saver, vmm, home, ..
         } = running();
         vmm.refuse(&["save"]);
-        let failed = saver.save(LONG);
+        let failed = saver.save(LONG, false);
         assert!(matches!(failed, Err(SaveError::Vmm(_))), "{failed:?}");
         assert_eq!(saver.stand(), Stand::Running);
         assert_eq!(vmm.told(), ["save", "resume"]);
         assert!(files_in(&home).is_empty());
         vmm.refuse(&[]);
-        saver.save(LONG).expect("the next one works");
+        saver.save(LONG, false).expect("the next one works");
     }
 
     #[test]
@@ -374,13 +395,45 @@ mod tests {
             ..
         } = running();
         vmm.refuse(&["save", "resume"]);
-        assert!(saver.save(LONG).is_err());
+        assert!(saver.save(LONG, false).is_err());
         assert_eq!(saver.stand(), Stand::Still);
-        assert!(matches!(saver.save(LONG), Err(SaveError::Still)));
-        assert!(saver.thaw().is_err());
+        assert!(matches!(saver.save(LONG, false), Err(SaveError::Still)));
+        assert!(saver.thaw(false).is_err());
         vmm.refuse(&[]);
-        saver.thaw().expect("now it goes on");
+        saver.thaw(false).expect("now it goes on");
         assert_eq!(saver.stand(), Stand::Running);
+    }
+
+    /// Counts how often it is told of a seal.
+    #[derive(Clone, Default)]
+    struct Told(Arc<AtomicU32>);
+
+    impl DirtyPages for Told {
+        fn list(&self, memory: &GuestMemory, at: Instant) -> Result<DirtyList, ListDirtyError> {
+            AllPresent.list(memory, at)
+        }
+
+        fn sealed(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn lists_begin_anew_only_when_a_guest_goes_on_that_was_sealed_as_it_stands() {
+        let told = Told::default();
+        let Guest {
+            saver, home: _home, ..
+        } = guest(Stand::Still, Box::new(told.clone()));
+        saver.thaw(true).expect("goes on");
+        saver.thaw(true).expect("runs already");
+        assert_eq!(told.0.load(Ordering::Relaxed), 0, "nothing was saved");
+        saver.save(LONG, false).expect("saved");
+        saver.thaw(false).expect("goes on without a seal");
+        assert_eq!(told.0.load(Ordering::Relaxed), 0, "the list was not read");
+        saver.save(LONG, false).expect("saved");
+        saver.thaw(true).expect("goes on");
+        saver.thaw(true).expect("and again");
+        assert_eq!(told.0.load(Ordering::Relaxed), 1);
     }
 
     /// Of a list that nobody can make.
@@ -395,12 +448,12 @@ mod tests {
     #[test]
     fn a_guest_whose_pages_cannot_be_listed_or_whose_disk_is_gone_goes_on() {
         let broken = guest(Stand::Running, Box::new(Broken));
-        let failed = broken.saver.save(LONG);
+        let failed = broken.saver.save(LONG, false);
         assert!(matches!(failed, Err(SaveError::Dirty(_))), "{failed:?}");
         assert!(files_in(&broken.home).is_empty());
         let gone = running();
         fs::remove_dir(gone.home.path()).expect("removed");
-        let failed = gone.saver.save(LONG);
+        let failed = gone.saver.save(LONG, false);
         assert!(matches!(failed, Err(SaveError::Disk { .. })), "{failed:?}");
         for saver in [broken.saver, gone.saver] {
             assert_eq!(saver.stand(), Stand::Running);
@@ -416,12 +469,12 @@ mod tests {
             home: _home,
         } = running();
         frozen.set(true);
-        assert!(matches!(saver.save(LONG), Err(SaveError::Frozen)));
+        assert!(matches!(saver.save(LONG, false), Err(SaveError::Frozen)));
         assert_eq!(saver.stand(), Stand::Running);
         frozen.set(false);
-        saver.save(LONG).expect("saved");
+        saver.save(LONG, false).expect("saved");
         frozen.set(true);
-        assert!(matches!(saver.thaw(), Err(ThawError::Frozen)));
+        assert!(matches!(saver.thaw(false), Err(ThawError::Frozen)));
         assert!(matches!(saver.stand(), Stand::Saved(_)));
         assert_eq!(vmm.told(), ["save"]);
     }
@@ -434,9 +487,9 @@ mod tests {
             home: _home,
             ..
         } = guest(Stand::Still, Box::new(AllPresent));
-        assert!(matches!(saver.save(LONG), Err(SaveError::Still)));
-        saver.thaw().expect("goes on");
-        saver.save(LONG).expect("and can be saved");
+        assert!(matches!(saver.save(LONG, false), Err(SaveError::Still)));
+        saver.thaw(false).expect("goes on");
+        saver.save(LONG, false).expect("and can be saved");
         assert_eq!(vmm.told(), ["resume", "save"]);
     }
 }

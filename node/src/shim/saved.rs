@@ -8,7 +8,6 @@ use std::time::Duration;
 use proto::wire::shim as wire;
 
 use crate::pager::stats::Stats;
-use crate::shim::dirty::Basis;
 use crate::shim::files;
 use crate::shim::state::StateFile;
 
@@ -172,11 +171,7 @@ impl Saved {
             memory: SavedMemory {
                 bytes: said.memory_bytes,
                 dirty_bytes: said.dirty_bytes,
-                basis: if said.rest_is_zero {
-                    Basis::Zeros
-                } else {
-                    Basis::Parent
-                },
+                rest_is_zero: said.rest_is_zero,
                 path: PathBuf::from(format!("/proc/{pid}/fd/{fd}")),
             },
             state_took: Duration::from_micros(said.state_us),
@@ -193,8 +188,8 @@ pub struct SavedMemory {
     pub bytes: u64,
     /// How much of it is listed in the file `dirty` ([`super::dirty::DirtyList::read`]).
     pub dirty_bytes: u64,
-    /// What the rest of it holds.
-    pub basis: Basis,
+    /// The rest of it is zero; otherwise the list says what it is as in.
+    pub rest_is_zero: bool,
     path: PathBuf,
 }
 

@@ -63,7 +63,7 @@ pub enum MemoryImage {
     /// runs. For hosts on which no pager can serve.
     Flat(PathBuf),
     /// A pager brings each page when it is touched, by the page map in the sandbox's directory
-    /// ([`crate::pager::handle::PAGES`]).
+    /// ([`crate::pager::page_map::PAGES`]).
     Paged {
         /// Where the daemon answers for what is not on this node.
         daemon: PathBuf,

@@ -198,6 +198,12 @@ pub enum MoveStateError {
     /// The file refused.
     #[error("move the state's bytes")]
     File(#[source] io::Error),
+    /// The VMM still asks for pages of its guest, which runs.
+    #[error("not all of the guest's memory had come within {waited:?}")]
+    PagesMissing {
+        /// How long we waited.
+        waited: Duration,
+    },
     /// The VMM tried, and says why it could not.
     #[error("the VMM gave up: {reason}")]
     GaveUp {

@@ -184,9 +184,12 @@ pub trait Vmm: Send + Sync {
     /// Stops the virtual CPUs, flushes the disk, and writes the device state to `file` from its
     /// present position on. The guest's memory is not in it: it is its owner's to read.
     ///
-    /// Afterwards, and after an error too, the guest stands still until [`Vmm::resume`], and only
-    /// then may it be saved again. Until then nothing writes to its disk, which the VMM has let
-    /// go of.
+    /// Afterwards the guest stands still until [`Vmm::resume`], and only then may it be saved again.
+    /// Until then nothing writes to its disk, which the VMM has let go of. After an error it stands
+    /// still or runs, and is told to resume all the same.
+    ///
+    /// A VMM that asks for pages ([`spawn_asking`]) cannot do this before it has asked for all of
+    /// them. The guest runs while that is waited for.
     ///
     /// # Errors
     /// [`VmmError::Save`]: the VMM refused, could not, died, or was not done before `deadline`.
@@ -325,7 +328,7 @@ pub fn spawn_asking(
 /// What guests get that are started here now, by `driver` of `version`.
 ///
 /// # Errors
-/// The driver has no such version, or none that this release knows.
+/// The driver has no such version, or one that is too old.
 pub fn hardware_of(
     driver: Driver,
     version: &str,
@@ -334,8 +337,8 @@ pub fn hardware_of(
     match driver {
         Driver::Qemu => Ok(qemu::machine::of_new_guests(accelerator)),
         Driver::CloudHypervisor => {
-            let (version, _) = cloud_hypervisor::version::known(version)?;
-            Ok(cloud_hypervisor::machine::of_new_guests(version))
+            let known = cloud_hypervisor::version::known(version)?;
+            Ok(cloud_hypervisor::machine::of_new_guests(known.version))
         }
     }
 }
@@ -352,6 +355,14 @@ pub fn asks_for_pages(hardware: &Hardware) -> bool {
 /// until the guest asks for a flush, and nobody else can ask for one.
 #[must_use]
 pub fn flushes_when_saved(hardware: &Hardware) -> bool {
+    !cloud_hypervisor::machine::is_ours(hardware)
+}
+
+/// Whether nothing that the guest has asked its disk for is under way any more when a guest on
+/// `hardware` is saved. What Cloud Hypervisor has handed to the kernel may still come into the guest's
+/// memory after that, where no list of written pages would have it.
+#[must_use]
+pub fn settles_when_saved(hardware: &Hardware) -> bool {
     !cloud_hypervisor::machine::is_ours(hardware)
 }
 

@@ -15,26 +15,30 @@
 //! preferred, a bad one as well. A crash leaves nothing: the probe's guest dies with the thread that
 //! runs it.
 
+mod version;
+
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use proto::units::Mib;
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::base::chain::chain;
 use crate::pager::memory::GuestMemory;
+use crate::vmm::cloud_hypervisor::version as cloud_hypervisor;
 use crate::vmm::cmdline::GuestArgs;
 use crate::vmm::{
     Accelerator, Confinement, Driver, UnknownVersion, Vmm, VmmSpec, hardware_of, spawn, tiny,
 };
+
+pub use version::ask_version;
 
 /// What a guest that runs prints on its console.
 pub const OK_LINE: &str = "wrenn-probe: ok";
@@ -166,6 +170,11 @@ pub fn probe(request: &ProbeRequest) -> Result<ProbeOutcome, ProbeError> {
         source,
     };
     hardware_of(request.driver, &key.program, Accelerator::Kvm).map_err(known)?;
+    if request.driver == Driver::CloudHypervisor
+        && let Ok(Some(warning)) = cloud_hypervisor::known(&key.program).map(|it| it.warning())
+    {
+        warn!("{warning}");
+    }
     match recall(request.cache.as_deref(), &key) {
         Some(Err(_)) if !request.forgoable => {}
         Some(outcome) => return outcome,
@@ -391,16 +400,11 @@ fn key(request: &ProbeRequest) -> Result<Key, ProbeError> {
 }
 
 fn version_of(program: &Path) -> Result<String, ProbeError> {
-    let output = Command::new(program)
-        .arg("--version")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| ProbeError::Program {
-            program: program.to_owned(),
-            source,
-        })?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().next().unwrap_or_default().to_owned())
+    let (_, line) = ask_version(program).map_err(|source| ProbeError::Program {
+        program: program.to_owned(),
+        source,
+    })?;
+    Ok(line)
 }
 
 /// Changes whenever the file is replaced or rewritten: hashing 15 MiB at each start is not worth

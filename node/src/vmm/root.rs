@@ -16,26 +16,23 @@
 //! So nothing is mounted where anybody else could see it, every step can say what went wrong, and a
 //! crash at any point leaves nothing.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+mod mounts;
+
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{
-    DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown,
-    symlink,
-};
-use std::path::{Component, Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
 use std::thread;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, MsFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::unistd::{chdir, pivot_root};
 
+use self::mounts::{STAGE, Taken, Use, make_dir, mount_at, place_of};
 use crate::vmm::jail::{Allowed, FileRules};
 
-/// Where it is put together. Every host has it; what lies there is opened before, and hidden from
-/// nobody else, since the mount is in a namespace of its own.
-const STAGE: &str = "/tmp";
 /// Of the file system that holds the rest: directories, names, and a few device nodes.
 const STAGE_OPTIONS: &str = "mode=755,size=1m,nr_inodes=512";
 /// Where programs have what they load at run time: libraries, QEMU's own modules, its firmware. Those
@@ -74,8 +71,6 @@ pub const MEETING: &str = "/meeting";
 const OTHERS_READ: u32 = 0o004;
 /// See [`OTHERS_READ`].
 const OTHERS_RUN: u32 = 0o001;
-/// The mode of directories here.
-const DIR_MODE: u32 = 0o755;
 
 /// What the root of one VMM is to hold.
 #[derive(Clone, Debug, Default)]
@@ -281,146 +276,6 @@ impl RootPlan {
     }
 }
 
-/// What a VMM does with a thing of the host's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Use {
-    Program,
-    Read,
-    Write,
-}
-
-/// Something of the host's, and where it goes.
-#[derive(Debug)]
-enum Taken {
-    /// A link that leads to the same place here.
-    Link { to: PathBuf, name: PathBuf },
-    /// A file or a directory, opened.
-    File {
-        file: File,
-        is_dir: bool,
-        name: PathBuf,
-        used: Use,
-    },
-}
-
-impl Taken {
-    fn link(name: &Path) -> Result<Self, RootError> {
-        Ok(Self::Link {
-            to: fs::read_link(name).map_err(step("read the link", name))?,
-            name: name.to_owned(),
-        })
-    }
-
-    fn file(path: &Path, name: &Path, used: Use) -> Result<Self, RootError> {
-        let mut only_named = File::options();
-        only_named.read(true).custom_flags(libc::O_PATH);
-        let file = only_named.open(path).map_err(step("open", path))?;
-        let is_dir = file.metadata().map_err(step("look at", path))?.is_dir();
-        Ok(Self::File {
-            file,
-            is_dir,
-            name: name.to_owned(),
-            used,
-        })
-    }
-
-    fn name(&self) -> &Path {
-        match self {
-            Self::Link { name, .. } | Self::File { name, .. } => name,
-        }
-    }
-
-    /// The name under which everything below is the host's.
-    fn covers(&self) -> Option<&Path> {
-        match self {
-            Self::Link { name, .. } => Some(name),
-            Self::File { name, is_dir, .. } => is_dir.then_some(name.as_path()),
-        }
-    }
-
-    fn put(&self, all: &[Self]) -> Result<(), RootError> {
-        match self {
-            Self::Link { to, name } => {
-                make_dir(name.parent().unwrap_or(name))?;
-                symlink(to, place_of(name)).map_err(step("make the link", name))
-            }
-            Self::File {
-                file,
-                is_dir,
-                name,
-                used,
-            } => {
-                // Below another of these it is there already; nothing must be made in the host's.
-                let mut others = all.iter().filter(|it| it.covers() != Some(name));
-                let there = others.any(|it| it.covers().is_some_and(|dir| name.starts_with(dir)));
-                if !there && *is_dir {
-                    make_dir(name)?;
-                } else if !there {
-                    make_dir(name.parent().unwrap_or(name))?;
-                    File::create(place_of(name)).map_err(step("make a place for", name))?;
-                }
-                bind(file, name, *used)
-            }
-        }
-    }
-}
-
-/// Where `name` is while it is being put together.
-fn place_of(name: &Path) -> PathBuf {
-    let mut below = PathBuf::new();
-    for component in name.components() {
-        match component {
-            Component::Normal(word) => below.push(word),
-            // Where the kernel comes to as well, since the directory before it is made.
-            Component::ParentDir => drop(below.pop()),
-            _ => {}
-        }
-    }
-    Path::new(STAGE).join(below)
-}
-
-/// Makes the directory `name` here, and those above it.
-fn make_dir(name: &Path) -> Result<PathBuf, RootError> {
-    let place = place_of(name);
-    for dir in name.ancestors().collect::<Vec<_>>().into_iter().rev() {
-        let dir = place_of(dir);
-        match DirBuilder::new().mode(DIR_MODE).create(&dir) {
-            Ok(()) => {
-                // Whatever the process's umask is.
-                let set = fs::set_permissions(&dir, Permissions::from_mode(DIR_MODE));
-                set.map_err(step("open up", &dir))?;
-            }
-            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(err) => return Err(step("make the directory", name)(err)),
-        }
-    }
-    Ok(place)
-}
-
-fn bind(file: &File, name: &Path, used: Use) -> Result<(), RootError> {
-    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let place = place_of(name);
-    mount_at(Some(&source), &place, None, MsFlags::MS_BIND, None)?;
-    let mut flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    if used != Use::Program {
-        flags |= MsFlags::MS_NOEXEC;
-    }
-    if used != Use::Write {
-        flags |= MsFlags::MS_RDONLY;
-    }
-    mount_at(None, &place, None, flags, None)
-}
-
-fn mount_at(
-    source: Option<&str>,
-    place: &Path,
-    kind: Option<&str>,
-    flags: MsFlags,
-    options: Option<&str>,
-) -> Result<(), RootError> {
-    mount(source, place, kind, flags, options).map_err(step("mount", place))
-}
-
 /// Whether others than its owner may do with `path` what has to be done.
 fn check_open(path: &Path, needed: u32) -> Result<(), RootError> {
     let mode = fs::metadata(path).map_err(step("look at", path))?.mode();
@@ -479,13 +334,14 @@ fn base_of(disk: &Path) -> io::Result<Option<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use std::process::{Command, Stdio};
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::*;
     use crate::vmm::confinement::own_users;
     use crate::vmm::jail::Jail;
 
-    /// A user that no other test has.
-    const USER: u32 = 0x7000_0000 + (1 << 17);
+    /// Users that no other test has, one for each plan: those of one user see each other in `/proc`.
+    static NEXT_USER: AtomicU32 = AtomicU32::new(0x7000_0000 + (1 << 17));
 
     /// A file of `mode` in `home`.
     fn file(home: &Path, name: &str, content: &[u8], mode: u32) -> PathBuf {
@@ -497,7 +353,7 @@ mod tests {
 
     fn plan() -> RootPlan {
         RootPlan {
-            owner: USER,
+            owner: NEXT_USER.fetch_add(1, Ordering::Relaxed),
             program: "/bin/sh".into(),
             ..RootPlan::default()
         }
@@ -572,9 +428,11 @@ mod tests {
         }
         let script = "while read name value; do case $name in Uid:|Gid:|Groups:|Cap*|NoNewPrivs:)
                       echo $name $value;; esac; done < /proc/self/status";
-        let ids = format!("{USER} {USER} {USER} {USER}");
+        let plan = plan();
+        let user = plan.owner;
+        let ids = format!("{user} {user} {user} {user}");
         let none = "0000000000000000";
-        for line in said(&plan(), script) {
+        for line in said(&plan, script) {
             let wanted = match line.split_once(' ').unwrap_or((&line, "")).0 {
                 "Uid:" | "Gid:" => ids.as_str(),
                 "NoNewPrivs:" => "1",
@@ -611,7 +469,7 @@ mod tests {
         );
         assert_eq!(said(&plan, &script), ["below", "no", "yes"]);
         assert_eq!(fs::read(&disk).expect("read"), b"new\n");
-        assert_eq!(fs::metadata(&disk).expect("there").uid(), USER);
+        assert_eq!(fs::metadata(&disk).expect("there").uid(), plan.owner);
         assert_eq!(
             base_of(&file(home.path(), "raw", &[0; 64], 0o600)).expect("read"),
             None

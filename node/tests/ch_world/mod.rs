@@ -6,6 +6,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod raw;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -153,10 +155,20 @@ pub(crate) fn program() -> Option<PathBuf> {
     found
 }
 
+/// Says that the test that calls it tests nothing.
+pub(crate) fn skip(why: &str) {
+    say("SKIPPED, NOTHING WAS TESTED", why);
+}
+
+/// Says that the test that calls it leaves a part out.
+pub(crate) fn leave_out(part: &str) {
+    say("NOT TESTED", part);
+}
+
 /// Past the harness, which keeps what is printed by tests that pass.
-fn skip(why: &str) {
+fn say(what: &str, why: &str) {
     let test = thread::current().name().unwrap_or("a test").to_owned();
-    let line = format!("\n!!! SKIPPED, NOTHING WAS TESTED: {test}: {why} !!!\n\n");
+    let line = format!("\n!!! {what}: {test}: {why} !!!\n\n");
     std::io::stderr()
         .write_all(line.as_bytes())
         .expect("standard error");

@@ -20,6 +20,8 @@ pub enum Mood {
     Finds,
     SaysNotNow,
     SaysGone,
+    /// It hears, and never answers.
+    SaysNothing,
 }
 
 /// A daemon on a thread of its own. Dropping it is its death: connections break.
@@ -110,6 +112,7 @@ async fn accept(
                         (Mood::Finds, None) => Answer::Gone("never heard of it".to_owned()),
                         (Mood::SaysNotNow, _) => Answer::NotNow("no holder answers".to_owned()),
                         (Mood::SaysGone, _) => Answer::Gone("no holder is left".to_owned()),
+                        (Mood::SaysNothing, _) => std::future::pending().await,
                     }
                 }
             };

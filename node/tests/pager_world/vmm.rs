@@ -125,7 +125,9 @@ impl Vmm {
             .spawn()
             .expect("started");
         let vmm = Self { child, socket };
-        assert!(eventually(SOON, || vmm.socket.exists()), "it listens");
+        // Its file is there a moment before it listens.
+        let listens = || UnixStream::connect(&vmm.socket).is_ok();
+        assert!(eventually(SOON, listens), "it listens");
         vmm
     }
 

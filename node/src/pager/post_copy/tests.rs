@@ -1,3 +1,7 @@
+use std::sync::Barrier;
+use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::{self, Receiver};
+
 use proptest::prelude::*;
 use proto::units::Mib;
 
@@ -5,6 +9,7 @@ use super::*;
 use crate::pager::memory::{GuestMemory, sealed_memfd};
 use crate::pager::region::Region;
 use crate::pager::source::{Asked, SourceError, Whereabouts};
+use crate::store::chunk::ChunkId;
 use crate::vmm::cloud_hypervisor::offload::codec::{
     Command, RANGE_BYTES as THEIR_RANGE, Request, Status, encode_answer,
 };
@@ -40,6 +45,48 @@ impl PageSource for Numbered {
         scratch: &mut Scratch,
     ) -> Result<Content, SourceError> {
         Ok(self.read_here(window, scratch).expect("all is here"))
+    }
+}
+
+/// As [`Numbered`], but its first window cannot be had for some `times`. Whoever tries first waits
+/// before that for the test, twice.
+struct Spoilt {
+    times: usize,
+    reads: AtomicUsize,
+    gate: Arc<Barrier>,
+}
+
+impl PageSource for Spoilt {
+    fn whereabouts(&self, window: WindowIndex) -> Whereabouts {
+        Numbered.whereabouts(window)
+    }
+
+    fn read_here(&self, window: WindowIndex, scratch: &mut Scratch) -> Option<Content> {
+        (window.0 > 0).then(|| Numbered.read_here(window, scratch))?
+    }
+
+    fn ask_ahead(&self, _: WindowIndex) -> Option<Asked> {
+        None
+    }
+
+    fn read(
+        &self,
+        window: WindowIndex,
+        asked: Option<Asked>,
+        scratch: &mut Scratch,
+    ) -> Result<Content, SourceError> {
+        let earlier = self.reads.fetch_add(1, Ordering::Relaxed);
+        if earlier == 0 {
+            self.gate.wait();
+            self.gate.wait();
+        }
+        if earlier < self.times {
+            return Err(SourceError::Gone {
+                chunk: ChunkId::of(b"spoilt"),
+                reason: "no holder".to_owned(),
+            });
+        }
+        Numbered.read(window, asked, scratch)
     }
 }
 
@@ -85,20 +132,32 @@ impl World {
 
     /// A pager that is not running yet.
     fn answerer(&self) -> Arc<Answerer> {
+        self.answerer_from(Numbered, Box::new(|err| panic!("{err}")))
+    }
+
+    /// The same, from an image that is spoilt `times` times, what the first to read it waits at, and
+    /// where the end is told.
+    fn spoilt(&self, times: usize) -> (Arc<Answerer>, Arc<Barrier>, Receiver<ServeError>) {
+        let gate = Arc::new(Barrier::new(2));
+        let source = Spoilt {
+            times,
+            reads: AtomicUsize::new(0),
+            gate: Arc::clone(&gate),
+        };
+        let (tell, told) = mpsc::channel();
+        let failed = Box::new(move |err| drop(tell.send(err)));
+        (self.answerer_from(source, failed), gate, told)
+    }
+
+    fn answerer_from(&self, source: impl PageSource + 'static, failed: OnFailure) -> Arc<Answerer> {
         let table = StateTable::map(&self.states, Region::new(MEMORY)).expect("a table");
         let questions = Questions {
             stream: self.pagers.try_clone().expect("a clone"),
             slots: SLOTS.to_vec(),
         };
-        let failed = Box::new(|err| panic!("{err}"));
         let memory = self.memory.as_fd();
-        let made = Answerer::new(
-            questions,
-            memory,
-            Arc::new(table),
-            Box::new(Numbered),
-            failed,
-        );
+        let (table, source) = (Arc::new(table), Box::new(source));
+        let made = Answerer::new(questions, memory, table, source, failed);
         Arc::new(made.expect("made"))
     }
 
@@ -191,11 +250,7 @@ fn all_but_the_holes_is_written_ahead() {
     let world = World::new();
     let answerer = world.answerer();
     answerer.start(false).expect("started");
-    let end = Instant::now() + Duration::from_secs(10);
-    while !answerer.pushing_done() {
-        assert!(Instant::now() < end);
-        thread::sleep(NAP);
-    }
+    await_it(|| answerer.pushing_done());
     let filled = MEMORY.bytes() - WINDOW_BYTES;
     assert_eq!(world.memory.resident_bytes().expect("told"), filled);
 }
@@ -217,6 +272,72 @@ fn a_pager_that_takes_over_answers_what_its_predecessor_left() {
     world.await_answer();
     world.ask(0x3000);
     assert_eq!(world.page(3), [1; 4096]);
+}
+
+/// Asks for a page that a thread has claimed which writes ahead, and lets that thread fail.
+fn fail_ahead(world: &World, answerer: &Arc<Answerer>, gate: &Barrier) {
+    answerer.start(false).expect("started");
+    gate.wait();
+    (&world.stream)
+        .write_all(&question(0x1000, PAGE_BYTES))
+        .expect("asked");
+    await_it(|| answerer.counters().faults.load(Ordering::Relaxed) > 0);
+    gate.wait();
+}
+
+fn await_it(is_so: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !is_so() {
+        assert!(Instant::now() < end);
+        thread::sleep(NAP);
+    }
+}
+
+/// The guest would read zeros where it has bytes.
+#[test]
+fn a_page_that_was_given_up_while_it_was_waited_for_is_no_hole() {
+    let world = World::new();
+    let (answerer, gate, _told) = world.spoilt(1);
+    fail_ahead(&world, &answerer, &gate);
+    world.await_answer();
+    assert_eq!(world.page(1), [1; 4096]);
+    await_it(|| answerer.pushing_done());
+}
+
+#[test]
+fn a_page_that_cannot_be_had_ends_the_guest_and_is_never_said_to_be_there() {
+    let world = World::new();
+    let (answerer, gate, told) = world.spoilt(2);
+    fail_ahead(&world, &answerer, &gate);
+    let err = told.recv_timeout(Duration::from_secs(10)).expect("told");
+    assert!(matches!(err, ServeError::Source(_)), "{err}");
+    assert!(nothing_asked(&world.stream), "it was answered");
+    assert!(!answerer.exists(PageIndex(1)).expect("told"));
+    await_it(|| answerer.pushed().ended == PUSHERS);
+    assert!(!answerer.pushing_done(), "a window is left");
+}
+
+/// Nobody knows which page its predecessor owes an answer for.
+#[test]
+fn a_pager_that_takes_over_says_nothing_before_it_has_what_could_not_be_written_ahead() {
+    let world = World::new();
+    let (answerer, gate, _told) = world.spoilt(1);
+    answerer.start(true).expect("started");
+    gate.wait();
+    assert!(nothing_asked(&world.stream), "it was answered");
+    gate.wait();
+    world.await_answer();
+    assert_eq!(world.page(0), [1; 4096]);
+    assert!(answerer.pushing_done());
+
+    let world = World::new();
+    let (answerer, gate, told) = world.spoilt(2);
+    answerer.start(true).expect("started");
+    gate.wait();
+    gate.wait();
+    let err = told.recv_timeout(Duration::from_secs(10)).expect("told");
+    assert!(matches!(err, ServeError::Source(_)), "{err}");
+    assert!(nothing_asked(&world.stream), "it was answered");
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //!
 //! Cloud Hypervisor answers one call after the other, and some not before something else has
 //! happened: a call that waits for a guest blocks all that come later. So each call has our deadline,
-//! and one that misses it has to be taken for *perhaps done*. What is asked is typed; what is
-//! answered is read as from a stranger, and bounded.
+//! from the connect on, and one that misses it has to be taken for *perhaps done*. What is asked is
+//! typed; what is answered is read as from a stranger, and bounded.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::vmm::cloud_hypervisor::config::VmConfig;
 use crate::vmm::cloud_hypervisor::http::{self, Answer, MAX_ANSWER_BYTES};
+use crate::vmm::cloud_hypervisor::sockets::connect;
 
 /// Why a call failed.
 #[non_exhaustive]
@@ -204,15 +205,20 @@ impl Api {
         let request = asked
             .encode()
             .map_err(|err| socket(io::Error::other(err)))?;
-        let stream = UnixStream::connect(&self.path).map_err(|source| match source.kind() {
+        let since = Instant::now();
+        let stream = connect(&self.path, deadline).map_err(|source| match source.kind() {
             // Nobody listens any more.
             io::ErrorKind::ConnectionRefused => ApiError::Closed { call },
+            io::ErrorKind::TimedOut => ApiError::TimedOut {
+                call,
+                waited: since.elapsed(),
+            },
             _ => socket(source),
         })?;
         let pending = Pending {
             call,
             stream,
-            since: Instant::now(),
+            since,
             heard: Vec::new(),
         };
         let left = pending.left(deadline)?;

@@ -27,11 +27,13 @@ pub mod spawn;
 pub mod version;
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
 
 use crate::pager::post_copy::Questions;
 use crate::pager::region::Region;
@@ -42,7 +44,7 @@ use crate::vmm::cloud_hypervisor::noise::Refusals;
 use crate::vmm::cloud_hypervisor::offload::OffloadError;
 use crate::vmm::cloud_hypervisor::offload::link::{self, Given, Held};
 use crate::vmm::cloud_hypervisor::sockets::{Nameless, path_of};
-use crate::vmm::cloud_hypervisor::version::Version;
+use crate::vmm::cloud_hypervisor::version::Known;
 use crate::vmm::error::MoveStateError;
 use crate::vmm::process::{VmmProcess, rest};
 use crate::vmm::{Hardware, Vmm, VmmError, VmmExit};
@@ -61,6 +63,11 @@ const MAX_MISSED: u32 = 3;
 const SILENT: &str = "vmm-silent";
 /// What it says to a save as long as it asks for pages.
 const RESTORING: &str = "on-demand memory restore";
+/// No address: a guest is never laid open there. Whether it asks for pages it looks at first.
+const NOWHERE: &str = "";
+/// How a process ends to which its own filter of system calls objects; the second in the jail, where
+/// the first process of a namespace cannot raise a signal that kills it.
+const FILTERED: [Signal; 2] = [Signal::SIGSYS, Signal::SIGSEGV];
 
 /// A machine that waits for its guest's state.
 #[derive(Debug)]
@@ -92,8 +99,11 @@ pub struct CloudHypervisor {
     events: Events,
     memory: OwnedFd,
     region: Region,
+    known: Known,
     version: String,
     hardware: Hardware,
+    /// Whether it may still ask for pages of its guest.
+    asks: AtomicBool,
     pass: Mutex<Pass>,
     refusals: Refusals,
     told_to_quit: AtomicBool,
@@ -110,10 +120,11 @@ impl CloudHypervisor {
         saves: Nameless,
         heard: (Events, Refusals),
         memory: (OwnedFd, Region),
-        identity: (Version, String, Hardware),
+        identity: (Known, String, Hardware),
         incoming: Option<Incoming>,
     ) -> Self {
-        let (_, version, hardware) = identity;
+        let (known, version, hardware) = identity;
+        let asks = incoming.as_ref().is_some_and(|it| it.questions.is_some());
         Self {
             process,
             api: api.0,
@@ -122,8 +133,10 @@ impl CloudHypervisor {
             events: heard.0,
             memory: memory.0,
             region: memory.1,
+            known,
             version,
             hardware,
+            asks: AtomicBool::new(asks),
             pass: Mutex::new(Pass {
                 held: None,
                 incoming,
@@ -158,6 +171,8 @@ impl CloudHypervisor {
                 let there = self.api.info(deadline)?.state == wanted;
                 return if there { Ok(()) } else { Err(refused) };
             }
+            // It may be held by a save that was given up before it had connected to us.
+            self.saves.turn_away();
             if !rest(&mut pause, deadline) {
                 return Err(refused);
             }
@@ -165,19 +180,22 @@ impl CloudHypervisor {
     }
 
     fn save(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<Held, MoveStateError> {
+        self.await_pages(deadline)?;
         self.bring(&Call::Pause, "Paused", deadline)?;
         self.saves.turn_away();
         let place = path_of(self.saves.inode());
         let address = format!("unix:{}", place.display());
-        self.lay_open(&address, deadline)?;
+        self.api.call(&Call::Send(&address), deadline)?;
         const DOING: &str = "waiting for it to lay the guest open";
         let socket = |source| OffloadError::Socket {
             doing: DOING,
             source,
         };
         let stream = self.saves.accept(self.process.pidfd(), deadline);
-        let stream = stream.map_err(socket)?;
-        let taken = link::take(stream, self.memory.as_fd(), deadline)?;
+        let taken = stream
+            .map_err(socket)
+            .and_then(|stream| link::take(stream, self.memory.as_fd(), deadline));
+        let taken = taken.map_err(|err| self.explained(err))?;
         let foundation = Foundation::of_config(&taken.config, self.region.bytes())?;
         same_slots(&taken.slots, &foundation.slots())?;
         let kept = Kept {
@@ -191,17 +209,58 @@ impl CloudHypervisor {
         Ok(taken.held)
     }
 
-    /// Has it connect to `address`. As long as it asks for pages itself it cannot, and until it has
-    /// asked for all of them we wait.
-    fn lay_open(&self, address: &str, deadline: Instant) -> Result<(), ApiError> {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            match self.api.call(&Call::Send(address), deadline) {
-                Err(ApiError::Refused { reason, .. })
-                    if reason.contains(RESTORING) && rest(&mut pause, deadline) => {}
-                told => return told.map(drop),
+    /// Waits until it has asked for all of its guest's pages, while that runs: before, it cannot be
+    /// saved. It is asked for a save to nowhere, which it refuses in any case, and for this reason
+    /// before any other.
+    fn await_pages(&self, deadline: Instant) -> Result<(), MoveStateError> {
+        let (began, mut pause) = (Instant::now(), FIRST_PAUSE);
+        let mut is_asking = false;
+        while self.asks.load(Ordering::Relaxed) {
+            match self.api.call(&Call::Send(NOWHERE), deadline) {
+                Err(ApiError::Refused { reason, .. }) if reason.contains(RESTORING) => {
+                    is_asking = true;
+                }
+                // Out of time in the middle of being told so once more.
+                Err(ApiError::TimedOut { .. }) if is_asking => {}
+                Ok(_) | Err(ApiError::Refused { .. }) => {
+                    self.asks.store(false, Ordering::Relaxed);
+                    break;
+                }
+                Err(err) => return Err(err.into()),
+            }
+            if !rest(&mut pause, deadline) {
+                let waited = began.elapsed();
+                return Err(MoveStateError::PagesMissing { waited });
             }
         }
+        Ok(())
+    }
+
+    /// Why it went away in a save, where that is known of its release: whoever has the wrong build of
+    /// it should be told so.
+    fn explained(&self, err: OffloadError) -> MoveStateError {
+        let is_gone = match &err {
+            OffloadError::Closed { .. } => true,
+            OffloadError::Socket { source, .. } => {
+                source.kind() == io::ErrorKind::ConnectionAborted
+            }
+            _ => false,
+        };
+        if !is_gone || !self.known.behaviour.filter_ends_glibc_save {
+            return err.into();
+        }
+        let exit = self.process.wait(Instant::now() + LAST_REPORTS);
+        let signal = exit.ok().flatten().and_then(|exit| exit.signal);
+        let filtered = FILTERED.iter().find(|it| Some(**it as i32) == signal);
+        let Some(signal) = filtered else {
+            return err.into();
+        };
+        let version = self.known.version;
+        let reason = format!(
+            "it ended by {signal} in the save, as {version} does by its filter of system calls where it \
+             was built against glibc; the official static build does not"
+        );
+        MoveStateError::GaveUp { reason }
     }
 
     fn load(&self, file: BorrowedFd<'_>, deadline: Instant) -> Result<(), MoveStateError> {
@@ -247,12 +306,14 @@ impl CloudHypervisor {
         }
     }
 
-    /// Calls off the hand-over of a saved guest, if there is one: the VMM keeps it.
-    fn keep_guest(&self) {
-        if let Some(held) = self.pass().held.take() {
-            self.refusals.expect_one();
-            held.keep_it();
-        }
+    /// Calls off the hand-over of a saved guest: the VMM keeps it. Returns whether there was one.
+    fn keep_guest(&self) -> bool {
+        let Some(held) = self.pass().held.take() else {
+            return false;
+        };
+        self.refusals.expect_one();
+        held.keep_it();
+        true
     }
 }
 
@@ -306,11 +367,15 @@ impl Vmm for CloudHypervisor {
     }
 
     fn quit(&self, deadline: Instant) -> Result<(), VmmError> {
-        self.keep_guest();
         self.told_to_quit.store(true, Ordering::Relaxed);
-        match self.bring(&Call::Shutdown, "Shutdown", deadline) {
-            // It may be gone before its answer has left.
-            Err(ApiError::Closed { .. }) => Ok(()),
+        if self.keep_guest() {
+            // Until it has its guest back it says no to the next call, and ends all the same. Should
+            // it not get that far, it is told to end as it is.
+            let _back = self.bring(&Call::Pause, "Paused", deadline);
+        }
+        match self.api.call(&Call::Shutdown, deadline).map(drop) {
+            // It ends whatever it answers, and may be gone before its answer has left.
+            Err(ApiError::Closed { .. } | ApiError::Refused { .. }) => Ok(()),
             outcome => self.tell("quit", outcome),
         }
     }

@@ -5,6 +5,10 @@
 //! a socket is bound in a directory of its own, remembered by a descriptor of its inode, and its
 //! name removed at once: whoever holds the descriptor reaches it as `/proc/self/fd/<n>`, nobody
 //! else does. Where the VMM itself has to bind there is a directory for as long as that takes.
+//!
+//! Those directories are made inside the sandbox's own. A shim that is killed while there is one
+//! leaves it, and it goes with the sandbox. They are reached by a descriptor, never by their path,
+//! which may be longer than an address of a socket.
 
 use std::fs::File;
 use std::io;
@@ -17,6 +21,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::AtFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use nix::unistd::{Gid, Uid, fchownat};
 use tempfile::TempDir;
 
@@ -24,6 +29,9 @@ use crate::vmm::process::poll_timeout;
 
 /// What a socket is called for the moment that it has a name.
 const NAME: &str = "s";
+/// What the name of a directory for a socket begins with: whoever finds one that was left knows whose
+/// it is.
+const PREFIX: &str = "wrenn-ch-";
 /// Pause between two looks for a socket that the VMM makes: it takes a millisecond or two, which is
 /// a part of every resume.
 const PAUSE: Duration = Duration::from_micros(100);
@@ -36,20 +44,20 @@ pub struct Nameless {
 }
 
 impl Nameless {
-    /// Makes one.
+    /// Makes one, which has a name in a directory of its own inside `home` until this returns.
     ///
     /// # Errors
     /// The kernel or the disk refused.
-    pub fn bind() -> io::Result<Self> {
-        let home = private_dir()?;
-        let path = home.path().join(NAME);
+    pub fn bind(home: &Path) -> io::Result<Self> {
+        let place = Meeting::create(home)?;
+        let path = place.socket();
         let listener = UnixListener::bind(&path)?;
         // Only a reference: a socket cannot be opened.
         let inode = File::options()
             .read(true)
             .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
             .open(&path)?;
-        home.close()?;
+        place.home.close()?;
         Ok(Self {
             listener,
             inode: inode.into(),
@@ -122,6 +130,31 @@ impl Nameless {
     }
 }
 
+/// Connects to the socket at `path`. Where so many wait there already that the kernel takes no more, as
+/// with a process that is stopped for long, it is tried until `deadline`.
+///
+/// # Errors
+/// The deadline came first ([`io::ErrorKind::TimedOut`]), or the kernel refused.
+pub fn connect(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path)?;
+    let (family, flags) = (AddressFamily::Unix, SockFlag::SOCK_CLOEXEC);
+    let stream = UnixStream::from(socket(family, SockType::Stream, flags, None)?);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // The limit of a unix socket's `connect` too. One that does not block says only that there
+        // is no room, and `poll` does not tell when there is.
+        stream.set_write_timeout(Some(left))?;
+        match socket::connect(stream.as_raw_fd(), &address) {
+            Ok(()) => return Ok(stream),
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
 /// How the holder of `fd` names it to the kernel.
 #[must_use]
 pub fn path_of(fd: BorrowedFd<'_>) -> PathBuf {
@@ -136,12 +169,12 @@ pub struct Meeting {
 }
 
 impl Meeting {
-    /// Makes one.
+    /// Makes one inside `home`, that only this user may enter.
     ///
     /// # Errors
     /// The disk refused.
-    pub fn create() -> io::Result<Self> {
-        let home = private_dir()?;
+    pub fn create(home: &Path) -> io::Result<Self> {
+        let home = tempfile::Builder::new().prefix(PREFIX).tempdir_in(home)?;
         let dir = File::open(home.path())?.into();
         Ok(Self { home, dir })
     }
@@ -158,6 +191,11 @@ impl Meeting {
         self.home.path()
     }
 
+    /// The socket in it, for this process.
+    fn socket(&self) -> PathBuf {
+        path_of(self.dir()).join(NAME)
+    }
+
     /// What a VMM calls the place that inherits it, or has it at `mounted` in a root of its own.
     #[must_use]
     pub fn url(&self, mounted: Option<&Path>) -> String {
@@ -170,7 +208,7 @@ impl Meeting {
     /// # Errors
     /// As [`Nameless::accept`].
     pub fn connect(&self, peer: BorrowedFd<'_>, deadline: Instant) -> io::Result<UnixStream> {
-        let path = self.home.path().join(NAME);
+        let path = self.socket();
         loop {
             match UnixStream::connect(&path) {
                 Err(err) if not_yet(&err) => {}
@@ -196,11 +234,6 @@ fn not_yet(err: &io::Error) -> bool {
     )
 }
 
-/// A directory that only this user may enter.
-fn private_dir() -> io::Result<TempDir> {
-    tempfile::Builder::new().prefix("wrenn-ch-").tempdir()
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -209,7 +242,10 @@ mod tests {
 
     #[test]
     fn a_nameless_socket_is_reached_by_its_descriptor_and_by_nothing_else() {
-        let socket = Nameless::bind().expect("bound");
+        let home = tempfile::tempdir().expect("tempdir");
+        let socket = Nameless::bind(home.path()).expect("bound");
+        let left = std::fs::read_dir(home.path()).expect("listed").count();
+        assert_eq!(left, 0, "it has a name");
         let (alive, theirs) = UnixStream::pair().expect("a pair");
         let late = socket
             .accept(alive.as_fd(), Instant::now())
@@ -231,9 +267,38 @@ mod tests {
         );
     }
 
+    /// A listener that takes nobody in, and before which one waits: there is room for no other.
+    #[test]
+    fn a_crowded_socket_is_waited_for_until_the_deadline_and_no_longer() {
+        let home = tempfile::tempdir().expect("tempdir");
+        let path = home.path().join(NAME);
+        let (family, flags) = (AddressFamily::Unix, SockFlag::SOCK_CLOEXEC);
+        let crowded = socket(family, SockType::Stream, flags, None).expect("made");
+        let address = UnixAddr::new(&path).expect("short");
+        socket::bind(crowded.as_raw_fd(), &address).expect("bound");
+        let none = socket::Backlog::new(0).expect("a length");
+        socket::listen(&crowded, none).expect("listening");
+        let soon = || Instant::now() + Duration::from_secs(10);
+        let _first = connect(&path, soon()).expect("there is room for one");
+        let began = Instant::now();
+        let brief = Duration::from_millis(50);
+        let late = connect(&path, began + brief).expect_err("no room");
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        assert!((brief..Duration::from_secs(5)).contains(&began.elapsed()));
+        let listener = UnixListener::from(crowded);
+        // Listens on until both are done.
+        let taken_in = std::thread::spawn(move || listener.accept().map(|_| listener));
+        connect(&path, soon()).expect("there is room again");
+        taken_in.join().expect("no panic").expect("accepted");
+    }
+
     #[test]
     fn a_meeting_is_waited_for_and_leaves_nothing() {
-        let meeting = Meeting::create().expect("made");
+        let sandbox = tempfile::tempdir().expect("tempdir");
+        // Longer than an address may be.
+        let sandbox = sandbox.path().join("d".repeat(200));
+        std::fs::create_dir(&sandbox).expect("made");
+        let meeting = Meeting::create(&sandbox).expect("made");
         let (alive, _theirs) = UnixStream::pair().expect("a pair");
         let connect = || meeting.connect(alive.as_fd(), Instant::now());
         let late = connect().expect_err("nobody");
@@ -242,7 +307,8 @@ mod tests {
         let path = PathBuf::from(url.strip_prefix("unix:").expect("a path"));
         let _bound = UnixListener::bind(&path).expect("bound");
         connect().expect("met");
-        let home = meeting.home.path().to_owned();
+        let home = meeting.path().to_owned();
+        assert_eq!(home.parent(), Some(sandbox.as_path()));
         drop(meeting);
         assert!(!home.exists());
     }

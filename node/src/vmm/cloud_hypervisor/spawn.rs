@@ -11,6 +11,7 @@
 //! to lay its guest open or to take one in. Its standard output is the guest's console. The name by
 //! which a sweeper finds it is its first argument: it has no option for one.
 
+use std::env;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Write};
@@ -36,7 +37,7 @@ use crate::vmm::cloud_hypervisor::kept::{self, Kept, KeptError};
 use crate::vmm::cloud_hypervisor::noise::{self, Refusals};
 use crate::vmm::cloud_hypervisor::offload::{codec, link};
 use crate::vmm::cloud_hypervisor::sockets::{Meeting, Nameless, path_of};
-use crate::vmm::cloud_hypervisor::version::{self, Version};
+use crate::vmm::cloud_hypervisor::version::{self, Known};
 use crate::vmm::cloud_hypervisor::{CloudHypervisor, Incoming, machine};
 use crate::vmm::error::{ForeignStateError, SpecError, TalkError};
 use crate::vmm::jail::{Allowed, Jail, JailError, pidfd_open};
@@ -99,7 +100,7 @@ fn bring_back(
     let kept = read_kept(state, hardware, spec.memory).map_err(SpawnVmmError::Saved)?;
     let document = kept.foundation.config_with(&machine);
     let document = document.map_err(SpawnVmmError::Saved)?;
-    let meeting = Meeting::create().map_err(|source| start_failed(spec, source))?;
+    let meeting = Meeting::create(&home_of(name)).map_err(|source| start_failed(spec, source))?;
     let mut young = Young::start(spec, name, ram, Some(meeting))?;
     let told = young.receive(hardware, &kept, &document, mode, deadline);
     young.grown(spec, told)
@@ -158,7 +159,7 @@ struct Young {
 
 /// What has become of a young process.
 struct Told {
-    version: Version,
+    known: Known,
     version_text: String,
     hardware: Hardware,
     incoming: Option<Incoming>,
@@ -185,10 +186,10 @@ struct Ends {
 }
 
 impl Ends {
-    fn make(spec: &VmmSpec) -> io::Result<Self> {
+    fn make(spec: &VmmSpec, home: &Path) -> io::Result<Self> {
         let ends = Self {
-            api: Nameless::bind()?,
-            saves: Nameless::bind()?,
+            api: Nameless::bind(home)?,
+            saves: Nameless::bind(home)?,
             console: UnixStream::pair()?,
             reports: io::pipe()?,
         };
@@ -241,7 +242,8 @@ impl Young {
             }));
         }
         let netns = open_netns(spec)?;
-        let ends = Ends::make(spec).map_err(|source| start_failed(spec, source))?;
+        let ends = Ends::make(spec, &home_of(name));
+        let ends = ends.map_err(|source| start_failed(spec, source))?;
         let jail = ends.jail(spec, ram, meeting.as_ref(), netns)?;
         Self::exec(spec, name, ram, meeting, ends, jail)
             .map_err(|source| start_failed(spec, source))
@@ -299,14 +301,14 @@ impl Young {
     }
 
     fn boot(&self, machine: &config::VmConfig, deadline: Instant) -> Result<Told, Failed> {
-        let (version, version_text) = self.meet(deadline)?;
+        let (known, version_text) = self.meet(deadline)?;
         self.api.call(&Call::Create(machine), deadline)?;
         self.api.call(&Call::Boot, deadline)?;
         self.check_mapped()?;
         Ok(Told {
-            version,
+            known,
             version_text,
-            hardware: machine::of_new_guests(version),
+            hardware: machine::of_new_guests(known.version),
             incoming: None,
         })
     }
@@ -319,9 +321,9 @@ impl Young {
         mode: MemoryMode,
         deadline: Instant,
     ) -> Result<Told, Failed> {
-        let (version, version_text) = self.meet(deadline)?;
+        let (known, version_text) = self.meet(deadline)?;
         let mounted = self.mounted_meeting;
-        machine::check(hardware, version).map_err(Failed::Spec)?;
+        machine::check(hardware, known.version).map_err(Failed::Spec)?;
         let socket = |doing| move |source| TalkError::Socket { doing, source };
         let Some(meeting) = self.meeting.take() else {
             let source = io::ErrorKind::NotFound.into();
@@ -343,7 +345,7 @@ impl Young {
         let given = link::give(stream, &slots, self.memory.as_fd(), document, deadline)?;
         self.check_mapped()?;
         Ok(Told {
-            version,
+            known,
             version_text,
             hardware: hardware.clone(),
             incoming: Some(Incoming {
@@ -374,15 +376,15 @@ impl Young {
     }
 
     /// Waits for its first answer, which tells its version.
-    fn meet(&self, deadline: Instant) -> Result<(Version, String), Failed> {
+    fn meet(&self, deadline: Instant) -> Result<(Known, String), Failed> {
         let pong = self.api.ping(deadline)?;
-        let (version, _) = version::known(&pong.version)?;
+        let known = version::known(&pong.version)?;
         let text = if pong.build_version.is_empty() {
             pong.version
         } else {
             pong.build_version
         };
-        Ok((version, text))
+        Ok((known, text))
     }
 
     /// A slot that it has not mapped from our memory would read as zeros, without an error.
@@ -417,7 +419,7 @@ impl Young {
             self.saves,
             (self.events, refusals),
             (self.memory, self.region),
-            (told.version, told.version_text, told.hardware),
+            (told.known, told.version_text, told.hardware),
             told.incoming,
         );
         Ok(Started {
@@ -457,6 +459,17 @@ fn start_failed(spec: &VmmSpec, source: io::Error) -> SpawnVmmError {
     }
 }
 
+/// Where the places are made in which sockets are bound. A sandbox's guest is called by its directory,
+/// and what is left there by a killed shim goes with it. The guest of a probe has none.
+fn home_of(name: &str) -> PathBuf {
+    let dir = Path::new(name);
+    if dir.is_absolute() && dir.is_dir() {
+        dir.to_owned()
+    } else {
+        env::temp_dir()
+    }
+}
+
 /// By which a sweeper knows the process of `name`.
 #[must_use]
 pub fn first_argument(name: &str) -> OsString {
@@ -473,4 +486,20 @@ fn arguments(api: i32, reports: i32) -> Vec<String> {
         "--seccomp".to_owned(),
         "true".to_owned(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a killed shim leaves goes with the sandbox then.
+    #[test]
+    fn sockets_of_a_sandbox_are_made_in_its_directory() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let name = dir.path().to_string_lossy();
+        assert_eq!(home_of(&name), dir.path());
+        for other in ["wrenn-probe", "", "/nonexistent/sandbox"] {
+            assert_eq!(home_of(other), env::temp_dir(), "{other}");
+        }
+    }
 }

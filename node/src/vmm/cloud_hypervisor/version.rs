@@ -1,4 +1,5 @@
-//! Which Cloud Hypervisor this is, and how that one behaves.
+//! Which Cloud Hypervisor this is, and how that one behaves: an older one is refused, a newer one taken
+//! for the newest that was tried.
 
 use std::fmt;
 
@@ -44,64 +45,77 @@ impl Version {
     }
 }
 
-/// How a guest that was laid open to us is kept where it is, so that it can go on there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keeping {
-    /// The last question of the hand-over is left open for as long as the guest is saved, and
-    /// refused when it is to go on. The VMM takes that for a migration that failed, and keeps the
-    /// guest as it was: standing still. An `Ok` would end it.
-    HoldTheAnswer,
-}
-
-/// What differs between versions.
+/// What differs between releases, as far as the driver acts on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Behaviour {
-    /// See [`Keeping`].
-    pub keeping: Keeping,
-    /// Its filter of system calls ends the process in a save of a build against glibc, where the
-    /// thread that sends looks at a path.
-    pub glibc_save_needs_newfstatat: bool,
+    /// Its filter of system calls ends a build against glibc in the middle of a save: the thread that
+    /// sends looks at a path, and may not. Whoever runs one is told so, and what to use instead.
+    pub filter_ends_glibc_save: bool,
 }
 
-/// A version that is not in the table.
+/// A release that serves us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Which it is.
+    pub version: Version,
+    /// How it behaves, or is taken to behave where it is newer than the table.
+    pub behaviour: Behaviour,
+}
+
+impl Known {
+    /// What people should be told of it: that it is newer than any that was tried.
+    #[must_use]
+    pub fn warning(&self) -> Option<String> {
+        let version = self.version;
+        (version.major > NEWEST).then(|| {
+            format!(
+                "Cloud Hypervisor {version} is newer than {NEWEST}, the last that this release was tried \
+                 with, and is taken for one of those"
+            )
+        })
+    }
+}
+
+/// A version that does not serve us.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("Cloud Hypervisor {found} is not known: this release runs {OLDEST} to {NEWEST}")]
+#[error("Cloud Hypervisor {found} does not serve: this release needs {OLDEST} or a newer one")]
 pub struct UnknownVersion {
     /// What it says of itself.
     pub found: String,
 }
 
-/// How `version` behaves.
+/// How `version` behaves. One that is newer than the table behaves as the last in it: its guests are
+/// named after it and go to no other release, its documents are read with no field that we do not
+/// know, and the probe has had one guest saved before any other is.
 ///
 /// # Errors
-/// It is not in the table. A state document of it may have another layout, so nothing is assumed.
+/// It is older than the first whose hand-over serves us.
 pub fn behaviour(version: Version) -> Result<Behaviour, UnknownVersion> {
     match version.major {
-        OLDEST => Ok(Behaviour {
-            keeping: Keeping::HoldTheAnswer,
-            glibc_save_needs_newfstatat: true,
-        }),
-        // It could also keep the guest by an option (`preserve_source`). Holding the answer needs
-        // no option and is one path for all.
-        NEWEST => Ok(Behaviour {
-            keeping: Keeping::HoldTheAnswer,
-            glibc_save_needs_newfstatat: false,
-        }),
-        _ => Err(UnknownVersion {
+        ..OLDEST => Err(UnknownVersion {
             found: version.to_string(),
+        }),
+        OLDEST => Ok(Behaviour {
+            filter_ends_glibc_save: true,
+        }),
+        NEWEST.. => Ok(Behaviour {
+            filter_ends_glibc_save: false,
         }),
     }
 }
 
-/// The version in `text`, and how it behaves.
+/// The release that tells `text` of itself.
 ///
 /// # Errors
-/// It is none, or not in the table.
-pub fn known(text: &str) -> Result<(Version, Behaviour), UnknownVersion> {
+/// It is none, or too old.
+pub fn known(text: &str) -> Result<Known, UnknownVersion> {
     let version = Version::parse(text).ok_or_else(|| UnknownVersion {
         found: text.chars().take(MAX_BYTES).collect(),
     })?;
-    Ok((version, behaviour(version)?))
+    Ok(Known {
+        version,
+        behaviour: behaviour(version)?,
+    })
 }
 
 #[cfg(test)]
@@ -133,16 +147,34 @@ mod tests {
     }
 
     #[test]
-    fn versions_outside_the_table_are_refused_by_name() {
-        for (major, known) in [(52, false), (53, true), (54, true), (55, false)] {
-            let version = Version { major, minor: 1 };
-            assert_eq!(behaviour(version).is_ok(), known, "{version}");
+    fn an_older_version_is_refused_by_name_and_so_is_none() {
+        let older = known("v52.1").expect_err("too old").to_string();
+        assert!(older.contains("52.1") && older.contains("53"), "{older}");
+        let none = known("QEMU emulator 7.2").expect_err("none").to_string();
+        assert!(none.contains("QEMU emulator 7.2"), "{none}");
+    }
+
+    #[test]
+    fn a_version_of_the_table_is_taken_without_a_word() {
+        for (text, filtered) in [("v53.0", true), ("54.2.0", false)] {
+            let known = known(text).expect("known");
+            assert_eq!(known.behaviour.filter_ends_glibc_save, filtered, "{text}");
+            assert_eq!(known.warning(), None, "{text}");
         }
-        let older = behaviour(Version {
-            major: 52,
+    }
+
+    #[test]
+    fn a_newer_version_behaves_as_the_newest_of_the_table_and_people_are_told() {
+        let newer = known("v55.0").expect("taken");
+        let newest = behaviour(Version {
+            major: NEWEST,
             minor: 0,
-        })
-        .expect_err("too old");
-        assert!(older.to_string().contains("52.0"), "{older}");
+        });
+        assert_eq!(Ok(newer.behaviour), newest);
+        let warning = newer.warning().expect("a warning");
+        assert!(
+            warning.contains("55.0") && warning.contains("54"),
+            "{warning}"
+        );
     }
 }
