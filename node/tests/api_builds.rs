@@ -5,6 +5,7 @@
 
 mod api_world;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use api_world::{HERE, OTHER_KEY, World, eventually};
@@ -60,6 +61,54 @@ async fn ended(world: &World, id: &str) -> Value {
     .await
 }
 
+/// The names of the team's templates of a kind.
+async fn of_team(world: &World, kind: &str) -> Vec<String> {
+    let path = format!("/v1/snapshots?type={kind}");
+    let listed = world.get(&path).await.is(200).json();
+    let own = listed.as_array().unwrap().iter();
+    let own = own.filter(|it| it["platform"] == false);
+    own.map(|it| it["name"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn a_build_is_a_disk_of_any_shape_unless_it_has_a_health_check() {
+    let (world, _tasks) = world().await;
+    for (name, check, kind) in [("disk", "", "base"), ("service", "true", "snapshot")] {
+        let mut asked = recipe(name, &["RUN true"]);
+        asked["healthcheck"] = check.into();
+        asked["vcpus"] = json!(2);
+        let id = started(&world, asked).await;
+        let build = ended(&world, &id).await;
+        assert_eq!(build["status"], "success", "{build}");
+        assert_eq!(of_team(&world, kind).await, [name]);
+        let listed = world.get(&format!("/v1/snapshots?type={kind}")).await;
+        let listed = listed.json();
+        let all = listed.as_array().unwrap();
+        let made = all.iter().find(|it| it["name"] == name).unwrap();
+        let is_disk = kind == "base";
+        assert_eq!(made["vcpus"].is_null(), is_disk, "{made}");
+        assert_eq!(made["memory_mb"].is_null(), is_disk, "{made}");
+        assert_eq!(made["size_bytes"] == 0, is_disk, "{made}");
+        assert_eq!(made["protected"], false);
+        let ask = json!({ "template": name, "vcpus": 3, "memory_mb": 768 });
+        let capsule = world.post("/v1/capsules", ask).await.is(201).json();
+        let shape = (&capsule["vcpus"], &capsule["memory_mb"]);
+        let (own, sealed) = ((json!(3), json!(768)), (json!(2), json!(512)));
+        let wanted = if is_disk { own } else { sealed };
+        assert_eq!(shape, (&wanted.0, &wanted.1), "{capsule}");
+    }
+    // One base may be the ground for another.
+    let mut next = recipe("next", &["RUN true"]);
+    next["base_template"] = "disk".into();
+    let id = started(&world, next).await;
+    assert_eq!(ended(&world, &id).await["status"], "success");
+    let path = "/v1/snapshots/disk";
+    world.delete(path).await.is(204);
+    world.delete(path).await.refused(404, "not_found");
+    assert_eq!(of_team(&world, "base").await, ["next"]);
+}
+
 #[tokio::test]
 async fn a_recipe_becomes_a_template_with_its_environment() {
     let (world, _tasks) = world().await;
@@ -90,9 +139,8 @@ async fn a_recipe_becomes_a_template_with_its_environment() {
     assert_eq!((&run["cmd"], &run["exit"]), (&json!(lines[3]), &json!(0)));
     assert_eq!((&run["step"], &run["phase"]), (&json!(4), &json!("recipe")));
     // What it was built in is gone, and nothing but the template is listed.
-    let listed = world.get("/v1/snapshots?type=snapshot").await.json();
-    assert_eq!(listed.as_array().map(Vec::len), Some(1), "{listed}");
-    assert_eq!(listed[0]["name"], "mine");
+    assert_eq!(of_team(&world, "base").await, ["mine"]);
+    assert!(of_team(&world, "snapshot").await.is_empty());
     eventually(async || {
         let all = world.get("/v1/capsules").await.json();
         let running = all
@@ -129,8 +177,8 @@ async fn a_step_that_fails_is_named_with_its_output_and_ends_the_build() {
         (&json!("before it\n"), &json!(7))
     );
     assert_eq!(logs[1]["ok"], false);
-    let listed = world.get("/v1/snapshots?type=snapshot").await.json();
-    assert_eq!(listed, json!([]));
+    assert!(of_team(&world, "base").await.is_empty());
+    assert!(of_team(&world, "snapshot").await.is_empty());
 }
 
 #[tokio::test]
@@ -162,8 +210,8 @@ async fn steps_that_took_long_are_done_once() {
     assert_eq!(ended(&world, &third).await["status"], "success");
     assert_eq!(std::fs::read_to_string(&count).unwrap(), "once\nonce\n");
     // What is kept is nobody's to name, to list or to remove.
-    let listed = world.get("/v1/snapshots?type=snapshot").await.json();
-    assert_eq!(listed.as_array().map(Vec::len), Some(2), "{listed}");
+    assert_eq!(of_team(&world, "base").await.len(), 2);
+    assert!(of_team(&world, "snapshot").await.is_empty());
     let create = json!({"template": "_step.0123456789abcdef0123456789abcdef"});
     world
         .post("/v1/capsules", create)
@@ -296,11 +344,14 @@ async fn what_cannot_be_built_is_refused_before_anything_happens() {
         .post("/v1/builds", unknown)
         .await
         .refused(404, "not_found");
-    let platform = recipe("minimal", &["RUN true"]);
-    world
-        .post("/v1/builds", platform)
-        .await
-        .refused(409, "invalid_state");
+    // A name that is promised to everybody is nobody's, present or not.
+    for platform in ["minimal", "minimal-ubuntu", "minimal-arch"] {
+        let platform = recipe(platform, &["RUN true"]);
+        world
+            .post("/v1/builds", platform)
+            .await
+            .refused(403, "forbidden");
+    }
     assert_eq!(world.get("/v1/builds").await.json(), json!([]));
 }
 
@@ -327,8 +378,43 @@ async fn files_come_with_an_archive_and_a_hostile_one_is_refused() {
         .unwrap()
         .to_owned();
     assert!(said.contains("no \"a\""), "{said}");
+    form(b"PK\x03\x04 no zip file at all".repeat(100))
+        .await
+        .refused(400, "invalid_request");
+    let outside = form(zip_of(&[("../a", b"x")])).await;
+    outside.refused(400, "invalid_request");
+    let said = outside.json()["error"]["message"].to_string();
+    assert!(said.contains("../a") && said.contains("outside"), "{said}");
+    // What it would unpack to is told by its directory.
+    let mut bomb = zip_of(&[("a", b"x")]);
+    let header = bomb.windows(4).position(|it| it == b"PK\x01\x02").unwrap();
+    bomb[header + 24..header + 28].copy_from_slice(&(2_u32 << 30).to_le_bytes());
+    form(bomb).await.refused(413, "too_large");
     let left = std::fs::read_dir(archives()).unwrap().count();
     assert_eq!(left, 0, "nothing is left of refused archives");
+
+    // What is in a zip file gets into the guest.
+    let dir = tempfile::tempdir().unwrap();
+    let copy = format!("COPY src {}/x", dir.path().display());
+    let config = recipe("zipped", &[&copy]).to_string();
+    let zip = zip_of(&[("src/deep/a", b"contents"), ("other", b"")]);
+    let fields = [("config", config.as_bytes()), ("archive", &zip[..])];
+    let made = world.form("/v1/builds", &fields).await;
+    let id = made.is(201).json()["id"].as_str().unwrap().to_owned();
+    let build = ended(&world, &id).await;
+    assert_eq!(build["status"], "success", "{build}");
+    let copied = std::fs::read(dir.path().join("x/deep/a")).unwrap();
+    assert_eq!(copied, b"contents");
+}
+
+fn zip_of(members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    for (name, contents) in members {
+        let options = zip::write::SimpleFileOptions::default();
+        writer.start_file(*name, options).unwrap();
+        writer.write_all(contents).unwrap();
+    }
+    writer.finish().unwrap().into_inner()
 }
 
 #[tokio::test]

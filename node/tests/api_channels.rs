@@ -183,11 +183,11 @@ async fn the_next_leader_goes_on_where_the_last_one_was_killed() {
         .iter()
         .map(|it| it["resource"]["id"].clone())
         .collect();
-    assert_eq!(
-        capsules,
-        [json!(one), json!(two), json!(two)],
-        "nothing is lost, nothing twice that arrived"
-    );
+    // The first leader may have tried more than once, on a machine that stood still.
+    let (arrived, failed) = capsules.split_at(1);
+    assert_eq!(arrived, [json!(one)], "nothing twice that arrived");
+    assert!(failed.len() >= 2, "nothing is lost");
+    assert!(failed.iter().all(|it| *it == json!(two)), "{failed:?}");
 }
 
 #[tokio::test]

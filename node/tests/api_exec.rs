@@ -71,6 +71,29 @@ async fn output_that_is_no_text_comes_in_base64() {
     assert_eq!(decode("stderr"), b"text\n");
 }
 
+/// Whether a process of the guest, which is this host, lives and is no zombie.
+fn is_running(pid: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+}
+
+#[tokio::test]
+async fn a_command_that_writes_more_than_is_kept_is_killed_with_what_it_started() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("pid");
+    let script = format!("sleep 1000 & echo $! > {}; yes", file.display());
+    let body = json!({"cmd": "/bin/sh", "args": ["-c", script], "timeout_sec": 60});
+    let answer = post(&world, &id, body).await;
+    answer.refused(502, "agent_error");
+    let told = answer.json();
+    let message = told["error"]["message"].as_str().expect("words");
+    assert!(message.contains("more than 16777216 bytes"), "{message}");
+    assert_eq!(processes(&world, &id).await, Vec::<Value>::new());
+    let child = std::fs::read_to_string(&file).expect("its pid");
+    eventually(async || (!is_running(child.trim())).then_some(())).await;
+}
+
 #[tokio::test]
 async fn a_command_past_its_deadline_is_killed_and_says_so() {
     let world = World::new().await;

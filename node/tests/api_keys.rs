@@ -541,11 +541,12 @@ async fn a_team_is_made_and_removed_by_administrators_of_the_cluster_once_it_is_
 }
 
 /// What a capsule's life leaves in the log, the newest first.
-const LIFE: [&str; 6] = [
+const LIFE: [&str; 7] = [
     "capsule.destroy",
     "capsule.resume",
     "capsule.pause",
     "capsule.update",
+    "capsule.link",
     "api_key.create",
     "capsule.create",
 ];
@@ -556,6 +557,12 @@ async fn lived() -> (World, String, String) {
     let id = world.capsule().await;
     let (name, secret) = key(&world, KEY, json!({"name": "robot"})).await;
     let at = format!("/v1/capsules/{id}");
+    let link = json!({"port": 8080, "expires_in_sec": 60}).to_string();
+    let links = format!("{at}/links");
+    world
+        .ask(Method::POST, &links, &secret, &link)
+        .await
+        .is(201);
     let asked = json!({"ports": "public"}).to_string();
     world.ask(Method::PATCH, &at, &secret, &asked).await.is(200);
     for verb in ["pause", "resume"] {
@@ -599,7 +606,11 @@ async fn every_change_is_in_its_teams_log_with_who_and_from_where() {
     ] {
         assert_eq!(last[field], expected, "{field}");
     }
-    assert_eq!(all[4]["metadata"]["scope"], "run");
+    assert_eq!(all[4]["metadata"]["port"], "8080");
+    // A minute after the instant at which all of this happens.
+    let end = "1700000060000";
+    assert_eq!(all[4]["metadata"]["expires_at_unix_ms"], end);
+    assert_eq!(all[5]["metadata"]["scope"], "run");
     let other = world
         .ask(Method::GET, "/v1/audit-logs", OTHER_KEY, "")
         .await;
@@ -662,7 +673,7 @@ async fn a_key_that_asks_too_often_is_told_to_wait_and_no_other_is() {
         .delete("/api/v1/capsules/x")
         .await
         .refused(429, "rate_limited");
-    world.clock.advance(Duration::from_secs(1));
+    world.boot_clock.advance(Duration::from_secs(1));
     world.get("/v1/capsules").await.is(200);
     world.get("/v1/capsules").await.refused(429, "rate_limited");
     let settings = |body| world.admin(Method::PATCH, "/v1/cluster", body);

@@ -218,6 +218,33 @@ async fn a_port_is_private_until_its_team_opens_it_or_gives_a_link() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_capsule_that_is_visited_too_often_is_rested_and_no_other_nor_by_those_who_may_not_come_in()
+ {
+    let world = World::served(|state| state.with_visits(1, 3)).await;
+    let (id, other, port) = (
+        world.capsule().await,
+        world.capsule().await,
+        program().await,
+    );
+    let host = format!("{port}-{id}.localhost");
+    let key = [("x-api-key", KEY)];
+    for _ in 0..5 {
+        visit(&world, &host, "/", &[]).await.is(401);
+    }
+    for _ in 0..3 {
+        visit(&world, &host, "/", &key).await.is(200);
+    }
+    let refused = visit(&world, &host, "/", &key).await;
+    assert_eq!(refused.is(429).headers["retry-after"], "1");
+    assert_eq!(refused.headers["content-type"], "text/plain; charset=utf-8");
+    let elsewhere = format!("{port}-{other}.localhost");
+    visit(&world, &elsewhere, "/", &key).await.is(200);
+    world.get(&format!("/v1/capsules/{id}")).await.is(200);
+    world.boot_clock.advance(time::Duration::from_secs(1));
+    visit(&world, &host, "/", &key).await.is(200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_visited_is_told_in_plain_text() {
     for world in both_ways().await {
         let id = world.capsule().await;

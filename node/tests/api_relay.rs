@@ -4,8 +4,6 @@
 
 mod api_world;
 
-use std::time::Duration;
-
 use api_world::{Fate, HERE, KEY, World, eventually, full};
 use bytes::Bytes;
 use http::Method;
@@ -214,13 +212,15 @@ async fn a_guest_that_does_not_answer_is_not_taken_for_a_host_that_is_away() {
     refused.refused(502, "agent_error");
 
     *world.guests.start.lock().unwrap() = Some(Fate::Hang);
-    let world_waits = tokio::time::timeout(
-        Duration::from_secs(1),
-        world.post("/v1/capsules", json!({})),
-    );
-    assert!(world_waits.await.is_err(), "its guest never comes up");
-    let listed = world.get("/v1/capsules").await.json();
-    let starting = listed[0]["id"].as_str().expect("an id");
+    let listed = eventually(async || {
+        let listed = world.get("/v1/capsules").await.json();
+        let is_starting = listed[0]["status"] == "starting";
+        is_starting.then(|| listed[0]["id"].as_str().expect("an id").to_owned())
+    });
+    let starting = tokio::select! {
+        answer = world.post("/v1/capsules", json!({})) => panic!("its guest never comes up: {answer:?}"),
+        starting = listed => starting,
+    };
     let refused = world
         .post(&format!("/v1/capsules/{starting}/exec"), exec)
         .await;

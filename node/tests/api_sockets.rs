@@ -10,6 +10,7 @@ use std::time::Duration;
 use api_world::{KEY, OTHER_KEY, PATIENCE, World};
 use futures::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
@@ -159,6 +160,75 @@ async fn a_command_ends_with_a_stop_or_with_its_client() {
         drop(left);
         no_process(&world, &id).await;
     }
+}
+
+/// Whether a process of the guest, which is this host, lives and is no zombie.
+fn is_running(pid: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_command_started_ends_with_it() {
+    for world in both_ways().await {
+        let id = world.capsule().await;
+        let path = format!("/v1/capsules/{id}/exec/stream");
+        for says_stop in [true, false] {
+            let mut socket = Socket::to(&world, &path).await;
+            socket.say(sh("sleep 1000 & echo $!; sleep 1000")).await;
+            assert_eq!(socket.told().await["type"], "start");
+            let told = socket.told().await;
+            let child = told["data"].as_str().expect("a pid").trim().to_owned();
+            assert!(is_running(&child));
+            if says_stop {
+                socket.say(json!({"type": "stop"})).await;
+                let frames = socket.rest().await;
+                assert_eq!(frames.last().expect("an end")["type"], "exit");
+            } else {
+                drop(socket);
+            }
+            let deadline = time::Instant::now() + PATIENCE;
+            while is_running(&child) {
+                assert!(time::Instant::now() < deadline, "{child} lives on");
+                time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_is_too_large_is_refused_before_it_has_come() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let mut socket = Socket::to(&world, &format!("/v1/capsules/{id}/exec/stream")).await;
+    // The head of a whole text frame of 2 MiB, masked; nothing follows it.
+    let mut head = vec![0x81, 0xff];
+    head.extend((2_u64 << 20).to_be_bytes());
+    head.extend([0; 4]);
+    socket.0.get_mut().write_all(&head).await.expect("sent");
+    let told = socket.told().await;
+    assert_eq!(
+        (&told["type"], &told["fatal"]),
+        (&json!("error"), &json!(true))
+    );
+    let why = told["data"].as_str().expect("words");
+    assert!(why.contains("1048576 bytes at most"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_without_a_key_wait_among_themselves_and_keep_nobody_else_out() {
+    let world = World::new().await;
+    let id = world.capsule().await;
+    let path = format!("/v1/capsules/{id}/exec/stream");
+    let strangers = (0..65).map(|_| Socket::open(&world, &path, None));
+    let opened = futures::future::join_all(strangers).await;
+    let refused: Vec<&Error> = opened.iter().filter_map(|it| it.as_ref().err()).collect();
+    let [Error::Http(answer)] = refused[..] else {
+        panic!("64 may wait: {refused:?}");
+    };
+    assert_eq!(answer.status(), 503);
+    let mut known = Socket::to(&world, &path).await;
+    known.say(sh("echo in")).await;
+    assert_eq!(collected(&known.rest().await, "stdout"), "in\n");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -160,7 +160,7 @@ async fn any_node_tells_how_busy_a_capsule_is() {
             (&json!(id), &json!("10m"))
         );
         let first = json!({
-            "timestamp_unix": 1_700_000_001, "cpu_pct": 25.0, "mem_bytes": 2 << 20,
+            "timestamp_unix": 1_700_000_001, "timestamp_unix_ms": 1_700_000_001_500_u64, "cpu_pct": 25.0, "mem_bytes": 2 << 20,
             "disk_bytes": 102_400, "net_tx_bytes": 7, "net_rx_bytes": 8,
         });
         assert_eq!(told["points"][0], first);
@@ -175,6 +175,23 @@ async fn any_node_tells_how_busy_a_capsule_is() {
     peers.cut(HERE);
     let lost = there.get(&format!("/v1/capsules/{id}/metrics")).await;
     lost.refused(503, "host_unavailable");
+}
+
+#[tokio::test]
+async fn any_node_tells_ten_minutes_by_half_seconds() {
+    let (there, _peers) = World::elsewhere().await;
+    let id = there.capsule().await;
+    let known: SandboxId = id.parse().unwrap();
+    // One more than there are periods: the one that goes on.
+    let at = |half: u64| 1_700_000_000_250 + half * 500;
+    let samples = (0..=1200).map(|half| sample(Stamp(at(half)), 0.25));
+    let samples = samples.collect();
+    there.guests.samples.lock().unwrap().insert(known, samples);
+    let told = there.get(&format!("/v1/capsules/{id}/metrics")).await;
+    let told = told.is(200).json();
+    let points = told["points"].as_array().unwrap();
+    let stamps = points.iter().map(|it| it["timestamp_unix_ms"].as_u64());
+    assert!(stamps.eq((0..=1200).map(|half| Some(at(half)))));
 }
 
 #[tokio::test]

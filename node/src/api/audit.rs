@@ -18,7 +18,7 @@ use super::error::{ApiError, Code};
 use super::extract::QueryOf;
 use super::reading::{Answered, Reading};
 use super::state::ApiState;
-use super::teams::team_of;
+use super::teams::known_team;
 use super::wire::timestamp;
 
 /// Records in an answer for which nothing is said.
@@ -129,9 +129,9 @@ pub(super) async fn list(
     QueryOf(query): QueryOf<Words>,
 ) -> Result<Answered<Json<AuditPage>>, ApiError> {
     let wanted = Wanted::read(query)?;
+    refuse_where_none_is_kept(&api.view.state(), api.facts.id)?;
+    let team = known_team(&api, &caller, wanted.team.as_deref()).await?;
     let state = api.view.state();
-    refuse_where_none_is_kept(&state, api.facts.id)?;
-    let team = team_of(&state, &caller, wanted.team.as_deref())?;
     Ok(reading.answer(Json(wanted.page(state.audit_of(team).rev()))))
 }
 

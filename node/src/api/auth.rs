@@ -49,27 +49,42 @@ impl FromRequestParts<ApiState> for Presented {
 }
 
 impl Caller {
-    /// Who calls with `key`, wherever that came from.
-    pub(super) fn presenting(
+    /// Who calls with `key`, wherever that came from. One that was made through another node a moment ago is waited
+    /// for; what is no key at all is not.
+    pub(super) async fn presenting(
         api: &ApiState,
         key: Option<&str>,
         from: Option<IpAddr>,
     ) -> Result<Self, ApiError> {
-        let key = key.ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
-        if !is_well_formed(key) {
-            return Err(refused("this is not an API key"));
+        let hash = hash_if_sound(key)?;
+        if let Some(known) = Self::holding(api, &hash, from)? {
+            return Ok(known);
         }
+        if !api.catch_up_for_stranger().await {
+            // Nobody has looked for it: a client that is told that its key is unknown throws it away.
+            let why = "too many requests with keys that this node does not know: try again later";
+            return Err(ApiError::new(Code::Overloaded, why));
+        }
+        Self::holding(api, &hash, from)?.ok_or_else(unknown)
+    }
+
+    /// Who calls with the key of this hash; `None` where this node knows no such key.
+    fn holding(
+        api: &ApiState,
+        hash: &[u8; 32],
+        from: Option<IpAddr>,
+    ) -> Result<Option<Self>, ApiError> {
         let state = api.view.state();
-        let known = state
-            .key_by_hash(&hash_of(key))
-            .ok_or_else(|| refused("unknown or revoked API key"))?;
+        let Some(known) = state.key_by_hash(hash) else {
+            return Ok(None);
+        };
         let scope = good_for(&state, known, api.clock.now());
-        Ok(Self {
+        Ok(Some(Self {
             team: known.team,
             key: known.id,
             scope: scope.ok_or_else(|| refused("this API key has expired"))?,
             from,
-        })
+        }))
     }
 
     /// Refuses where more than the key's scope is needed.
@@ -192,6 +207,19 @@ fn is_well_formed(key: &str) -> bool {
                 .bytes()
                 .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     })
+}
+
+/// As what the key of a request would be on record.
+fn hash_if_sound(key: Option<&str>) -> Result<[u8; 32], ApiError> {
+    let key = key.ok_or_else(|| refused("no API key: send it in the header X-API-Key"))?;
+    if !is_well_formed(key) {
+        return Err(refused("this is not an API key"));
+    }
+    Ok(hash_of(key))
+}
+
+fn unknown() -> ApiError {
+    refused("unknown or revoked API key")
 }
 
 fn refused(message: &str) -> ApiError {

@@ -17,7 +17,7 @@ pub(super) struct BuildShape {
     id: String,
     /// Name of the template to be.
     name: String,
-    /// The template it is built upon.
+    /// The template it is built upon, by the name it was asked for under.
     base_template: String,
     /// The recipe, a directive each.
     recipe: Vec<String>,
@@ -77,7 +77,7 @@ impl From<&Build> for BuildShape {
         Self {
             id: build.id.to_string(),
             name: spec.name.clone(),
-            base_template: spec.sandbox.template.clone(),
+            base_template: spec.sandbox.template_as_asked().to_owned(),
             recipe: spec.recipe.clone(),
             healthcheck: unless_empty(&spec.healthcheck),
             vcpus: spec.sandbox.vcpus,

@@ -4,9 +4,6 @@
 //! does it. Whatever is shown comes from the replicated state, so any node shows the same.
 
 use std::convert::Infallible;
-use std::io;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -21,30 +18,28 @@ use axum::{Router, extract::FromRequest as _};
 use futures::{Stream, StreamExt as _};
 use proto::ids::{BuildId, ParseIdError};
 use raft::command::{BuildChange, Command, Refusal};
-use raft::state::{Build, BuildSpec, SandboxSpec};
+use raft::state::{Build, BuildSpec, SandboxSpec, State as Replicated};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::fs::{self, File};
-use tokio::io::AsyncWriteExt as _;
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::task;
+use tokio::fs;
 use tokio::time::Instant;
 use tracing::info;
 use utoipa::{IntoParams, ToSchema};
 
 use super::auth::Caller;
+use super::build_archive::Archive;
 use super::build_shape::{BuildShape, shown, steps_of};
 use super::create::{CreateCapsule, check_name};
 use super::error::{ApiError, Code};
 use super::extract::{JsonBody, PathName, QueryOf};
 use super::form::Form;
 use super::retry::{RetryKey, used_otherwise};
+use super::snapshots::refuse_platforms;
 use super::state::ApiState;
 use crate::build::archive_path;
 use crate::cluster::{ProposeError, View};
-use crate::template::archive::{self, ArchiveError, Contents};
 use crate::template::health::HealthCheck;
-use crate::template::import::{ImportError, Imported, import};
+use crate::template::import::Imported;
 use crate::template::plan;
 use crate::template::recipe::{self, Directive};
 
@@ -113,8 +108,8 @@ pub(super) fn admin_routes() -> Router<ApiState> {
 }
 
 /// Starts building a template. With files to copy: a form with the same JSON in part `config`, and a tar
-/// file in part `archive`. Of a root file system, or of an image as `docker save` and OCI tools write it:
-/// the same, with it in part `rootfs`; the recipe, if there is one, follows.
+/// or zip file in part `archive`. Of a root file system, or of an image as `docker save` and OCI tools
+/// write it: the same, with it in part `rootfs`; the recipe, if there is one, follows.
 #[utoipa::path(
     post, path = "/v1/builds", tag = "templates",
     request_body(content_type = "application/json", content = CreateBuild),
@@ -140,6 +135,10 @@ pub(super) async fn create(
         }
         Sent::Files(archive) => {
             refuse_import(&asked.recipe)?;
+            let archive = match archive {
+                Some(archive) => Some(archive.into_tar().await?),
+                None => None,
+            };
             let spec = checked(&api, &caller, asked, Files::Archive(archive.as_ref())).await?;
             (spec, archive)
         }
@@ -202,9 +201,8 @@ pub(super) async fn get(
     PathName(id): PathName,
 ) -> Result<Json<BuildShape>, ApiError> {
     let id = parse(&id)?;
-    let state = api.view.state();
-    let build = owned(&state, &caller, id)?;
-    Ok(Json(shown(&state, build)))
+    let shape = api.found(|state| Ok(shown(&state, owned(&state, &caller, id)?)));
+    Ok(Json(shape.await?))
 }
 
 /// Calls a build off; its capsule ends.
@@ -218,7 +216,7 @@ pub(super) async fn cancel(
     PathName(id): PathName,
 ) -> Result<StatusCode, ApiError> {
     let id = parse(&id)?;
-    owned(&api.view.state(), &caller, id)?;
+    known(&api, &caller, id).await?;
     let cancel = Command::Build(BuildChange::Cancel(id));
     api.propose(&caller, cancel).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -235,9 +233,8 @@ pub(super) async fn logs(
     PathName(id): PathName,
 ) -> Result<Json<Vec<Value>>, ApiError> {
     let id = parse(&id)?;
-    let state = api.view.state();
-    let build = owned(&state, &caller, id)?;
-    Ok(Json(steps_of(&state, build)))
+    let steps = api.found(|state| Ok(steps_of(&state, owned(&state, &caller, id)?)));
+    Ok(Json(steps.await?))
 }
 
 /// The log of a build as server-sent events: `log`, each with lines of JSON, then `end` with the build.
@@ -253,7 +250,7 @@ pub(super) async fn stream(
     QueryOf(query): QueryOf<LogQuery>,
 ) -> Result<Response, ApiError> {
     let id = parse(&id)?;
-    owned(&api.view.state(), &caller, id)?;
+    known(&api, &caller, id).await?;
     // A node that stops does not wait for logs: their readers ask again.
     let events = events(api.view.clone(), id, query).take_until(api.sessions.ending());
     let events = Sse::new(events);
@@ -411,6 +408,7 @@ async fn checked(
     archive: Files<'_>,
 ) -> Result<BuildSpec, ApiError> {
     check_name("name", &asked.name)?;
+    refuse_platforms(&api.view.state(), &asked.name)?;
     let bytes: usize = asked.recipe.iter().map(String::len).sum();
     if bytes > RECIPE_BYTES {
         let why = format!("a recipe may have {RECIPE_BYTES} bytes at most, not {bytes}");
@@ -430,7 +428,8 @@ async fn checked(
         memory_mb: asked.memory_mb,
         ..CreateCapsule::default()
     };
-    let sandbox: SandboxSpec = capsule.into_spec(&api.view.state(), caller.team)?;
+    let sandbox = api.found(|state| capsule.to_spec(&state, caller.team));
+    let sandbox: SandboxSpec = sandbox.await?;
     Ok(BuildSpec {
         name: asked.name,
         overwrite: asked.overwrite.unwrap_or(false),
@@ -481,104 +480,13 @@ async fn files_of(lines: &[String], files: Files<'_>) -> Result<Vec<Vec<u8>>, Ap
     parsed.iter().enumerate().map(hash).collect()
 }
 
-/// An archive that was received, under a name that nobody knows yet.
-struct Archive {
-    path: PathBuf,
-    _permit: Arc<OwnedSemaphorePermit>,
-}
-
-impl Archive {
-    async fn receive(api: &ApiState, form: &mut Form, most: u64) -> Result<Self, ApiError> {
-        let permit = api.spools.clone().try_acquire_owned().map_err(|_| {
-            ApiError::new(
-                Code::Overloaded,
-                "too many uploads at once: try again later",
-            )
-        })?;
-        let dir = api.archives();
-        fs::create_dir_all(&dir).await.map_err(|err| failed(&err))?;
-        let path = dir.join(format!(".{:032x}", rand::random::<u128>()));
-        // Dropped, it removes its file.
-        let archive = Self {
-            path,
-            _permit: Arc::new(permit),
-        };
-        let mut file = File::create(&archive.path)
-            .await
-            .map_err(|err| failed(&err))?;
-        let mut seen = 0;
-        while let Some(data) = form.chunk().await? {
-            seen += data.len() as u64;
-            if seen > most {
-                let why = format!("an archive may have {most} bytes at most");
-                return Err(ApiError::new(Code::TooLarge, why));
-            }
-            file.write_all(&data).await.map_err(|err| failed(&err))?;
-        }
-        file.sync_all().await.map_err(|err| failed(&err))?;
-        Ok(archive)
-    }
-
-    /// What is in it.
-    async fn contents(&self) -> Result<Contents, ApiError> {
-        let path = self.path.clone();
-        let read = task::spawn_blocking(move || read_contents(&path)).await;
-        let read = read.map_err(|err| failed(&io::Error::other(err)))?;
-        read.map_err(|err| match err {
-            ArchiveError::TooLarge { .. } => ApiError::new(Code::TooLarge, err.to_string()),
-            err => ApiError::invalid(crate::base::chain::chain(&err)),
-        })
-    }
-
-    /// Makes a root file system of it, which takes its place.
-    async fn import(self) -> Result<(Self, Imported), ApiError> {
-        let from = self.path.clone();
-        let made = Self {
-            path: from.with_extension("rootfs"),
-            _permit: self._permit.clone(),
-        };
-        let to = made.path.clone();
-        let imported = task::spawn_blocking(move || import(&from, &to)).await;
-        let imported = imported.map_err(|err| failed(&io::Error::other(err)))?;
-        let imported = imported.map_err(|err| match err {
-            err if err.is_too_large() => ApiError::new(Code::TooLarge, err.to_string()),
-            ImportError::Write(err) => failed(&err),
-            err => ApiError::invalid(crate::base::chain::chain(&err)),
-        })?;
-        Ok((made, imported))
-    }
-
-    /// Gives it the name under which the build finds it.
-    async fn keep(self, dir: &Path, id: BuildId) -> Result<(), ApiError> {
-        let kept = fs::rename(&self.path, archive_path(dir, id)).await;
-        kept.map_err(|err| failed(&err))
-    }
-}
-
-impl Drop for Archive {
-    fn drop(&mut self) {
-        // It has its lasting name by now, or nobody will ask for it.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn read_contents(path: &Path) -> Result<Contents, ArchiveError> {
-    Contents::read(archive::open(path)?)
-}
-
-impl ApiState {
-    /// Where the archives of builds lie on this node.
-    fn archives(&self) -> PathBuf {
-        self.spool_dir.join(crate::build::ARCHIVES)
-    }
+/// Refuses where the caller has no such build.
+async fn known(api: &ApiState, caller: &Caller, id: BuildId) -> Result<(), ApiError> {
+    api.found(|state| owned(&state, caller, id).map(drop)).await
 }
 
 /// The caller's build.
-fn owned<'a>(
-    state: &'a raft::state::State,
-    caller: &Caller,
-    id: BuildId,
-) -> Result<&'a Build, ApiError> {
+fn owned<'a>(state: &'a Replicated, caller: &Caller, id: BuildId) -> Result<&'a Build, ApiError> {
     let known = state.build(id).filter(|it| it.team == caller.team);
     known.ok_or_else(|| no_build(id))
 }
@@ -590,8 +498,4 @@ fn no_build(id: BuildId) -> ApiError {
 fn parse(id: &str) -> Result<BuildId, ApiError> {
     id.parse()
         .map_err(|err: ParseIdError| ApiError::invalid(err.to_string()))
-}
-
-fn failed(err: &io::Error) -> ApiError {
-    ApiError::new(Code::InternalError, format!("keep the archive: {err}"))
 }

@@ -74,7 +74,9 @@ pub(super) async fn create(
         Duration::ZERO
     };
     let deadline = Instant::now() + patience;
-    let spec = request.into_spec(&api.view.state(), caller.team)?;
+    let spec = api
+        .found(|state| request.to_spec(&state, caller.team))
+        .await?;
     let ids = retry.ids(&caller, &["capsule"]);
     let id = ids.sandbox(0);
     place(&api, &caller, spec, &ids).await?;
@@ -187,7 +189,11 @@ pub(super) async fn get(
     CapsuleId(id): CapsuleId,
     reading: Reading,
 ) -> Result<Answered<Json<Capsule>>, ApiError> {
-    let state = api.view.state();
+    let known = |state| {
+        owned(&state, &caller, id)?;
+        Ok(state)
+    };
+    let state = api.found(known).await?;
     let sandbox = owned(&state, &caller, id)?;
     let facts = api.relay.facts(id).await;
     let shape = Capsule::in_detail(&state, sandbox, facts);
@@ -261,7 +267,8 @@ pub(super) async fn logs(
     CapsuleId(id): CapsuleId,
     QueryOf(query): QueryOf<LogQuery>,
 ) -> Result<Response, ApiError> {
-    api.sandbox(&caller, id)?;
+    api.found(|state| owned(&state, &caller, id).map(drop))
+        .await?;
     let log = api.relay.console_tail(id, LOG_BYTES).await?;
     let log = log
         .ok_or_else(|| ApiError::new(Code::NotFound, format!("no console log of {id} is kept")))?;

@@ -59,7 +59,7 @@ struct SettingsShape {
     lease_grace_sec: u64,
     /// On how many nodes each snapshot shall lie.
     replicas: u32,
-    /// Requests a second that each node takes of one API key; 0 is no limit.
+    /// Requests a second that each node takes of one API key; 0 is the default of 1000, and 5000 at once.
     key_rate: u32,
     /// How many of those may come at once.
     key_burst: u32,
@@ -79,7 +79,7 @@ pub(super) struct ChangeSettings {
     lease_grace_sec: Option<u64>,
     /// On how many nodes each snapshot shall lie: 1 to 7.
     replicas: Option<u32>,
-    /// Requests a second that each node takes of one API key; 0 is no limit.
+    /// Requests a second that each node takes of one API key; 0 is the default of 1000, and 5000 at once.
     key_rate: Option<u32>,
     /// How many of those may come at once; twice `key_rate` where only that is given.
     key_burst: Option<u32>,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proto::ids::{NodeId, TeamId};
 use proto::units::Mib;
-use raft::state::{HostLoss, IdleAction, Named, SandboxSpec, State, Template};
+use raft::state::{HostLoss, IdleAction, Named, SandboxSpec, SnapshotKind, State, Template};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -113,25 +113,29 @@ pub(super) enum OnHostLoss {
 
 impl CreateCapsule {
     /// The checked request, with what `state` knows under the template's name: a snapshot of the
-    /// team's, whose shape is its own, or a template.
-    pub(super) fn into_spec(self, state: &State, team: TeamId) -> Result<SandboxSpec, ApiError> {
+    /// team's, whose shape is its own, or a disk, of the team's or the platform's. What `state` does
+    /// not know is not found.
+    pub(super) fn to_spec(&self, state: &State, team: TeamId) -> Result<SandboxSpec, ApiError> {
         let name = self.template.as_deref().unwrap_or(DEFAULT_TEMPLATE);
         check_name("template", name)?;
         let vcpus = size("vcpus", self.vcpus, DEFAULT_VCPUS, 1..=MAX_VCPUS)?;
         let memory_range = MIN_MEMORY.0..=MAX_MEMORY.0;
         let memory = size("memory_mb", self.memory_mb, DEFAULT_MEMORY.0, memory_range)?;
         let idle_timeout = idle_timeout(self.timeout_sec.unwrap_or(0))?;
-        let metadata = self.metadata.unwrap_or_default();
+        let metadata = self.metadata.clone().unwrap_or_default();
         check_labels(&metadata)?;
         let shape = match state.named(team, name) {
-            Some(named) => Shape::of(named),
-            None => Shape {
+            Some(named) if named.kind == SnapshotKind::Snapshot => Shape::of(named),
+            known => Shape {
                 vcpus,
                 memory: Mib(memory),
-                ..Shape::from(resolve(state, name)?)
+                ..match known {
+                    Some(base) => Shape::of(base),
+                    None => Shape::from(resolve(state, name)?),
+                }
             },
         };
-        let node_tags = self.node_tags.unwrap_or_default();
+        let node_tags = self.node_tags.clone().unwrap_or_default();
         check_tags("node_tags", &node_tags)?;
         let on_node = self.on_node.as_deref();
         Ok(SandboxSpec {
@@ -139,6 +143,7 @@ impl CreateCapsule {
             node_tags,
             on_node: on_node.map(|name| node(state, name)).transpose()?,
             disk: shape.disk,
+            asked_template: other_than(&shape.template, name),
             template: shape.template,
             vcpus: shape.vcpus,
             memory: shape.memory,
@@ -182,6 +187,14 @@ impl From<&Template> for Shape {
             memory: DEFAULT_MEMORY,
             disk: template.disk,
         }
+    }
+}
+
+/// What a template was asked for as, where that is not its name.
+fn other_than(template: &str, asked: &str) -> String {
+    match asked == template {
+        true => String::new(),
+        false => asked.to_owned(),
     }
 }
 
@@ -337,7 +350,7 @@ mod tests {
     fn spec(json: serde_json::Value) -> Result<SandboxSpec, ApiError> {
         serde_json::from_value::<CreateCapsule>(json)
             .expect("a request")
-            .into_spec(&state(), TeamId::default())
+            .to_spec(&state(), TeamId::default())
     }
 
     fn code(json: serde_json::Value) -> Code {
@@ -390,7 +403,10 @@ mod tests {
     #[test]
     fn the_later_name_of_the_default_template_means_the_same_one() {
         let spec = spec(serde_json::json!({"template": "minimal-ubuntu"})).expect("an alias");
-        assert_eq!(spec.template, "minimal");
+        assert_eq!(
+            (spec.template.as_str(), spec.template_as_asked()),
+            ("minimal", "minimal-ubuntu")
+        );
     }
 
     #[test]
@@ -475,7 +491,7 @@ mod tests {
             let request = CreateCapsule {
                 template, vcpus, memory_mb, timeout_sec, metadata, ..CreateCapsule::default()
             };
-            if let Ok(spec) = request.into_spec(&state(), TeamId::default()) {
+            if let Ok(spec) = request.to_spec(&state(), TeamId::default()) {
                 prop_assert!((1..=MAX_VCPUS).contains(&spec.vcpus));
                 prop_assert!((MIN_MEMORY..=MAX_MEMORY).contains(&spec.memory));
                 prop_assert!(spec.idle_timeout.is_none_or(|it| it.as_secs() >= 60));

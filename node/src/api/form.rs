@@ -12,12 +12,18 @@ use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
-use tokio::time;
+use tokio::time::{self, Instant};
 
 use super::error::ApiError;
 
 /// Longest silence of a sender in the middle of a form.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a sender is waited for before its rate is looked at, and then again as long: a line that
+/// stalls gets the time that one which is silent gets.
+const RATE_WINDOW: Duration = IDLE_TIMEOUT;
+/// Least bytes that a sender sends while it is waited for that long: 1 KiB a second, of which a modem's
+/// line carries several. Less is a sender that holds a place and does not mean to be done.
+const RATE_WINDOW_BYTES: usize = 60 << 10;
 /// Longest boundary; the standard allows 70 characters.
 const BOUNDARY_BYTES: usize = 200;
 /// Most bytes of a part's headers, and of what precedes the first part.
@@ -32,6 +38,27 @@ pub(super) struct Form {
     /// A line break, two dashes and the boundary.
     delimiter: Vec<u8>,
     place: Place,
+    pace: Pace,
+}
+
+/// How fast the sender is, while it is waited for. Time that whoever reads the form takes is not counted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    waited: Duration,
+    bytes: usize,
+}
+
+impl Pace {
+    /// Counts a frame; `false` where the sender is too slow.
+    fn keeps_up(&mut self, waited: Duration, bytes: usize) -> bool {
+        self.waited += waited;
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.waited < RATE_WINDOW {
+            return true;
+        }
+        let sent = std::mem::take(self).bytes;
+        sent >= RATE_WINDOW_BYTES
+    }
 }
 
 /// Where the reader stands.
@@ -61,6 +88,7 @@ impl Form {
             buf: BytesMut::from(&b"\r\n"[..]),
             delimiter: [b"\r\n--", boundary.as_bytes()].concat(),
             place: Place::InPart,
+            pace: Pace::default(),
         })
     }
 
@@ -144,14 +172,19 @@ impl Form {
 
     /// Waits for more of the body.
     async fn fill(&mut self) -> Result<(), ApiError> {
+        let asked = Instant::now();
         let frame = time::timeout(IDLE_TIMEOUT, self.body.frame())
             .await
             .map_err(|_| ApiError::invalid(format!("nothing was sent for {IDLE_TIMEOUT:?}")))?
             .ok_or_else(|| ApiError::invalid("the form ends before its last boundary"))?
             .map_err(|err| ApiError::invalid(format!("the body broke off: {err}")))?;
-        if let Ok(data) = frame.into_data() {
-            self.buf.extend_from_slice(&data);
+        let data = frame.into_data().unwrap_or_default();
+        if !self.pace.keeps_up(asked.elapsed(), data.len()) {
+            return Err(ApiError::invalid(format!(
+                "fewer than {RATE_WINDOW_BYTES} bytes were sent within {RATE_WINDOW:?}"
+            )));
         }
+        self.buf.extend_from_slice(&data);
         Ok(())
     }
 }
@@ -230,6 +263,7 @@ fn quoted_value(text: &str) -> (String, &str) {
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt as _;
     use proptest::prelude::*;
 
     use super::*;
@@ -330,6 +364,33 @@ mod tests {
         let form = Form::new(&headers, Body::from_stream(silent)).expect("a form");
         let err = run(parts(form)).expect_err("it was accepted");
         assert!(err.message.contains("nothing was sent"), "{}", err.message);
+    }
+
+    /// A form whose file comes in pieces of `bytes`, one each `every`; `pieces` of them.
+    async fn paced(bytes: usize, every: Duration, pieces: usize) -> Result<usize, ApiError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(CONTENT_TYPE, TYPE.parse().expect("a header"));
+        let head = "--XyZ\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n";
+        let mut all = vec![Bytes::from(head)];
+        all.extend((0..pieces).map(|_| Bytes::from(vec![b'x'; bytes])));
+        all.push(Bytes::from("\r\n--XyZ--\r\n"));
+        let sent = futures::stream::iter(all).then(move |piece| async move {
+            time::sleep(every).await;
+            Ok::<_, std::io::Error>(piece)
+        });
+        let form = Form::new(&headers, Body::from_stream(sent))?;
+        Ok(parts(form).await?.iter().map(|(_, data)| data.len()).sum())
+    }
+
+    #[test]
+    fn a_sender_of_a_byte_now_and_then_is_given_up_on_and_a_slow_one_is_not() {
+        let err = run(paced(1, Duration::from_secs(30), 1000)).expect_err("it was accepted");
+        assert!(err.message.contains("fewer than"), "{}", err.message);
+        // 2 KiB a second, for some minutes.
+        let slow = run(paced(20 << 10, Duration::from_secs(10), 60));
+        assert_eq!(slow, Ok(60 * (20 << 10)));
+        // A small form is done before anybody looks.
+        assert_eq!(run(paced(1, Duration::from_secs(10), 3)), Ok(3));
     }
 
     #[test]

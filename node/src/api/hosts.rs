@@ -169,10 +169,11 @@ pub(super) async fn get(
     PathName(name): PathName,
     reading: Reading,
 ) -> Result<Answered<Json<HostShape>>, ApiError> {
-    let state = api.view.state();
-    let host = Host::find(&state, &caller, &name)?;
-    let shape = host.shape(&Nodes::new(&api, &state), &state);
-    Ok(reading.answer(Json(shape)))
+    let shape = api.found(|state| {
+        let host = Host::find(&state, &caller, &name)?;
+        Ok(host.shape(&Nodes::new(&api, &state), &state))
+    });
+    Ok(reading.answer(Json(shape.await?)))
 }
 
 /// What would end with a host that went now. Nothing changes.
@@ -186,17 +187,19 @@ pub(super) async fn preview(
     PathName(name): PathName,
     reading: Reading,
 ) -> Result<Answered<Json<Preview>>, ApiError> {
-    let state = api.view.state();
-    let host = Host::find(&state, &caller, &name)?;
-    let concerned = match host {
-        Host::Node(node) => in_words(&state.lost_with(node.id)),
-        Host::Pending(_) => Vec::new(),
-    };
-    Ok(reading.answer(Json(Preview {
-        host: host.shape(&Nodes::new(&api, &state), &state),
-        sandbox_ids: concerned.clone(),
-        capsule_ids: concerned,
-    })))
+    let preview = api.found(|state| {
+        let host = Host::find(&state, &caller, &name)?;
+        let concerned = match host {
+            Host::Node(node) => in_words(&state.lost_with(node.id)),
+            Host::Pending(_) => Vec::new(),
+        };
+        Ok(Preview {
+            host: host.shape(&Nodes::new(&api, &state), &state),
+            sandbox_ids: concerned.clone(),
+            capsule_ids: concerned,
+        })
+    });
+    Ok(reading.answer(Json(preview.await?)))
 }
 
 /// Takes a host out; one that has not joined cannot do so any more. What it has it keeps, and stays, unless
@@ -214,7 +217,7 @@ pub(super) async fn remove(
     PathName(name): PathName,
     QueryOf(query): QueryOf<RemoveHostQuery>,
 ) -> Result<StatusCode, Stays> {
-    let state = api.view.state();
+    let state = holding(&api, &caller, &name).await?;
     match Host::find(&state, &caller, &name)? {
         Host::Pending(token) => {
             let revoked = api.propose(&caller, Command::RevokeToken(token.id));
@@ -246,7 +249,7 @@ pub(super) async fn renew(
     Admin(caller): Admin,
     PathName(name): PathName,
 ) -> Result<(StatusCode, Json<NewHost>), ApiError> {
-    let state = api.view.state();
+    let state = holding(&api, &caller, &name).await?;
     let token = match Host::find(&state, &caller, &name)? {
         Host::Pending(token) => token,
         Host::Node(node) => {
@@ -275,12 +278,13 @@ pub(super) async fn tags(
     PathName(name): PathName,
     reading: Reading,
 ) -> Result<Answered<Json<Vec<String>>>, ApiError> {
-    let state = api.view.state();
-    let tags = match Host::find(&state, &caller, &name)? {
-        Host::Node(node) => node.tags.iter().map(spelled).collect(),
-        Host::Pending(_) => Vec::new(),
-    };
-    Ok(reading.answer(Json(tags)))
+    let tags = api.found(|state| {
+        Ok(match Host::find(&state, &caller, &name)? {
+            Host::Node(node) => node.tags.iter().map(spelled).collect(),
+            Host::Pending(_) => Vec::new(),
+        })
+    });
+    Ok(reading.answer(Json(tags.await?)))
 }
 
 /// Tags a host; a tag of the same key is replaced. Of two who change one host's tags at the same moment, the
@@ -295,7 +299,7 @@ pub(super) async fn tag(
     PathName(name): PathName,
     JsonBody(request): JsonBody<AddTag>,
 ) -> Result<StatusCode, ApiError> {
-    let (node, mut tags) = tagged(&api, &caller, &name)?;
+    let (node, mut tags) = tagged(&api, &caller, &name).await?;
     let (key, value) = parsed(&request.tag);
     tags.insert(key.to_owned(), value.unwrap_or(PLAIN_TAG).to_owned());
     check_tags("tag", &tags)?;
@@ -313,7 +317,7 @@ pub(super) async fn untag(
     Admin(caller): Admin,
     PathPair(name, tag): PathPair,
 ) -> Result<StatusCode, ApiError> {
-    let (node, mut tags) = tagged(&api, &caller, &name)?;
+    let (node, mut tags) = tagged(&api, &caller, &name).await?;
     let (key, value) = parsed(&tag);
     let known = tags.get(key);
     if known.is_some_and(|known| value.is_none_or(|value| known == value)) {
@@ -412,19 +416,28 @@ async fn empty(api: &ApiState, caller: &Caller, node: &Node) -> Result<(), Stays
 }
 
 /// A node's tags, of which all are written together.
-fn tagged(
+async fn tagged(
     api: &ApiState,
     caller: &Caller,
     name: &str,
 ) -> Result<(NodeId, BTreeMap<String, String>), ApiError> {
-    let state = api.view.state();
-    match Host::find(&state, caller, name)? {
+    let tagged = api.found(|state| match Host::find(&state, caller, name)? {
         Host::Node(node) => Ok((node.id, node.tags.clone())),
         Host::Pending(_) => Err(ApiError::new(
             Code::InvalidState,
             "the host has not joined yet: it can be tagged once it has, or by --tag of its join command",
         )),
-    }
+    });
+    tagged.await
+}
+
+/// The state, which knows the host of this name.
+async fn holding(api: &ApiState, caller: &Caller, name: &str) -> Result<state::State, ApiError> {
+    let holds = |state| {
+        Host::find(&state, caller, name)?;
+        Ok(state)
+    };
+    api.found(holds).await
 }
 
 /// A tag in two.

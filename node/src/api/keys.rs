@@ -18,7 +18,7 @@ use super::error::{ApiError, Code};
 use super::extract::{JsonBody, PathName, QueryOf};
 use super::reading::{Answered, ReadQuery, Reading};
 use super::state::ApiState;
-use super::teams::{check_title, team_of};
+use super::teams::{check_title, known_team};
 use super::wire::timestamp;
 
 /// Characters of a key that are shown afterwards.
@@ -132,9 +132,9 @@ pub(super) async fn create(
 ) -> Result<(StatusCode, Json<NewKey>), ApiError> {
     let name = request.name.as_deref().unwrap_or(DEFAULT_NAME).trim();
     check_title("name", name)?;
+    let team = known_team(&api, &caller, request.team_id.as_deref()).await?;
     let state = api.view.state();
     let now = api.clock.now();
-    let team = team_of(&state, &caller, request.team_id.as_deref())?;
     let secret = secret();
     let key = Key {
         id: KeyId(rand::random()),
@@ -168,8 +168,8 @@ pub(super) async fn list(
     reading: Reading,
     QueryOf(query): QueryOf<KeysQuery>,
 ) -> Result<Answered<Json<Vec<KeyShape>>>, ApiError> {
+    let team = known_team(&api, &caller, query.team_id.as_deref()).await?;
     let state = api.view.state();
-    let team = team_of(&state, &caller, query.team_id.as_deref())?;
     let theirs = state.keys().filter(|key| key.team == team && !key.revoked);
     let mut theirs: Vec<&Key> = theirs.collect();
     theirs.sort_by_key(|key| std::cmp::Reverse((key.created_at, key.id)));

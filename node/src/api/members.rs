@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use jiff::Timestamp;
-use proto::ids::{ParseIdError, TeamId, UserId};
+use proto::ids::{ParseIdError, UserId};
 use raft::command::Command;
 use raft::state::{Member, Role};
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::error::{ApiError, Code};
 use super::extract::{JsonBody, PathName, PathPair, QueryOf};
 use super::reading::{Answered, ReadQuery, Reading};
 use super::state::ApiState;
-use super::teams::{check_title, member_of, team_of};
+use super::teams::{check_title, known_team, member_of, team_of};
 use super::wire::timestamp;
 
 /// Longest address that mail systems take.
@@ -112,8 +112,8 @@ pub(super) async fn list(
     PathName(id): PathName,
     reading: Reading,
 ) -> Result<Answered<Json<Vec<MemberShape>>>, ApiError> {
+    let team = known_team(&api, &caller, Some(&id)).await?;
     let state = api.view.state();
-    let team = team_of(&state, &caller, Some(&id))?;
     let members = state.members_of(team).map(MemberShape::from).collect();
     Ok(reading.answer(Json(members)))
 }
@@ -135,8 +135,8 @@ pub(super) async fn add(
     if request.name.is_some() {
         check_title("name", name)?;
     }
+    let team = known_team(&api, &caller, Some(&id)).await?;
     let state = api.view.state();
-    let team = team_of(&state, &caller, Some(&id))?;
     let user = user_of(&email);
     if state.member(team, user).is_some() {
         let why = format!("{email} is a member already");
@@ -169,13 +169,15 @@ pub(super) async fn change(
     PathPair(id, user): PathPair,
     JsonBody(request): JsonBody<ChangeMember>,
 ) -> Result<StatusCode, ApiError> {
-    let (team, user) = of_path(&api, &caller, &id, &user)?;
-    let state = api.view.state();
-    let known = state.member(team, user);
-    let known = known.ok_or_else(|| no_member(user))?;
+    let user = user_in(&user)?;
+    let known = api.found(|state| {
+        let team = team_of(&state, &caller, Some(&id))?;
+        let known = state.member(team, user).cloned();
+        known.ok_or_else(|| no_member(user))
+    });
     let member = Member {
         role: request.role.into(),
-        ..known.clone()
+        ..known.await?
     };
     api.propose(&caller, Command::PutMember(member)).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -192,7 +194,8 @@ pub(super) async fn remove(
     caller: Caller,
     PathPair(id, user): PathPair,
 ) -> Result<StatusCode, ApiError> {
-    let (team, user) = of_path(&api, &caller, &id, &user)?;
+    let user = user_in(&user)?;
+    let team = known_team(&api, &caller, Some(&id)).await?;
     api.propose(&caller, Command::DropMember { team, user })
         .await?;
     Ok(StatusCode::NO_CONTENT)
@@ -208,14 +211,16 @@ pub(super) async fn leave(
     caller: Caller,
     PathName(id): PathName,
 ) -> Result<StatusCode, ApiError> {
-    let state = api.view.state();
-    let team = team_of(&state, &caller, Some(&id))?;
-    let member = member_of(&state, &caller).filter(|member| member.team == team);
-    let Some(user) = member.map(|member| member.user) else {
+    let leaving = api.found(|state| {
+        let team = team_of(&state, &caller, Some(&id))?;
+        let member = member_of(&state, &caller).filter(|member| member.team == team);
+        let user = member.map(|member| member.user);
         let why =
             "no member of this team holds the API key that was sent, so nobody can leave by it";
-        return Err(ApiError::new(Code::InvalidState, why));
-    };
+        let user = user.ok_or_else(|| ApiError::new(Code::InvalidState, why))?;
+        Ok((team, user))
+    });
+    let (team, user) = leaving.await?;
     api.propose(&caller, Command::DropMember { team, user })
         .await?;
     Ok(StatusCode::NO_CONTENT)
@@ -250,16 +255,10 @@ pub(super) async fn search(
     Ok(Json(shapes.collect()))
 }
 
-fn of_path(
-    api: &ApiState,
-    caller: &Caller,
-    id: &str,
-    user: &str,
-) -> Result<(TeamId, UserId), ApiError> {
-    let team = team_of(&api.view.state(), caller, Some(id))?;
-    let user = user.parse();
-    let user = user.map_err(|err: ParseIdError| ApiError::invalid(err.to_string()))?;
-    Ok((team, user))
+/// The user that a path names.
+fn user_in(path: &str) -> Result<UserId, ApiError> {
+    path.parse()
+        .map_err(|err: ParseIdError| ApiError::invalid(err.to_string()))
 }
 
 fn no_member(user: UserId) -> ApiError {

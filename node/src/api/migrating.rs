@@ -16,7 +16,7 @@ use super::auth::Caller;
 use super::capsules::settle;
 use super::error::ApiError;
 use super::extract::{CapsuleId, JsonBody};
-use super::nodes::{named, no_node};
+use super::nodes::id_of;
 use super::pausing::{failed, wrong_state};
 use super::state::{ApiState, owned};
 use super::wire::Capsule;
@@ -46,12 +46,7 @@ pub(super) async fn migrate(
     let deadline = Instant::now() + api.pause_wait;
     let fits = |phase| matches!(phase, Phase::Running | Phase::Resuming | Phase::Pausing);
     let known = api.sandbox_to_change(&caller, id, fits).await?;
-    let to = {
-        let state = api.view.state();
-        named(&state, &request.node)
-            .ok_or_else(|| no_node(&request.node))?
-            .id
-    };
+    let to = id_of(&api, &request.node).await?;
     let is_there = known.owner == to;
     match known.phase {
         // Asked for again: nothing is left to do, or it is on its way.

@@ -6,9 +6,11 @@
 
 mod audit;
 mod auth;
+mod build_archive;
 mod build_shape;
 mod builds;
 mod capsules;
+mod catching_up;
 mod channels;
 mod cluster;
 mod cluster_info;
@@ -51,6 +53,7 @@ mod streams;
 mod teams;
 mod templates;
 mod tokens;
+mod unread;
 mod upload;
 mod usage;
 mod uses;

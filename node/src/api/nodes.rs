@@ -56,11 +56,12 @@ pub(super) async fn get(
     PathName(name): PathName,
     reading: Reading,
 ) -> Result<Answered<Json<NodeShape>>, ApiError> {
-    let state = api.view.state();
-    let node = named(&state, &name).filter(|node| is_visible(node, &caller));
-    let node = node.ok_or_else(|| no_node(&name))?;
-    let shape = Nodes::new(&api, &state).shape(node);
-    Ok(reading.answer(Json(shape)))
+    let shape = api.found(|state| {
+        let node = named(&state, &name).filter(|node| is_visible(node, &caller));
+        let node = node.ok_or_else(|| no_node(&name))?;
+        Ok(Nodes::new(&api, &state).shape(node))
+    });
+    Ok(reading.answer(Json(shape.await?)))
 }
 
 /// Lets a node take no new capsules.
@@ -73,7 +74,7 @@ pub(super) async fn cordon(
     Admin(caller): Admin,
     PathName(name): PathName,
 ) -> Result<Json<NodeShape>, ApiError> {
-    let id = id_of(&api, &name)?;
+    let id = id_of(&api, &name).await?;
     change(&api, &caller, id, (Some(true), None), None).await
 }
 
@@ -87,7 +88,7 @@ pub(super) async fn uncordon(
     Admin(caller): Admin,
     PathName(name): PathName,
 ) -> Result<Json<NodeShape>, ApiError> {
-    let id = id_of(&api, &name)?;
+    let id = id_of(&api, &name).await?;
     change(&api, &caller, id, (Some(false), Some(false)), None).await
 }
 
@@ -103,7 +104,7 @@ pub(super) async fn tag(
     JsonBody(tags): JsonBody<BTreeMap<String, String>>,
 ) -> Result<Json<NodeShape>, ApiError> {
     check_tags("tags", &tags)?;
-    let id = id_of(&api, &name)?;
+    let id = id_of(&api, &name).await?;
     change(&api, &caller, id, (None, None), Some(tags)).await
 }
 
@@ -149,7 +150,7 @@ pub(super) async fn drain(
         return Err(ApiError::invalid(format!("timeout_sec is {most} at most")));
     }
     let deadline = Instant::now() + wait;
-    let id = id_of(&api, &name)?;
+    let id = id_of(&api, &name).await?;
     let _shape = change(&api, &caller, id, (Some(true), Some(true)), None).await?;
     info!(node = %id, stop = request.stop_capsules, "draining");
     if request.stop_capsules {
@@ -199,7 +200,10 @@ pub(super) async fn remove(
     QueryOf(query): QueryOf<RemoveQuery>,
 ) -> Result<StatusCode, ApiError> {
     // An id is enough, also one that was removed before: doing so again succeeds.
-    let node = name.parse().or_else(|_| id_of(&api, &name))?;
+    let node = match name.parse() {
+        Ok(id) => id,
+        Err(_) => id_of(&api, &name).await?,
+    };
     take_out(&api, &caller, (node, &name), query.force).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -255,10 +259,13 @@ pub(super) fn no_node(name: &str) -> ApiError {
     ApiError::new(Code::NotFound, format!("no node {shown:?}"))
 }
 
-fn id_of(api: &ApiState, name: &str) -> Result<NodeId, ApiError> {
-    let state = api.view.state();
-    let node = named(&state, name).ok_or_else(|| no_node(name))?;
-    Ok(node.id)
+/// The id of the node of this id or name.
+pub(super) async fn id_of(api: &ApiState, name: &str) -> Result<NodeId, ApiError> {
+    let known = api.found(|state| {
+        let node = named(&state, name).map(|node| node.id);
+        node.ok_or_else(|| no_node(name))
+    });
+    known.await
 }
 
 /// Whether a node is shown to a caller.

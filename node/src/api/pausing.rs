@@ -17,7 +17,7 @@ use super::auth::Caller;
 use super::capsules::{hints, settle};
 use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, QueryOf};
-use super::nodes::{named, no_node};
+use super::nodes::id_of;
 use super::state::{ApiState, owned};
 use super::wire::{Capsule, status};
 
@@ -93,12 +93,10 @@ pub(super) async fn resume(
     let deadline = Instant::now() + api.pause_wait;
     let fits = |phase| matches!(phase, Phase::Paused | Phase::Resuming);
     let known = api.sandbox_to_change(&caller, id, fits).await?;
-    let to = query.node.map(|name| {
-        let state = api.view.state();
-        let node = named(&state, &name).map(|it| it.id);
-        node.ok_or_else(|| no_node(&name))
-    });
-    let to = to.transpose()?;
+    let to = match query.node {
+        Some(name) => Some(id_of(&api, &name).await?),
+        None => None,
+    };
     let snapshot = match (known.phase, known.snapshot) {
         (phase, Some(snapshot)) if fits(phase) => snapshot,
         (phase, _) => return Err(wrong_state(id, phase, "resumed", "paused")),

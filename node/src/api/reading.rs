@@ -1,7 +1,8 @@
 //! Reads of the replicated state: how new they must be, and how new they are.
 //!
 //! Every node answers from its own copy. `?consistency=linearizable` first waits until that copy
-//! holds everything that was acknowledged before the request. Answers say in their headers up to
+//! holds everything that was acknowledged before the request; so does a request for one thing that this
+//! node does not know ([`catching_up`](super::catching_up)). Answers say in their headers up to
 //! which entry of the log the copy reached at least, and whose copy it is: a client that compares
 //! indexes sees whether it went back in time by asking another node.
 

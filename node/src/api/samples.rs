@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use raft::state::Sandbox;
+use raft::state::{Sandbox, State as Replicated};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::auth::Caller;
 use super::error::{ApiError, Code};
 use super::extract::{CapsuleId, QueryOf};
-use super::state::ApiState;
+use super::state::{ApiState, owned};
 use crate::base::sample::Sample;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -32,7 +32,7 @@ pub(super) struct CapsuleMetrics {
     sandbox_id: String,
     /// What was asked for.
     range: String,
-    /// The earliest first: up to 10 minutes by the second, up to 2 hours by 30 s, beyond by 5 minutes.
+    /// The earliest first: up to 10 minutes by half seconds, up to 2 hours by 30 s, beyond by 5 minutes.
     points: Vec<MetricsPoint>,
 }
 
@@ -41,6 +41,8 @@ pub(super) struct CapsuleMetrics {
 pub(super) struct MetricsPoint {
     /// The instant, in seconds since the Unix epoch.
     timestamp_unix: u64,
+    /// The same in milliseconds: two points have the same second.
+    timestamp_unix_ms: u64,
     /// Part of its processors that it kept busy since the point before, in percent.
     cpu_pct: f64,
     /// Memory of its host that it takes.
@@ -79,11 +81,15 @@ pub(super) async fn metrics(
 ) -> Result<Json<CapsuleMetrics>, ApiError> {
     let range = query.range.unwrap_or_else(|| "10m".into());
     let length = length_of(&range)?;
-    let sandbox = api.sandbox(&caller, id)?;
-    if sandbox.phase.is_ended() {
-        let why = format!("capsule {id} has ended; nothing is kept of how busy it was");
-        return Err(ApiError::new(Code::NotFound, why));
-    }
+    let look = |state: Replicated| {
+        let sandbox = owned(&state, &caller, id)?;
+        if sandbox.phase.is_ended() {
+            let why = format!("capsule {id} has ended; nothing is kept of how busy it was");
+            return Err(ApiError::new(Code::NotFound, why));
+        }
+        Ok(sandbox.clone())
+    };
+    let sandbox = api.found(look).await?;
     let samples = api.relay.samples(id, length).await?;
     let points = samples.iter().map(|it| MetricsPoint::of(it, &sandbox));
     Ok(Json(CapsuleMetrics {
@@ -115,6 +121,7 @@ impl MetricsPoint {
         let inside = sample.inside;
         Self {
             timestamp_unix: sample.at.0 / 1000,
+            timestamp_unix_ms: sample.at.0,
             cpu_pct: percent(sample.busy_cores, sandbox.spec.vcpus),
             mem_bytes: bytes(sample.resident_kib),
             disk_bytes: bytes(sample.disk_kib),

@@ -28,7 +28,7 @@ use super::auth::{Caller, presented};
 use super::error::{ApiError, Code};
 use super::grants::until_ended;
 use super::preview::Peer;
-use super::rates::TooMany;
+use super::rates::{Limit, TooMany};
 use super::state::ApiState;
 
 /// What a caller must have.
@@ -216,7 +216,7 @@ pub(super) async fn authorize(
         return next.run(request).await;
     }
     let from = request.extensions().get::<Peer>().map(|peer| peer.0.ip());
-    match admit(&api, key, from, needs) {
+    match admit(&api, key, from, needs).await {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             run(&api, &caller, request, next).await
@@ -227,17 +227,17 @@ pub(super) async fn authorize(
 }
 
 /// The caller who said who it is in the first frame of a WebSocket.
-pub(super) fn introduced(
+pub(super) async fn introduced(
     api: &ApiState,
     key: &str,
     from: Option<IpAddr>,
 ) -> Result<Caller, ApiError> {
-    let caller = Caller::presenting(api, Some(key), from)?;
+    let caller = Caller::presenting(api, Some(key), from).await?;
     Socket(Run).check(&caller)?;
-    let (now, settings) = (api.clock.now(), api.view.state().settings());
-    let taken = api.rates.take(caller.key, &settings, now);
-    taken.map_err(|too_many| ApiError::new(Code::RateLimited, too_many.to_string()))?;
-    api.uses.note(caller.key, now);
+    let limit = Limit::of_key(&api.view.state().settings());
+    let taken = api.rates.take(caller.key, limit, api.boot_clock.now());
+    taken.map_err(rate_limited)?;
+    api.uses.note(caller.key, api.clock.now());
     api.keep_watch();
     Ok(caller)
 }
@@ -260,18 +260,17 @@ impl From<TooMany> for Refused {
     }
 }
 
-fn admit(
+async fn admit(
     api: &ApiState,
     key: Option<&str>,
     from: Option<IpAddr>,
     needs: Needs,
 ) -> Result<Caller, Refused> {
-    let caller = Caller::presenting(api, key, from)?;
+    let caller = Caller::presenting(api, key, from).await?;
     needs.check(&caller)?;
-    let now = api.clock.now();
-    let settings = api.view.state().settings();
-    api.rates.take(caller.key, &settings, now)?;
-    api.uses.note(caller.key, now);
+    let limit = Limit::of_key(&api.view.state().settings());
+    api.rates.take(caller.key, limit, api.boot_clock.now())?;
+    api.uses.note(caller.key, api.clock.now());
     api.keep_watch();
     Ok(caller)
 }
@@ -299,9 +298,12 @@ fn ended() -> ApiError {
     ApiError::new(Code::Unauthorized, why)
 }
 
+fn rate_limited(too_many: TooMany) -> ApiError {
+    ApiError::new(Code::RateLimited, too_many.words("this API key"))
+}
+
 fn slow_down(too_many: TooMany) -> Response {
-    let err = ApiError::new(Code::RateLimited, too_many.to_string());
-    let mut response = err.into_response();
+    let mut response = rate_limited(too_many).into_response();
     let headers = response.headers_mut();
     headers.insert(RETRY_AFTER, too_many.retry_after_s.into());
     response

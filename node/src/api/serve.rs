@@ -1,16 +1,19 @@
 //! Listening: connections in, bounded in number and in patience, and an orderly end.
 //!
 //! HTTP/1.1 and, for clients that begin with it, HTTP/2 without TLS, on the same port. A connection of either
-//! without a request is closed after [`HEADER_TIMEOUT`]; one of HTTP/2 is told so first.
+//! without a request is closed after [`HEADER_TIMEOUT`]; one of HTTP/2 is told so first. A client that does not read its
+//! answer loses it ([`unread`](super::unread)).
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{future, io};
 
 use axum::Router;
+use axum::http::StatusCode;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -27,6 +30,7 @@ use tracing::{debug, warn};
 use super::opening::{Version, opened};
 use super::preview::Peer;
 use super::router::held;
+use super::unread::{Patient, UNREAD_TIMEOUT, Unread};
 
 /// Open connections at once: each may hold a read buffer, so this bounds memory to some 400 MiB
 /// in the worst case and keeps well below common limits of descriptors.
@@ -62,6 +66,16 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(8);
 /// Serves `router` on `listener` until `stop` fires; then accepts no more, lets requests under way
 /// finish for a while, and returns.
 pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+    serve_for(UNREAD_TIMEOUT, listener, router, stop).await;
+}
+
+/// The same, waiting for a client that does not read for `unread`.
+async fn serve_for(
+    unread: Duration,
+    listener: TcpListener,
+    router: Router,
+    stop: CancellationToken,
+) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let tasks = TaskTracker::new();
     let accept = async {
@@ -71,7 +85,8 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
             };
             match listener.accept().await {
                 Ok((stream, from)) => {
-                    let served = connection(stream, from, router.clone(), stop.clone());
+                    let (router, stop) = (router.clone(), stop.clone());
+                    let served = connection(stream, from, unread, router, stop);
                     tasks.spawn(async move {
                         let _permit = permit;
                         served.await;
@@ -93,7 +108,13 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
 }
 
 /// Serves one connection to its end, in whichever version of HTTP its client begins.
-async fn connection(stream: TcpStream, from: SocketAddr, router: Router, stop: CancellationToken) {
+async fn connection(
+    stream: TcpStream,
+    from: SocketAddr,
+    unread: Duration,
+    router: Router,
+    stop: CancellationToken,
+) {
     if let Err(err) = prepare(&stream) {
         debug!(%err, "a connection was gone at once");
         return;
@@ -107,11 +128,26 @@ async fn connection(stream: TcpStream, from: SocketAddr, router: Router, stop: C
     };
     let under_way = watch::Sender::new(0);
     let mut uses = under_way.subscribe();
+    // One of HTTP/2 has its answers looked after one by one.
+    let exempt = Arc::new(AtomicBool::new(version == Version::Http2));
+    let stream = Patient::new(stream, unread, exempt.clone());
+    let answers = Unread::new(unread);
+    let watched = answers.clone();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(Peer(from));
         let use_of = Use::new(under_way.clone());
         let answering = router.clone().oneshot(request);
-        async move { Ok::<_, Infallible>(held(answering.await?, use_of)) }
+        let (exempt, watched) = (exempt.clone(), watched.clone());
+        async move {
+            let answer = held(answering.await?, use_of);
+            if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+                exempt.store(true, Ordering::Relaxed);
+            }
+            Ok::<_, Infallible>(match version {
+                Version::Http1 => answer,
+                Version::Http2 => watched.watched(answer),
+            })
+        }
     });
     let builder = builder(version);
     let served = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
@@ -120,7 +156,10 @@ async fn connection(stream: TcpStream, from: SocketAddr, router: Router, stop: C
         match version {
             // Its own reading has a limit.
             Version::Http1 => future::pending().await,
-            Version::Http2 => rest(&mut uses).await,
+            Version::Http2 => tokio::select! {
+                () = rest(&mut uses) => {}
+                () = answers.watch() => {}
+            },
         }
     };
     let outcome = tokio::select! {
@@ -200,4 +239,75 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL_S)?;
     setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_PROBES)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::routing::get;
+    use bytes::Bytes;
+    use futures::stream;
+    use hyper::client::conn::http2;
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::sync::Notify;
+    use tokio_util::sync::DropGuard;
+
+    use super::*;
+
+    /// Longest the test waits for what must happen.
+    const PATIENCE: Duration = Duration::from_secs(60);
+    /// How long a client may leave its answer lie.
+    const UNREAD: Duration = Duration::from_millis(100);
+
+    /// What an answer holds: says so when it is let go of.
+    struct Held(Arc<Notify>);
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            self.0.notify_one();
+        }
+    }
+
+    /// A server whose answers have no end, and what says that it has let go of one.
+    async fn endless() -> (SocketAddr, Arc<Notify>, DropGuard) {
+        let let_go = Arc::new(Notify::new());
+        let says = let_go.clone();
+        let answer = async move || {
+            let held = Held(says.clone());
+            Body::from_stream(stream::repeat_with(move || {
+                let _held = &held;
+                Ok::<_, Infallible>(Bytes::from_static(&[0; 64 << 10]))
+            }))
+        };
+        let router = Router::new().route("/", get(answer));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let stop = CancellationToken::new();
+        tokio::spawn(serve_for(UNREAD, listener, router, stop.clone()));
+        (address, let_go, stop.drop_guard())
+    }
+
+    #[tokio::test]
+    async fn a_client_of_http_1_that_does_not_read_loses_its_answer() {
+        let (address, let_go, _serving) = endless().await;
+        let mut client = TcpStream::connect(address).await.expect("a connection");
+        let request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+        client.write_all(request).await.expect("asked");
+        let lost = time::timeout(PATIENCE, let_go.notified());
+        lost.await.expect("in time");
+    }
+
+    #[tokio::test]
+    async fn a_client_of_http_2_that_does_not_read_loses_its_answer() {
+        let (address, let_go, _serving) = endless().await;
+        let stream = TcpStream::connect(address).await.expect("a connection");
+        let handshake = http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
+        let (mut client, connection) = handshake.await.expect("HTTP/2");
+        tokio::spawn(connection);
+        let request = hyper::Request::get("http://x/").body(Body::empty());
+        let answer = client.send_request(request.expect("a request")).await;
+        let _unread = answer.expect("an answer");
+        let lost = time::timeout(PATIENCE, let_go.notified());
+        lost.await.expect("in time");
+    }
 }

@@ -10,7 +10,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use proto::ids::{ParseIdError, SandboxId, SnapshotId};
 use raft::command::{CheckpointSandbox, Command, DropNamed};
-use raft::state::{Checkpoint, Phase, Purpose, State as Replicated};
+use raft::state::{Checkpoint, Phase, Purpose, SnapshotKind, State as Replicated};
 use serde::Deserialize;
 use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
@@ -80,6 +80,7 @@ pub(super) async fn create(
     refuse_platforms(&api.view.state(), &name)?;
     let purpose = Purpose::Name {
         name: name.clone(),
+        kind: SnapshotKind::Snapshot,
         overwrite: query.overwrite,
         metadata,
     };
@@ -105,16 +106,19 @@ pub(super) async fn remove(
     PathName(name): PathName,
 ) -> Result<StatusCode, ApiError> {
     check_name("name", &name)?;
-    let state = api.view.state();
-    let Some(named) = state.named(caller.team, &name) else {
+    let snapshot = api.found(|state| {
+        if let Some(named) = state.named(caller.team, &name) {
+            return Ok(named.snapshot);
+        }
         refuse_platforms(&state, &name)?;
         let why = format!("no snapshot {name:?}");
-        return Err(ApiError::new(Code::NotFound, why));
-    };
+        Err(ApiError::new(Code::NotFound, why))
+    });
+    let snapshot = snapshot.await?;
     let drop = DropNamed {
         team: caller.team,
         name,
-        snapshot: named.snapshot,
+        snapshot,
     };
     api.propose(&caller, Command::DropNamed(drop)).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -193,7 +197,8 @@ pub(super) fn not_taken(
     }
 }
 
-fn refuse_platforms(state: &Replicated, name: &str) -> Result<(), ApiError> {
+/// Refuses a name that is the platform's, whether it has a template of that name or not.
+pub(super) fn refuse_platforms(state: &Replicated, name: &str) -> Result<(), ApiError> {
     if PROTECTED.contains(&name) || state.template(name).is_some() {
         let why = format!("the template {name:?} is the platform's");
         return Err(ApiError::new(Code::Forbidden, why));

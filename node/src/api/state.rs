@@ -6,25 +6,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{env, fmt};
 
-use proto::ids::{NodeId, SandboxId};
+use proto::ids::{KeyId, NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::{Command, Receipt};
 use raft::state::{Phase, Sandbox, State};
 use tokio::sync::Semaphore;
 use tokio::time::{self, MissedTickBehavior};
-use tracing::debug;
 
 use super::auth::Caller;
+use super::catching_up::Rounds;
 use super::cluster_info::{Alone, ClusterInfo};
 use super::error::{ApiError, Code};
 use super::grants::Grants;
 use super::metrics::Counters;
 use super::preview::Previews;
-use super::rates::Rates;
+use super::rates::{Limit, Rates};
 use super::run::Run;
 use super::streams::Sessions;
 use super::uses::Uses;
-use crate::base::clock::Clock;
+use crate::base::clock::{BootClock, Clock, SystemBootClock};
 use crate::cluster::{ProposeError, Proposer, View};
 use crate::net::Cidr;
 use crate::relay::{Relay, RelayError};
@@ -38,9 +38,6 @@ const DESTROY_WAIT: Duration = Duration::from_secs(10);
 const PAUSE_WAIT: Duration = Duration::from_secs(20);
 /// Longest the taking of a snapshot, and a fork, wait. Client libraries give up on it after 60 s.
 const CHECKPOINT_WAIT: Duration = Duration::from_secs(50);
-/// Longest a request to a guest waits for news of the cluster before this node's word counts: about one
-/// election.
-const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a call under way counts as activity: well inside the shortest inactivity timeout.
 const BUSY_INTERVAL: Duration = Duration::from_secs(20);
 /// Uploads that may lie in spool files at once. Each may take 100 MiB of disk.
@@ -67,6 +64,7 @@ pub struct ApiState {
     pub(super) relay: Relay,
     pub(super) cluster: Arc<dyn ClusterInfo>,
     pub(super) clock: Arc<dyn Clock>,
+    pub(super) boot_clock: Arc<dyn BootClock>,
     pub(super) facts: Arc<NodeFacts>,
     pub(super) counters: Arc<Counters>,
     pub(super) spool_dir: Arc<PathBuf>,
@@ -75,8 +73,9 @@ pub struct ApiState {
     pub(super) previews: Previews,
     pub(super) webhook_allow: Arc<[Cidr]>,
     pub(super) grants: Grants,
-    pub(super) rates: Rates,
+    pub(super) rates: Rates<KeyId>,
     pub(super) uses: Uses,
+    pub(super) rounds: Rounds,
     watching: Arc<AtomicBool>,
     pub(super) started_at: Stamp,
     pub(super) create_wait: Duration,
@@ -112,9 +111,11 @@ impl ApiState {
             grants: Grants::default(),
             rates: Rates::default(),
             uses: Uses::default(),
+            rounds: Rounds::default(),
             watching: Arc::default(),
             started_at: clock.now(),
             clock,
+            boot_clock: Arc::new(SystemBootClock),
             facts: Arc::new(facts),
             counters: Arc::default(),
             spool_dir: Arc::new(env::temp_dir()),
@@ -145,6 +146,20 @@ impl ApiState {
     #[must_use]
     pub fn with_webhook_allow(mut self, allowed: Vec<Cidr>) -> Self {
         self.webhook_allow = allowed.into();
+        self
+    }
+
+    /// Counts rates by `clock` instead of the host's.
+    #[must_use]
+    pub fn with_boot_clock(mut self, clock: Arc<dyn BootClock>) -> Self {
+        self.boot_clock = clock;
+        self
+    }
+
+    /// Lets each capsule be visited so many times a second, and so many times at once.
+    #[must_use]
+    pub fn with_visits(mut self, rate: u32, burst: u32) -> Self {
+        self.previews = self.previews.limited_to(Limit::new(rate, burst));
         self
     }
 
@@ -187,7 +202,8 @@ impl ApiState {
         self.sessions.spawn(uses.tell(self.proposer.clone()));
     }
 
-    /// The caller's sandbox `id`, as this node knows it. Another team's sandbox does not exist for the
+    /// The caller's sandbox `id`, as this node knows it, which may be behind: before somebody is told that there is none,
+    /// use [`Self::found`]. Another team's sandbox does not exist for the
     /// caller.
     pub(super) fn sandbox(&self, caller: &Caller, id: SandboxId) -> Result<Sandbox, ApiError> {
         let state = self.view.state();
@@ -221,10 +237,7 @@ impl ApiState {
             Ok(known) if known.phase == Phase::Running => known,
             _ => {
                 // As for a change; but a guest goes on without a quorum, and this node's word counts then.
-                let caught_up = time::timeout(CATCH_UP_TIMEOUT, self.cluster.linearize()).await;
-                if !matches!(caught_up, Ok(Ok(()))) {
-                    debug!(sandbox = %id, "judged by what this node knows: no quorum answers");
-                }
+                self.catch_up().await;
                 self.sandbox(caller, id)?
             }
         };

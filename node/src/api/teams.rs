@@ -156,11 +156,13 @@ pub(super) async fn get(
     PathName(id): PathName,
     reading: Reading,
 ) -> Result<Answered<Json<TeamDetail>>, ApiError> {
-    let state = api.view.state();
-    let team = team_of(&state, &caller, Some(&id))?;
-    let members = state.members_of(team).map(MemberShape::from).collect();
-    let team = TeamShape::new(&state, team);
-    Ok(reading.answer(Json(TeamDetail { team, members })))
+    let detail = api.found(|state| {
+        let team = team_of(&state, &caller, Some(&id))?;
+        let members = state.members_of(team).map(MemberShape::from).collect();
+        let team = TeamShape::new(&state, team);
+        Ok(TeamDetail { team, members })
+    });
+    Ok(reading.answer(Json(detail.await?)))
 }
 
 /// Gives a team another name.
@@ -176,7 +178,7 @@ pub(super) async fn rename(
 ) -> Result<StatusCode, ApiError> {
     let name = request.name.trim().to_owned();
     check_title("name", &name)?;
-    let id = team_of(&api.view.state(), &caller, Some(&id))?;
+    let id = known_team(&api, &caller, Some(&id)).await?;
     if id == TeamId::default() {
         let why = "the platform itself has no other name";
         return Err(ApiError::new(Code::Forbidden, why));
@@ -201,7 +203,7 @@ pub(super) async fn remove(
     Admin(caller): Admin,
     PathName(id): PathName,
 ) -> Result<StatusCode, ApiError> {
-    let id = team_of(&api.view.state(), &caller, Some(&id))?;
+    let id = known_team(&api, &caller, Some(&id)).await?;
     api.propose(&caller, Command::DropTeam(id)).await?;
     info!(team = %id, "a team was removed");
     Ok(StatusCode::NO_CONTENT)
@@ -224,6 +226,15 @@ pub(super) async fn me(State(api): State<ApiState>, caller: Caller) -> Json<Me> 
         scope: caller.scope.word(),
         is_admin: caller.is_platform() && caller.scope == Scope::Admin,
     })
+}
+
+/// As [`team_of`], but a team that was made through another node a moment ago is waited for.
+pub(super) async fn known_team(
+    api: &ApiState,
+    caller: &Caller,
+    asked: Option<&str>,
+) -> Result<TeamId, ApiError> {
+    api.found(|state| team_of(&state, caller, asked)).await
 }
 
 /// The team that a request means: the caller's own, or for administrators of the cluster any that there is.

@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use proto::ids::NodeId;
 use proto::units::Stamp;
 use raft::state::{
-    GuestVersions, HostLoss, IdleAction, Named, Phase, Sandbox, Snapshot, State, Template,
+    GuestVersions, HostLoss, IdleAction, Named, Phase, Sandbox, Snapshot, SnapshotKind, State,
+    Template,
 };
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -43,7 +44,7 @@ pub(super) struct Capsule {
     /// What becomes of it when its host is lost: `wait` or `restart`.
     #[schema(value_type = String)]
     pub(super) on_host_loss: &'static str,
-    /// Its template.
+    /// Its template, by the name it was asked for under.
     pub(super) template: String,
     /// Virtual processors.
     pub(super) vcpus: u32,
@@ -212,7 +213,7 @@ impl Capsule {
                 HostLoss::Wait => "wait",
                 HostLoss::Restart => "restart",
             },
-            template: spec.template.clone(),
+            template: spec.template_as_asked().to_owned(),
             vcpus: spec.vcpus,
             memory_mb: spec.memory.0,
             timeout_sec: spec.idle_timeout.unwrap_or_default().as_secs(),
@@ -365,9 +366,9 @@ impl From<&Named> for TemplateShape {
     fn from(named: &Named) -> Self {
         Self {
             name: named.name.clone(),
-            kind: "snapshot",
-            vcpus: Some(named.vcpus),
-            memory_mb: Some(named.memory.0),
+            kind: named.kind.word(),
+            vcpus: (named.kind == SnapshotKind::Snapshot).then_some(named.vcpus),
+            memory_mb: (named.kind == SnapshotKind::Snapshot).then_some(named.memory.0),
             size_bytes: named.size_bytes,
             created_at: timestamp(named.created_at),
             platform: false,
@@ -381,7 +382,7 @@ impl From<&Template> for TemplateShape {
     fn from(template: &Template) -> Self {
         Self {
             name: template.name.clone(),
-            kind: "base",
+            kind: SnapshotKind::Base.word(),
             vcpus: None,
             memory_mb: None,
             size_bytes: template.size_bytes,

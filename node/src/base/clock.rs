@@ -47,6 +47,11 @@ impl HandClock {
         let by_ms = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
         self.0.fetch_add(by_ms, Ordering::Relaxed);
     }
+
+    /// Sets the clock, also back, as an administrator or a time service does.
+    pub fn set(&self, to: Stamp) {
+        self.0.store(to.0, Ordering::Relaxed);
+    }
 }
 
 impl Clock for HandClock {

@@ -2,6 +2,9 @@
 
 use proto::units::Stamp;
 
+/// Samples in one answer: nobody keeps more of them by one period.
+pub const MOST_SAMPLES: usize = 2048;
+
 /// How busy one guest was, up to an instant. Sizes are in KiB: a ring of samples is kept for each
 /// guest, and they add up.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

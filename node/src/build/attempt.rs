@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use raft::state::{Build, State};
+use raft::state::{Build, SnapshotKind, State};
 use tokio::fs::File;
 use tokio::time::{self, Instant, MissedTickBehavior};
 use tokio_util::io::ReaderStream;
@@ -23,7 +23,7 @@ use super::around::{Around, parse_env};
 use super::capsule::{Capsule, NoCapsule, result_ask};
 use super::journal::Journal;
 use super::start::{self, Known, Start};
-use super::{Stop, steps};
+use super::{Stop, kind, steps};
 use crate::base::chain::chain;
 use crate::cluster::Proposer;
 use crate::guest::{
@@ -32,7 +32,7 @@ use crate::guest::{
 use crate::relay::Relay;
 use crate::template::health::HealthCheck;
 use crate::template::log::{Kind, Output};
-use crate::template::plan::{self, Key, Origin, Step};
+use crate::template::plan::{self, Key, Step};
 use crate::template::recipe::Directive;
 
 /// How often what a step writes is told. Each telling is an entry of the cluster's log.
@@ -80,6 +80,7 @@ pub(super) struct Attempt {
     capsule: Capsule,
     journal: Journal,
     around: Around,
+    kind: SnapshotKind,
     /// When the last outcome was kept, or the first step began.
     kept_at: Instant,
 }
@@ -99,9 +100,10 @@ impl Attempt {
         let steps = plan::steps(&spec.recipe, &spec.files, spec.skip_pre_post)
             .map_err(|err| Stop::Failed(err.to_string()))?;
         let state = means.proposer.view().state();
-        let keys = keys(&state, &build, &steps)?;
+        let keys = start::keys(&state, &build, &steps)?;
         let capsule = Capsule::of(&build, means.proposer.clone(), means.relay.clone());
         let journal = Journal::new(means.proposer.clone(), build.id, build.attempt);
+        let kind = kind::kind(&build.spec, state.nodes());
         Ok(Self {
             build,
             means,
@@ -110,6 +112,7 @@ impl Attempt {
             capsule,
             journal,
             around: Around::default(),
+            kind,
             kept_at: Instant::now(),
         })
     }
@@ -159,7 +162,7 @@ impl Attempt {
         if let (Err(NoCapsule::NoRoom(why)), Some(_)) = (&started, &start.from) {
             self.journal
                 .note(format!("nothing that was kept can be used: {why}"));
-            start = known_base();
+            start = start::at_base();
             started = self.capsule.start(&self.build, None).await;
         }
         started.map_err(|err| match err {
@@ -434,7 +437,8 @@ impl Attempt {
     async fn keep_as(&mut self, name: &str, done: usize) -> Result<(), Stop> {
         self.journal.flush().await?;
         let labels = start::labels(self.build.id, done, &self.around);
-        if let Err(why) = self.capsule.seal(name, true, labels).await? {
+        let what = (SnapshotKind::Snapshot, name);
+        if let Err(why) = self.capsule.seal(what, true, labels).await? {
             // It is done again where it is needed, no more.
             self.journal.note(format!("could not be kept: {why}"));
         }
@@ -458,6 +462,10 @@ impl Attempt {
         let guest = self.capsule.guest().await?;
         let told = guest.set_defaults(&defaults).await;
         told.map_err(|err| refused("tell the agent of user and environment", &err))?;
+        if self.kind == SnapshotKind::Base {
+            let kept = guest.keep_defaults(&defaults).await;
+            kept.map_err(|err| refused("keep user and environment on the disk", &err))?;
+        }
         Ok(env)
     }
 
@@ -508,36 +516,22 @@ impl Attempt {
         self.journal.at("sealing", self.build.spec.total_steps);
         self.journal.flush().await?;
         let (name, overwrite) = (self.build.spec.name.clone(), self.build.spec.overwrite);
-        let sealed = self.capsule.seal(&name, overwrite, BTreeMap::new()).await?;
+        let kind = self.kind;
+        let what = (kind, name.as_str());
+        let sealed = self.capsule.seal(what, overwrite, BTreeMap::new()).await?;
         sealed.map_err(|why| Stop::Failed(format!("the template could not be made: {why}")))?;
-        self.journal.note(format!("the template {name:?} is there"));
+        let state = self.means.proposer.view().state();
+        let made = state.named(self.build.team, &name);
+        let made = made.map_or(kind, |it| it.kind).word();
+        self.journal
+            .note(format!("the template {name:?} is there ({made})"));
+        if self.kind == SnapshotKind::Base {
+            for lack in kind::lacks(&self.steps, self.around.cwd()) {
+                self.journal.note(lack);
+            }
+        }
         Ok(())
     }
-}
-
-const fn known_base() -> Start {
-    Start {
-        done: 0,
-        from: None,
-        around: None,
-        has_archive: false,
-    }
-}
-
-fn keys(state: &State, build: &Build, steps: &[Step]) -> Result<Vec<Key>, Stop> {
-    let asked = &build.spec.sandbox;
-    let named = state.named(build.team, &asked.template);
-    let base = match (named, state.template(&asked.template)) {
-        (Some(named), _) => named.snapshot.0.to_vec(),
-        (None, Some(template)) => template.digest.to_vec(),
-        (None, None) => {
-            let why = format!("there is no template {:?} any more", asked.template);
-            return Err(Stop::Failed(why));
-        }
-    };
-    let shape = (asked.vcpus, asked.memory.0, asked.disk.0);
-    let base = &base;
-    Ok(plan::keys(Origin { base, shape }, steps))
 }
 
 /// The next event; the stream comes along, so that waiting may be cut and gone on with.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use proto::ids::{BuildId, SandboxId, SnapshotId};
 use raft::command::{CheckpointSandbox, Command, Refusal};
 use raft::state::{
-    Build, Checkpoint, IdleAction, Named, Phase, Purpose, Sandbox, SandboxSpec, State,
+    Build, Checkpoint, IdleAction, Named, Phase, Purpose, Sandbox, SandboxSpec, SnapshotKind, State,
 };
 use tokio::time::{self, Instant};
 
@@ -132,11 +132,11 @@ impl Capsule {
         drop(self.relay.touch(self.id));
     }
 
-    /// Seals it under a name; it goes on. `Err` of the inner result where it was not sealed, or may not have
-    /// the name.
+    /// Seals it, or its disk alone, under a name; it goes on. `Err` of the inner result where it was
+    /// not sealed, or may not have the name.
     pub(super) async fn seal(
         &self,
-        name: &str,
+        (kind, name): (SnapshotKind, &str),
         overwrite: bool,
         metadata: BTreeMap<String, String>,
     ) -> Result<Result<(), String>, Stop> {
@@ -154,6 +154,7 @@ impl Capsule {
                 ask,
                 purpose: Purpose::Name {
                     name: name.to_owned(),
+                    kind,
                     overwrite,
                     metadata,
                 },

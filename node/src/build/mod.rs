@@ -18,6 +18,7 @@
 //! | `builder` | which builds are this node's to do; claims, ends |
 //! | `attempt` | one attempt, from a capsule to a name |
 //! | `start` | where an attempt begins (pure) |
+//! | `kind` | a running guest or a disk alone, and what that lacks (pure) |
 //! | `capsule` | the capsule of an attempt: made, reached, sealed |
 //! | `steps` | what a directive does to a guest |
 //! | `around` | user, directory and environment between steps |
@@ -28,6 +29,7 @@ mod attempt;
 mod builder;
 mod capsule;
 mod journal;
+mod kind;
 mod start;
 mod steps;
 

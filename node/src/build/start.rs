@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use proto::ids::BuildId;
 use raft::state::{Build, Named, STEP_PREFIX, State};
 
+use super::Stop;
 use super::around::Around;
-use crate::template::plan::{Key, Step};
+use crate::template::plan::{self, Key, Origin, Step};
 
 /// The label that says which build kept an outcome.
 const BUILD_LABEL: &str = "build";
@@ -58,6 +59,33 @@ pub(super) fn labels(id: BuildId, done: usize, around: &Around) -> BTreeMap<Stri
     ])
 }
 
+/// At the template that was asked for.
+pub(super) const fn at_base() -> Start {
+    Start {
+        done: 0,
+        from: None,
+        around: None,
+        has_archive: false,
+    }
+}
+
+/// What the outcomes of steps are kept as.
+pub(super) fn keys(state: &State, build: &Build, steps: &[Step]) -> Result<Vec<Key>, Stop> {
+    let asked = &build.spec.sandbox;
+    let named = state.named(build.team, &asked.template);
+    let base = match (named, state.template(&asked.template)) {
+        (Some(named), _) => named.snapshot.0.to_vec(),
+        (None, Some(template)) => template.digest.to_vec(),
+        (None, None) => {
+            let why = format!("there is no template {:?} any more", asked.template);
+            return Err(Stop::Failed(why));
+        }
+    };
+    let shape = (asked.vcpus, asked.memory.0, asked.disk.0);
+    let base = &base;
+    Ok(plan::keys(Origin { base, shape }, steps))
+}
+
 /// Where to begin; `None` where the files that are needed are nowhere.
 pub(super) fn choose(known: Known<'_>) -> Option<Start> {
     let Known { build, steps, .. } = known;
@@ -83,15 +111,9 @@ pub(super) fn choose(known: Known<'_>) -> Option<Start> {
             .and_then(|it| it.metadata.get(BUILD_LABEL));
         !build.spec.no_cache || by == Some(&own)
     };
-    let base = Start {
-        done: 0,
-        from: None,
-        around: None,
-        has_archive: false,
-    };
     kept.chain(context)
         .filter(is_wanted)
-        .chain([base])
+        .chain([at_base()])
         .find(fits)
 }
 

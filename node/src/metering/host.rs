@@ -14,6 +14,30 @@ const STAT_BLOCK_BYTES: u64 = 512;
 /// What the kernel counts processor time in, where it does not say: it is 100 on every Linux that
 /// runs guests.
 const DEFAULT_TICKS_PER_SECOND: u64 = 100;
+/// What the kernel counts memory in, where it does not say.
+const DEFAULT_PAGE_BYTES: u64 = 4096;
+
+/// Where readings come from.
+pub(super) trait Files {
+    /// What the file says; `None` where it cannot be read.
+    fn text(&self, path: &Path) -> Option<String>;
+    /// Bytes that the file takes on its disk; none where there is no file.
+    fn allocated_bytes(&self, path: &Path) -> u64;
+}
+
+/// The files of this host.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HostFiles;
+
+impl Files for HostFiles {
+    fn text(&self, path: &Path) -> Option<String> {
+        fs::read_to_string(path).ok()
+    }
+
+    fn allocated_bytes(&self, path: &Path) -> u64 {
+        fs::metadata(path).map_or(0, |it| it.blocks() * STAT_BLOCK_BYTES)
+    }
+}
 
 /// One reading.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,33 +45,50 @@ pub(super) struct Reading {
     /// Processor time since the VMM began, in milliseconds.
     pub(super) busy_ms: u64,
     pub(super) resident_kib: u32,
+    pub(super) outside: Outside,
+}
+
+/// What is not the process's own. It costs more than the rest, and moves less.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Outside {
     pub(super) disk_kib: u32,
     pub(super) sent_bytes: u64,
     pub(super) received_bytes: u64,
 }
 
-/// Reads all of a VMM and its guest's disk; `None` where the process is no more.
-pub(super) fn read(pid: u32, overlay: &Path) -> Option<Reading> {
+/// Reads a VMM, and what is outside of it unless that is `known`; `None` where the process is no
+/// more.
+pub(super) fn read(
+    files: &impl Files,
+    pid: u32,
+    overlay: &Path,
+    known: Option<Outside>,
+) -> Option<Reading> {
     let proc = Path::new("/proc").join(pid.to_string());
-    let stat = fs::read_to_string(proc.join("stat")).ok()?;
-    let status = fs::read_to_string(proc.join("status")).ok()?;
-    let network = fs::read_to_string(proc.join("net/dev")).unwrap_or_default();
-    let (from_guest, to_guest) = traffic(&network).unwrap_or_default();
-    let disk = fs::metadata(overlay).map_or(0, |it| it.blocks() * STAT_BLOCK_BYTES);
+    let stat = files.text(&proc.join("stat"))?;
+    // Not `status`, which says it too: that takes the kernel three times as long.
+    let statm = files.text(&proc.join("statm"))?;
+    let outside = || {
+        let network = files.text(&proc.join("net/dev")).unwrap_or_default();
+        let (from_guest, to_guest) = traffic(&network).unwrap_or_default();
+        Outside {
+            disk_kib: kib(files.allocated_bytes(overlay)),
+            sent_bytes: from_guest,
+            received_bytes: to_guest,
+        }
+    };
     Some(Reading {
-        busy_ms: busy_ticks(&stat)? * 1000 / ticks_per_second(),
-        resident_kib: resident_kib(&status)?,
-        disk_kib: kib(disk),
-        sent_bytes: from_guest,
-        received_bytes: to_guest,
+        busy_ms: busy_ticks(&stat)? * 1000 / said(SysconfVar::CLK_TCK, DEFAULT_TICKS_PER_SECOND),
+        resident_kib: resident_kib(&statm, said(SysconfVar::PAGE_SIZE, DEFAULT_PAGE_BYTES))?,
+        outside: known.unwrap_or_else(outside),
     })
 }
 
-fn ticks_per_second() -> u64 {
-    let said = sysconf(SysconfVar::CLK_TCK).ok().flatten();
-    let said = said.and_then(|ticks| u64::try_from(ticks).ok());
-    said.filter(|ticks| *ticks > 0)
-        .unwrap_or(DEFAULT_TICKS_PER_SECOND)
+/// What the kernel says of itself.
+fn said(what: SysconfVar, otherwise: u64) -> u64 {
+    let said = sysconf(what).ok().flatten();
+    let said = said.and_then(|it| u64::try_from(it).ok());
+    said.filter(|it| *it > 0).unwrap_or(otherwise)
 }
 
 /// Ticks in user and kernel mode, of all threads: the fields 14 and 15. The second may hold anything,
@@ -60,10 +101,10 @@ fn busy_ticks(stat: &str) -> Option<u64> {
     Some(user + kernel)
 }
 
-fn resident_kib(status: &str) -> Option<u32> {
-    let line = status.lines().find_map(|it| it.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.split_ascii_whitespace().next()?.parse().ok()?;
-    Some(u32::try_from(kib).unwrap_or(u32::MAX))
+/// Pages in memory, of all kinds: the second number.
+fn resident_kib(statm: &str, page_bytes: u64) -> Option<u32> {
+    let pages: u64 = statm.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Some(kib(pages.saturating_mul(page_bytes)))
 }
 
 /// Bytes that came from the guest and that went to it, by its tap: what the host receives there the
@@ -101,9 +142,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_resident_is_told_in_pages() {
+        assert_eq!(resident_kib("900 25 7 1 0 80 0\n", 4096), Some(100));
+        assert_eq!(resident_kib("900\n", 4096), None);
+    }
+
+    #[test]
     fn this_process_can_be_read() {
-        let read = read(std::process::id(), Path::new("/nonexistent")).expect("it runs");
-        assert!(read.resident_kib > 0);
-        assert_eq!(read.disk_kib, 0);
+        let here = std::process::id();
+        let read = |known| read(&HostFiles, here, Path::new("/nonexistent"), known);
+        let reading = read(None).expect("it runs");
+        assert!(reading.resident_kib > 0);
+        assert_eq!(reading.outside.disk_kib, 0);
+        let known = Outside {
+            disk_kib: 7,
+            ..Outside::default()
+        };
+        assert_eq!(read(Some(known)).expect("it runs").outside, known);
     }
 }

@@ -1,32 +1,33 @@
 //! Takes the samples: two loops over the guests that run here, until they are told to stop.
 //!
-//! The host's loop reads files and waits for nobody. The other asks the agents, a few at a time, and
-//! one that does not answer leaves what it said last. Neither counts as use of a capsule.
+//! The host's loop waits for files, and for the shim of a VMM that it has not seen before. It looks in the middle of each period, so that
+//! a look that comes a little early or late is still the one of its period. The other asks the
+//! agents, a few at a time, and one that does not answer leaves what it said last. Neither counts as
+//! use of a guest.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
-use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use tokio::task;
 use tokio::time::{self, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::host::{self, Reading};
-use super::ring::Rings;
+use super::book::{Book, Target};
+use super::host::HostFiles;
+use super::ring::FINEST;
 use crate::base::clock::Clock;
-use crate::base::sample::{Inside, Sample};
+use crate::base::sample::Sample;
 use crate::cluster::View;
 use crate::sandbox::{Metered, Registry};
 use crate::shim::client;
 
-/// How often the host is looked at: what clients see has seconds.
-const HOST_INTERVAL: Duration = Duration::from_secs(1);
+/// How often the registry is asked for guests while there are none.
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// How often agents are asked. An agent wakes each second anyway; the question costs the daemon a
 /// fraction of a millisecond.
 const INSIDE_INTERVAL: Duration = Duration::from_secs(5);
@@ -34,10 +35,8 @@ const INSIDE_INTERVAL: Duration = Duration::from_secs(5);
 const INSIDE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Agents asked at once.
 const INSIDE_AT_ONCE: usize = 16;
-/// Guests whose samples are kept, also of those that rest: 256 MiB when all of them are full.
-const MOST_GUESTS: usize = 4096;
-/// How often what has ended or gone is dropped, in looks at the host.
-const SWEEP_EVERY: u32 = 60;
+/// How often what has ended or gone is dropped.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The samples of this node's guests.
 pub struct Metering {
@@ -45,7 +44,7 @@ pub struct Metering {
     registry: Arc<Registry>,
     view: View,
     clock: Arc<dyn Clock>,
-    kept: Mutex<HashMap<SandboxId, Kept>>,
+    book: Book,
 }
 
 impl fmt::Debug for Metering {
@@ -54,94 +53,73 @@ impl fmt::Debug for Metering {
     }
 }
 
-/// What is kept of one guest.
-#[derive(Debug, Default)]
-struct Kept {
-    epoch: Epoch,
-    rings: Rings,
-    inside: Inside,
-    /// The VMM, once its shim has named it, and the last look at it.
-    vmm: Option<u32>,
-    last: Option<(Stamp, Reading)>,
-}
-
-impl Kept {
-    /// Takes a look at the host as a sample, which needs the one before.
-    fn look(&mut self, at: Stamp, reading: Reading) {
-        let before = self.last.replace((at, reading));
-        let Some((then, before)) = before else {
-            return;
-        };
-        let passed_ms = at.0.saturating_sub(then.0);
-        if passed_ms == 0 {
-            return;
-        }
-        let busy_ms = reading.busy_ms.saturating_sub(before.busy_ms);
-        self.rings.push(Sample {
-            at,
-            busy_cores: ratio(busy_ms, passed_ms),
-            resident_kib: reading.resident_kib,
-            disk_kib: reading.disk_kib,
-            sent_bytes: reading.sent_bytes,
-            received_bytes: reading.received_bytes,
-            inside: self.inside,
-        });
-    }
-}
-
-#[allow(clippy::cast_precision_loss)] // milliseconds of a second or so
-fn ratio(part: u64, whole: u64) -> f32 {
-    part as f32 / whole as f32
-}
-
-/// One guest to look at.
-struct Target {
-    id: SandboxId,
-    pid: u32,
-    overlay: PathBuf,
-}
-
 impl Metering {
-    /// No samples yet, of the guests of `registry`.
+    /// Of the guests of `registry`. What an earlier daemon left in `dir` is recalled once
+    /// [`Self::watch_host`] runs.
     #[must_use]
-    pub fn new(here: NodeId, registry: Arc<Registry>, view: View, clock: Arc<dyn Clock>) -> Self {
+    pub fn new(
+        here: NodeId,
+        registry: Arc<Registry>,
+        view: View,
+        clock: Arc<dyn Clock>,
+        dir: PathBuf,
+    ) -> Self {
         Self {
             here,
             registry,
             view,
             clock,
-            kept: Mutex::default(),
+            book: Book::new(dir),
         }
     }
 
     /// The samples of the last `range` of a guest here, the earliest first.
     #[must_use]
     pub fn samples(&self, id: SandboxId, range: Duration) -> Vec<Sample> {
-        let kept = self.kept();
-        let rings = kept.get(&id).map(|kept| &kept.rings);
-        rings.map_or_else(Vec::new, |rings| rings.last(range, self.clock.now()))
+        self.book.samples(id, range, self.clock.now())
     }
 
     /// Looks at the host until `stop`.
     pub async fn watch_host(self: Arc<Self>, stop: CancellationToken) {
-        let mut ticks = ticks(HOST_INTERVAL);
-        for round in 1_u32.. {
-            if stop.run_until_cancelled(ticks.tick()).await.is_none() {
+        self.on_files(|this| this.book.recall(this.clock.now()))
+            .await;
+        let mut swept = self.clock.now();
+        // Not the idle one: an earlier daemon's guests may run.
+        let mut interval = FINEST;
+        loop {
+            let rest = time::sleep(until_next(self.clock.now(), interval));
+            if stop.run_until_cancelled(rest).await.is_none() {
                 return;
             }
             let targets = self.targets().await;
-            let this = Arc::clone(&self);
-            // A look that panicked is one that is missing.
-            let _looked = task::spawn_blocking(move || this.look(&targets)).await;
-            if round % SWEEP_EVERY == 0 {
-                self.sweep();
+            interval = if targets.is_empty() {
+                IDLE_INTERVAL
+            } else {
+                self.on_files(move |this| {
+                    this.book.look(&targets, &HostFiles, this.clock.as_ref());
+                })
+                .await;
+                FINEST
+            };
+            let now = self.clock.now();
+            let is_due = Duration::from_millis(now.0.abs_diff(swept.0)) >= SWEEP_INTERVAL;
+            if is_due && self.book.len() > 0 {
+                swept = now;
+                self.on_files(move |this| this.sweep(now)).await;
             }
         }
     }
 
+    /// Does work that reads files, one at a time. What panicked is missing, and the next is done.
+    async fn on_files(self: &Arc<Self>, work: impl FnOnce(&Self) + Send + 'static) {
+        let this = Arc::clone(self);
+        let _done = task::spawn_blocking(move || work(&this)).await;
+    }
+
     /// Asks the agents until `stop`.
     pub async fn watch_inside(self: Arc<Self>, stop: CancellationToken) {
-        let mut ticks = ticks(INSIDE_INTERVAL);
+        let mut ticks = time::interval(INSIDE_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
             let guests = self.registry.metered().into_iter();
             let asked = guests.filter_map(|it| Some((it.id, it.guest?)));
@@ -152,8 +130,8 @@ impl Metering {
             let mut asked = asked.buffer_unordered(INSIDE_AT_ONCE);
             let work = async {
                 while let Some((id, said)) = asked.next().await {
-                    if let (Ok(inside), Some(kept)) = (said, self.kept().get_mut(&id)) {
-                        kept.inside = inside;
+                    if let Ok(inside) = said {
+                        self.book.heard(id, inside);
                     }
                 }
             };
@@ -165,7 +143,7 @@ impl Metering {
     async fn targets(&self) -> Vec<Target> {
         let mut targets = Vec::new();
         for metered in self.registry.metered() {
-            let known = self.known_vmm(&metered);
+            let known = self.book.vmm(metered.id, metered.epoch);
             let pid = match known {
                 Some(pid) => Some(pid),
                 None => self.find_vmm(&metered).await,
@@ -179,64 +157,33 @@ impl Metering {
         targets
     }
 
-    fn known_vmm(&self, metered: &Metered) -> Option<u32> {
-        let kept = self.kept();
-        let kept = kept.get(&metered.id)?;
-        kept.vmm.filter(|_| kept.epoch == metered.epoch)
-    }
-
     async fn find_vmm(&self, metered: &Metered) -> Option<u32> {
         let shim = client::connect(metered.paths.dir()).await.ok()?;
         let pid = shim.known_status().vmm_pid;
-        let mut all = self.kept();
-        if !all.contains_key(&metered.id) && all.len() >= MOST_GUESTS {
-            return None;
-        }
-        let kept = all.entry(metered.id).or_default();
-        kept.epoch = metered.epoch;
-        (kept.vmm, kept.last) = (Some(pid), None);
-        Some(pid)
+        let has_room = self.book.found(metered.id, metered.epoch, pid);
+        has_room.then_some(pid)
     }
 
-    fn look(&self, targets: &[Target]) {
-        for target in targets {
-            let reading = host::read(target.pid, &target.overlay);
-            let at = self.clock.now();
-            if let Some(kept) = self.kept().get_mut(&target.id) {
-                match reading {
-                    Some(reading) => kept.look(at, reading),
-                    // Its shim names another, if there is one.
-                    None => kept.vmm = None,
-                }
-            }
-        }
-    }
-
-    /// Drops what has ended or gone elsewhere; where there is no room, what has rested longest.
-    fn sweep(&self) {
+    /// Drops what has ended or gone elsewhere.
+    fn sweep(&self, now: Stamp) {
         let state = self.view.state();
-        let is_ours = |id: &SandboxId| {
-            let sandbox = state.sandbox(*id);
-            sandbox.is_some_and(|it| it.owner == self.here && !it.phase.is_ended())
-        };
-        let mut kept = self.kept();
-        kept.retain(|id, _| is_ours(id));
-        if kept.len() >= MOST_GUESTS {
-            let oldest = kept.iter().min_by_key(|(_, it)| it.rings.newest());
-            oldest.map(|(id, _)| *id).and_then(|id| kept.remove(&id));
+        if state.node(self.here).is_none() {
+            // A state that is still being filled says nothing of what is here.
+            return;
         }
-    }
-
-    fn kept(&self) -> MutexGuard<'_, HashMap<SandboxId, Kept>> {
-        // Every change leaves the table whole; a sample may be missing.
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.book.sweep(now, |id| {
+            let sandbox = state.sandbox(id);
+            sandbox.is_some_and(|it| it.owner == self.here && !it.phase.is_ended())
+        });
     }
 }
 
-fn ticks(interval: Duration) -> time::Interval {
-    let mut ticks = time::interval(interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    ticks
+/// From `now` to the middle of the next period: whenever within a period a look is over, the next
+/// period gets its own, and one that is skipped was too short for the look before.
+fn until_next(now: Stamp, period: Duration) -> Duration {
+    let period_ms = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
+    let passed = Duration::from_millis(now.0 % period_ms.max(1));
+    (period + period / 2).saturating_sub(passed)
 }
 
 #[cfg(test)]
@@ -244,21 +191,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sample_is_what_was_used_between_two_looks() {
-        let mut kept = Kept::default();
-        let reading = |busy_ms| Reading {
-            busy_ms,
-            resident_kib: 7,
-            ..Reading::default()
-        };
-        kept.look(Stamp(10_000), reading(500));
-        let all = |kept: &Kept| kept.rings.last(Duration::from_secs(60), Stamp(12_000));
-        assert!(all(&kept).is_empty(), "there is nothing to compare with");
-        kept.look(Stamp(11_000), reading(2000));
-        kept.look(Stamp(11_000), reading(3000));
-        let samples = all(&kept);
-        assert_eq!(samples.len(), 1, "no time has passed at the last look");
-        assert!((samples[0].busy_cores - 1.5).abs() < 1e-3);
-        assert_eq!(samples[0].resident_kib, 7);
+    fn each_period_has_one_look_in_its_middle_however_late_the_one_before_was() {
+        for late_ms in 0..500 {
+            let now = Stamp(7000 + late_ms);
+            let next = now.0 + u64::try_from(until_next(now, FINEST).as_millis()).unwrap();
+            assert_eq!(next, 7750);
+        }
+        assert_eq!(
+            until_next(Stamp(7600), IDLE_INTERVAL),
+            Duration::from_millis(900)
+        );
     }
 }

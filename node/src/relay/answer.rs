@@ -62,7 +62,7 @@ impl Server {
             }
             Ask::Samples(ask) => {
                 let id = self.seen_by(from, &ask.sandbox)?;
-                Answer::Samples(samples::known(self.local.as_ref(), id, ask.range_s))
+                Answer::Samples(samples::known(self.local.as_ref(), id, &ask))
             }
         })
     }

@@ -23,13 +23,14 @@ use tracing::debug;
 use super::answer::{CONSOLE_BYTES, facts_told};
 use super::error::RelayError;
 use super::local::{LocalFacts, LocalGuests, facts_of};
+use super::noted::NotedDial;
 use super::peers::{NoPeers, PeerError, Peers};
 use super::remote::{RemoteGuests, Slot, Target};
 use super::serve::Server;
 use super::touch::Touches;
 use super::wire::{self, IDS_PER_QUESTION};
 use crate::cluster::View;
-use crate::guest::Guest;
+use crate::guest::{Dial, Guest};
 
 /// Longest an owner may take to answer what a request cannot do without.
 pub(super) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -131,6 +132,23 @@ impl Relay {
         let guest = guest.ok_or(RelayError::NotReady { id })?;
         self.local.touch(id);
         Ok(guest)
+    }
+
+    /// How to reach a port of `guest`, the guest of `sandbox`. Bytes that flow there count as
+    /// activity, whichever node it runs on.
+    #[must_use]
+    pub fn port(&self, sandbox: &Sandbox, guest: &Guest, port: u16) -> Arc<dyn Dial> {
+        let dial = guest.dial().at_port(port);
+        if sandbox.owner != self.here {
+            // Its owner carries the bytes, and counts them.
+            return dial;
+        }
+        Arc::new(NotedDial {
+            dial,
+            local: Arc::clone(&self.local),
+            id: sandbox.id,
+            epoch: sandbox.epoch,
+        })
     }
 
     /// Moves a running sandbox's inactivity timer back to its start, on its owner within a few

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! What the owner alone knows is asked through the same seam ([`Peers::ask`], answered in
-//! `answer.rs`); that a sandbox is used is told in batches (`touch.rs`).
+//! `answer.rs`); that a sandbox is used is told in batches (`touch.rs`). Bytes that flow to a guest
+//! are counted as use on its own node, by `pump.rs` for others and by `noted.rs` for itself.
 
 mod answer;
 mod error;
@@ -19,6 +20,7 @@ mod fake;
 pub(crate) mod fuzzing;
 mod local;
 mod locate;
+mod noted;
 mod peers;
 mod pump;
 mod quic;

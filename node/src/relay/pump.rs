@@ -21,7 +21,7 @@ use tokio::time::Instant;
 /// the round trip of a rack.
 pub(super) const BUFFER_BYTES: usize = 64 << 10;
 /// How often flowing bytes count as use: well inside the shortest inactivity timeout, a minute.
-const NOTE_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const NOTE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Carries bytes between `far` and `near` until both have ended. `use_again` counts the use and
 /// says whether the guest may still be used.
@@ -32,23 +32,28 @@ where
     U: FnMut() -> bool + Unpin,
 {
     let mut near = near;
-    let mut far = Noted {
-        inner: far,
-        use_again,
-        // Opening the stream was use.
-        noted: Instant::now(),
-    };
+    let mut far = Noted::new(far, use_again);
     tokio::io::copy_bidirectional_with_sizes(&mut far, &mut near, BUFFER_BYTES, BUFFER_BYTES).await
 }
 
 /// A stream whose bytes count as use.
-struct Noted<S, U> {
+pub(super) struct Noted<S, U> {
     inner: S,
     use_again: U,
     noted: Instant,
 }
 
 impl<S, U: FnMut() -> bool> Noted<S, U> {
+    /// Counts what flows through `inner`, which has just been opened.
+    pub(super) fn new(inner: S, use_again: U) -> Self {
+        Self {
+            inner,
+            use_again,
+            // Opening the stream was use.
+            noted: Instant::now(),
+        }
+    }
+
     fn note(&mut self) -> io::Result<()> {
         if self.noted.elapsed() < NOTE_INTERVAL {
             return Ok(());

@@ -27,6 +27,7 @@ use tokio::time::{self, Instant};
 use tracing::{debug, warn};
 
 use super::local::LocalGuests;
+use super::noted::use_again;
 use super::pump::pump;
 use super::refusal::Refusal;
 use super::wire::{self, Header};
@@ -96,9 +97,8 @@ impl Server {
                 return;
             }
             let (id, epoch) = (admitted.header.sandbox, admitted.header.epoch);
-            // What stands still may thaw, and then goes on where it was.
-            let use_again = || self.local.is_frozen(id) || self.local.guest(id, epoch).is_some();
-            match pump(stream, near, use_again).await {
+            let again = || use_again(self.local.as_ref(), id, epoch);
+            match pump(stream, near, again).await {
                 Ok((sent, received)) => debug!(%from, sandbox = %id, sent, received, "relayed"),
                 Err(err) => debug!(%from, sandbox = %id, %err, "a relayed stream broke"),
             }

@@ -1,9 +1,12 @@
-//! Reading archives of strangers: tar, plain or compressed with gzip or zstd.
+//! Reading archives of strangers: tar, plain or compressed with gzip or zstd; [`zip`] makes a tar file of
+//! a zip file.
 //!
 //! The headers are read by the `tar` crate one by one; what extends them (long names, PAX records) is
 //! read here, since there it may take as much memory as the archive says. Everything has a bound: how
 //! many members there are, how many bytes they unpack to, how long a name is. Nothing is written to
 //! disk here; a member whose path leads out of the archive is refused before anybody sees it.
+
+pub mod zip;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -102,8 +105,17 @@ pub enum ArchiveError {
         /// How many bytes.
         bytes: u64,
     },
+    /// It cannot be read without a password.
+    #[error("the archive has a member {0:?} that is encrypted")]
+    Encrypted(String),
+    /// Two members have one name, and nobody can know which is meant.
+    #[error("the archive has two members of the same name")]
+    Twice,
     /// It is damaged, or no archive.
-    #[error("read the archive (a tar file, plain or compressed with gzip or zstd)")]
+    #[error(
+        "read the archive (a tar file, plain or compressed with gzip or zstd; files to copy may come \
+         as a zip file)"
+    )]
     Read(#[source] io::Error),
 }
 

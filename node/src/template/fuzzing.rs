@@ -1,24 +1,33 @@
 //! What an operator puts into the images directory, and what clients build from, as fuzz targets.
 
+use std::io::{self, Write as _};
+
 use proto::fuzzing::Target;
 
-use super::archive::Contents;
+use super::archive::{self, Contents};
 use super::health::HealthCheck;
 use super::{catalog, import, log, recipe};
 use crate::fuzzing::file_with;
 
 /// The targets of this room.
-pub(crate) const TARGETS: &[Target] = &[FILES, ARCHIVE, IMPORT, RECIPE];
+pub(crate) const TARGETS: &[Target] = &[FILES, ARCHIVE, ZIP, IMPORT, RECIPE];
 
 /// A tar file that a build takes files from. Its members lie inside, whatever they are called.
 const ARCHIVE: Target = Target {
     name: "template-archive",
-    samples: || vec![archive("a", b"contents"), archive(&"d/".repeat(80), b"")],
+    samples: || vec![tar("a", b"contents"), tar(&"d/".repeat(80), b"")],
     run: |bytes| {
         if let Ok(contents) = Contents::read(bytes) {
             let _found = contents.hash_of(&[String::new()]);
         }
     },
+};
+
+/// A zip file of the same. What is made of it can be read.
+const ZIP: Target = Target {
+    name: "template-zip",
+    samples: || vec![zip(&[("a/b", b"contents"), ("c", b"")]), zip(&[])],
+    run: archive::zip::fuzz,
 };
 
 /// A root file system or an image that a template is made of. What is written can be read again.
@@ -27,7 +36,7 @@ const IMPORT: Target = Target {
     samples: || {
         let config = br#"{"architecture":"amd64","config":{"Env":["A=b"],"Cmd":["sh"]}}"#;
         let saved = br#"[{"Config":"c.json","Layers":["l.tar","l.tar"]}]"#;
-        let layer = archive("bin/sh", b"#!");
+        let layer = tar("bin/sh", b"#!");
         let image = members(&[
             ("manifest.json", saved),
             ("c.json", config),
@@ -60,8 +69,19 @@ const RECIPE: Target = Target {
     },
 };
 
+/// A zip file.
+fn zip(members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut writer = zip::ZipWriter::new(io::Cursor::new(Vec::new()));
+    for (name, contents) in members {
+        let begun = writer.start_file(*name, zip::write::SimpleFileOptions::default());
+        begun.expect("room");
+        writer.write_all(contents).expect("room");
+    }
+    writer.finish().expect("room").into_inner()
+}
+
 /// An archive with one member.
-fn archive(name: &str, contents: &[u8]) -> Vec<u8> {
+fn tar(name: &str, contents: &[u8]) -> Vec<u8> {
     members(&[(name, contents)])
 }
 

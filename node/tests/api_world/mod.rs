@@ -26,7 +26,9 @@ use proto::epoch::Epoch;
 use proto::ids::{ClusterId, KeyId, NodeId, NodeKey, SandboxId, SnapshotId, TeamId};
 use proto::units::{Mib, Stamp};
 use raft::command::{Command, Receipt, Report};
-use raft::state::{GuestVersions, Key, Needs, Node, Phase, Resources, Sealed, Settings, Template};
+use raft::state::{
+    GuestVersions, Key, Needs, Node, Phase, Resources, Sealed, Settings, SnapshotKind, Template,
+};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
@@ -34,7 +36,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use wrenn_node::api::{
     self, ApiState, ClusterInfo, LinearizeFuture, Minted, NoQuorum, NodeFacts, Standing, TokenTerms,
 };
-use wrenn_node::base::clock::HandClock;
+use wrenn_node::base::clock::{HandBootClock, HandClock};
 use wrenn_node::base::sample::Sample;
 use wrenn_node::cluster::liveness::Hint;
 use wrenn_node::cluster::{Log, MemoryLog, Proposer};
@@ -179,6 +181,7 @@ pub struct World {
     pub guests: Arc<Guests>,
     pub proposer: Proposer,
     pub clock: HandClock,
+    pub boot_clock: HandBootClock,
     pub cluster: Arc<Surmised>,
     pub agent: SocketAddr,
     http: Client<HttpConnector, Body>,
@@ -248,9 +251,14 @@ impl World {
 
     /// One whose webhooks may go to loopback.
     pub async fn allowing_loopback() -> Self {
-        let mut world = Self::new().await;
         let loopback = vec!["127.0.0.0/8".parse().expect("a network")];
-        let state = world.state.clone().with_webhook_allow(loopback);
+        Self::served(|state| state.with_webhook_allow(loopback)).await
+    }
+
+    /// One whose handlers share something else than by default.
+    pub async fn served(change: impl FnOnce(ApiState) -> ApiState) -> Self {
+        let mut world = Self::new().await;
+        let state = change(world.state.clone());
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         world.address = listener.local_addr().expect("an address");
         let stop = CancellationToken::new();
@@ -285,6 +293,7 @@ impl World {
         let stop = CancellationToken::new();
         let log: Arc<dyn Log> = Arc::new(MemoryLog::default());
         let clock = HandClock::at(Stamp(1_700_000_000_000));
+        let boot_clock = HandBootClock::default();
         let proposer = Proposer::new(log, Arc::new(clock.clone()));
         populate(&proposer).await;
         let agent = start_agent(&stop).await;
@@ -304,6 +313,7 @@ impl World {
         let cluster = Arc::new(Surmised::default());
         let state = ApiState::new(proposer.clone(), relay, Arc::new(clock.clone()), facts)
             .with_cluster(cluster.clone())
+            .with_boot_clock(Arc::new(boot_clock.clone()))
             .with_waits(create, destroy);
         tokio::spawn(api::serve(
             listener,
@@ -315,6 +325,7 @@ impl World {
             guests,
             proposer,
             clock,
+            boot_clock,
             cluster,
             agent,
             http: Client::builder(TokioExecutor::new()).build_http(),
@@ -536,6 +547,7 @@ async fn populate(proposer: &Proposer) {
         version: "1.2.3".into(),
         templates: [("minimal".into(), [1; 32])].into(),
         reads_actors: true,
+        boots_disks: true,
         ..Node::default()
     };
     let template = Template {
@@ -596,12 +608,16 @@ fn sealed(epoch: Epoch, pause: u64) -> Sealed {
 }
 
 /// What one checkpoint made.
-fn checkpoint(pause: u64) -> Sealed {
+fn checkpoint(pause: u64, kind: SnapshotKind) -> Sealed {
     let mut id = [0xc; 16];
     id[..8].copy_from_slice(&pause.to_be_bytes());
     Sealed {
         id: SnapshotId(id),
-        memory_bytes: 64 << 20,
+        kind,
+        memory_bytes: match kind {
+            SnapshotKind::Snapshot => 64 << 20,
+            SnapshotKind::Base => 0,
+        },
         ..sealed(Epoch(0), pause)
     }
 }
@@ -625,6 +641,7 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
                 _ => &guests.stop,
             };
             let fate = fate.lock().unwrap().clone().unwrap_or(Fate::Obey);
+            let asked = sandbox.checkpoint.as_ref().map(|it| it.purpose.kind());
             let report = match (fate, sandbox.phase) {
                 (Fate::Hang, _) => continue,
                 (Fate::Break(reason), Phase::Pausing | Phase::Snapshotting) => Report::Thawed {
@@ -634,7 +651,7 @@ async fn play_reconciler(proposer: Proposer, guests: Arc<Guests>, agent: SocketA
                     reason: reason.into(),
                 },
                 (Fate::Obey, Phase::Snapshotting) if sandbox.checkpoint.is_some() => {
-                    Report::Sealed(checkpoint(sandbox.pause))
+                    Report::Sealed(checkpoint(sandbox.pause, asked.unwrap_or_default()))
                 }
                 (Fate::Obey, Phase::Snapshotting) => Report::Running(sandbox.versions.clone()),
                 (Fate::Obey, Phase::Pausing) => {

@@ -206,7 +206,8 @@ pub(super) async fn get(
     InPath(id): InPath,
     reading: Reading,
 ) -> Result<Answered<Json<ChannelShape>>, ApiError> {
-    Ok(reading.answer(Json(shown(&api, &caller, id)?)))
+    let channel = known(&api, &caller, id).await?;
+    Ok(reading.answer(Json(ChannelShape::of(&channel))))
 }
 
 /// Changes a channel.
@@ -220,7 +221,7 @@ pub(super) async fn change(
     InPath(id): InPath,
     JsonBody(request): JsonBody<ChangeChannel>,
 ) -> Result<Json<ChannelShape>, ApiError> {
-    let known = owned(&api.view.state(), &caller, id)?;
+    let known = known(&api, &caller, id).await?;
     let next = Channel {
         name: request.name.unwrap_or_else(|| known.name.clone()),
         kinds: request.events.unwrap_or_else(|| known.kinds.clone()),
@@ -245,7 +246,7 @@ pub(super) async fn configure(
     InPath(id): InPath,
     JsonBody(request): JsonBody<ChannelConfig>,
 ) -> Result<Json<ChannelShape>, ApiError> {
-    let known = owned(&api.view.state(), &caller, id)?;
+    let known = known(&api, &caller, id).await?;
     let (url, secret) = checked(&api, request).await?;
     let next = Channel {
         url,
@@ -284,7 +285,7 @@ pub(super) async fn test(
     caller: Caller,
     JsonBody(request): JsonBody<TestChannel>,
 ) -> Result<Json<Tested>, ApiError> {
-    let channel = owned(&api.view.state(), &caller, id_of(&request.id)?)?;
+    let channel = known(&api, &caller, id_of(&request.id)?).await?;
     let message = Message::connected(api.clock.now(), false);
     let id = format!("test-{:016x}", rand::random::<u64>());
     let sent = deliver::send(&api, &channel, &message, &id).await;
@@ -324,6 +325,11 @@ impl ChannelShape {
 fn id_of(text: &str) -> Result<ChannelId, ApiError> {
     text.parse()
         .map_err(|err: proto::ids::ParseIdError| ApiError::invalid(err.to_string()))
+}
+
+/// The caller's channel, wherever it was made.
+async fn known(api: &ApiState, caller: &Caller, id: ChannelId) -> Result<Channel, ApiError> {
+    api.found(|state| owned(&state, caller, id)).await
 }
 
 fn owned(state: &state::State, caller: &Caller, id: ChannelId) -> Result<Channel, ApiError> {

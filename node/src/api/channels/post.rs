@@ -17,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio::time;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::version::{TLS12, TLS13};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::target::{Target, TargetError};
@@ -142,18 +143,18 @@ pub(super) fn sign(secret: &str, seconds: u64, body: &[u8]) -> String {
     format!("sha256={hex}")
 }
 
-/// The host's own roots, read once.
+/// The host's own roots, read once. TLS 1.2 too, which many receivers still end at.
 fn tls() -> Arc<ClientConfig> {
     static CONFIG: OnceLock<Arc<ClientConfig>> = OnceLock::new();
     let config = CONFIG.get_or_init(|| {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&tokio_rustls::rustls::version::TLS13]);
+        let builder =
+            ClientConfig::builder_with_provider(provider).with_protocol_versions(&[&TLS13, &TLS12]);
         let config = match builder {
             Ok(builder) => builder.with_root_certificates(roots).with_no_client_auth(),
-            Err(never) => unreachable!("the provider speaks TLS 1.3: {never}"),
+            Err(never) => unreachable!("the provider speaks TLS: {never}"),
         };
         Arc::new(config)
     });
@@ -162,7 +163,54 @@ fn tls() -> Arc<ClientConfig> {
 
 #[cfg(test)]
 mod tests {
-    use super::sign;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
+    use tokio_rustls::rustls::sign::CertifiedKey;
+    use tokio_rustls::rustls::{
+        ClientConnection, ServerConfig, ServerConnection, SupportedProtocolVersion,
+    };
+
+    use super::*;
+
+    /// Whether a receiver's certificate was asked for, which comes behind the agreement on a version.
+    #[derive(Debug, Default)]
+    struct Asked(AtomicBool);
+
+    impl ResolvesServerCert for Asked {
+        fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+            self.0.store(true, Ordering::Relaxed);
+            None
+        }
+    }
+
+    /// Whether a receiver that speaks `version` alone agrees to speak with us.
+    fn agrees(version: &'static SupportedProtocolVersion) -> bool {
+        let asked = Arc::new(Asked::default());
+        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+        let receiver = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[version])
+            .expect("the provider speaks it")
+            .with_no_client_auth()
+            .with_cert_resolver(asked.clone());
+        let mut receiver = ServerConnection::new(Arc::new(receiver)).expect("a server");
+        let name = "example.com".try_into().expect("a name");
+        let mut client = ClientConnection::new(tls(), name).expect("a client");
+        let mut hello = Vec::new();
+        client.write_tls(&mut hello).expect("into memory");
+        receiver
+            .read_tls(&mut hello.as_slice())
+            .expect("from memory");
+        // It has no certificate, so it ends there at the latest.
+        receiver.process_new_packets().expect_err("no certificate");
+        asked.0.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn receivers_of_tls_1_2_alone_are_delivered_to_as_well() {
+        assert!(agrees(&TLS12));
+        assert!(agrees(&TLS13));
+    }
 
     #[test]
     fn a_signature_is_over_time_and_body() {

@@ -29,7 +29,7 @@ use super::super::grants::Grant;
 use super::super::streams::Sessions;
 use super::address::{Address, host};
 use super::pass::LINK;
-use crate::guest::{Guest, PortClient};
+use crate::guest::{Dial, PortClient};
 
 /// Ports whose connections are kept for the next request: as many pages as people look at at once.
 const KEPT_PORTS: usize = 256;
@@ -89,24 +89,21 @@ pub(in crate::api) struct Kept {
 }
 
 impl Kept {
-    /// The client of a port of `guest`, which runs under `epoch`.
+    /// The client of a port of a guest that runs under `epoch`; `dial` leads there.
     pub(super) fn client(
         &self,
         to: Address,
         epoch: Epoch,
-        guest: &Guest,
+        dial: &Arc<dyn Dial>,
         speech: Speech,
     ) -> Program {
         let wanted = (to.id, epoch, to.port, speech);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let known = clients.iter().position(|(of, _)| *of == wanted);
         let client = known.map_or_else(
-            || {
-                let dial = guest.dial().at_port(to.port);
-                match speech {
-                    Speech::Http1 => PortClient::new(&dial),
-                    Speech::Http2 => PortClient::http2(&dial),
-                }
+            || match speech {
+                Speech::Http1 => PortClient::new(dial),
+                Speech::Http2 => PortClient::http2(dial),
             },
             |at| clients.remove(at).1,
         );

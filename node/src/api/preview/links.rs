@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::http::request::Parts;
 use jiff::Timestamp;
 use proto::units::Stamp;
+use raft::command::Command;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -77,6 +78,9 @@ pub(in crate::api) async fn link(
     let until = Stamp(api.clock.now().0.saturating_add(life_ms));
     let port = request.port;
     let token = sign(key.id, &key.hash, Address { id, port }, until);
+    // Whoever has the word comes in, so nobody has it before the audit log says who gave it out.
+    let given_out = Command::LinkSandbox { id, port, until };
+    api.propose(&caller, given_out).await?;
     let domain = host(&parts).and_then(domain);
     let made = Made {
         url: domain.map(|domain| format!("http://{port}-{id}.{domain}/?{LINK}={token}")),

@@ -27,6 +27,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use proto::ids::SandboxId;
 use raft::state::{Phase, Sandbox};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -39,6 +40,7 @@ use self::pass::Pass;
 use super::error::{ApiError, Code};
 use super::grants::{Grant, until_ended};
 use super::pausing::wake;
+use super::rates::{Limit, OF_VISITS, Rates, TooMany};
 use super::state::ApiState;
 use crate::base::chain::chain;
 use crate::guest::Guest;
@@ -46,6 +48,9 @@ use crate::relay::RelayError;
 
 /// Visits under way at once, beside the requests to the interface. Each holds two connections and their buffers.
 const MAX_VISITS: usize = 2048;
+
+/// Seconds after which a visitor of a busy or missing host may come again.
+const BUSY_RETRY_S: u64 = 2;
 
 /// Why a visit breaks off whose key has come to its end.
 const KEY_OVER: &str = "the key, or the link's key, was revoked or has expired";
@@ -59,6 +64,15 @@ pub(super) struct Peer(pub(super) SocketAddr);
 pub(super) struct Previews {
     kept: Arc<Kept>,
     slots: Arc<Semaphore>,
+    rates: Rates<SandboxId>,
+    limit: Limit,
+}
+
+impl Previews {
+    /// The same, with this limit for the visits to each capsule.
+    pub(super) fn limited_to(self, limit: Limit) -> Self {
+        Self { limit, ..self }
+    }
 }
 
 impl Default for Previews {
@@ -66,6 +80,8 @@ impl Default for Previews {
         Self {
             kept: Arc::default(),
             slots: Arc::new(Semaphore::new(MAX_VISITS)),
+            rates: Rates::default(),
+            limit: OF_VISITS,
         }
     }
 }
@@ -88,23 +104,38 @@ pub(super) async fn divert(State(api): State<ApiState>, request: Request, next: 
 struct Refusal {
     status: StatusCode,
     words: String,
+    /// Seconds after which it may be worth another try.
+    retry_after_s: Option<u64>,
 }
 
 impl Refusal {
     fn new(status: StatusCode, words: impl Into<String>) -> Self {
-        let words = words.into();
-        Self { status, words }
+        let is_busy = status == StatusCode::SERVICE_UNAVAILABLE;
+        Self {
+            status,
+            words: words.into(),
+            retry_after_s: is_busy.then_some(BUSY_RETRY_S),
+        }
     }
 
     fn answer(self) -> Response {
         let text = (CONTENT_TYPE, "text/plain; charset=utf-8");
         let mut answer = (self.status, [text], self.words + "\n").into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            answer
-                .headers_mut()
-                .insert(RETRY_AFTER, HeaderValue::from_static("2"));
+        if let Some(seconds) = self.retry_after_s {
+            answer.headers_mut().insert(RETRY_AFTER, seconds.into());
         }
         answer
+    }
+}
+
+impl From<TooMany> for Refusal {
+    fn from(too_many: TooMany) -> Self {
+        let (status, _) = Code::RateLimited.wire();
+        Self {
+            status,
+            words: too_many.words("the visitors of a capsule"),
+            retry_after_s: Some(too_many.retry_after_s),
+        }
     }
 }
 
@@ -125,14 +156,20 @@ async fn visit(api: &ApiState, to: Address, request: Request) -> Result<Response
         let words = "a port is visited, not tunnelled to: CONNECT is not passed on";
         return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, words));
     }
-    let (sandbox, pass) = admitted(api, to, &parts)?;
+    let (sandbox, pass) = admitted(api, to, &parts).await?;
+    // Those who may not come in cannot use up what is for those who may.
+    let Previews { rates, limit, .. } = &api.previews;
+    rates.take(to.id, *limit, api.boot_clock.now())?;
     if let Some(answer) = keep_link(&parts) {
         return Ok(answer);
     }
     let from = parts.extensions.get::<Peer>().map(|peer| peer.0.ip());
     let (sandbox, guest) = guest(api, sandbox).await?;
     let speech = Speech::of(&parts);
-    let program = api.previews.kept.client(to, sandbox.epoch, &guest, speech);
+    // What flows there is use until its last byte, as a stream may outlast the capsule's timeout.
+    let dial = api.relay.port(&sandbox, &guest, to.port);
+    let kept = &api.previews.kept;
+    let program = kept.client(to, sandbox.epoch, &dial, speech);
     let request = Request::from_parts(parts, body);
     let grant = grant(api, pass);
     let visited = forward::forward(&program, from, (&api.sessions, grant.clone()), request);
@@ -162,8 +199,19 @@ fn grant(api: &ApiState, pass: Pass) -> Option<Arc<Grant>> {
     Some(api.grants.hold(key, &api.view, api.clock.as_ref()))
 }
 
-/// The sandbox, if the visitor may go there.
-fn admitted(api: &ApiState, to: Address, parts: &Parts) -> Result<(Sandbox, Pass), Refusal> {
+/// The sandbox, if the visitor may go there. Capsule, key and resume may be of another node's making and a moment old:
+/// this node catches up before it refuses.
+async fn admitted(api: &ApiState, to: Address, parts: &Parts) -> Result<(Sandbox, Pass), Refusal> {
+    let known = known_to_admit(api, to, parts);
+    let is_open = |(sandbox, _): &(Sandbox, Pass)| sandbox.phase == Phase::Running;
+    if known.as_ref().is_ok_and(is_open) || !api.catch_up_for_stranger().await {
+        return known;
+    }
+    known_to_admit(api, to, parts)
+}
+
+/// The same by what this node has heard so far.
+fn known_to_admit(api: &ApiState, to: Address, parts: &Parts) -> Result<(Sandbox, Pass), Refusal> {
     let state = api.view.state();
     let known = state.sandbox(to.id).filter(|it| !it.phase.is_ended());
     let sandbox = known.ok_or_else(|| {

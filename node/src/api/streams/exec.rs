@@ -19,7 +19,7 @@ use super::super::run::Run;
 use super::super::state::ApiState;
 use super::session::{Frame, Session, Up, Upgrade};
 use super::watch::{Unwatched, started, watch};
-use crate::guest::{EventStream, ProcessCommand, Selector, Signal};
+use crate::guest::{EventStream, ProcessCommand, Selector};
 
 /// What a client says.
 #[derive(Deserialize)]
@@ -131,8 +131,10 @@ async fn stream(guest: Run, pid: u32, mut events: EventStream, mut session: Sess
     }
 }
 
+/// Ends the command and all that it started: mostly it is a shell, whose children would live on in
+/// no list.
 async fn kill(guest: &Run, pid: u32) {
-    if let Err(err) = guest.signal(Selector::Pid(pid), Signal::Kill).await {
+    if let Err(err) = guest.kill_tree(Selector::Pid(pid)).await {
         debug!(%err, pid, "a command whose client left was gone already");
     }
 }

@@ -2,9 +2,11 @@
 //!
 //! Output comes as binary frames, input goes as binary frames (or base64 in text, as older clients send it).
 //! What is typed waits in a short queue of its own, so that a program that does not read holds up neither its output
-//! nor a `kill`. Past the queue the client is held up instead, and nothing is lost.
+//! nor a `kill`. Past the queue the client is held up instead, and nothing is lost. Where a piece could not be typed
+//! within its time, some of it may have been: nobody knows what the program has read, so the session ends.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
@@ -15,7 +17,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use proto::ids::SandboxId;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{self, MissedTickBehavior};
 
 use super::super::auth::{Caller, Presented};
@@ -24,7 +26,7 @@ use super::super::exec::checked;
 use super::super::extract::CapsuleId;
 use super::super::run::Run;
 use super::super::state::ApiState;
-use super::session::{Down, ErrorFrame, Frame, Gone, Session, Up, Upgrade};
+use super::session::{Down, ErrorFrame, Frame, Gone, MESSAGE_BYTES, Session, Up, Upgrade};
 use super::watch::{Unwatched, started, unexpected};
 use crate::guest::{
     EventStream, GuestCode, GuestError, ProcessCommand, ProcessEvent, Selector, Signal,
@@ -37,8 +39,11 @@ const DEFAULT_PROGRAM: &str = "/bin/bash";
 const DEFAULT_SIZE: TerminalSize = TerminalSize { cols: 80, rows: 24 };
 /// How often a client is asked for a sign of life; proxies cut what is silent for a minute.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// Frames of input that may wait for the guest. A paste of a megabyte is one frame.
+/// Frames of input that may wait for the guest: as many keys as anybody hits before they look up.
 const TYPED_AHEAD: usize = 64;
+/// Bytes of input that may wait for the guest, in all frames together: a paste of a megabyte is one
+/// frame, the largest there is.
+const TYPED_AHEAD_BYTES: usize = MESSAGE_BYTES;
 /// Complaints that may wait for the client.
 const COMPLAINTS: usize = 16;
 
@@ -168,14 +173,49 @@ impl Start {
     }
 }
 
+/// Input on its way to the guest, and its share of the bytes that may wait.
+struct Piece {
+    bytes: Bytes,
+    _share: OwnedSemaphorePermit,
+}
+
+/// Where input waits for the guest.
+struct Typed {
+    queue: mpsc::Sender<Piece>,
+    room: Arc<Semaphore>,
+}
+
+impl Typed {
+    fn new() -> (Self, mpsc::Receiver<Piece>) {
+        let (queue, to_type) = mpsc::channel(TYPED_AHEAD);
+        let room = Arc::new(Semaphore::new(TYPED_AHEAD_BYTES));
+        (Self { queue, room }, to_type)
+    }
+
+    /// Queues a piece, once there is room for it.
+    async fn push(&self, bytes: Bytes) -> Result<(), String> {
+        let ending = || "the session is ending".to_owned();
+        // No frame is larger than the queue; one that were would have it to itself.
+        let share = u32::try_from(bytes.len().min(TYPED_AHEAD_BYTES)).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.room).acquire_many_owned(share);
+        let piece = Piece {
+            bytes,
+            _share: room.await.map_err(|_| ending())?,
+        };
+        self.queue.send(piece).await.map_err(|_| ending())
+    }
+}
+
 async fn stream(terminal: &Terminal, events: EventStream, mut session: Session) {
-    let (typed, to_type) = mpsc::channel(TYPED_AHEAD);
+    let (typed, to_type) = Typed::new();
     let (complain, complaints) = mpsc::channel(COMPLAINTS);
     let (up, down) = (&mut session.up, &mut session.down);
     let outcome = tokio::select! {
         outcome = show(terminal, events, complaints, down) => outcome,
         () = listen(terminal, up, typed, complain.clone()) => Unwatched::Gone,
-        () = type_all(terminal, to_type, complain) => Unwatched::Gone,
+        failed = type_all(terminal, to_type, complain) => {
+            return session.refuse(&half_typed(terminal.guest.explained(failed).await)).await;
+        }
         () = session.stop.cancelled() => {
             return session.close(close_code::AWAY, "this node stops; connect again by tag").await;
         }
@@ -234,15 +274,10 @@ async fn show_one(event: ProcessEvent, down: &mut Down) -> Result<(), Gone> {
 }
 
 /// Does what the client says until it is gone.
-async fn listen(
-    terminal: &Terminal,
-    up: &mut Up,
-    typed: mpsc::Sender<Bytes>,
-    complain: mpsc::Sender<String>,
-) {
+async fn listen(terminal: &Terminal, up: &mut Up, typed: Typed, complain: mpsc::Sender<String>) {
     while let Some(frame) = up.next().await {
         let done = match frame {
-            Frame::Binary(bytes) => type_later(&typed, bytes).await,
+            Frame::Binary(bytes) => typed.push(bytes).await,
             Frame::Text(text) => obey(terminal, &text, &typed).await,
         };
         if let Err(complaint) = done {
@@ -252,12 +287,7 @@ async fn listen(
     }
 }
 
-async fn type_later(typed: &mpsc::Sender<Bytes>, bytes: Bytes) -> Result<(), String> {
-    let queued = typed.send(bytes).await;
-    queued.map_err(|_| "the session is ending".into())
-}
-
-async fn obey(terminal: &Terminal, text: &str, typed: &mpsc::Sender<Bytes>) -> Result<(), String> {
+async fn obey(terminal: &Terminal, text: &str, typed: &Typed) -> Result<(), String> {
     let said = serde_json::from_str(text).map_err(|err| format!("this frame is unknown: {err}"))?;
     let process = Selector::Pid(terminal.pid);
     let done = match said {
@@ -265,7 +295,7 @@ async fn obey(terminal: &Terminal, text: &str, typed: &mpsc::Sender<Bytes>) -> R
         Said::Input { data } => {
             let bytes = STANDARD.decode(data);
             let bytes = bytes.map_err(|err| format!("input must be base64: {err}"))?;
-            return type_later(typed, bytes.into()).await;
+            return typed.push(bytes.into()).await;
         }
         Said::Resize { cols, rows } if cols > 0 && rows > 0 => {
             let size = TerminalSize { cols, rows };
@@ -277,21 +307,45 @@ async fn obey(terminal: &Terminal, text: &str, typed: &mpsc::Sender<Bytes>) -> R
     done.or_else(unless_over).map_err(|err| err.message)
 }
 
-/// Types what the client sent, in order, until the session ends.
+/// Types what the client sent, in order, until the session ends. Returns where it is not known how
+/// much of a piece the program was given: what follows would be taken for the rest of it.
 async fn type_all(
     terminal: &Terminal,
-    mut to_type: mpsc::Receiver<Bytes>,
+    mut to_type: mpsc::Receiver<Piece>,
     complain: mpsc::Sender<String>,
-) {
-    while let Some(bytes) = to_type.recv().await {
+) -> GuestError {
+    while let Some(piece) = to_type.recv().await {
         let process = Selector::Pid(terminal.pid);
-        let done = terminal.guest.type_into(process, bytes).await;
-        if let Err(err) = done.or_else(unless_over) {
-            let _unread = complain.try_send(err.message);
+        match terminal.guest.type_into(process, piece.bytes.clone()).await {
+            Ok(()) => {}
+            Err(err) if is_unsure(&err) => return err,
+            Err(err) => {
+                if let Err(err) = unless_over(err) {
+                    let _unread = complain.try_send(err.message);
+                }
+            }
         }
     }
     // The listener ends first, and the session with it.
-    std::future::pending::<()>().await;
+    std::future::pending().await
+}
+
+/// Whether a piece may have been typed in part when the call for it failed.
+const fn is_unsure(err: &GuestError) -> bool {
+    match err {
+        GuestError::TimedOut { .. } | GuestError::Unreachable { .. } => true,
+        // The agent writes before it answers, and refuses before it writes.
+        GuestError::Refused { .. } | GuestError::Nonsense(_) => false,
+    }
+}
+
+/// What ends a session whose last piece may have been typed in part.
+fn half_typed(err: ApiError) -> ApiError {
+    let message = format!(
+        "what was typed last may have arrived in part: {}; connect again by tag",
+        err.message
+    );
+    ApiError { message, ..err }
 }
 
 /// A process that is over cannot be told anything, and the client is just being told so.
@@ -307,6 +361,8 @@ fn unless_over(err: GuestError) -> Result<(), ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+
     use super::*;
 
     fn start(json: &str) -> Result<(ProcessCommand, TerminalSize), ApiError> {
@@ -322,6 +378,31 @@ mod tests {
         assert_eq!(command.cmd, DEFAULT_PROGRAM);
         assert_eq!(size, DEFAULT_SIZE);
         assert_eq!(command.tag.as_deref(), Some("pty-1"));
+    }
+
+    #[tokio::test]
+    async fn input_that_waits_is_bounded_in_bytes_and_given_back_once_typed() {
+        let (typed, mut to_type) = Typed::new();
+        let paste = Bytes::from(vec![b'x'; TYPED_AHEAD_BYTES]);
+        let key = Bytes::from_static(b"y");
+        typed.push(paste).await.expect("room for a paste");
+        assert_eq!(typed.push(key.clone()).now_or_never(), None, "held up");
+        drop(to_type.recv().await.expect("a piece"));
+        assert_eq!(typed.push(key).now_or_never(), Some(Ok(())));
+    }
+
+    #[test]
+    fn only_a_piece_that_may_be_half_typed_ends_the_session() {
+        let waited = Duration::from_secs(120);
+        let late = GuestError::TimedOut { waited };
+        assert!(is_unsure(&late));
+        let refused = GuestError::Refused {
+            code: GuestCode::NotFound,
+            message: "no such process".into(),
+        };
+        assert!(!is_unsure(&refused));
+        let told = half_typed(late.into());
+        assert!(told.message.contains("in part"), "{}", told.message);
     }
 
     #[test]

@@ -15,8 +15,9 @@ use bytes::Bytes;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt as _, StreamExt as _};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time;
+use tokio_tungstenite::tungstenite;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -29,8 +30,12 @@ use super::super::state::ApiState;
 
 /// Sessions open at once. Each holds a connection to its guest and some buffers, 200 KiB at most.
 const MAX_SESSIONS: usize = 1024;
-/// Largest message from a client: the start of a long script, as for a JSON body.
-const MESSAGE_BYTES: usize = 1 << 20;
+/// Sockets open at once whose clients have not shown a key yet: as many browsers as may come within
+/// [`AUTH_TIMEOUT`]. They are counted apart, so that nobody without a key keeps those out who have one.
+const MAX_STRANGERS: usize = 64;
+/// Largest message from a client, and largest frame of one: the start of a long script, as for a JSON
+/// body.
+pub(super) const MESSAGE_BYTES: usize = 1 << 20;
 /// Longest a client without a key in its upgrade may take to send one.
 const AUTH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest a client may take to say what it wants.
@@ -46,6 +51,7 @@ const KEY_OVER: &str = "the API key was revoked, or has expired";
 #[derive(Clone, Debug)]
 pub(in crate::api) struct Sessions {
     slots: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
     stop: CancellationToken,
     open: TaskTracker,
 }
@@ -54,6 +60,7 @@ impl Default for Sessions {
     fn default() -> Self {
         Self {
             slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
+            strangers: Arc::new(Semaphore::new(MAX_STRANGERS)),
             stop: CancellationToken::new(),
             open: TaskTracker::new(),
         }
@@ -79,12 +86,35 @@ impl Sessions {
         self.stop.clone()
     }
 
+    /// A place among the sessions of clients whose key is known.
+    fn slot(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        place(&self.slots, || {
+            format!("this node serves {MAX_SESSIONS} WebSockets already")
+        })
+    }
+
+    /// A place among the sockets whose clients have not said who they are.
+    fn stranger(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        place(&self.strangers, || {
+            format!("{MAX_STRANGERS} WebSockets wait for a key already; send it with the upgrade")
+        })
+    }
+
     /// Ends all sessions and returns once they are closed.
     pub(in crate::api) async fn end(&self) {
         self.stop.cancel();
         self.open.close();
         self.open.wait().await;
     }
+}
+
+/// One of `places`, unless all are taken.
+fn place(
+    places: &Arc<Semaphore>,
+    why: impl FnOnce() -> String,
+) -> Result<OwnedSemaphorePermit, ApiError> {
+    let place = Arc::clone(places).try_acquire_owned();
+    place.map_err(|_| ApiError::new(Code::Overloaded, why()))
 }
 
 /// A request for a WebSocket.
@@ -114,29 +144,35 @@ impl Upgrade {
         F: Future<Output = ()> + Send,
     {
         let sessions = &api.sessions;
-        let Ok(slot) = sessions.slots.clone().try_acquire_owned() else {
-            let message = format!("this node serves {MAX_SESSIONS} WebSockets already");
-            return Err(ApiError::new(Code::Overloaded, message));
+        let held = match presented {
+            Some(_) => sessions.slot()?,
+            None => sessions.stranger()?,
         };
         // Its key may end it as well, and then it alone.
         let (stop, open) = (sessions.stop.child_token(), sessions.open.token());
         let from = self.1;
         let api = api.clone();
+        // A frame is kept until all of it is there, and has a limit of its own.
         let sized = self.0.max_message_size(MESSAGE_BYTES);
+        let sized = sized.max_frame_size(MESSAGE_BYTES);
         Ok(sized.on_upgrade(async move |socket| {
-            let _held = (slot, open);
+            let _open = open;
             let (sink, stream) = socket.split();
             let mut session = Session {
-                up: Up { stream },
+                up: Up {
+                    stream,
+                    is_oversized: false,
+                },
                 down: Down { sink },
                 stop: stop.clone(),
                 grant: None,
             };
-            let caller = match presented {
+            let mut held = held;
+            let admitted = match presented {
                 Some(caller) => Ok(caller),
-                None => session.caller(&api, from).await,
+                None => session.introduced(&api, from, &mut held).await,
             };
-            match caller {
+            match admitted {
                 Ok(caller) => {
                     let grant = api.grants.hold(caller.key, &api.view, api.clock.as_ref());
                     session.grant = Some(grant.clone());
@@ -173,6 +209,8 @@ pub(super) struct Session {
 /// Frames of a client.
 pub(super) struct Up {
     stream: SplitStream<WebSocket>,
+    /// Whether they ended with one that is too large.
+    is_oversized: bool,
 }
 
 /// Frames to a client.
@@ -207,6 +245,18 @@ pub(super) struct ErrorFrame {
 }
 
 impl Session {
+    /// Who the client says it is. The place that it has `held` so far becomes one among the sessions.
+    async fn introduced(
+        &mut self,
+        api: &ApiState,
+        from: Option<IpAddr>,
+        held: &mut OwnedSemaphorePermit,
+    ) -> Result<Caller, ApiError> {
+        let caller = self.caller(api, from).await?;
+        *held = api.sessions.slot()?;
+        Ok(caller)
+    }
+
     /// Who the client says it is, in its first frame.
     async fn caller(&mut self, api: &ApiState, from: Option<IpAddr>) -> Result<Caller, ApiError> {
         let wanted = r#"the first frame must be {"type":"auth","token":...}"#;
@@ -218,7 +268,7 @@ impl Session {
         let Ok(Introduction::Auth { token }) = serde_json::from_str(&text) else {
             return Err(refused());
         };
-        scopes::introduced(api, &token, from)
+        scopes::introduced(api, &token, from).await
     }
 
     /// The frame that says what the client wants.
@@ -226,6 +276,10 @@ impl Session {
         match time::timeout(FIRST_FRAME_TIMEOUT, self.up.next()).await {
             Ok(Some(Frame::Text(text))) => Ok(text),
             Ok(Some(Frame::Binary(_))) => Err(ApiError::invalid("the first frame must be text")),
+            Ok(None) if self.up.is_oversized => {
+                let message = format!("a frame may have {MESSAGE_BYTES} bytes at most");
+                Err(ApiError::new(Code::TooLarge, message))
+            }
             Ok(None) => Err(ApiError::invalid("the client left without a word")),
             Err(_) => Err(ApiError::invalid(format!(
                 "no frame came within {FIRST_FRAME_TIMEOUT:?}"
@@ -279,7 +333,14 @@ impl Up {
     /// The next frame; `None` once the client has closed or is gone.
     pub(super) async fn next(&mut self) -> Option<Frame> {
         loop {
-            match self.stream.next().await?.ok()? {
+            let message = match self.stream.next().await? {
+                Ok(message) => message,
+                Err(err) => {
+                    self.is_oversized = is_oversized(err);
+                    return None;
+                }
+            };
+            match message {
                 Message::Text(text) => return Some(Frame::Text(text.as_str().to_owned())),
                 Message::Binary(bytes) => return Some(Frame::Binary(bytes)),
                 Message::Close(_) => return None,
@@ -288,6 +349,12 @@ impl Up {
             }
         }
     }
+}
+
+/// Whether a client's frames broke off because one of them, or a message, is too large.
+fn is_oversized(err: axum::Error) -> bool {
+    let cause = err.into_inner().downcast::<tungstenite::Error>();
+    cause.is_ok_and(|cause| matches!(*cause, tungstenite::Error::Capacity(_)))
 }
 
 impl Down {
