@@ -18,6 +18,7 @@ use super::error::{CliError, chain};
 use super::{Global, Hooks, node, print};
 use crate::config::{AcceleratorChoice, Config, Machine, VmmChoice};
 use crate::vmm::cloud_hypervisor::version;
+use crate::vmm::probe::ask_version;
 
 /// Bits of the effective capabilities that a node needs, with their names.
 const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
@@ -235,16 +236,16 @@ fn kvm_device() -> Check {
 /// The check, and whether there is a QEMU to go on with.
 fn qemu(program: &Path) -> (Check, bool) {
     let name = "qemu";
-    match Command::new(program).arg("--version").output() {
-        Ok(ran) if ran.status.success() => {
-            let text = String::from_utf8_lossy(&ran.stdout);
-            let version = text.lines().next().unwrap_or_default().to_owned();
-            (Check::ok(name, version), true)
+    let reinstall = "reinstall the package qemu-system-x86";
+    match ask_version(program) {
+        Ok((status, version)) if status.success() => (Check::ok(name, version), true),
+        Ok((status, _)) => {
+            let detail = format!("{} ended with {status}", program.display());
+            (Check::new(name, Verdict::Fail, detail, reinstall), false)
         }
-        Ok(ran) => {
-            let detail = format!("{} ended with {}", program.display(), ran.status);
-            let action = "reinstall the package qemu-system-x86";
-            (Check::new(name, Verdict::Fail, detail, action), false)
+        Err(err) if err.kind() == io::ErrorKind::TimedOut => {
+            let detail = format!("{}: {err}", program.display());
+            (Check::new(name, Verdict::Fail, detail, reinstall), false)
         }
         Err(err) => {
             let detail = format!("{}: {err}", program.display());
@@ -265,8 +266,8 @@ fn cloud_hypervisor(config: &Config) -> Check {
         version::OLDEST,
         version::NEWEST
     );
-    let ran = match Command::new(program).arg("--version").output() {
-        Ok(ran) => ran,
+    let said = match ask_version(program) {
+        Ok((_, line)) => line,
         Err(err) if err.kind() == io::ErrorKind::NotFound && !wanted => {
             return Check::ok(name, "not installed; guests run in QEMU");
         }
@@ -275,9 +276,11 @@ fn cloud_hypervisor(config: &Config) -> Check {
             return Check::new(name, lacks, detail, action);
         }
     };
-    let text = String::from_utf8_lossy(&ran.stdout);
-    match version::known(text.lines().next().unwrap_or_default()) {
-        Ok((version, _)) => Check::ok(name, format!("version {version}")),
+    match version::known(&said) {
+        Ok(known) => match known.warning() {
+            None => Check::ok(name, format!("version {}", known.version)),
+            Some(warning) => Check::new(name, Verdict::Warn, warning, action),
+        },
         Err(err) => Check::new(name, lacks, err.to_string(), action),
     }
 }

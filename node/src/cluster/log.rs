@@ -4,8 +4,9 @@
 //! A proposal is never parked with a node that may be dead: an attempt lasts [`ATTEMPT`], or until
 //! the leader is known to be another, and is then made again with the same bytes. That is safe
 //! because every command is idempotent. Those that overwrite are not made again once the first
-//! attempt may have been taken: the second would undo what others have written in between, and its
-//! client is told that nobody knows. By the time an answer is returned its change is visible here,
+//! attempt may have been taken: the second would undo what others have written in between. So that one
+//! lasts as long as there is time, and a client whose leader is lost meanwhile is told that nobody
+//! knows. By the time an answer is returned its change is visible here,
 //! so that a client reads what it wrote from the node it wrote through.
 
 use std::fmt;
@@ -95,9 +96,13 @@ impl ClusterLog {
     ) -> Result<(u64, Vec<u8>), LogError> {
         let begun = Instant::now();
         let deadline = begun + timeout;
+        let overwrites = overwrites(&proposal);
         let mut unknown = false;
         while Instant::now() < deadline {
-            let attempt = deadline.min(Instant::now() + ATTEMPT);
+            let attempt = match overwrites {
+                true => deadline,
+                false => deadline.min(Instant::now() + ATTEMPT),
+            };
             let came_to = match self.leader() {
                 Some(leader) if leader == self.mesh.here() => {
                     self.propose_here(proposal.clone(), attempt).await
@@ -112,7 +117,7 @@ impl ClusterLog {
                     return Ok((index, answer));
                 }
                 Attempt::Stopped(why) => return Err(LogError::Stopped(why)),
-                Attempt::Unknown if overwrites(&proposal) => {
+                Attempt::Unknown if overwrites => {
                     let waited = begun.elapsed();
                     return Err(LogError::Unknown { waited });
                 }

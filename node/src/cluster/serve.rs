@@ -259,6 +259,7 @@ fn may_of_team(state: &State, from: NodeId, team: TeamId, command: &Command) -> 
             *node == from && known(id).is_some_and(|it| it.owner == from)
         }
         Command::ChangeSandbox { id, .. }
+        | Command::LinkSandbox { id, .. }
         | Command::StopSandbox { id, .. }
         | Command::PauseSandbox { id, .. }
         | Command::ResumeSandbox { id, .. } => is_ours(id),

@@ -1,6 +1,7 @@
 //! Files in a guest: contents stream both ways, directories are listed and changed.
 
 use bytes::Bytes;
+use connectrpc::client::CallOptions;
 use futures::Stream;
 use http::Method;
 use http_body_util::BodyExt as _;
@@ -9,6 +10,12 @@ use tokio::time;
 
 use super::error::GuestError;
 use super::http::{Guest, UNARY_TIMEOUT, bounded, full, streamed};
+
+/// Largest list of a directory, as the agent sends it: its own limit of a message. The 200,000
+/// entries that it lists at most take that where each has 300 bytes.
+const LISTING_BYTES: usize = 64 << 20;
+/// Most memory that a list takes while it is read: as many entries of some 600 bytes each.
+const LISTING_MEMORY_BYTES: usize = 128 << 20;
 
 /// What a path is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,9 +109,11 @@ impl Guest {
             depth,
             ..Default::default()
         };
-        let answer = bounded(self.filesystem().list_dir(request))
-            .await?
-            .into_owned();
+        let sized = CallOptions::default()
+            .with_max_message_size(LISTING_BYTES)
+            .with_element_memory_limit(LISTING_MEMORY_BYTES);
+        let listed = self.filesystem().list_dir_with_options(request, sized);
+        let answer = bounded(listed).await?.into_owned();
         Ok(answer.entries.into_iter().map(entry).collect())
     }
 

@@ -18,12 +18,19 @@ use super::error::{GuestCode, GuestError};
 use super::http::{Guest, bounded};
 
 /// Most output of one foreground run that is kept in memory; past it the run is killed. A client
-/// with more to read streams it.
-const RUN_OUTPUT_BYTES: usize = 64 << 20;
+/// with more to read streams it. As JSON it may take six times that, where it is all control
+/// characters: 96 MiB for one answer.
+const RUN_OUTPUT_BYTES: usize = 16 << 20;
+/// The agent's header for how far a signal goes. An agent that does not know it signals the process
+/// alone.
+const REACH_HEADER: &str = "x-wrenn-signal-reach";
+/// Its value for all that a process has started.
+const REACH_TREE: &str = "tree";
 /// Added to a run's own deadline before this side gives up waiting for the agent to enforce it.
 const DEADLINE_GRACE: Duration = Duration::from_secs(5);
-/// Longest wait for the end of a stream whose last event has come. Both are sent together.
-const STREAM_END_TIMEOUT: Duration = Duration::from_millis(100);
+/// Longest wait for the end of a stream whose last event has come. Both are sent together, and only an
+/// agent that is not ours, or a machine that stands still, takes any time over it.
+const STREAM_END_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What to start.
 #[derive(Clone, Debug, Default)]
@@ -293,6 +300,25 @@ impl Guest {
     /// # Errors
     /// [`GuestCode::NotFound`] where no live process is meant.
     pub async fn signal(&self, process: Selector, signal: Signal) -> Result<(), GuestError> {
+        self.send_signal(process, signal, CallOptions::default())
+            .await
+    }
+
+    /// Kills a process and all that it has started: the children of a shell as well.
+    ///
+    /// # Errors
+    /// [`GuestCode::NotFound`] where no live process is meant.
+    pub async fn kill_tree(&self, process: Selector) -> Result<(), GuestError> {
+        let whole = CallOptions::default().with_header(REACH_HEADER, REACH_TREE);
+        self.send_signal(process, Signal::Kill, whole).await
+    }
+
+    async fn send_signal(
+        &self,
+        process: Selector,
+        signal: Signal,
+        options: CallOptions,
+    ) -> Result<(), GuestError> {
         let signal = match signal {
             Signal::Term => pb::Signal::Sigterm,
             Signal::Kill => pb::Signal::Sigkill,
@@ -302,7 +328,8 @@ impl Guest {
             signal: signal.into(),
             ..Default::default()
         };
-        bounded(self.process().send_signal(request)).await?;
+        let sent = self.process().send_signal_with_options(request, options);
+        bounded(sent).await?;
         Ok(())
     }
 }
@@ -327,7 +354,7 @@ async fn collect(guest: &Guest, mut events: EventStream) -> Result<RunOutput, Gu
         }
         if output.stdout.len() + output.stderr.len() > RUN_OUTPUT_BYTES {
             if let Some(pid) = running {
-                guest.signal(Selector::Pid(pid), Signal::Kill).await?;
+                guest.kill_tree(Selector::Pid(pid)).await?;
             }
             return Err(GuestError::Refused {
                 code: GuestCode::Other,

@@ -4,17 +4,31 @@
 //! which too few live copies are left, those that come first by a hash of both fetch one, and tell the
 //! cluster once they have all of it. What no record names any more is collected a while later.
 //!
+//! ```text
+//! copies    a few at once, never two of one snapshot, and not all from one holder     (wanted)
+//! audit     a look, then what is wrong one by one: told, or mended first
+//! collect   one at a time, whatever else is under way
+//! ```
+//!
+//! All of it is futures of one task: none waits for another, and a stop drops them together. A
+//! collection may run beside copies, since a fetch holds the chunks of its manifests from before it
+//! looks which of them are here; what a copy that failed has left is kept by nobody.
+//!
 //! What the cluster believes of this node is compared with what is here after a start, whenever a
 //! chunk turned out damaged, and when a snapshot that a guest was started from is whole. A copy of which a little is missing is mended at once; one that
 //! cannot be, or is gone, is said not to be here, and made again by whomever that falls to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
 use proto::ids::{NodeId, SnapshotId};
 use raft::command::Command;
-use raft::state::{Snapshot, State};
+use raft::state::State;
 use tokio::task;
 use tokio::time::{self, Instant};
 use tokio_util::sync::CancellationToken;
@@ -23,16 +37,25 @@ use tracing::{info, info_span, warn};
 use crate::base::chain::chain;
 use crate::base::stop::Tasks;
 use crate::cluster::{LogError, Proposer, View};
-use crate::store::fetch::Holders;
-use crate::store::{CollectError, Collected, Holding, Pin, SnapshotDigest, Store};
+use crate::store::fetch::{FetchError, Holders};
+use crate::store::{CollectError, Collected, Holding, Kept, SnapshotDigest, Store};
+
+mod wanted;
+
+use wanted::{UnderWay, Wanted, has_room, pins, wanted};
 
 /// Pause after a copy that could not be made: its holder may be back by then.
 const AGAIN: Duration = Duration::from_secs(10);
-/// Longest one copy may take: 100 GiB on a network of 1 Gbit/s. A peer that trickles costs no more.
+/// Longest a copy may take to bring [`LEAST_BYTES`] or its end: a peer that trickles costs no more.
 const COPY_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+/// What comes of a copy in [`COPY_TIMEOUT`] at the least: half of its share of a network of 1 Gbit/s,
+/// where as many are under way as may be.
+const LEAST_BYTES: u64 = COPY_TIMEOUT.as_secs() * 125_000_000 / (2 * wanted::AT_ONCE as u64);
 /// How long chunks are left alone after the last record that named them went: several pauses of one
 /// sandbox are collected at once.
 const COLLECT_AFTER: Duration = Duration::from_secs(60);
+/// Longest that is put off by more records that go meanwhile, as they always do on a busy cluster.
+const COLLECT_WITHIN: Duration = Duration::from_secs(10 * 60);
 /// Longest the mending of a damaged copy may take before the cluster is told that this node has
 /// none: some chunks take a second, and a copy of which more is missing is no copy.
 const MEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -65,70 +88,73 @@ impl Copies {
 
     async fn run(&self, stop: &CancellationToken) {
         let mut view = self.view.clone();
-        // Whatever an earlier daemon left.
-        let mut collect_at = Some(Instant::now() + COLLECT_AFTER);
-        let mut named = BTreeSet::new();
-        let mut failed: BTreeMap<SnapshotId, Instant> = BTreeMap::new();
         let (mut damage, mut completed) = (self.store.damage(), self.store.completed());
-        let mut audit_at = Some(Instant::now());
+        let mut agenda = Agenda::new(Instant::now());
+        let mut under_way = FuturesUnordered::new();
         while !stop.is_cancelled() {
-            if audit_at.is_some_and(|at| at <= Instant::now()) {
-                let done = self.audit().await;
-                audit_at = (!done).then(|| Instant::now() + AGAIN);
-            }
             let state = self.view.state();
-            let names: BTreeSet<_> = state.snapshots().map(|it| it.sealed.id).collect();
-            if !named.is_subset(&names) {
-                collect_at = Some(Instant::now() + COLLECT_AFTER);
+            let names = state.snapshots().map(|it| it.sealed.id);
+            agenda.learn(names.collect(), Instant::now());
+            let wanted = wanted(&state, self.here);
+            while let Some(work) = agenda.next(&wanted, Instant::now()) {
+                under_way.push(self.carry_out(work));
             }
-            named = names;
-            failed.retain(|_, at| *at > Instant::now());
-            let is_due = |it: &&Snapshot| !failed.contains_key(&it.sealed.id);
-            if let Some(snapshot) = wanted(&state, self.here).find(is_due) {
-                // Those that cannot be copied now do not hold up the others.
-                if !self.copy(snapshot).await {
-                    failed.insert(snapshot.sealed.id, Instant::now() + AGAIN);
-                }
-                continue;
-            }
-            if collect_at.is_some_and(|at| at <= Instant::now()) {
-                let done = self.collect().await;
-                collect_at = (!done).then(|| Instant::now() + COLLECT_AFTER);
-            }
-            let due = failed.values().copied().chain(collect_at).chain(audit_at);
-            let due = due.min();
+            let due = agenda.due();
             let due = due.unwrap_or_else(|| Instant::now() + NOTHING_DUE);
             tokio::select! {
+                Some(done) = under_way.next() => agenda.note(done, Instant::now()),
                 alive = view.changed() => if !alive { break },
-                Ok(()) = damage.changed() => audit_at = Some(Instant::now()),
-                Ok(()) = completed.changed() => audit_at = Some(Instant::now()),
+                Ok(()) = damage.changed() => agenda.audit_at = Some(Instant::now()),
+                Ok(()) = completed.changed() => agenda.audit_at = Some(Instant::now()),
                 () = time::sleep_until(due) => {}
             }
         }
     }
 
-    /// Tells the cluster where it is wrong about this node. Says whether it knows all now.
-    async fn audit(&self) -> bool {
+    fn carry_out(&self, work: Work) -> BoxFuture<'_, Done> {
+        Box::pin(async move {
+            match work {
+                Work::Look => Done::Looked(self.look().await),
+                Work::PutRight(wrong) => Done::PutRight(self.put_right(wrong).await),
+                Work::Copy(id, digest) => Done::Copied(id, self.copy(id, digest).await),
+                Work::Collect => Done::Collected(self.collect().await),
+            }
+        })
+    }
+
+    /// Where the cluster is wrong about this node; `None` where that cannot be known now.
+    async fn look(&self) -> Option<Vec<Wrong>> {
         // A record that this node has not seen yet is none that it is wrong about.
         if let Err(err) = self.proposer.linearize().await {
             warn!(%err, "did not look what is held here: the cluster's newest state is not known");
-            return false;
+            return None;
         }
         let (store, state, here) = (self.store.clone(), self.view.state(), self.here);
         let looked = task::spawn_blocking(move || wrong_about(&store, &state, here)).await;
-        let mut told = true;
-        for (id, digest, holding) in looked.unwrap_or_default() {
-            let holds = match holding {
-                Holding::Whole => true,
-                Holding::Part => self.mend(digest).await,
-                Holding::Nothing => false,
-            };
-            if !(holds && holding == Holding::Part) {
-                warn!(snapshot = %id, ?holding, "the cluster is wrong about this node's copy");
-                told &= self.tell(id, holds).await;
-            }
+        looked
+            .inspect_err(|err| warn!(%err, "did not look what is held here to the end"))
+            .ok()
+    }
+
+    /// Mends a copy or tells the cluster; says whether it is right about this one now.
+    async fn put_right(
+        &self,
+        Wrong {
+            id,
+            digest,
+            holding,
+        }: Wrong,
+    ) -> bool {
+        let holds = match holding {
+            Holding::Whole => true,
+            Holding::Part => self.mend(digest).await,
+            Holding::Nothing => false,
+        };
+        if holds && holding == Holding::Part {
+            return true;
         }
-        told
+        warn!(snapshot = %id, ?holding, "the cluster is wrong about this node's copy");
+        self.tell(id, holds).await
     }
 
     /// Brings what is missing of a damaged copy; says whether it is whole again.
@@ -150,18 +176,23 @@ impl Copies {
         }
     }
 
-    /// Fetches one snapshot and tells; says whether that came about.
-    async fn copy(&self, snapshot: &Snapshot) -> bool {
-        let (id, digest) = (snapshot.sealed.id, SnapshotDigest(snapshot.sealed.digest));
+    /// Fetches one snapshot and tells; says whether that came about, or is of no use any more.
+    async fn copy(&self, id: SnapshotId, digest: SnapshotDigest) -> bool {
+        let fetched = tokio::select! {
+            fetched = self.fetch(digest) => fetched,
+            () = self.is_gone(id) => {
+                info!(snapshot = %id, "is not copied any further: no record names it");
+                return true;
+            }
+        };
         // Kept until the cluster names this node a holder.
-        let fetched = self.store.fetch(digest, self.holders.as_ref());
-        let kept = match time::timeout(COPY_TIMEOUT, fetched).await {
-            Ok(Ok(kept)) => kept,
-            Ok(Err(err)) => {
+        let kept = match fetched {
+            Some(Ok(kept)) => kept,
+            Some(Err(err)) => {
                 warn!(snapshot = %id, err = chain(&err), "could not copy; will try again");
                 return false;
             }
-            Err(_) => {
+            None => {
                 warn!(snapshot = %id, "a copy took too long; what has come is used by the next try");
                 return false;
             }
@@ -169,6 +200,34 @@ impl Copies {
         let told = self.tell(id, true).await;
         drop(kept);
         told
+    }
+
+    /// Waits until the cluster has forgotten a snapshot.
+    async fn is_gone(&self, id: SnapshotId) {
+        let mut view = self.view.clone();
+        while view.state().snapshot(id).is_some() {
+            if !view.changed().await {
+                return future::pending().await;
+            }
+        }
+    }
+
+    /// Fetches as long as enough of it comes; `None` once too little does.
+    async fn fetch(&self, digest: SnapshotDigest) -> Option<Result<Kept, FetchError>> {
+        let fetched = self.store.fetch(digest, self.holders.as_ref());
+        tokio::pin!(fetched);
+        let mut had_bytes = 0;
+        loop {
+            if let Ok(fetched) = time::timeout(COPY_TIMEOUT, &mut fetched).await {
+                return Some(fetched);
+            }
+            let progress = self.store.transfer(digest);
+            let has_bytes = progress.map_or(0, |it| it.bytes_done);
+            if has_bytes.saturating_sub(had_bytes) < LEAST_BYTES {
+                return None;
+            }
+            had_bytes = has_bytes;
+        }
     }
 
     async fn tell(&self, id: SnapshotId, holds: bool) -> bool {
@@ -197,6 +256,167 @@ impl Copies {
             Err(err) => warn!(err = chain(err), "could not collect"),
         }
         collected.is_ok()
+    }
+}
+
+/// A snapshot of which this node has more or less than the cluster believes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wrong {
+    id: SnapshotId,
+    digest: SnapshotDigest,
+    /// How much is here.
+    holding: Holding,
+}
+
+/// What there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Look,
+    PutRight(Wrong),
+    Copy(SnapshotId, SnapshotDigest),
+    Collect,
+}
+
+/// What came of it.
+enum Done {
+    Looked(Option<Vec<Wrong>>),
+    PutRight(bool),
+    Copied(SnapshotId, bool),
+    Collected(bool),
+}
+
+/// What is under way, and what is due when. Reads no clock.
+struct Agenda {
+    /// All there is, as of the last look at the state.
+    named: BTreeSet<SnapshotId>,
+    copying: UnderWay,
+    /// Those that could not be copied, and when they may be tried again.
+    failed: BTreeMap<SnapshotId, Instant>,
+    audit_at: Option<Instant>,
+    looking: bool,
+    /// What the last look has found; the first of it is being put right.
+    wrong: VecDeque<Wrong>,
+    putting_right: bool,
+    collect_at: Option<Instant>,
+    /// When it is put off no longer.
+    collect_by: Option<Instant>,
+    collecting: bool,
+}
+
+impl Agenda {
+    fn new(now: Instant) -> Self {
+        Self {
+            named: BTreeSet::new(),
+            copying: UnderWay::new(),
+            failed: BTreeMap::new(),
+            audit_at: Some(now),
+            looking: false,
+            wrong: VecDeque::new(),
+            putting_right: false,
+            // Whatever an earlier daemon left.
+            collect_at: Some(now + COLLECT_AFTER),
+            collect_by: None,
+            collecting: false,
+        }
+    }
+
+    /// Takes in what there is by now.
+    fn learn(&mut self, names: BTreeSet<SnapshotId>, now: Instant) {
+        if !self.named.is_subset(&names) {
+            let by = *self.collect_by.get_or_insert(now + COLLECT_WITHIN);
+            self.collect_at = Some(by.min(now + COLLECT_AFTER));
+        }
+        self.named = names;
+        self.failed.retain(|_, at| *at > now);
+    }
+
+    /// What may begin now, and counts as under way from then on.
+    fn next(&mut self, wanted: &[Wanted], now: Instant) -> Option<Work> {
+        if self.may_look() && self.audit_at.is_some_and(|at| at <= now) {
+            self.audit_at = None;
+            self.looking = true;
+            return Some(Work::Look);
+        }
+        if !self.putting_right
+            && let Some(wrong) = self.wrong.front()
+        {
+            self.putting_right = true;
+            return Some(Work::PutRight(*wrong));
+        }
+        if !self.collecting && self.collect_at.is_some_and(|at| at <= now) {
+            (self.collect_at, self.collect_by) = (None, None);
+            self.collecting = true;
+            return Some(Work::Collect);
+        }
+        // Those that cannot be copied now do not hold up the others.
+        let may_begin = |it: &&Wanted| !self.is_busy_with(it.id) && self.has_room_for(it);
+        let begun = wanted.iter().find(may_begin)?;
+        self.copying.insert(begun.id, begun.givers.clone());
+        Some(Work::Copy(begun.id, begun.digest))
+    }
+
+    /// Whether no copy of it may begin now, whatever room there is.
+    fn is_busy_with(&self, id: SnapshotId) -> bool {
+        let is_wrong = self.wrong.iter().any(|wrong| wrong.id == id);
+        is_wrong || self.copying.contains_key(&id) || self.failed.contains_key(&id)
+    }
+
+    fn has_room_for(&self, wanted: &Wanted) -> bool {
+        has_room(&self.copying, &wanted.givers)
+    }
+
+    /// One audit after the other: what the last has found is old by then.
+    fn may_look(&self) -> bool {
+        !self.looking && self.wrong.is_empty()
+    }
+
+    fn note(&mut self, done: Done, now: Instant) {
+        match done {
+            Done::Looked(found) => {
+                self.looking = false;
+                let is_known = found.is_some();
+                let found = found.unwrap_or_default();
+                // What is being copied is told by its copy; if not, it is found again.
+                let (copied, wrong): (Vec<_>, Vec<_>) = found
+                    .into_iter()
+                    .partition(|wrong| self.copying.contains_key(&wrong.id));
+                self.wrong = wrong.into();
+                if !is_known || !copied.is_empty() {
+                    self.audit_again(now);
+                }
+            }
+            Done::PutRight(told) => {
+                self.putting_right = false;
+                self.wrong.pop_front();
+                if !told {
+                    self.audit_again(now);
+                }
+            }
+            Done::Copied(id, told) => {
+                self.copying.remove(&id);
+                if !told {
+                    self.failed.insert(id, now + AGAIN);
+                }
+            }
+            Done::Collected(done) => {
+                self.collecting = false;
+                if !done {
+                    self.collect_at.get_or_insert(now + COLLECT_AFTER);
+                }
+            }
+        }
+    }
+
+    fn audit_again(&mut self, now: Instant) {
+        self.audit_at.get_or_insert(now + AGAIN);
+    }
+
+    /// When to look again even if nothing changes and nothing ends.
+    fn due(&self) -> Option<Instant> {
+        let collect_at = self.collect_at.filter(|_| !self.collecting);
+        let audit_at = self.audit_at.filter(|_| self.may_look());
+        let due = self.failed.values().copied();
+        due.chain(collect_at).chain(audit_at).min()
     }
 }
 
@@ -230,11 +450,7 @@ pub async fn collect(store: &Store, proposer: &Proposer) -> Result<Collected, Up
 
 /// The snapshots of which this node has more or less than the cluster believes, and how much.
 /// Reads manifests.
-fn wrong_about(
-    store: &Store,
-    state: &State,
-    here: NodeId,
-) -> Vec<(SnapshotId, SnapshotDigest, Holding)> {
+fn wrong_about(store: &Store, state: &State, here: NodeId) -> Vec<Wrong> {
     let all = state.snapshots().map(|snapshot| {
         let digest = SnapshotDigest(snapshot.sealed.digest);
         (snapshot, digest, store.holding(digest))
@@ -247,190 +463,13 @@ fn wrong_about(
         // What has come of one that is still on its way here is no news.
         *holding == Holding::Whole || snapshot.holders.contains(&here)
     });
-    wrong
-        .map(|(snapshot, digest, holding)| (snapshot.sealed.id, digest, holding))
-        .collect()
-}
-
-/// The snapshots of which this node should make a copy.
-fn wanted(state: &State, here: NodeId) -> impl Iterator<Item = &Snapshot> {
-    let without = state
-        .snapshots()
-        .filter(move |snapshot| !snapshot.holders.contains(&here));
-    without.filter(move |snapshot| copiers(state, snapshot).contains(&here))
-}
-
-/// Who should make a copy: as many as are lacking, in an order of the snapshot's own.
-fn copiers(state: &State, snapshot: &Snapshot) -> Vec<NodeId> {
-    let holders = || snapshot.holders.iter().filter_map(|id| state.node(*id));
-    let reached = holders().any(|node| node.liveness.is_alive());
-    // What a node has that is being emptied counts as gone already.
-    let live = holders().filter(|node| node.liveness.is_alive() && !node.draining);
-    let wanted = usize::try_from(state.settings().replicas).unwrap_or(usize::MAX);
-    let lacking = wanted.saturating_sub(live.count());
-    let mut able: Vec<NodeId> = state
-        .nodes()
-        .filter(|node| node.liveness.is_alive() && !node.draining)
-        // Hosts of one team do not see everything that this takes.
-        .filter(|node| node.team.is_none())
-        .map(|node| node.id)
-        .filter(|id| !snapshot.holders.contains(id))
-        .collect();
-    // First of all those that could resume it; the bytes are safe with any.
-    let resumes = |id: &NodeId| {
-        let needs = &snapshot.sealed.needs;
-        state
-            .node(*id)
-            .is_some_and(|it| needs.are_met_by(it) && needs.has_base(it))
-    };
-    able.sort_by_key(|node| (!resumes(node), rank(snapshot.sealed.id, *node)));
-    if !reached {
-        // Of a snapshot that nobody can give there is nothing to copy.
-        return Vec::new();
-    }
-    if snapshot.warm.as_ref().is_some_and(|warm| !warm.retired) {
-        // Capsules are started from it on every node that can, and should not wait for its bytes.
-        able.retain(resumes);
-    } else {
-        able.truncate(lacking);
-    }
-    able
-}
-
-/// The same on every node, and for every snapshot another.
-fn rank(snapshot: SnapshotId, node: NodeId) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&snapshot.0).update(&node.0.to_be_bytes());
-    *hasher.finalize().as_bytes()
-}
-
-/// What the store must keep: whatever has a record. What this node is not said to hold may be on its
-/// way here, and is worth more than its room while it may be asked for.
-fn pins(state: &State) -> Vec<Pin> {
-    state
-        .snapshots()
-        .map(|it| Pin::Snapshot(SnapshotDigest(it.sealed.digest)))
-        .collect()
+    let wrong = wrong.map(|(snapshot, digest, holding)| Wrong {
+        id: snapshot.sealed.id,
+        digest,
+        holding,
+    });
+    wrong.collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use proto::epoch::Epoch;
-    use proto::ids::{NodeKey, SandboxId, TeamId};
-    use proto::units::Stamp;
-    use raft::command::Proposal;
-    use raft::state::{Node, Sealed, Warm};
-
-    use super::*;
-
-    /// Three nodes, and a snapshot that the first has sealed.
-    fn state() -> State {
-        let mut state = State::default();
-        for n in 1..=3 {
-            let node = Node {
-                id: NodeId(n),
-                name: format!("n{n}"),
-                key: NodeKey([u8::try_from(n).unwrap_or(0); 32]),
-                ..Node::default()
-            };
-            state = with_node(&state, node);
-        }
-        state
-    }
-
-    fn with_node(state: &State, node: Node) -> State {
-        let row = (
-            raft::state::RowKey::Node(node.id).encode(),
-            Some(raft::wire::encode_node(&node)),
-        );
-        let mut next = state.clone();
-        next.follow([row]).expect("a row of ours");
-        next
-    }
-
-    fn snapshot(n: u8, holders: &[u64]) -> Snapshot {
-        Snapshot {
-            sealed: Sealed {
-                id: SnapshotId([n; 16]),
-                ..Sealed::default()
-            },
-            team: TeamId::default(),
-            sandbox: SandboxId([n; 16]),
-            epoch: Epoch(1),
-            sealed_by: NodeId(1),
-            sealed_at: Stamp(0),
-            holders: holders.iter().map(|id| NodeId(*id)).collect(),
-            warm: None,
-        }
-    }
-
-    #[test]
-    fn one_other_node_copies_what_one_holds_and_all_agree_which() {
-        let state = state();
-        let chosen: BTreeSet<_> = (0..40)
-            .map(|n| copiers(&state, &snapshot(n, &[1])))
-            .inspect(|chosen| assert_eq!(chosen.len(), 1))
-            .collect();
-        assert_eq!(chosen.len(), 2, "the work is shared: {chosen:?}");
-        assert!(!chosen.contains(&vec![NodeId(1)]));
-    }
-
-    #[test]
-    fn nobody_copies_what_has_enough_copies_or_none_in_reach() {
-        let state = state();
-        assert!(copiers(&state, &snapshot(1, &[1, 3])).is_empty());
-        assert!(copiers(&state, &snapshot(1, &[])).is_empty());
-        assert!(copiers(&state, &snapshot(1, &[9])).is_empty());
-    }
-
-    #[test]
-    fn a_holder_that_is_gone_is_replaced() {
-        let mut state = state();
-        let judge = |verdict| Proposal {
-            at: Stamp(1),
-            command: Command::JudgeNode {
-                node: NodeId(3),
-                incarnation: 0,
-                verdict,
-            },
-        };
-        let missing = judge(raft::command::Verdict::Missing);
-        state.apply(9, missing).answer.expect("it is known");
-        assert_eq!(copiers(&state, &snapshot(1, &[1, 3])), [NodeId(2)]);
-    }
-
-    #[test]
-    fn what_is_kept_warm_lies_on_every_node_that_starts_from_it() {
-        let mut state = state();
-        for n in [1, 2] {
-            let known = state.node(NodeId(n)).cloned().expect("known");
-            let templates = [("minimal".into(), [0; 32])].into();
-            state = with_node(&state, Node { templates, ..known });
-        }
-        let warm = |retired| Snapshot {
-            warm: Some(Warm {
-                retired,
-                ..Warm::default()
-            }),
-            ..snapshot(1, &[1])
-        };
-        assert_eq!(copiers(&state, &warm(false)), [NodeId(2)]);
-        let both = Snapshot {
-            holders: [NodeId(1), NodeId(2)].into(),
-            ..warm(false)
-        };
-        assert!(copiers(&state, &both).is_empty(), "the third has no image");
-        assert_eq!(copiers(&state, &warm(true)).len(), 1);
-    }
-
-    #[test]
-    fn a_host_of_one_team_copies_nothing_of_others() {
-        let mut state = state();
-        for n in [2, 3] {
-            let known = state.node(NodeId(n)).cloned().expect("known");
-            let team = Some(TeamId([7; 16]));
-            state = with_node(&state, Node { team, ..known });
-        }
-        assert!(copiers(&state, &snapshot(1, &[1])).is_empty());
-    }
-}
+mod tests;

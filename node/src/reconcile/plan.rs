@@ -45,7 +45,7 @@ use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::Report;
-use raft::state::{Desired, HostLoss, IdleAction, Phase, Sandbox, State};
+use raft::state::{Desired, HostLoss, IdleAction, Phase, Sandbox, SnapshotKind, State};
 
 use crate::sandbox::{End, Observed, ObservedState};
 
@@ -71,6 +71,8 @@ pub enum Step {
         id: SandboxId,
         /// For which pause ([`Sandbox::pause`]).
         pause: u64,
+        /// What of it.
+        kind: SnapshotKind,
     },
     /// Let a guest that could not be sealed go on.
     Thaw(SandboxId),
@@ -221,6 +223,7 @@ fn for_record(
             Phase::Pausing | Phase::Snapshotting => Some(Step::Seal {
                 id,
                 pause: record.pause,
+                kind: sealed_kind(record),
             }),
             _ if seen.has_warm => Some(Step::TellWarm(id)),
             _ => idle(record, seen, look_again_in),
@@ -235,6 +238,12 @@ fn for_record(
             reason: bounded(reason),
         }),
     }
+}
+
+/// What of a sandbox is to be sealed: a pause keeps all of it.
+fn sealed_kind(record: &Sandbox) -> SnapshotKind {
+    let asked = record.checkpoint.as_ref().map(|it| it.purpose.kind());
+    asked.unwrap_or_default()
 }
 
 /// A pause or a stop for idleness and what comes before it, or the wait until then.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use proto::ids::{NodeId, SandboxId, TeamId};
 use proto::units::Stamp;
 use raft::command::{Command, Report, StopCause};
-use raft::state::{HostLoss, IdleAction, Sandbox, Snapshot, State, Warm};
+use raft::state::{HostLoss, IdleAction, Sandbox, Snapshot, SnapshotKind, State, Warm};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{self, Instant};
@@ -142,7 +142,7 @@ impl Reconciler {
             Step::Start(id) => self.start(id).await,
             Step::Begin(id) => self.registry.begin(id),
             Step::Stop(id) => self.registry.stop(id),
-            Step::Seal { id, pause } => self.registry.seal(id, pause),
+            Step::Seal { id, pause, kind } => self.registry.seal(id, pause, kind),
             Step::Thaw(id) => self.registry.thaw(id),
             Step::Forget(id) => self.registry.forget(id),
             Step::Report { id, epoch, report } => {
@@ -215,6 +215,13 @@ impl Reconciler {
         let held = wanted.and_then(|name| self.catalog.get(&name));
         let image = held.map(|template| template.digest);
         let origin = record.origin.and_then(|id| state.snapshot(id));
+        let disk = origin.filter(|it| it.sealed.kind == SnapshotKind::Base);
+        if let Some(disk) = disk {
+            return Some(Origin::Disk {
+                from: SnapshotDigest(disk.sealed.digest),
+                of: disk.sandbox,
+            });
+        }
         let usable = origin.filter(|it| {
             let may = |warm| self.registry.takes(warm) && !self.registry.leaves_alone(it);
             it.warm.as_ref().is_none_or(may)

@@ -15,12 +15,16 @@ use super::driver::Driver;
 use super::error::AcquireError;
 use super::resources::{Held, blocking};
 use super::snapshot::{Returning, SnapshotError};
-use super::spec::StartSpec;
+use super::spec::{Host, StartSpec};
 use crate::base::chain::chain;
-use crate::store::{AssembleError, Content, ReadChunkError, SnapshotDigest, Store};
+use crate::store::{AssembleError, Content, ReadChunkError, SandboxPaths, SnapshotDigest, Store};
 
 /// Longest that fetching what was damaged may take: some chunks, not a whole snapshot.
 const MEND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Makes files of a sandbox of what is in this node's store. Blocks.
+pub(super) type Make<T> =
+    fn(&Host, &SandboxPaths, &StartSpec, SnapshotDigest) -> Result<T, SnapshotError>;
 
 impl Driver {
     /// Makes the files of a sandbox; what is damaged on this disk comes from another holder.
@@ -30,26 +34,38 @@ impl Driver {
         from: SnapshotDigest,
         held: &mut Held,
     ) -> Result<Returning, AcquireError> {
-        match self.made_of_own(spec, from, held).await? {
+        self.mended(spec, from, held, Returning::put_together).await
+    }
+
+    /// Makes something of a snapshot.
+    pub(super) async fn mended<T: Send + 'static>(
+        &self,
+        spec: &StartSpec,
+        from: SnapshotDigest,
+        held: &mut Held,
+        make: Make<T>,
+    ) -> Result<T, AcquireError> {
+        match self.made_of_own(spec, from, held, make).await? {
             Err(err) if lacks_a_chunk(&err) => {
                 warn!(err = chain(&err), "damaged on this disk; another is asked");
                 self.mend(from, held).await?;
-                Ok(self.made_of_own(spec, from, held).await??)
+                Ok(self.made_of_own(spec, from, held, make).await??)
             }
             made => Ok(made?),
         }
     }
 
-    /// Makes the files of what is in this node's store.
-    async fn made_of_own(
+    /// Makes it of what is in this node's store.
+    async fn made_of_own<T: Send + 'static>(
         &self,
         spec: &StartSpec,
         from: SnapshotDigest,
         held: &Held,
-    ) -> Result<Result<Returning, SnapshotError>, AcquireError> {
+        make: Make<T>,
+    ) -> Result<Result<T, SnapshotError>, AcquireError> {
         let (host, paths) = (Arc::clone(&self.host), held.paths.clone());
         let spec = spec.clone();
-        blocking(move || Returning::put_together(&host, &paths, &spec, from)).await
+        blocking(move || make(&host, &paths, &spec, from)).await
     }
 
     async fn mend(&self, from: SnapshotDigest, held: &mut Held) -> Result<(), AcquireError> {
@@ -93,8 +109,10 @@ fn forget_what_is_damaged(
 ) -> Result<(), SnapshotError> {
     let signed = store.snapshot(&from)?;
     let manifest = signed.manifest();
-    let images = [manifest.disk, manifest.device_state].into_iter();
-    for image in images.chain(memory.then_some(manifest.memory)) {
+    let running = manifest.running;
+    let memory = running.filter(|_| memory).map(|it| it.memory);
+    let state = running.map(|it| it.device_state);
+    for image in [Some(manifest.disk), state, memory].into_iter().flatten() {
         for extent in store.image(&image.digest)?.extents() {
             if let Content::Chunk { id, .. } = extent.content {
                 // What it says is told by the next try.

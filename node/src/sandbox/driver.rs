@@ -20,13 +20,13 @@ use super::phase::{Action, End, Event, Phase, step};
 use super::record::ReadyFacts;
 use super::registry::{Order, Shared};
 use super::resources::Held;
+use super::sealed_disk::RootDisk;
 use super::spec::{Host, Origin, StartSpec, StartTimings};
 use crate::base::chain::chain;
 use crate::shim::client::ShimClient;
 use crate::shim::error::CallShimError;
 use crate::shim::exit::{ExitRecord, LEASE_LOST, MEMORY_LOST};
 use crate::shim::saved::GuestStand;
-use crate::store::ImageDigest;
 
 /// Pause before a release that failed is tried again: what is busy now is rarely busy for long,
 /// and a release that can never succeed must not fill the log.
@@ -65,7 +65,14 @@ impl Driver {
             Ok(mut held) => {
                 let first = match spec.origin {
                     Origin::Snapshot(from) => self.bring_back(&spec, from, &mut held, asked).await,
-                    Origin::Image(base) => self.bring_up(&spec, base, &mut held, asked).await,
+                    Origin::Image(base) => {
+                        let disk = RootDisk::New(base);
+                        self.bring_up(&spec, disk, &mut held, asked).await
+                    }
+                    Origin::Disk { from, .. } => {
+                        let disk = RootDisk::Sealed(from);
+                        self.bring_up(&spec, disk, &mut held, asked).await
+                    }
                     Origin::Fork { from, or_boots, .. } => {
                         self.start_fork(&spec, from, or_boots, &mut held, asked)
                             .await
@@ -154,7 +161,7 @@ impl Driver {
     pub(super) async fn bring_up(
         &self,
         spec: &StartSpec,
-        base: ImageDigest,
+        disk: RootDisk,
         held: &mut Held,
         asked: Instant,
     ) -> Option<Event> {
@@ -162,13 +169,26 @@ impl Driver {
             record: asked.elapsed(),
             ..StartTimings::default()
         };
+        let mark = Instant::now();
+        if let RootDisk::Sealed(from) = disk {
+            // It may take long, and nothing is acquired yet.
+            match self.unless_over(None, self.fetch(from)).await {
+                Ok(Ok(source)) => held.source = Some(source),
+                Ok(Err(err)) => return Some(start_failed(&err.into())),
+                Err(over) => return over,
+            }
+        }
+        let fetched = mark.elapsed();
         let acquired: Result<(), AcquireError> = async {
             let mark = Instant::now();
             held.take_slot(&self.host).await?;
             timings.slot = mark.elapsed();
             let mark = Instant::now();
-            held.make_disk(&self.host, base, spec.disk).await?;
-            timings.disk = mark.elapsed();
+            match disk {
+                RootDisk::New(base) => held.make_disk(&self.host, base, spec.disk).await?,
+                RootDisk::Sealed(from) => self.lay_out_disk(spec, from, held).await?,
+            }
+            timings.disk = fetched + mark.elapsed();
             Ok(())
         }
         .await;
@@ -188,6 +208,7 @@ impl Driver {
         }
         timings.shim = mark.elapsed().saturating_sub(timings.vmm);
         if spec.keep_warm
+            && let RootDisk::New(base) = disk
             && let Some(over) = self.keep_warm(spec, base, held, &mut timings).await
         {
             return over;
@@ -302,7 +323,7 @@ impl Driver {
             next = match actions.first() {
                 Some(Action::Release) => Some(self.release(&mut held).await),
                 Some(Action::ReleaseLater) => self.release_later(&mut held).await,
-                Some(Action::Seal(pause)) => Some(self.seal(&mut held, *pause).await),
+                Some(Action::Seal(what)) => Some(self.seal(&mut held, *what).await),
                 Some(Action::Thaw) => Some(self.thaw(&mut held).await),
                 None => self.next_event(&held, &phase).await,
             };
@@ -344,7 +365,7 @@ impl Driver {
                 Cut::Detach => None,
             },
             Some(order) = orders.recv() => Some(match order {
-                Order::Seal(pause) => Event::SealAsked(pause),
+                Order::Seal(what) => Event::SealAsked(what),
                 Order::Thaw => Event::ThawAsked,
             }),
             // Of one that is sealed the VMM's end says nothing, and is not waited for twice.

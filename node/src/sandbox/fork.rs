@@ -11,6 +11,7 @@ use tracing::warn;
 use super::driver::{Driver, start_failed};
 use super::phase::Event;
 use super::resources::Held;
+use super::sealed_disk::RootDisk;
 use super::spec::{Origin, StartSpec};
 use crate::base::chain::chain;
 use crate::base::fault;
@@ -22,7 +23,7 @@ pub(super) fn identity(spec: &StartSpec) -> Option<Fork> {
     match spec.origin {
         // Ids are lower-case letters, digits and a dash, and shorter than a host name may be.
         Origin::Fork { .. } => Some(Fork::named(spec.id.to_string())),
-        Origin::Image(_) | Origin::Snapshot(_) => None,
+        Origin::Image(_) | Origin::Snapshot(_) | Origin::Disk { .. } => None,
     }
 }
 
@@ -55,7 +56,10 @@ impl Driver {
             self.look_for_damage(from).await;
         }
         match held.begin_again(&self.host, spec).await {
-            Ok(()) => self.bring_up(spec, base, held, Instant::now()).await,
+            Ok(()) => {
+                let disk = RootDisk::New(base);
+                self.bring_up(spec, disk, held, Instant::now()).await
+            }
             Err(err) => {
                 warn!(err = chain(&err), "could not undo the warm start");
                 Some(start_failed(&err))

@@ -18,6 +18,7 @@ mod phase;
 mod record;
 mod registry;
 mod resources;
+mod sealed_disk;
 mod sealing;
 mod seen;
 mod snapshot;

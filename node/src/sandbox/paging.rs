@@ -35,6 +35,7 @@ use tracing::{debug, info_span, warn};
 
 use super::coming::{Coming, Source};
 use super::resources::Held;
+use super::snapshot::SnapshotError;
 use super::spec::Host;
 use super::waits::{NotNow, Waiting, Waits, longest};
 use crate::base::at_once::at_once;
@@ -42,8 +43,8 @@ use crate::base::chain::chain;
 use crate::base::socket;
 use crate::base::stop::Tasks;
 use crate::pager::ask::{self, Answer, AskError, Question, Stored};
-use crate::pager::handle::{PAGES, WORKING_SET};
-use crate::pager::page_map::{self, MappedChunk, PageMap, PageMapError, Place};
+use crate::pager::handle::WORKING_SET;
+use crate::pager::page_map::{self, MappedChunk, PAGES, PageMap, PageMapError, Place};
 use crate::pager::region::{ImageOffset, Region};
 use crate::pager::working_set::{self, WorkingSet};
 use crate::store::{
@@ -51,8 +52,9 @@ use crate::store::{
     ReadManifestError, Seal, SealError, SnapshotDigest, SnapshotManifest, Store,
 };
 
-/// Connections served at once. A pager keeps a handful, and drops what is closed on it.
-const CONNECTIONS: usize = 256;
+/// Connections served at once. A pager keeps a handful, of a guest whose working set comes from
+/// elsewhere some twenty, and drops what is closed on it.
+const CONNECTIONS: usize = 1024;
 /// How long a connection without a question is kept: others may wait for its place.
 const IDLE: Duration = Duration::from_secs(10);
 /// Longest an answer may take. The pager gives up on the connection after 30 s, and asks again.
@@ -366,7 +368,11 @@ impl Memory {
 
     fn read_chunks(&self, store: &Store) -> Result<Vec<ChunkId>, ReadManifestError> {
         let snapshot = store.snapshot(&self.snapshot)?;
-        let memory = store.image(&snapshot.manifest().memory.digest)?;
+        // What runs from a snapshot has its memory in it.
+        let Some(running) = snapshot.manifest().running else {
+            return Ok(Vec::new());
+        };
+        let memory = store.image(&running.memory.digest)?;
         let mut chunks: Vec<ChunkId> = chunks_of(&memory).map(|(id, ..)| id).collect();
         chunks.sort_unstable();
         chunks.dedup();
@@ -419,6 +425,10 @@ impl Held {
         let mut source = Source::coming(Coming::new(&host.keeping, parent));
         source.follow();
         self.source = Some(source);
+        let last_seal = self.record.last_seal.as_deref().map(str::parse);
+        if let Some(Ok(last_seal)) = last_seal {
+            self.last_seal = Some(host.keeping.store.keep([Pin::Image(last_seal)]));
+        }
         self.admit_pager(host, sandbox, parent);
     }
 
@@ -438,8 +448,9 @@ pub(super) fn describe(
     store: &Store,
     snapshot: &SnapshotManifest,
     dir: &Path,
-) -> Result<(), super::snapshot::SnapshotError> {
-    let memory = store.image(&snapshot.memory.digest)?;
+) -> Result<(), SnapshotError> {
+    let running = snapshot.running.ok_or(SnapshotError::OtherKind)?;
+    let memory = store.image(&running.memory.digest)?;
     map_of(store, &memory)?.write(&dir.join(PAGES))?;
     if let Some(set) = snapshot.working_set
         && let Err(why) = lay_out_working_set(store, set, &dir.join(WORKING_SET))

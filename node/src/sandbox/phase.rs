@@ -12,7 +12,7 @@
 //! There is no way back from `Releasing`: a sandbox that ended here is forgotten, never restarted in
 //! place. A sandbox that is sealed needs its VMM no more: its end changes nothing.
 
-use raft::state::Sealed;
+use raft::state::{Sealed, SnapshotKind};
 
 /// How a sandbox ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +69,15 @@ pub enum Phase {
     },
 }
 
+/// What a seal is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SealFor {
+    /// The pause or checkpoint that asked for it.
+    pub(super) pause: u64,
+    /// What of the sandbox is to be in it.
+    pub(super) kind: SnapshotKind,
+}
+
 /// What happens to a sandbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Event {
@@ -84,8 +93,8 @@ pub(super) enum Event {
         /// Which step, and why.
         reason: String,
     },
-    /// It is to be sealed, for a pause of this number.
-    SealAsked(u64),
+    /// It is to be sealed.
+    SealAsked(SealFor),
     /// It was.
     Sealed(Box<Sealed>),
     /// It was not, and the guest is still frozen.
@@ -119,8 +128,8 @@ pub(super) enum Action {
     Release,
     /// Wait a little, then undo what is left.
     ReleaseLater,
-    /// Freeze the guest and put its state into the store, for a pause of this number.
-    Seal(u64),
+    /// Freeze the guest and put its state into the store.
+    Seal(SealFor),
     /// Let the guest go on.
     Thaw,
 }
@@ -157,7 +166,7 @@ pub(super) fn step(phase: Phase, event: Event) -> Result<(Phase, Vec<Action>), R
             vec![Action::Release],
         ),
         // Ready --SealAsked--> Sealing
-        (Phase::Ready, Event::SealAsked(pause)) => (Phase::Sealing, vec![Action::Seal(pause)]),
+        (Phase::Ready, Event::SealAsked(what)) => (Phase::Sealing, vec![Action::Seal(what)]),
         // Sealing --Sealed--> Sealed
         (Phase::Sealing, Event::Sealed(sealed)) => (Phase::Sealed(sealed), vec![]),
         // Sealing --SealFailed--> Frozen
@@ -216,6 +225,11 @@ mod tests {
 
     use super::*;
 
+    const ASKED: SealFor = SealFor {
+        pause: 7,
+        kind: SnapshotKind::Snapshot,
+    };
+
     fn failed() -> End {
         End::Failed {
             reason: "broke".into(),
@@ -231,7 +245,7 @@ mod tests {
             Just(Event::FoundFrozen {
                 reason: "the daemon died".into()
             }),
-            Just(Event::SealAsked(7)),
+            Just(Event::SealAsked(ASKED)),
             Just(Event::Sealed(Box::default())),
             Just(Event::SealFailed {
                 reason: "full".into()
@@ -282,8 +296,8 @@ mod tests {
     #[test]
     fn a_seal_that_failed_leaves_the_guest_frozen_until_it_is_let_go() {
         let (phase, actions) =
-            step(Phase::Ready, Event::SealAsked(7)).expect("ready may be sealed");
-        assert_eq!(actions, [Action::Seal(7)]);
+            step(Phase::Ready, Event::SealAsked(ASKED)).expect("ready may be sealed");
+        assert_eq!(actions, [Action::Seal(ASKED)]);
         let failure = Event::SealFailed {
             reason: "disk full".into(),
         };

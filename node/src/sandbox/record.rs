@@ -34,9 +34,16 @@ pub(super) struct Record {
     /// Digest of the image below its disk. Absent in records of a release that could not seal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) base: Option<String>,
-    /// What it was sealed as last, by the digest: what its memory is a change of.
+    /// The disk from which its guest boots, where that was sealed, by the digest of the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) disk: Option<String>,
+    /// What it was resumed from, by the digest: what its memory is a change of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) parent: Option<String>,
+    /// The memory that it was last sealed with where it went on, by the digest of the image: what it
+    /// writes from then on is a change of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) last_seal: Option<String>,
     /// What the guest agent requires of callers.
     pub(super) token: String,
     /// Its network, once taken.
@@ -76,7 +83,9 @@ impl Record {
             epoch: epoch.0,
             template: template.to_owned(),
             base: None,
+            disk: None,
             parent: None,
+            last_seal: None,
             token: token.iter().map(|byte| format!("{byte:02x}")).collect(),
             slot: None,
             ready: None,

@@ -12,7 +12,7 @@ use std::{fmt, fs};
 
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
-use raft::state::{GuestVersions, Sealed, Snapshot, Warm};
+use raft::state::{GuestVersions, Sealed, Snapshot, SnapshotKind, Warm};
 use tokio::sync::{mpsc, watch};
 use tokio::task;
 use tokio::time::Instant;
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info_span, warn};
 
 use super::driver::Driver;
-use super::phase::{End, Phase};
+use super::phase::{End, Phase, SealFor};
 use super::record::ReadyFacts;
 use super::resources::Held;
 use super::seen::{Overtaken, SeenEpochs};
@@ -113,8 +113,8 @@ struct Entry {
 /// What a driver is told to do with a guest that stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
-    /// Freeze it and put its state into the store, for a pause of this number.
-    Seal(u64),
+    /// Freeze it and put its state into the store.
+    Seal(SealFor),
     /// Let it go on.
     Thaw,
 }
@@ -369,9 +369,10 @@ impl Registry {
         }
     }
 
-    /// Has a sandbox sealed for a pause of that number; its driver tells what came of it.
-    pub fn seal(&self, id: SandboxId, pause: u64) {
-        self.order(id, Order::Seal(pause));
+    /// Has as much of a sandbox sealed as `kind` says, for a pause of that number; its driver tells what
+    /// came of it.
+    pub fn seal(&self, id: SandboxId, pause: u64, kind: SnapshotKind) {
+        self.order(id, Order::Seal(SealFor { pause, kind }));
     }
 
     /// Lets the guest of a sandbox go on that was frozen to be sealed.

@@ -57,8 +57,12 @@ pub(super) struct Held {
     pub(super) record: Record,
     /// Its shim, once the VMM runs.
     pub(super) shim: Option<ShimClient>,
-    /// Keeps what it was sealed as, until the cluster knows of it.
-    pub(super) kept: Option<Kept>,
+    /// Keeps what it was sealed as, with which memory, if any, until it goes on or ends.
+    pub(super) kept: Option<(Option<ImageDigest>, Kept)>,
+    /// Keeps the memory that it was last sealed with where it went on.
+    pub(super) last_seal: Option<Kept>,
+    /// That memory was found to be lost: the next list is not to be of changes to it.
+    pub(super) relists: bool,
     /// Keeps what it goes on from.
     pub(super) source: Option<Source>,
     /// Has its pager answered.
@@ -75,6 +79,8 @@ impl Held {
             record,
             shim: None,
             kept: None,
+            last_seal: None,
+            relists: false,
             source: None,
             paged: None,
             gone: CancellationToken::new(),
@@ -198,9 +204,15 @@ impl Held {
         let health = guest.wait_ready(began + host.boot_timeout).await?;
         timings.guest += began.elapsed();
         let answered = Instant::now();
+        if self.record.disk.is_some() {
+            self.take_identity(host, guest).await?;
+        }
         // A guest that was sealed has its name from its restore.
         guest.set_up(&self.first_setup()).await?;
-        let facts = self.ready_facts(&health.version);
+        if self.record.disk.is_some() {
+            guest.set_defaults(&guest.kept_defaults().await?).await?;
+        }
+        let facts = self.ready_facts(host, &health.version);
         self.record.ready = Some(facts.clone());
         self.save().await?;
         timings.setup = answered.elapsed();
@@ -209,10 +221,10 @@ impl Held {
     }
 
     /// What is told of a guest that is ready.
-    pub(super) fn ready_facts(&self, agent: &str) -> ReadyFacts {
+    pub(super) fn ready_facts(&self, host: &Host, agent: &str) -> ReadyFacts {
         let vmm = self.shim.as_ref().map_or_else(String::new, |shim| {
-            let status = shim.known_status();
-            format!("qemu {} ({})", status.vmm_version, status.accelerator)
+            let (status, driver) = (shim.known_status(), host.vmm_driver.name());
+            format!("{driver} {} ({})", status.vmm_version, status.accelerator)
         });
         ReadyFacts {
             vmm,

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Memory and disk are read while the guest stands still: of the memory the pages that the shim lists,
-//! which are those that were written since the guest was resumed, or all that exist of one that was
-//! booted, and the whole disk file. What is written is whatever chunk is new.
+//! which are those that were written since the guest was resumed or sealed, whichever was later, or all
+//! that exist of one that was booted, and the whole disk file. What is written is whatever chunk is new.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use std::time::Duration;
 use proto::epoch::Epoch;
 use proto::ids::{SandboxId, SnapshotId};
 use proto::units::{MIB_BYTES, Mib};
-use raft::state::{Needs, SealTimes, Sealed};
+use raft::state::{Needs, SealTimes, Sealed, SnapshotKind};
 use tokio::task;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -27,7 +27,7 @@ use tracing::{info, warn};
 use super::coming::NotWholeError;
 use super::driver::Driver;
 use super::paging;
-use super::phase::Event;
+use super::phase::{Event, SealFor};
 use super::resources::Held;
 use super::spec::Host;
 use crate::base::chain::chain;
@@ -40,16 +40,16 @@ use crate::shim::dirty::{Basis, DirtyList, DirtyListError};
 use crate::shim::error::{CallShimError, ReadFileError};
 use crate::shim::saved::Saved;
 use crate::shim::spec::ShimSpec;
-use crate::store::snapshot::{GuestFacts, MachineFacts};
+use crate::store::snapshot::{GuestFacts, MachineFacts, Running};
 use crate::store::{
-    Content, DecodeSnapshotError, ImageDigest, ImageRef, Kept, Manifest, ReadManifestError,
-    SandboxPaths, SealError, SignedSnapshot, SnapshotDigest, SnapshotManifest, Store,
+    Content, DecodeSnapshotError, ImageDigest, ImageRef, Kept, Manifest, Pin, ReadManifestError,
+    SandboxPaths, Seal, SealError, SignedSnapshot, SnapshotDigest, SnapshotManifest, Store,
 };
-use crate::vmm::{Hardware, VmmSpec, flushes_when_saved};
+use crate::vmm::{Hardware, VmmSpec, flushes_when_saved, settles_when_saved};
 
 /// Longest the agent may take to bring a guest to a stop: its disk's caches are written out.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest the vCPUs may stand still before the devices are saved.
+/// Longest a save may take; the vCPUs stand still for that long, or less where a VMM waits for pages.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// After how long of running the agent lets its workload go on by itself, if nobody says so: far
 /// longer than anything may take between the quiesce and the stop of the vCPUs, or after a thaw.
@@ -75,7 +75,7 @@ pub(super) enum SealGuestError {
     Quiesce(#[from] QuiesceError),
     /// Its VMM keeps the disk's tables in memory until the guest flushes, and the guest may write
     /// after its flush: the file may lack what the guest believes to be in it.
-    #[error("the disk is not closed to writes, and its VMM may hold back a part of it")]
+    #[error("the disk is not closed to writes, and guest or VMM may hold back a part of it")]
     DiskOpen,
     /// Its devices could not be saved.
     #[error("save the guest's devices")]
@@ -100,6 +100,9 @@ pub(super) enum SealGuestError {
     /// The snapshot it is a change of cannot be read.
     #[error("read the snapshot before")]
     Parent(#[from] ReadManifestError),
+    /// What its memory is a change of was lost since: the next try does without.
+    #[error("what its memory was last sealed as is damaged or lost: try again")]
+    LastSealLost,
     /// What is known of it cannot be written down.
     #[error("describe the snapshot")]
     Describe(#[from] DecodeSnapshotError),
@@ -115,9 +118,18 @@ struct Job {
     paths: SandboxPaths,
     saved: Saved,
     facts: Facts,
-    pause: u64,
+    what: SealFor,
     /// Of the steps that came before.
     took: SealTimes,
+}
+
+/// What became of it.
+pub(super) struct Done {
+    pub(super) sealed: Sealed,
+    /// The image of the memory, where that was sealed.
+    pub(super) memory: Option<ImageDigest>,
+    /// Keeps all of it.
+    pub(super) kept: Kept,
 }
 
 /// What is known of it beside its bytes.
@@ -126,6 +138,7 @@ pub(super) struct Facts {
     epoch: Epoch,
     base: ImageDigest,
     parent: Option<SnapshotDigest>,
+    last_seal: Option<ImageDigest>,
     hardware: Hardware,
     vmm_version: String,
     accelerator: String,
@@ -135,15 +148,17 @@ pub(super) struct Facts {
 
 impl Driver {
     /// Freezes the guest and seals it. Whatever fails, the guest stands still until it is told.
-    pub(super) async fn seal(&self, held: &mut Held, pause: u64) -> Event {
+    pub(super) async fn seal(&self, held: &mut Held, what: SealFor) -> Event {
         let began = Instant::now();
-        match self.try_seal(held, pause).await {
-            Ok((sealed, kept)) => {
-                info!(took = ?began.elapsed(), new_bytes = sealed.new_bytes, "sealed");
-                held.kept = Some(kept);
-                Event::Sealed(Box::new(sealed))
+        match self.try_seal(held, what).await {
+            Ok(done) => {
+                let new_bytes = done.sealed.new_bytes;
+                info!(took = ?began.elapsed(), new_bytes, "sealed");
+                held.kept = Some((done.memory, done.kept));
+                Event::Sealed(Box::new(done.sealed))
             }
             Err(err) => {
+                held.relists |= matches!(err, SealGuestError::LastSealLost);
                 let reason = chain(&err);
                 warn!(reason, "could not be sealed");
                 Event::SealFailed { reason }
@@ -151,12 +166,12 @@ impl Driver {
         }
     }
 
-    async fn try_seal(&self, held: &Held, pause: u64) -> Result<(Sealed, Kept), SealGuestError> {
+    async fn try_seal(&self, held: &Held, what: SealFor) -> Result<Done, SealGuestError> {
         let ready = held.record.ready.as_ref();
         let ready = ready.ok_or(SealGuestError::Unfit("it is not ready"))?;
         let facts = held.facts(&self.host, &ready.agent, &held.record.token)?;
         let guest = self.guest(held)?;
-        self.seal_as(held, &guest, facts, pause).await
+        self.seal_as(held, &guest, facts, what).await
     }
 
     /// Seals a guest whose agent is reached by `guest`.
@@ -165,18 +180,22 @@ impl Driver {
         held: &Held,
         guest: &Guest,
         facts: Facts,
-        pause: u64,
-    ) -> Result<(Sealed, Kept), SealGuestError> {
+        what: SealFor,
+    ) -> Result<Done, SealGuestError> {
         let shim = held
             .shim
             .as_ref()
             .ok_or(SealGuestError::Unfit("it has no VMM"))?;
         self.await_source(held).await?;
+        let relists = held.relists || self.has_lost_last_seal(&facts).await;
         let mark = Instant::now();
-        let quiesced = bring_to_stop(guest, &facts).await?;
+        let quiesced = bring_to_stop(guest, &facts, what.kind).await?;
         let quiesce = mark.elapsed();
         fault::point("seal.quiesced");
-        let saved = shim.save(SAVE_TIMEOUT).await?;
+        let saved = match relists {
+            true => shim.save_since_resume(SAVE_TIMEOUT).await?,
+            false => shim.save(SAVE_TIMEOUT).await?,
+        };
         fault::point("seal.saved");
         let took = SealTimes {
             quiesce_ms: millis(quiesce),
@@ -190,7 +209,7 @@ impl Driver {
             paths: held.paths.clone(),
             saved,
             facts,
-            pause,
+            what,
             took,
         };
         let sealed = task::spawn_blocking(move || job.run()).await;
@@ -205,14 +224,15 @@ impl Driver {
     /// Lets a guest that stands still go on.
     pub(super) async fn thaw(&self, held: &mut Held) -> Event {
         fault::point("thaw.asked");
-        held.kept = None;
+        let sealed = self.note_seal(held).await;
+        fault::point("thaw.noted");
         let still = |reason: String| Event::ThawFailed { reason };
         let Some(shim) = &held.shim else {
             return still("it has no VMM".into());
         };
         // A shim of a release that could not save has stopped nothing.
         let could_save = !shim.known_status().hardware.machine.is_empty();
-        if could_save && let Err(err) = shim.thaw().await {
+        if could_save && let Err(err) = shim.thaw(sealed).await {
             let reason = format!("its guest does not go on: {}", chain(&err));
             warn!(reason, "will try again");
             return still(reason);
@@ -225,6 +245,46 @@ impl Driver {
             }
             Err(err) => still(chain(&err)),
         }
+    }
+
+    /// Notes what the guest was sealed as, so that its next seal can be a change of that. Says whether
+    /// the shim may begin a new list of what is written.
+    ///
+    /// The note comes first: if only it is made, the list is longer than it has to be.
+    async fn note_seal(&self, held: &mut Held) -> bool {
+        let Some((Some(memory), _kept)) = held.kept.take() else {
+            return false;
+        };
+        let status = held.shim.as_ref().map(|it| it.known_status());
+        let begins_anew =
+            status.is_some_and(|it| it.paging.is_some() && settles_when_saved(&it.hardware));
+        if !begins_anew {
+            return false;
+        }
+        // Its disk may be collected with the snapshot.
+        let kept = self.host.keeping.store.keep([Pin::Image(memory)]);
+        let before = held.record.last_seal.replace(memory.to_string());
+        if let Err(err) = held.save().await {
+            warn!(
+                err = chain(&err),
+                "its next seal reads more than was written since this one"
+            );
+            held.record.last_seal = before;
+            return false;
+        }
+        held.last_seal = Some(kept);
+        held.relists = false;
+        true
+    }
+
+    /// Whether the memory that the guest was last sealed with is not all here any more.
+    async fn has_lost_last_seal(&self, facts: &Facts) -> bool {
+        let Some(memory) = facts.last_seal else {
+            return false;
+        };
+        let store = self.host.keeping.store.clone();
+        let whole = task::spawn_blocking(move || whole_image(&store, memory).is_ok()).await;
+        !whole.unwrap_or(false)
     }
 
     /// Tells a guest whose processors go on that it goes on.
@@ -272,6 +332,11 @@ impl Held {
             epoch: self.record.epoch(),
             base,
             parent: self.record.parent.as_deref().and_then(|it| it.parse().ok()),
+            last_seal: self
+                .record
+                .last_seal
+                .as_deref()
+                .and_then(|it| it.parse().ok()),
             hardware: status.hardware.clone(),
             vmm_version: status.vmm_version.clone(),
             accelerator: host.accelerator.name().to_owned(),
@@ -283,35 +348,26 @@ impl Held {
 
 impl Job {
     /// Reads everything into the store. Blocks.
-    fn run(self) -> Result<(Sealed, Kept), SealGuestError> {
+    fn run(self) -> Result<Done, SealGuestError> {
         let mark = Instant::now();
         let opened = |what| move |source| SealGuestError::Open { what, source };
         let seal = self.store.begin();
-        let memory = self.saved.memory.open().map_err(opened("memory"))?;
-        let bytes = self.saved.memory.bytes;
-        let memory = match self.saved.memory.basis {
-            Basis::Zeros => seal.image(&memory, bytes)?,
-            Basis::Parent => {
-                let parent = self.parent_memory()?;
-                let dirty = DirtyList::read(
-                    self.paths.dir(),
-                    Region::new(Mib(u32::try_from(bytes / MIB_BYTES).unwrap_or(u32::MAX))),
-                )?;
-                seal.image_changed(&parent, &memory, bytes, dirty.ranges())?
-            }
+        let running = match self.what.kind {
+            SnapshotKind::Snapshot => Some(self.running(&seal)?),
+            SnapshotKind::Base => None,
         };
         let overlay = File::open(self.paths.overlay()).map_err(opened("disk"))?;
         let length = overlay.metadata().map_err(opened("disk"))?.len();
         let disk = seal.image(&overlay, length)?;
-        let state = &self.saved.state;
-        let state_file = File::open(&state.path).map_err(opened("device state"))?;
-        let state = seal.image(&state_file, state.bytes)?;
-        let memory_bytes = data_bytes(&memory.manifest);
         let disk_bytes = data_bytes(&disk.manifest);
-        let images = [memory.image, disk.image, state.image];
-        let working_set = paging::seal_working_set(&seal, self.paths.dir())?;
+        let memory_bytes = running.map_or(0, |(_, bytes)| bytes);
+        let running = running.map(|(running, _)| running);
+        let working_set = match running {
+            Some(_) => paging::seal_working_set(&seal, self.paths.dir())?,
+            None => None,
+        };
         let spec = ShimSpec::read(self.paths.dir())?;
-        let signed = self.signed(images, working_set, &spec.vmm)?;
+        let signed = self.signed((running, disk.image), working_set, &spec.vmm)?;
         let new_bytes = seal.tally().written_bytes;
         fault::point("seal.stored");
         let kept = seal.finish(Some(&signed))?;
@@ -320,6 +376,7 @@ impl Job {
         let sealed = Sealed {
             id: SnapshotId(rand::random()),
             digest: signed.digest().0,
+            kind: self.what.kind,
             memory_bytes,
             disk_bytes,
             new_bytes,
@@ -329,38 +386,73 @@ impl Job {
                 cpu: machine.cpu_model.clone(),
                 base: signed.manifest().base.0,
             },
-            pause: self.pause,
+            pause: self.what.pause,
             took: SealTimes {
                 store_ms: millis(mark.elapsed()),
                 ..self.took
             },
         };
-        Ok((sealed, kept))
+        Ok(Done {
+            sealed,
+            memory: running.map(|it| it.memory.digest),
+            kept,
+        })
     }
 
-    fn parent_memory(&self) -> Result<Manifest, SealGuestError> {
+    /// Seals what makes the guest go on; with how much of its memory is no hole.
+    fn running(&self, seal: &Seal) -> Result<(Running, u64), SealGuestError> {
+        let opened = |what| move |source| SealGuestError::Open { what, source };
+        let memory = self.saved.memory.open().map_err(opened("memory"))?;
+        let bytes = self.saved.memory.bytes;
+        let memory = match self.saved.memory.rest_is_zero {
+            true => seal.image(&memory, bytes)?,
+            false => {
+                let dirty = DirtyList::read(
+                    self.paths.dir(),
+                    Region::new(Mib(u32::try_from(bytes / MIB_BYTES).unwrap_or(u32::MAX))),
+                )?;
+                let parent = self.memory_before(dirty.basis())?;
+                seal.image_changed(&parent, &memory, bytes, dirty.ranges())?
+            }
+        };
+        let state = &self.saved.state;
+        let state_file = File::open(&state.path).map_err(opened("device state"))?;
+        let running = Running {
+            memory: memory.image,
+            device_state: seal.image(&state_file, state.bytes)?.image,
+        };
+        Ok((running, data_bytes(&memory.manifest)))
+    }
+
+    /// What the pages hold that are not listed.
+    fn memory_before(&self, basis: Basis) -> Result<Manifest, SealGuestError> {
+        if basis == Basis::LastSeal {
+            let memory = self.facts.last_seal.ok_or(SealGuestError::LastSealLost)?;
+            // Nobody completes this one, as is done with what the guest was resumed from.
+            return whole_image(&self.store, memory);
+        }
         let none = SealGuestError::Unfit("what its memory is a change of is not known");
         let parent = self.facts.parent.ok_or(none)?;
         let parent = self.store.snapshot(&parent)?;
-        Ok(self.store.image(&parent.manifest().memory.digest)?)
+        let none = SealGuestError::Unfit("what it was resumed from has no memory");
+        let running = parent.manifest().running.ok_or(none)?;
+        Ok(self.store.image(&running.memory.digest)?)
     }
 
     fn signed(
         &self,
-        images: [ImageRef; 3],
+        (running, disk): (Option<Running>, ImageRef),
         working_set: Option<ImageRef>,
         vmm: &VmmSpec,
     ) -> Result<SignedSnapshot, SealGuestError> {
         let facts = &self.facts;
-        let [memory, disk, device_state] = images;
         let manifest = SnapshotManifest {
             sandbox: facts.sandbox,
             epoch: facts.epoch,
             created_at: SystemClock.now(),
             parent: facts.parent,
-            memory,
+            running,
             disk,
-            device_state,
             working_set,
             base: facts.base,
             machine: MachineFacts {
@@ -387,9 +479,21 @@ impl Job {
     }
 }
 
+/// The image of a memory whose chunks are all here. Blocks.
+fn whole_image(store: &Store, memory: ImageDigest) -> Result<Manifest, SealGuestError> {
+    match store.image(&memory) {
+        Ok(image) if store.missing(&image).is_empty() => Ok(image),
+        _ => Err(SealGuestError::LastSealLost),
+    }
+}
+
 /// Has the agent write out what the guest holds back, and stop its work.
-async fn bring_to_stop(guest: &Guest, facts: &Facts) -> Result<Quiesced, SealGuestError> {
-    let quiesce = how_to_stop(facts.epoch, &facts.hardware);
+async fn bring_to_stop(
+    guest: &Guest,
+    facts: &Facts,
+    kind: SnapshotKind,
+) -> Result<Quiesced, SealGuestError> {
+    let quiesce = how_to_stop(facts.epoch, &facts.hardware, kind);
     let deadline = Instant::now() + QUIESCE_TIMEOUT;
     let quiesced = guest.quiesce(&quiesce, deadline).await?;
     check_disk(&quiesce, quiesced)
@@ -397,11 +501,12 @@ async fn bring_to_stop(guest: &Guest, facts: &Facts) -> Result<Quiesced, SealGue
 
 /// Memory and disk are of one instant: what the guest has not written out is in memory. So its disk
 /// need not be closed, unless its VMM would not write out all that the guest has: then the guest's
-/// own flush, and no write after it, is what makes the file whole.
-fn how_to_stop(epoch: Epoch, hardware: &Hardware) -> Quiesce {
+/// own flush, and no write after it, is what makes the file whole. A disk alone has no memory beside it:
+/// all of it is written out, and its file system is left as after an unmount.
+fn how_to_stop(epoch: Epoch, hardware: &Hardware, kind: SnapshotKind) -> Quiesce {
     Quiesce {
         epoch,
-        freeze_disk: !flushes_when_saved(hardware),
+        freeze_disk: kind == SnapshotKind::Base || !flushes_when_saved(hardware),
         // Freed pages keep their bytes until they are reported free.
         reclaim: false,
         undo_after: UNDO_AFTER,
@@ -454,7 +559,9 @@ mod tests {
             (Driver::CloudHypervisor, "v53.0", true),
         ] {
             let hardware = hardware_of(driver, version, Accelerator::Kvm).expect("known");
-            let asked = how_to_stop(Epoch(3), &hardware);
+            let alone = how_to_stop(Epoch(3), &hardware, SnapshotKind::Base);
+            assert!(alone.freeze_disk, "nothing else is left of the guest");
+            let asked = how_to_stop(Epoch(3), &hardware, SnapshotKind::Snapshot);
             assert_eq!(asked.freeze_disk, closed, "{hardware}");
             check_disk(&asked, quiesced(true)).expect("closed is never wrong");
             let open = check_disk(&asked, quiesced(false));

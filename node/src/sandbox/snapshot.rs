@@ -31,9 +31,10 @@ use crate::shim::state::StateFile;
 use crate::store::disk::rebase;
 use crate::store::error::RebaseError;
 use crate::store::fetch::FetchError;
+use crate::store::snapshot::Running;
 use crate::store::{
     AssembleError, ImageDigest, ImageRef, ReadManifestError, SandboxPaths, SnapshotDigest,
-    SnapshotManifest,
+    SnapshotManifest, Store,
 };
 use crate::vmm::{self, Hardware};
 
@@ -82,6 +83,9 @@ pub enum SnapshotError {
         /// How large.
         bytes: u64,
     },
+    /// It has memory where a disk was wanted, or none where it was.
+    #[error("the snapshot is of another kind than the cluster says")]
+    OtherKind,
     /// It is of another sandbox.
     #[error("the snapshot is of {0}")]
     Another(SandboxId),
@@ -174,7 +178,7 @@ impl Driver {
         timings.word = asked.elapsed();
         let began = Instant::now();
         if let Some(shim) = &held.shim {
-            shim.thaw().await?;
+            shim.thaw(false).await?;
         }
         fault::point("resume.thawed");
         // It still demands the token that it was sealed with.
@@ -209,7 +213,7 @@ impl Driver {
         self.drop_files(held).await;
         timings.guest = began.elapsed();
         let answered = Instant::now();
-        let facts = held.ready_facts(&returning.agent);
+        let facts = held.ready_facts(&self.host, &returning.agent);
         held.record.ready = Some(facts.clone());
         held.save().await?;
         fault::point("resume.ready");
@@ -262,22 +266,11 @@ impl Returning {
         if manifest.sandbox != spec.sealed_sandbox() {
             return Err(SnapshotError::Another(manifest.sandbox));
         }
-        check_sizes(manifest, spec)?;
-        let image = |image: ImageRef, what, path: &Path| {
-            let assemble = |source| SnapshotError::Assemble { what, source };
-            let manifest = store.image(&image.digest)?;
-            store
-                .assemble(&manifest, image.len_bytes, path)
-                .map_err(assemble)
-        };
-        let base = host.data.template_image(manifest.base);
-        if !base.exists() {
-            return Err(SnapshotError::NoBase(manifest.base));
-        }
-        image(manifest.disk, "disk", &paths.overlay())?;
-        rebase(&paths.overlay(), &base, spec.disk)?;
+        let running = manifest.running.ok_or(SnapshotError::OtherKind)?;
+        check_sizes(running, spec)?;
+        lay_out(host, paths, spec, manifest)?;
         let state = paths.dir().join(STATE);
-        image(manifest.device_state, "device state", &state)?;
+        assemble(store, running.device_state, "device state", &state)?;
         let machine = &manifest.machine;
         let hardware = Hardware {
             machine: machine.machine_type.clone(),
@@ -298,7 +291,7 @@ impl Returning {
             }
             _ => {
                 let memory = paths.dir().join(MEMORY);
-                image(manifest.memory, "memory", &memory)?;
+                assemble(store, running.memory, "memory", &memory)?;
                 MemoryImage::Flat(memory)
             }
         };
@@ -308,7 +301,7 @@ impl Returning {
             restore: RestoreSpec {
                 state: StateFile {
                     path: state,
-                    bytes: manifest.device_state.len_bytes,
+                    bytes: running.device_state.len_bytes,
                     digest,
                 },
                 hardware,
@@ -321,25 +314,48 @@ impl Returning {
     }
 }
 
-/// Refuses what cannot be a snapshot of the sandbox `spec`: its sealer may be anybody's host.
-fn check_sizes(manifest: &SnapshotManifest, spec: &StartSpec) -> Result<(), SnapshotError> {
-    let most_disk = spec.disk.bytes() + spec.disk.bytes() / OVERLAY_SHARE + STATE_MOST;
+/// Puts the disk of a snapshot in its place, over the image below it. Its sealer may be anybody's host:
+/// a disk that cannot be of the sandbox `spec` is refused. Blocks.
+pub(super) fn lay_out(
+    host: &Host,
+    paths: &SandboxPaths,
+    spec: &StartSpec,
+    manifest: &SnapshotManifest,
+) -> Result<(), SnapshotError> {
+    let bytes = manifest.disk.len_bytes;
+    if bytes > spec.disk.bytes() + spec.disk.bytes() / OVERLAY_SHARE + STATE_MOST {
+        return Err(SnapshotError::Size {
+            what: "disk",
+            bytes,
+        });
+    }
+    let base = host.data.template_image(manifest.base);
+    if !base.exists() {
+        return Err(SnapshotError::NoBase(manifest.base));
+    }
+    let overlay = paths.overlay();
+    assemble(&host.keeping.store, manifest.disk, "disk", &overlay)?;
+    Ok(rebase(&overlay, &base, spec.disk)?)
+}
+
+/// Makes a file of an image. Blocks.
+fn assemble(
+    store: &Store,
+    image: ImageRef,
+    what: &'static str,
+    path: &Path,
+) -> Result<(), SnapshotError> {
+    let manifest = store.image(&image.digest)?;
+    let made = store.assemble(&manifest, image.len_bytes, path);
+    made.map_err(|source| SnapshotError::Assemble { what, source })
+}
+
+/// Refuses what cannot be of the sandbox `spec`: its sealer may be anybody's host.
+fn check_sizes(running: Running, spec: &StartSpec) -> Result<(), SnapshotError> {
+    let (memory, state) = (running.memory.len_bytes, running.device_state.len_bytes);
     for (what, bytes, fits) in [
-        (
-            "memory",
-            manifest.memory.len_bytes,
-            manifest.memory.len_bytes == spec.memory.bytes(),
-        ),
-        (
-            "disk",
-            manifest.disk.len_bytes,
-            manifest.disk.len_bytes <= most_disk,
-        ),
-        (
-            "device state",
-            manifest.device_state.len_bytes,
-            manifest.device_state.len_bytes <= STATE_MOST,
-        ),
+        ("memory", memory, memory == spec.memory.bytes()),
+        ("device state", state, state <= STATE_MOST),
     ] {
         if !fits {
             return Err(SnapshotError::Size { what, bytes });

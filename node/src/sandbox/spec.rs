@@ -49,6 +49,13 @@ pub struct StartSpec {
 pub enum Origin {
     /// Its guest boots on a new disk over this image.
     Image(ImageDigest),
+    /// Its guest boots on a copy of a disk that was sealed alone.
+    Disk {
+        /// What it was sealed as.
+        from: SnapshotDigest,
+        /// Which sandbox that was.
+        of: SandboxId,
+    },
     /// Its guest goes on where it was sealed.
     Snapshot(SnapshotDigest),
     /// Its guest goes on where another one was sealed, as somebody else.
@@ -67,7 +74,7 @@ impl StartSpec {
     #[must_use]
     pub const fn sealed_sandbox(&self) -> SandboxId {
         match self.origin {
-            Origin::Fork { of, .. } => of,
+            Origin::Fork { of, .. } | Origin::Disk { of, .. } => of,
             Origin::Image(_) | Origin::Snapshot(_) => self.id,
         }
     }
@@ -175,7 +182,7 @@ impl Origin {
     #[must_use]
     pub const fn way(self) -> StartWay {
         match self {
-            Self::Image(_) => StartWay::Cold,
+            Self::Image(_) | Self::Disk { .. } => StartWay::Cold,
             Self::Snapshot(_) => StartWay::Resumed,
             Self::Fork { or_boots: None, .. } => StartWay::Fork,
             Self::Fork {

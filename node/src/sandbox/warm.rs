@@ -15,15 +15,15 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use raft::state::{Sealed, Snapshot, Warm};
+use raft::state::{Sealed, Snapshot, SnapshotKind, Warm};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::driver::{Driver, start_failed};
 use super::error::AcquireError;
-use super::phase::Event;
+use super::phase::{Event, SealFor};
 use super::resources::Held;
-use super::sealing::SealGuestError;
+use super::sealing::{Done, SealGuestError};
 use super::spec::{StartSpec, StartTimings};
 use super::spoilt::Spoilt;
 use crate::base::chain::chain;
@@ -33,7 +33,10 @@ use crate::store::{ImageDigest, Kept, SnapshotDigest};
 /// What an agent that was told nothing demands of callers: nothing.
 const NO_TOKEN: &str = "";
 /// A seal that no pause asked for: entries of the log begin at 1.
-const NO_PAUSE: u64 = 0;
+const FOR_OTHERS: SealFor = SealFor {
+    pause: 0,
+    kind: SnapshotKind::Snapshot,
+};
 
 /// Which guests start from one that had just booted.
 #[derive(Clone, Debug, Default)]
@@ -170,7 +173,7 @@ impl Driver {
         let began = Instant::now();
         let sealed = self.seal_booted(held, timings);
         match self.unless_over(shim.as_ref(), sealed).await {
-            Ok(Ok((sealed, kept))) => {
+            Ok(Ok(Done { sealed, kept, .. })) => {
                 info!(bytes = sealed.new_bytes, "kept as it has booted");
                 let _kept = Arc::new(kept);
                 self.shared.set_warm(WarmNews::Made(KeptWarm {
@@ -191,14 +194,14 @@ impl Driver {
         &self,
         held: &Held,
         timings: &mut StartTimings,
-    ) -> Result<(Sealed, Kept), SealGuestError> {
+    ) -> Result<Done, SealGuestError> {
         let began = Instant::now();
         let guest = held.guest_by(NO_TOKEN).ok().flatten();
         let guest = guest.ok_or(SealGuestError::Unfit("it has no network"))?;
         let health = guest.wait_ready(began + self.host.boot_timeout).await?;
         timings.guest = began.elapsed();
         let facts = held.facts(&self.host, &health.version, NO_TOKEN)?;
-        self.seal_as(held, &guest, facts, NO_PAUSE).await
+        self.seal_as(held, &guest, facts, FOR_OTHERS).await
     }
 
     /// Lets a guest go on that may stand still.
@@ -206,7 +209,7 @@ impl Driver {
         let Some(shim) = &held.shim else {
             return Ok(());
         };
-        shim.thaw().await?;
+        shim.thaw(false).await?;
         fault::point("warm.thawed");
         let guest = held.guest_by(NO_TOKEN)?.ok_or(AcquireError::NoNetwork)?;
         self.undo_quiesce(held, &guest).await;

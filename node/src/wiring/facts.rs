@@ -84,6 +84,7 @@ impl Announcement {
                 tags: config.tags.clone(),
                 asks_first: true,
                 reads_actors: true,
+                boots_disks: true,
                 ..Node::default()
             },
             templates: catalog

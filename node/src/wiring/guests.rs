@@ -1,4 +1,5 @@
-//! Joins the relay to the sandboxes of this node; neither knows the other.
+//! Joins the relay to the sandboxes of this node, and to what is measured of them; none knows the
+//! others.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,15 +8,33 @@ use futures::future::BoxFuture;
 use proto::epoch::Epoch;
 use proto::ids::SandboxId;
 use proto::units::Stamp;
+use tracing::info_span;
 
-use crate::base::clock::{Clock as _, SystemClock};
+use super::Running;
+use crate::base::clock::{Clock, SystemClock};
 use crate::base::sample::Sample;
 use crate::cluster::View;
 use crate::guest::Guest;
-use crate::metering::Metering;
+use crate::metering::{Metering, SAMPLES};
 use crate::relay::{LocalFacts, LocalGuests, MemoryFacts, Transfer, Waiting};
 use crate::sandbox::{Registry, StartTimings};
 use crate::store::{SnapshotDigest, Store};
+
+impl Running {
+    /// Has the guests here measured from now on.
+    pub(super) fn meter(&self, registry: &Arc<Registry>, clock: &Arc<dyn Clock>) -> Arc<Metering> {
+        let (here, view) = (self.cluster.mesh().here(), self.cluster.proposer().view());
+        let dir = self.data.paths().cache().join(SAMPLES);
+        let metering = Metering::new(here, Arc::clone(registry), view, Arc::clone(clock), dir);
+        let metering = Arc::new(metering);
+        let stop = self.tasks.token();
+        let host = Arc::clone(&metering).watch_host(stop.clone());
+        self.tasks.spawn(info_span!("metering"), host);
+        let inside = Arc::clone(&metering).watch_inside(stop.clone());
+        self.tasks.spawn(info_span!("metering inside"), inside);
+        metering
+    }
+}
 
 /// The registry as the relay sees it, and what is on its way to it.
 #[derive(Debug)]

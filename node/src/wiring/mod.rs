@@ -65,7 +65,6 @@ use crate::build::{self, Builder};
 use crate::cluster::{Cluster, Mesh, MeshLink, Proposer};
 use crate::config::Config;
 use crate::dashboard;
-use crate::metering::Metering;
 use crate::net::{self, Cidr, NetConfig, SlotPool, SlotTag};
 use crate::pager;
 use crate::reconcile::Reconciler;
@@ -299,19 +298,6 @@ impl Running {
         facts::write_ready(paths, here, &config.name, &url)?;
         info!(%url, node = %here, data = %paths.root().display(), "ready");
         Ok(())
-    }
-
-    /// Has the guests here measured from now on.
-    fn meter(&self, registry: &Arc<Registry>, clock: &Arc<dyn Clock>) -> Arc<Metering> {
-        let (here, view) = (self.cluster.mesh().here(), self.cluster.proposer().view());
-        let metering = Metering::new(here, Arc::clone(registry), view, Arc::clone(clock));
-        let metering = Arc::new(metering);
-        let stop = self.tasks.token();
-        let host = Arc::clone(&metering).watch_host(stop.clone());
-        self.tasks.spawn(info_span!("metering"), host);
-        let inside = Arc::clone(&metering).watch_inside(stop.clone());
-        self.tasks.spawn(info_span!("metering inside"), inside);
-        metering
     }
 
     /// Waits for a panic in any task: it stops the others of its kind, and half a node is worse

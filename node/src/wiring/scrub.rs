@@ -53,7 +53,12 @@ impl Scrub {
         // What cannot be read begins anew.
         let mut rounds = blocking(move || store.rounds()).await.unwrap_or_default();
         loop {
-            let wait = due_in(&rounds, self.clock.now());
+            let now = self.clock.now();
+            // What ended in the future did so by a clock that was set back since, or by a damaged file.
+            if let Some(last) = &mut rounds.last {
+                last.ended_at_ms = last.ended_at_ms.min(now.0);
+            }
+            let wait = due_in(&rounds, now);
             if wait > Duration::ZERO {
                 time::sleep(wait.min(LOOK_AGAIN)).await;
                 continue;
@@ -249,6 +254,32 @@ mod tests {
         let round = ended(&store, 9).await.last.expect("a round");
         assert_eq!((round.began_at_ms, round.chunks), (5, u64::from(CHUNKS)));
         assert!(before > 0 && before < u64::from(CHUNKS));
+        tasks.stop_and_join().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_round_that_ended_in_the_future_puts_the_next_off_by_a_week_and_no_more() {
+        const FUTURE: u64 = u64::MAX / 2;
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = filled(dir.path());
+        let mut known = Rounds {
+            under_way: Some(Round::begun(Stamp(5))),
+            last: None,
+        };
+        known.end(Stamp(FUTURE));
+        store.keep_rounds(&known).expect("kept");
+        let (clock, tasks) = (HandClock::at(Stamp(1000)), Tasks::new());
+        spawn(store.clone(), Arc::new(clock.clone()), &tasks);
+        time::sleep(START_AFTER + LOOK_AGAIN / 2).await;
+        assert_eq!(store.rounds(), known, "it is not due yet");
+        clock.advance(ROUND_EVERY);
+        let deadline = Instant::now() + 2 * LOOK_AGAIN;
+        while store.rounds() == known || store.rounds().under_way.is_some() {
+            assert!(Instant::now() < deadline, "no round began");
+            time::sleep(Duration::from_secs(1)).await;
+        }
+        let last = store.rounds().last.expect("a round");
+        assert_eq!(last.chunks, u64::from(CHUNKS));
         tasks.stop_and_join().await;
     }
 

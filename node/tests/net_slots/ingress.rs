@@ -1,7 +1,9 @@
 //! Who reaches guests.
 
 use crate::guest::Guest;
-use crate::world::{call, call_from_host, call_udp, call_udp_from_host, on_a_host, outside, shell};
+use crate::world::{
+    NOBODY, call_from_host, call_udp_from_host, on_a_host, outside, reachable, shell,
+};
 
 #[test]
 fn the_host_reaches_a_guest_at_its_slots_address() {
@@ -25,11 +27,10 @@ fn nobody_beyond_the_host_reaches_a_guest() {
         let _guest = Guest::new(&slot);
         assert!(call_from_host(slot.guest_addr).is_some());
 
-        assert_eq!(call(&outside(), slot.guest_addr), None);
-        assert_eq!(call_udp(&outside(), slot.guest_addr), None);
+        assert_eq!(reachable(&outside(), &[slot.guest_addr]), NOBODY);
         // The namespace alone says so too.
         shell("nft flush ruleset");
-        assert_eq!(call(&outside(), slot.guest_addr), None);
+        assert_eq!(reachable(&outside(), &[slot.guest_addr]), NOBODY);
         assert!(call_from_host(slot.guest_addr).is_some());
     });
 }

@@ -40,7 +40,8 @@ pub(in crate::cli) struct Build {
     file: Option<PathBuf>,
     /// Build from a root file system: a tar file of one, or an image as `docker save` and OCI tools write
     /// it, plain or compressed. What the image says of user, directory, environment and command holds; a
-    /// recipe follows only where --file names one.
+    /// recipe follows only where --file names one. Its command runs in capsules only if that recipe has a
+    /// HEALTHCHECK: a template without one is a disk that boots.
     #[arg(long, value_name = "FILE", conflicts_with = "skip_pre_post")]
     from_archive: Option<PathBuf>,
     /// The name of the template.

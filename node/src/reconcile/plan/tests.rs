@@ -5,7 +5,8 @@ use proto::ids::{NodeKey, SnapshotId, TeamId};
 use proto::units::Mib;
 use raft::command::{CheckpointSandbox, Command, Proposal, StopCause};
 use raft::state::{
-    Checkpoint, GuestVersions, Needs, Node, Purpose, Resources, SandboxSpec, Sealed, Template,
+    Checkpoint, GuestVersions, Needs, Node, Purpose, Resources, SandboxSpec, Sealed, SnapshotKind,
+    Template,
 };
 
 use super::*;
@@ -407,6 +408,7 @@ const PAUSE: u64 = 5;
 const SEAL: Step = Step::Seal {
     id: ID,
     pause: PAUSE,
+    kind: SnapshotKind::Snapshot,
 };
 
 /// A snapshot of `ID` as it is told of.
@@ -569,6 +571,10 @@ fn a_guest_that_is_being_paused_is_not_stopped_for_idleness() {
 }
 
 fn checkpoint() -> Command {
+    checkpoint_of(SnapshotKind::Snapshot)
+}
+
+fn checkpoint_of(kind: SnapshotKind) -> Command {
     Command::CheckpointSandbox(CheckpointSandbox {
         id: ID,
         epoch: Epoch(3),
@@ -576,12 +582,24 @@ fn checkpoint() -> Command {
             ask: SnapshotId([8; 16]),
             purpose: Purpose::Name {
                 name: "mine".into(),
+                kind,
                 overwrite: false,
                 metadata: BTreeMap::new(),
             },
         },
         hints: vec![],
     })
+}
+
+#[test]
+fn for_a_base_the_disk_alone_is_sealed() {
+    let snapshotting = state_after([running(), checkpoint_of(SnapshotKind::Base)]);
+    let disk = Step::Seal {
+        id: ID,
+        pause: PAUSE,
+        kind: SnapshotKind::Base,
+    };
+    assert_eq!(steps(&snapshotting, &seen(ready())), [disk]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use transport::Identity;
 
 use super::*;
 use crate::pager::source::{Daemon, Finder as _, Found};
-use crate::store::snapshot::{GuestFacts, MachineFacts};
+use crate::store::snapshot::{GuestFacts, MachineFacts, Running};
 use crate::store::{Decoder, ImageDigest, ImageRef, Kept, Limits, SignedSnapshot};
 
 const GUEST: SandboxId = SandboxId([3; 16]);
@@ -66,7 +66,7 @@ impl World {
 
     fn memory(&self, snapshot: SnapshotDigest) -> Manifest {
         let signed = self.store.snapshot(&snapshot).expect("here");
-        let memory = signed.manifest().memory.digest;
+        let memory = signed.manifest().running.expect("it ran").memory.digest;
         self.store.image(&memory).expect("here")
     }
 
@@ -90,9 +90,11 @@ fn manifest(memory: ImageRef) -> SnapshotManifest {
         epoch: Epoch(1),
         created_at: Stamp(1),
         parent: None,
-        memory,
+        running: Some(Running {
+            memory,
+            device_state: memory,
+        }),
         disk: memory,
-        device_state: memory,
         working_set: None,
         base: ImageDigest([6; 32]),
         machine: MachineFacts {

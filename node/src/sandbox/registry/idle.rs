@@ -15,7 +15,8 @@ use super::{Registry, Shared, Told};
 use crate::guest::Guest;
 use crate::sandbox::phase::Phase;
 
-/// Longest a guest may take to drop its page cache; its agent gives up after a second.
+/// Longest a guest may take to write down and drop its page cache: half of what there is until it is
+/// paused. It goes on with it if it takes longer.
 const RECLAIM_TIMEOUT: Duration = Duration::from_secs(3);
 
 impl Told {
