@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
+use node::vmm::cloud_hypervisor::spawn::NAME_PREFIX;
 use serde_json::{Value, json};
 
 use crate::world::{LOOK_AGAIN, World};
@@ -249,7 +250,7 @@ impl World {
             let list = self.call("GET", "/v1/capsules", None).json();
             let new = list[0]["id"].as_str().unwrap_or_default().to_owned();
             let boots =
-                list[0]["status"] == "starting" && !processes_naming(&new, "qemu").is_empty();
+                list[0]["status"] == "starting" && !processes_naming(&new, is_vmm).is_empty();
             boots.then_some(new)
         });
         booting.expect("a guest that boots")
@@ -356,7 +357,7 @@ impl World {
     /// When there is none, or more than one.
     #[must_use]
     pub fn vmm_pid(&self, id: &str) -> u32 {
-        only(&processes_naming(id, "qemu"))
+        only(&processes_naming(id, is_vmm))
     }
 
     /// The one shim that works for a capsule.
@@ -365,7 +366,7 @@ impl World {
     /// When there is none, or more than one.
     #[must_use]
     pub fn shim_pid(&self, id: &str) -> u32 {
-        only(&processes_naming(id, "shim"))
+        only(&processes_naming(id, is_shim))
     }
 }
 
@@ -374,15 +375,60 @@ fn only(pids: &[u32]) -> u32 {
     pids[0]
 }
 
-/// Live processes with an id in their command line and a word in their program or its first
-/// argument.
-fn processes_naming(id: &str, word: &str) -> Vec<u32> {
+/// Live processes with an id in their command line that is of the kind.
+fn processes_naming(id: &str, kind: fn(&str) -> bool) -> Vec<u32> {
     let entries = fs::read_dir("/proc").expect("/proc is mounted").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let names_it = |pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).into_owned();
-        line.contains(id) && line.split('\0').take(2).any(|part| part.contains(word))
+        let line = command_line(*pid);
+        line.contains(id) && kind(&line)
     };
     pids.filter(names_it).collect()
+}
+
+/// The command line of a process, a NUL after each part; empty if it has ended.
+#[must_use]
+pub fn command_line(pid: u32) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).into_owned()
+}
+
+/// Whether this is the command line of a VMM: Cloud Hypervisor, QEMU, or what a test has put in
+/// QEMU's place, which may be a script behind its interpreter.
+#[must_use]
+pub fn is_vmm(line: &str) -> bool {
+    let is_qemu = |part: &str| {
+        let name = part.rsplit('/').next().unwrap_or_default();
+        name == "qemu" || name.starts_with("qemu-system")
+    };
+    line.starts_with(NAME_PREFIX) || line.split('\0').take(2).any(is_qemu)
+}
+
+fn is_shim(line: &str) -> bool {
+    line.split('\0').take(2).any(|part| part.contains("shim"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vmm_is_known_whichever_it_is_and_nothing_else_is() {
+        for line in [
+            "/usr/bin/qemu-system-x86_64\0-name\0/data/cl-1",
+            "/bin/sh\0/tmp/world/qemu\0-name\0/data/cl-1",
+            "cloud-hypervisor:/data/cl-1\0--api-socket\0fd=3",
+        ] {
+            assert!(is_vmm(line), "{line}");
+        }
+        for line in [
+            "",
+            "wrenn\0shim\0--dir\0/data/qemu/cl-1",
+            "wrenn\0pager\0--dir\0/data/cl-1",
+            "qemu-img\0create\0/data/cl-1",
+            "/bin/cloud-hypervisor\0--version",
+        ] {
+            assert!(!is_vmm(line), "{line}");
+        }
+    }
 }

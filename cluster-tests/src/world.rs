@@ -1,14 +1,16 @@
 //! A real daemon with a data directory, ports and network slots of its own.
 //!
-//! As many worlds exist at once as there are [`PLACES`]; whoever wants one more waits. What the
+//! As many worlds exist at once as there are places ([`place`]); whoever wants one more waits. What the
 //! first daemon finds out about the accelerator is passed on to the others, since on a host whose
 //! KVM runs no guests finding out takes longer than most tests.
+
+mod place;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use std::{env, fs, thread};
 
@@ -16,8 +18,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use self::place::{Place, SLOTS};
 use crate::client::wait_for;
 use crate::leaks;
+
+pub(crate) use self::place::Site;
 
 /// Longest a daemon may take to be ready: it may have to probe the accelerator with a real boot.
 const READY_TIMEOUT: Duration = Duration::from_secs(90);
@@ -25,22 +30,14 @@ const READY_TIMEOUT: Duration = Duration::from_secs(90);
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between two looks at something that another process changes.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// Network slots that one place has.
-const SLOTS: u16 = 16;
 /// Slots that a daemon keeps ready.
 const SLOT_POOL: u16 = 2;
-/// Worlds at once. Emulated guests want a core each, and some worlds mostly wait.
-const PLACES: usize = 3;
 
 /// Whether capsules start from a guest that had just booted; off in a world unless it says otherwise.
 pub const WARM_CREATE: &str = "WRENN_WARM_CREATE";
 /// The variable in which a daemon finds the token it joins with.
 const JOIN_TOKEN: &str = "WRENN_JOIN_TOKEN";
 
-/// Which places are taken.
-static TAKEN: Mutex<[bool; PLACES]> = Mutex::new([false; PLACES]);
-/// Tells that one has become free.
-static FREED: Condvar = Condvar::new();
 /// What a daemon has found out about the accelerator: files of its data directory.
 static PROBED: Mutex<Option<Probed>> = Mutex::new(None);
 
@@ -48,62 +45,6 @@ static PROBED: Mutex<Option<Probed>> = Mutex::new(None);
 struct Probed {
     version: Vec<u8>,
     outcome: Vec<u8>,
-}
-
-/// What a daemon has for itself on this machine.
-#[derive(Clone, Debug)]
-pub(crate) struct Site {
-    /// What it is called.
-    pub(crate) name: String,
-    /// Of its API (TCP).
-    pub(crate) port: u16,
-    /// Of its cluster (UDP); the one after it is for bulk transfers.
-    pub(crate) cluster_port: u16,
-    /// Index of its first network slot.
-    pub(crate) slot_base: u16,
-}
-
-/// The right to use certain ports and network slots.
-#[derive(Debug)]
-struct Place(usize);
-
-impl Place {
-    fn take() -> Self {
-        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(free) = taken.iter().position(|taken| !taken) {
-                taken[free] = true;
-                return Self(free);
-            }
-            taken = FREED.wait(taken).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn number(&self) -> u16 {
-        u16::try_from(self.0).expect("there are few places")
-    }
-
-    /// Ports below those that the kernel gives to clients, and slots above what a quickstart on the
-    /// same machine uses. Other test programs on this machine are avoided by taking the process id
-    /// into account.
-    fn site(&self) -> Site {
-        let process = std::process::id();
-        let row = |rows: u32| u16::try_from(process % rows).expect("few rows");
-        let port = 20_000 + row(1500) * 8 + self.number() * 2;
-        Site {
-            name: "test".into(),
-            port,
-            cluster_port: port,
-            slot_base: 8192 + row(512) * 64 + self.number() * SLOTS,
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        TAKEN.lock().unwrap_or_else(PoisonError::into_inner)[self.0] = false;
-        FREED.notify_one();
-    }
 }
 
 /// One daemon, and what it needs to be started again.

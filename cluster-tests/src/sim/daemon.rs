@@ -455,7 +455,7 @@ impl Daemon {
             Step::Forget(id) => {
                 context.body.guests.remove(&id);
             }
-            Step::Seal { id, pause } => self.seal(id, pause, context),
+            Step::Seal { id, pause, .. } => self.seal(id, pause, context),
             Step::Thaw(id) => {
                 if let Some(guest) = context.body.guests.get_mut(&id) {
                     guest.state = GuestState::Ready;

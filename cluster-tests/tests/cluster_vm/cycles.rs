@@ -57,7 +57,7 @@ fn memory_and_disk_are_the_same_through_many_hops_and_stores_do_not_grow_beyond_
     let snapshot = paused(&cluster, &id);
     sealed += snapshot["new_bytes"].as_u64().expect("a figure");
     if long {
-        (1..=3).for_each(|number| wait_collected(cluster.client(number)));
+        wait_collected(&cluster);
     }
     for number in 1..=3 {
         cluster.client(number).wait_only(&[]);
@@ -91,12 +91,31 @@ fn resumed_on(cluster: &ClusterWorld, id: &str, number: u16) -> u16 {
     number
 }
 
-/// Waits until a node keeps no other snapshot than the capsule's last.
-fn wait_collected(world: &World) {
-    let dir = world.data().join("store/snapshots");
-    let kept = || fs::read_dir(&dir).map_or(0, Iterator::count);
-    let collected = wait_for(COLLECTED, || (kept() <= 1).then_some(()));
-    assert!(collected.is_some(), "{} are kept\n{}", kept(), world.log());
+/// Waits until each node keeps no other snapshot than the capsule's last, and is done with the collection
+/// that dropped the others: their chunks go after them.
+fn wait_collected(cluster: &ClusterWorld) {
+    let kept = |world: &World| {
+        let dir = world.data().join("store/snapshots");
+        fs::read_dir(dir).map_or(0, Iterator::count)
+    };
+    let done = |world: &World| world.log().matches("collected=Collected").count();
+    let worlds = [1, 2, 3].map(|number| cluster.client(number));
+    // Of collections that ended while there was more to drop.
+    let mut done_before = worlds.map(done);
+    let collected = wait_for(COLLECTED, || {
+        let mut is_over = true;
+        for (world, done_before) in worlds.iter().zip(&mut done_before) {
+            let done_now = done(world);
+            let has_more = kept(world) > 1;
+            if has_more {
+                *done_before = done_now;
+            }
+            is_over &= !has_more && done(world) > *done_before;
+        }
+        is_over.then_some(())
+    });
+    let kept = worlds.map(kept);
+    assert!(collected.is_some(), "{kept:?} are kept\n{}", cluster.logs());
 }
 
 /// A stopped node's store is sound. Its packs take at most twice what is needed, since two who fetch

@@ -29,6 +29,8 @@ const LEFT_OUT: [&str; 4] = ["*/perl*", "*/python3*", "*/git*", "*/gconv*"];
 /// What the image says of itself.
 const CONFIG: &str = r#"{"architecture":"amd64","os":"linux","config":{"User":"33","WorkingDir":"/srv/app",
     "Env":["GREETING=hello $USER"],"Cmd":["sleep","1000000"]}}"#;
+/// The image's command is one that capsules find running.
+const HEALTHY: &str = "RUN true\nHEALTHCHECK --interval=500ms --retries=60 pgrep -x sleep\n";
 const MANIFEST: &str = r#"[{"Config":"config.json","Layers":["base.tar","top.tar.gz"]}]"#;
 
 #[test]
@@ -42,27 +44,34 @@ fn an_image_becomes_a_template_on_every_node() {
     make_image(dir.path());
     let archive = dir.path().join("image.tar");
 
-    let built = build(cluster.client(1), &archive, "theirs");
+    fs::write(dir.path().join("healthy"), HEALTHY).expect("written");
+    let healthy = dir.path().join("healthy");
+
+    let built = build(cluster.client(1), &archive, "theirs", Some(&healthy));
     let said = String::from_utf8_lossy(&built.stderr).into_owned();
     assert!(built.status.success(), "{said}\n{}", cluster.logs());
     for node in [1, 2] {
-        it_is_what_the_image_says(cluster.client(node));
+        it_is_what_the_image_says(cluster.client(node), "theirs", "runs");
     }
 
-    let again = build(cluster.client(2), &archive, "again");
+    // Without a health check it is a disk, and boots by itself.
+    let again = build(cluster.client(2), &archive, "again", None);
     let said = String::from_utf8_lossy(&again.stderr).into_owned();
     assert!(again.status.success(), "{said}\n{}", cluster.logs());
     assert!(said.contains("IMPORT --user=33 (done before)"), "{said}");
+    for node in [1, 2] {
+        it_is_what_the_image_says(cluster.client(node), "again", "quiet");
+    }
 
     let broken = dir.path().join("broken.tar");
     fs::write(&broken, &fs::read(&archive).expect("an image")[..1 << 20]).expect("written");
-    let refused = build(cluster.client(1), &broken, "broken");
+    let refused = build(cluster.client(1), &broken, "broken", None);
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("read the archive"));
 }
 
-fn it_is_what_the_image_says(world: &World) {
-    let id = world.capsule_with(&json!({ "template": "theirs" }));
+fn it_is_what_the_image_says(world: &World, template: &str, command: &str) {
+    let id = world.capsule_with(&json!({ "template": template }));
     let line = "id -un; pwd; echo $GREETING; cat /srv/app/page; ls -A / | tr '\\n' ' '";
     let seen = world.output(&id, line);
     let mut lines = seen.lines();
@@ -80,8 +89,8 @@ fn it_is_what_the_image_says(world: &World) {
         format!("{id}\n{id}")
     );
     assert_eq!(
-        world.output(&id, "pgrep -x sleep >/dev/null && echo runs"),
-        "runs"
+        world.output(&id, "pgrep -x sleep >/dev/null && echo runs || echo quiet"),
+        command
     );
     assert_eq!(
         world.output(&id, "test -e /etc/removed || echo gone"),
@@ -136,7 +145,7 @@ fn parent(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
-fn build(world: &World, archive: &Path, template: &str) -> Output {
+fn build(world: &World, archive: &Path, template: &str, recipe: Option<&Path>) -> Output {
     let memory = MEMORY_MB.to_string();
     Command::new(wrenn())
         .args([
@@ -149,6 +158,7 @@ fn build(world: &World, archive: &Path, template: &str) -> Output {
             "--from-archive",
         ])
         .arg(archive)
+        .args(recipe.into_iter().flat_map(|it| [Path::new("--file"), it]))
         .env("WRENN_BASE_URL", world.url())
         .env("WRENN_API_KEY", world.key())
         .output()

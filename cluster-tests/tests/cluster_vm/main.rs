@@ -6,6 +6,7 @@
 //! that it left nothing on the host. `WRENN_LONG=1` moves a whole gibibyte where 192 MiB do otherwise.
 
 mod any_node;
+mod bases;
 mod begins;
 mod builds;
 mod clones;

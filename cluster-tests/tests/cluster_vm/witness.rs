@@ -9,6 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fs, mem};
 
+use wrenn_cluster_tests::client::is_vmm;
+
 /// Pause between two looks: short against every margin of a lease, long against a look.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -109,11 +111,6 @@ fn look(id: &str) -> Sight {
     let all = processes().filter(|(_, line)| is_vmm(line) && line.contains(id));
     all.filter_map(|(pid, _)| Some((pid, state(pid)?)))
         .collect()
-}
-
-fn is_vmm(line: &str) -> bool {
-    let program = line.split('\0').next().unwrap_or_default();
-    program.contains("qemu-system")
 }
 
 fn processes() -> impl Iterator<Item = (u32, String)> {

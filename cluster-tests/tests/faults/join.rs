@@ -12,8 +12,9 @@ use wrenn_cluster_tests::world::World;
 
 use crate::{SETTLE_TIMEOUT, three};
 
-/// Longest a join may take, from the start of the daemon until it serves as a member.
-const JOIN_GOAL: Duration = Duration::from_secs(10);
+/// Longest a join may take on a busy machine, from the start of the daemon until it serves as a
+/// member. What is promised, a third of it, is measured by `deploy/bench join`.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest a removed node that hears of it may go on. Its connections end at once; this is until
 /// its process has.
 const OUT_WITHIN: Duration = Duration::from_secs(15);
@@ -71,7 +72,7 @@ fn one_use_lets_one_in(cluster: &ClusterWorld) {
     hosts[won].wait_ready();
     let took = begun.elapsed();
     println!("a join beside another took {took:?}");
-    assert!(took < JOIN_GOAL, "{took:?}\n{}", hosts[won].log());
+    assert!(took < JOIN_TIMEOUT, "{took:?}\n{}", hosts[won].log());
     cluster.wait_members(4);
     let tokens = cluster.client(2).call("GET", "/v1/tokens", None).json();
     let mut all = tokens.as_array().into_iter().flatten();
@@ -145,7 +146,7 @@ fn removed_while_connected(cluster: &mut ClusterWorld) {
     let begun = Instant::now();
     let number = cluster.admit(2);
     println!("a join took {:?}", begun.elapsed());
-    assert!(begun.elapsed() < JOIN_GOAL);
+    assert!(begun.elapsed() < JOIN_TIMEOUT);
     cluster.wait_members(4);
     take_out(cluster, &format!("node{number}"));
     let begun = Instant::now();

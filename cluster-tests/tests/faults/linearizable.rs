@@ -70,7 +70,7 @@ fn i8_a_write_whose_answer_came_late_is_not_made_a_second_time() {
             let is_caught = value(&near).as_ref() == Some(&early) && !sent.is_finished();
             if is_caught {
                 assert!(matches!(tag(&near, &late), Change::Made(_)));
-                // Past the end of one attempt.
+                // Longer than one attempt lasts of what may be made again.
                 thread::sleep(Duration::from_millis(1200));
             }
             cluster.resume(slow);

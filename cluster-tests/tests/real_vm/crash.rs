@@ -2,6 +2,7 @@
 //! would end it; the next one makes good.
 
 use serde_json::json;
+use wrenn_cluster_tests::client::{command_line, is_vmm};
 use wrenn_cluster_tests::world::World;
 
 /// The variable that makes the daemon abort at a place.
@@ -97,13 +98,14 @@ fn a_create_cut_off_after_its_vmm_started_goes_on_with_it() {
 /// The process id of the one VMM that this world has.
 fn only_vmm(world: &World) -> u32 {
     let footprint = world.footprint();
-    let mut vmms = footprint
-        .iter()
-        .filter(|trace| trace.contains("qemu-system"));
+    let processes = footprint.iter().filter_map(|trace| {
+        let rest = trace.strip_prefix("process ")?;
+        rest.split_whitespace().next()?.parse::<u32>().ok()
+    });
+    let mut vmms = processes.filter(|pid| is_vmm(&command_line(*pid)));
     let vmm = vmms.next().expect("a VMM");
     assert_eq!(vmms.next(), None, "a second VMM");
-    let pid = vmm.split_whitespace().nth(1).expect("a process id");
-    pid.parse().expect("a number")
+    vmm
 }
 
 #[test]

@@ -16,14 +16,17 @@ use crate::pause_crash::{act, goes_on, is_sound};
 
 /// KiB of each file in the guest.
 const FILE_KIB: u32 = 1024;
+/// KiB of each that are written between two checkpoints.
+const WRITTEN_KIB: u32 = 64;
 /// The places of a checkpoint, and whether it has come about after the next daemon has seen to it. One
 /// that had not begun to save begins again; of one that had, nobody was told, and the guest goes on.
-const CHECKPOINT: [(&str, bool); 6] = [
+const CHECKPOINT: [(&str, bool); 7] = [
     ("seal.quiesced", true),
     ("seal.saved", false),
     ("seal.stored", false),
     ("seal.finished", false),
     ("thaw.asked", true),
+    ("thaw.noted", true),
     ("thaw.vmm", true),
 ];
 /// The places of a fork's own start. Nothing of it was told to anybody, so it begins again.
@@ -53,9 +56,14 @@ const MEMORY_MB: u32 = 256;
 fn i4_a_checkpoint_cut_off_at_any_step_is_whole_or_nowhere_and_costs_nothing() {
     let mut world = World::new();
     let id = world.capsule();
-    let contents = Contents::make(&world, &id, FILE_KIB);
+    let mut contents = Contents::make(&world, &id, FILE_KIB);
+    // Of a guest that was resumed each seal is a change of the last.
+    act(&world, &id, "pause");
+    act(&world, &id, "resume");
+    goes_on(&world, &id, &contents);
     let mut named = BTreeSet::new();
-    for (place, is_made) in CHECKPOINT {
+    for (round, (place, is_made)) in (1..).zip(CHECKPOINT) {
+        contents.rewrite(&world, &id, WRITTEN_KIB, round);
         let body = json!({ "sandbox_id": id, "name": place });
         die_at(&mut world, place, "/v1/snapshots", &body);
         runs_again(&world, place, &id, &contents);
@@ -248,19 +256,21 @@ fn warm(world: &World, place: &str, request: &Value) {
     panic!("{place}: none starts warm\n{}", world.log());
 }
 
+/// What a chore of the store says.
+pub(crate) fn store(world: &World, chore: &str) -> Value {
+    let asked = Command::new(wrenn())
+        .args(["--json", "store", chore, "--data-dir"])
+        .arg(world.data())
+        .output()
+        .expect("the wrenn binary runs");
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert!(asked.status.success(), "{chore}: {said}");
+    serde_json::from_slice(&asked.stdout).expect("JSON")
+}
+
 /// After a collection the store has `snapshots`, which is sound, and the host nothing.
 fn nothing_is_left(world: &mut World, snapshots: usize) {
     world.wait_only(&[]);
-    let store = |world: &World, chore: &str| {
-        let asked = Command::new(wrenn())
-            .args(["--json", "store", chore, "--data-dir"])
-            .arg(world.data())
-            .output()
-            .expect("the wrenn binary runs");
-        let said = String::from_utf8_lossy(&asked.stderr).into_owned();
-        assert!(asked.status.success(), "{chore}: {said}");
-        serde_json::from_slice::<Value>(&asked.stdout).expect("JSON")
-    };
     let _collected = store(world, "gc");
     let stats = store(world, "stats");
     assert_eq!(stats["snapshots"], snapshots, "{stats}\n{}", world.log());

@@ -8,8 +8,9 @@ use wrenn_cluster_tests::world::World;
 
 use crate::PATIENCE;
 
-/// How soon a process that ended must be gone from the list.
-const GONE_SOON: Duration = Duration::from_millis(500);
+/// In how many looks at the list a process that ended must be gone from it: half a second of them on
+/// a quiet machine, more on a busy one.
+const GONE_LOOKS: u32 = 25;
 /// What a command may add to its timeout before it must be answered.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(10);
 /// More than any buffer on the way holds.
@@ -162,16 +163,19 @@ fn background(world: &World, id: &str) {
     let kill = |selector: &str| {
         let answer = world.about("DELETE", id, &format!("/processes/{selector}"), None);
         assert_eq!(answer.status, 204, "{}", answer.json());
-        Instant::now()
     };
     for (selector, pid) in [
         (by_pid["pid"].to_string(), &by_pid["pid"]),
         ("mine".into(), &by_tag["pid"]),
     ] {
-        let killed = kill(&selector);
-        let gone = wait_for(PATIENCE, || (!pids().contains(pid)).then(Instant::now));
-        let took = gone.expect("it is gone") - killed;
-        assert!(took < GONE_SOON, "{selector} was listed for {took:?}");
+        kill(&selector);
+        let mut looks = 0;
+        let gone = wait_for(PATIENCE, || {
+            looks += 1;
+            (!pids().contains(pid)).then_some(looks)
+        });
+        let looks = gone.expect("it is gone");
+        assert!(looks <= GONE_LOOKS, "{selector} was listed {looks} times");
     }
     let again = world.about("DELETE", id, "/processes/mine", None);
     assert_eq!(again.refusal(), (404, "not_found".into()));

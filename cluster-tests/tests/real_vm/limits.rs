@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
+use wrenn_cluster_tests::contents::Contents;
 use wrenn_cluster_tests::world::{World, images};
+
+use crate::pause_crash::goes_on;
 
 /// The shortest inactivity timeout there is.
 const IDLE: Duration = Duration::from_secs(60);
@@ -162,16 +165,17 @@ fn an_idle_capsule_is_paused_a_used_one_is_not_and_one_that_asked_to_end_ends() 
     let world = World::new();
     // Shorter timeouts than the shortest are raised to it.
     let request = json!({ "memory_mb": 256, "timeout_sec": 1 });
-    let used = world.capsule_with(&request);
-    assert_eq!(world.record(&used)["timeout_sec"], IDLE.as_secs());
     let asked = Instant::now();
     let idle = world.capsule_with(&request);
-    let to_end = json!({ "memory_mb": 256, "timeout_sec": 60, "timeout_action": "destroy" });
-    let to_end = world.capsule_with(&to_end);
     world.output(&idle, "mkdir -p /dev/shm; echo kept > /dev/shm/kept");
     // In memory too, where only its pages on the disk are worth keeping.
     let write = format!("head -c {CACHED} /dev/urandom > /root/big; sync; sha256sum /root/big");
     let sum = world.output(&idle, &write);
+    let to_end = json!({ "memory_mb": 256, "timeout_sec": 60, "timeout_action": "destroy" });
+    let to_end = world.capsule_with(&to_end);
+    // Last: from here on it is used all the time.
+    let used = world.capsule_with(&request);
+    assert_eq!(world.record(&used)["timeout_sec"], IDLE.as_secs());
     for (id, status) in [(&idle, "paused"), (&to_end, "stopped")] {
         let at_rest = wait_for(IDLE + IDLE_GRACE + Duration::from_secs(60), || {
             assert_eq!(world.about("POST", &used, "/ping", None).status, 204);
@@ -224,4 +228,38 @@ fn a_guest_on_a_full_host_disk_gets_errors_and_keeps_answering() {
         world.output(&id, "echo alive > /dev/shm/x; cat /dev/shm/x"),
         "alive"
     );
+}
+
+/// The log of the cluster has some room left, a pack has none.
+#[test]
+fn a_pause_without_room_for_the_snapshot_fails_by_name_and_costs_the_guest_nothing() {
+    const ROOM_FOR_THE_LOG: u64 = 8 << 20;
+    let mut world = World::asleep();
+    world.use_small_disk(950);
+    world.arguments = vec!["--capacity-disk".into(), "100000".into()];
+    world.start();
+    let id = world.capsule();
+    let contents = Contents::make(&world, &id, 512);
+    let filler = world.data().join("filler");
+    fill(&filler);
+    let full = fs::metadata(&filler).expect("the filler").len();
+    let file = fs::File::options().write(true).open(&filler);
+    let shortened = file.and_then(|file| file.set_len(full - ROOM_FOR_THE_LOG));
+    shortened.expect("a shorter filler");
+
+    let failed = world.about("POST", &id, "/pause", None);
+    let (status, said) = (failed.status, failed.json().to_string());
+    assert_eq!(status, 502, "{said}");
+    assert!(said.contains("runs on"), "{said}");
+    assert!(said.contains("must stay free"), "{said}");
+    assert_eq!(world.record(&id)["status"], "running");
+    goes_on(&world, &id, &contents);
+
+    fs::remove_file(filler).expect("the filler");
+    let paused = world.about("POST", &id, "/pause", None);
+    assert_eq!(paused.status, 200, "{}", paused.json());
+    let resumed = world.about("POST", &id, "/resume", None);
+    assert!(matches!(resumed.status, 200 | 202), "{}", resumed.json());
+    world.wait_status(&id, "running");
+    goes_on(&world, &id, &contents);
 }

@@ -14,6 +14,7 @@ mod life;
 mod limits;
 mod pause_crash;
 mod restart;
+mod seals;
 mod warm_spoilt;
 
 use std::time::Duration;

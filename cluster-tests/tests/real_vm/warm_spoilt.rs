@@ -76,9 +76,9 @@ fn refusing_qemu(world: &mut World) -> PathBuf {
         .map(str::to_owned)
         .into();
     let program = program.to_str().expect("a plain path");
-    world.arguments = ["--warm-create", "true", "--qemu", program]
-        .map(str::to_owned)
-        .into();
+    // Another hypervisor would take what was saved.
+    let arguments = ["--warm-create", "true", "--vmm", "qemu", "--qemu", program];
+    world.arguments = arguments.map(str::to_owned).into();
     flag
 }
 

@@ -6,7 +6,7 @@ use proto::epoch::Epoch;
 use proto::ids::{NodeId, SandboxId, SnapshotId, TeamId};
 use proto::units::Mib;
 use raft::command::{Answer, CheckpointSandbox, Command, Receipt, StopCause};
-use raft::state::{Checkpoint, HostLoss, Phase, Purpose, SandboxSpec};
+use raft::state::{Checkpoint, HostLoss, Phase, Purpose, SandboxSpec, SnapshotKind};
 
 use super::{CLIENT_PATIENCE, Event, Pending, World, template};
 use crate::sim::bugs::Bug;
@@ -97,6 +97,7 @@ impl World {
         let purpose = if self.rng.chance(500) {
             Purpose::Name {
                 name: format!("kept-{}", self.rng.within(0, NAMES)),
+                kind: SnapshotKind::Snapshot,
                 overwrite: self.rng.chance(500),
                 metadata: BTreeMap::new(),
             }

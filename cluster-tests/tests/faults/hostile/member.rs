@@ -21,6 +21,8 @@ const STREAMS: usize = 3000;
 const DATAGRAMS: usize = 3000;
 /// Longest one of these may take: a call that is refused is refused at once.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// Longest a connection may take on a busy machine: a handshake is several round trips.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(15);
 
 /// All of it, under the key in `identity`.
 pub(super) async fn go_mad(identity: &Path, target: Target) {
@@ -33,7 +35,7 @@ pub(super) async fn go_mad(identity: &Path, target: Target) {
         join_open: false,
     });
     for (lane, address) in [(Lane::Control, target.control), (Lane::Bulk, target.bulk)] {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + CONNECT_PATIENCE;
         let connected = mad.connect(lane, address, target.key, deadline).await;
         connected.expect("it is a member");
     }

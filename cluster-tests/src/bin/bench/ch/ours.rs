@@ -6,8 +6,9 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use node::pager::handle::{PAGES, Pager, PagerSpec, Waiting};
+use node::pager::handle::{Pager, PagerSpec, Waiting};
 use node::pager::memory::GuestMemory;
+use node::pager::page_map::PAGES;
 use node::pager::prefetch::Fill;
 use node::pager::region::Region;
 use node::store::{Limits, Manifest, Store};

@@ -98,7 +98,7 @@ impl Sandbox {
             }
         };
         let sandbox = Self { dir, shim };
-        sandbox.shim.thaw().await?;
+        sandbox.shim.thaw(false).await?;
         Ok(sandbox)
     }
 }

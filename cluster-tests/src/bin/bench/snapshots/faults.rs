@@ -24,9 +24,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use node::pager::handle::{PAGES, Pager, PagerSpec, WORKING_SET};
+use node::pager::handle::{Pager, PagerSpec, WORKING_SET};
 use node::pager::memory::GuestMemory;
-use node::pager::page_map::{self, MappedChunk, PageMap, Place};
+use node::pager::page_map::{self, MappedChunk, PAGES, PageMap, Place};
 use node::pager::region::{ImageOffset, Region, WINDOW_BYTES};
 use node::pager::uffd::sys::SharedBytes;
 use node::store::{CHUNK_BYTES, Content, Encoding, ImageRef, Limits, Manifest, Store};
@@ -214,7 +214,8 @@ impl Paged {
             .spawn()?;
         let paged = Self { child, socket };
         let deadline = Instant::now() + PATIENCE;
-        while !paged.socket.exists() {
+        // Its file is there a moment before it listens.
+        while UnixStream::connect(&paged.socket).is_err() {
             if Instant::now() > deadline {
                 return Err("the process to be paged does not come up".into());
             }

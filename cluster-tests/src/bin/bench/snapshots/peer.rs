@@ -16,7 +16,7 @@ use node::sandbox::NotNow;
 use node::sandbox::paging::{Admitted, Bringer, NotBrought, Paging};
 use node::store::fetch::{Holders, Incoming, Wire};
 use node::store::serve::{Asked, Wants};
-use node::store::snapshot::{GuestFacts, MachineFacts};
+use node::store::snapshot::{GuestFacts, MachineFacts, Running};
 use node::store::{
     BringError, Carried, ChunkId, ImageRef, Limits, SignedSnapshot, SnapshotDigest,
     SnapshotManifest, Store,
@@ -157,9 +157,11 @@ pub(super) fn seal(
         epoch: Epoch(1),
         created_at: Stamp(1),
         parent: None,
-        memory,
+        running: Some(Running {
+            memory,
+            device_state: small,
+        }),
         disk: small,
-        device_state: small,
         base: small.digest,
         working_set: None,
         machine: MachineFacts {

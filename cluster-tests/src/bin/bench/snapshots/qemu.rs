@@ -144,8 +144,9 @@ impl Own {
             Ok(())
         };
         put(manifest.disk, OVERLAY)?;
-        put(manifest.device_state, STATE)?;
-        put(manifest.memory, MEMORY)?;
+        let running = manifest.running.ok_or("the snapshot is of a disk alone")?;
+        put(running.device_state, STATE)?;
+        put(running.memory, MEMORY)?;
         let base = opened.paths().template_image(manifest.base);
         rebase(&dir.path().join(OVERLAY), &base, disk)?;
         let here = dir.path().to_string_lossy().into_owned();
