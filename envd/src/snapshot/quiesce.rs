@@ -133,6 +133,7 @@ impl Snapshots {
         let mut lineage = self.turn().await?;
         lineage.admit(order.epoch)?;
         let turn = self.begin(&order)?;
+        self.finish_served().await;
         let done = timeout_at(deadline, self.still(order, turn, deadline)).await;
         let waited = order.timeout;
         let done = done.unwrap_or(Err(QuiesceError::TimedOut { waited }));
@@ -178,13 +179,18 @@ impl Snapshots {
     /// # Errors
     /// When the thread that waits for the disks could not run.
     pub async fn prepare(&self) -> io::Result<()> {
-        self.connections.finish_served();
-        // The asking connection hears of it before the answer is written, and says so in it.
-        yield_now().await;
+        self.finish_served().await;
         let machine = Arc::clone(&self.machine);
         spawn_blocking(move || machine.sync())
             .await
             .map_err(io::Error::other)
+    }
+
+    /// Has each connection end with what it is at.
+    async fn finish_served(&self) {
+        self.connections.finish_served();
+        // The asking connection hears of it before the answer is written, and says so in it.
+        yield_now().await;
     }
 
     /// Undoes a quiesce, and sets the clock if told to: the guest may have stood still meanwhile.
@@ -216,9 +222,7 @@ impl Snapshots {
         // its caller vanishes and takes it along.
         let limit = order.timeout.min(MAX_TIMEOUT) + order.undo_after.min(MAX_UNDO_AFTER);
         let begun = self.hold.begin(|turn| self.watchdog(turn, limit));
-        let turn = begun.map_err(QuiesceError::Watchdog)?;
-        self.connections.finish_served();
-        Ok(turn)
+        begun.map_err(QuiesceError::Watchdog)
     }
 
     fn watchdog(&self, turn: Turn, limit: Duration) -> io::Result<Watchdog> {
