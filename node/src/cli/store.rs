@@ -71,7 +71,7 @@ fn open_data(data_dir: &Path) -> Result<Option<DataDir>, CliError> {
         ));
         return Err(err.hint("name the one that the node was started with, by --data-dir"));
     }
-    match DataDir::open(data_dir) {
+    match DataDir::open_if_free(data_dir) {
         Ok(dir) => Ok(Some(dir)),
         Err(OpenDataDirError::InUse { .. }) => Ok(None),
         Err(err) => Err(CliError::from_error("open the data directory", &err)),

@@ -22,7 +22,7 @@ pub const PRIVATE_FILE: u32 = 0o600;
 pub const PRIVATE_DIR: u32 = 0o700;
 /// How long a lock may outlive its owner: a child that it was starting has a copy, until the child
 /// runs a program of its own. That takes milliseconds, on a machine that is not out of breath.
-const LOCK_LAG: Duration = Duration::from_secs(1);
+pub const LOCK_LAG: Duration = Duration::from_secs(1);
 /// How often a lock is tried meanwhile.
 const LOCK_RETRY: Duration = Duration::from_millis(5);
 
@@ -47,18 +47,19 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Takes the file at `path` for this process alone, making it where there is none; `None` where
-/// somebody else has it and keeps it.
+/// somebody else has it and keeps it for as long as `patience`: [`LOCK_LAG`], where the owner before
+/// may have died.
 ///
 /// # Errors
 /// The disk refused.
-pub fn lock(path: &Path) -> io::Result<Option<Flock<File>>> {
+pub fn lock(path: &Path, patience: Duration) -> io::Result<Option<Flock<File>>> {
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(false)
         .mode(PRIVATE_FILE)
         .open(path)?;
-    let give_up = Instant::now() + LOCK_LAG;
+    let give_up = Instant::now() + patience;
     loop {
         file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(Some(lock)),

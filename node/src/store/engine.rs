@@ -445,7 +445,8 @@ fn is_lost(err: &io::Error) -> bool {
 
 fn take_lock(dir: &Path) -> Result<Flock<File>, OpenStoreError> {
     let path = dir.join("lock");
-    let lock = durable::lock(&path).map_err(OpenStoreError::disk("lock", &path))?;
+    let lock =
+        durable::lock(&path, durable::LOCK_LAG).map_err(OpenStoreError::disk("lock", &path))?;
     lock.ok_or_else(|| OpenStoreError::InUse {
         path: dir.to_owned(),
     })

@@ -25,6 +25,7 @@ use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::Flock;
 use proto::ids::SandboxId;
@@ -63,10 +64,23 @@ impl DataDir {
     /// - [`OpenDataDirError::NotOurs`]: it holds something else.
     /// - [`OpenDataDirError::Disk`]: the disk failed.
     pub fn open(root: &Path) -> Result<Self, OpenDataDirError> {
+        Self::open_within(root, durable::LOCK_LAG)
+    }
+
+    /// Opens it as [`Self::open`] does, but waits for nobody: where a daemon has it, one that is just
+    /// starting again is not forestalled.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_if_free(root: &Path) -> Result<Self, OpenDataDirError> {
+        Self::open_within(root, Duration::ZERO)
+    }
+
+    fn open_within(root: &Path, patience: Duration) -> Result<Self, OpenDataDirError> {
         let root = std::path::absolute(root).map_err(disk("find", root))?;
         make_root(&root)?;
         let paths = DataPaths { root };
-        let lock = take_lock(&paths)?;
+        let lock = take_lock(&paths, patience)?;
         check_version(&paths)?;
         let root = &paths.root;
         fs::set_permissions(root, Permissions::from_mode(durable::PRIVATE_DIR))
@@ -306,9 +320,9 @@ fn make_root(root: &Path) -> Result<(), OpenDataDirError> {
     durable::create_dir(root).map_err(disk("create directory", root))
 }
 
-fn take_lock(paths: &DataPaths) -> Result<Flock<File>, OpenDataDirError> {
+fn take_lock(paths: &DataPaths, patience: Duration) -> Result<Flock<File>, OpenDataDirError> {
     let path = paths.lock_file();
-    let lock = durable::lock(&path).map_err(disk("lock", &path))?;
+    let lock = durable::lock(&path, patience).map_err(disk("lock", &path))?;
     lock.ok_or_else(|| OpenDataDirError::InUse {
         path: paths.root.clone(),
     })
