@@ -144,7 +144,7 @@ impl Target {
                 Err(err) => return Err(err),
             }
         }
-        let number = inject::userfaultfd(self.pid, about_to_change, deadline)?;
+        let number = self.inject(about_to_change, deadline)?;
         let uffd = shake_hands(self.fetch(number)?, wanted)?;
         register(&uffd, layout)?;
         Ok((uffd, false))
@@ -168,8 +168,21 @@ impl Target {
         wanted: Tracking,
         deadline: Instant,
     ) -> Result<Tracking, AttachError> {
-        let number = inject::userfaultfd(self.pid, || (), deadline)?;
+        let number = self.inject(|| (), deadline)?;
         Ok(shake_hands(self.fetch(number)?, wanted)?.tracking())
+    }
+
+    /// Has it make a userfaultfd. Where it ended meanwhile, that is the reason for any failure.
+    fn inject(
+        &self,
+        about_to_change: impl FnOnce() + Send,
+        deadline: Instant,
+    ) -> Result<RawFd, AttachError> {
+        let made = inject::userfaultfd(self.pid, about_to_change, deadline);
+        made.map_err(|err| match self.has_ended() {
+            true => AttachError::Ended,
+            false => err.into(),
+        })
     }
 
     /// The userfaultfds it has open, with what was agreed on for each.
