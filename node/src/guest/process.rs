@@ -253,23 +253,35 @@ impl Guest {
         command: ProcessCommand,
         timeout: Option<Duration>,
     ) -> Result<RunOutput, GuestError> {
-        let collect = async { collect(self, self.start(command, timeout).await?).await };
-        let Some(timeout) = timeout else {
-            return collect.await;
+        let collect = async {
+            let mut events = self.start(command, timeout).await?;
+            let output = collect(self, &mut events).await?;
+            Ok((output, events))
         };
-        let outcome = time::timeout(timeout + DEADLINE_GRACE, collect)
-            .await
-            .unwrap_or(Err(GuestError::TimedOut { waited: timeout }));
-        outcome.map_err(|err| match err {
+        let outcome = match timeout {
+            Some(timeout) => time::timeout(timeout + DEADLINE_GRACE, collect)
+                .await
+                .unwrap_or(Err(GuestError::TimedOut { waited: timeout })),
+            None => collect.await,
+        };
+        let (output, mut events) = outcome.map_err(|err| match err {
             GuestError::Refused {
                 code: GuestCode::DeadlineExceeded,
-                ..
+                message,
             } => GuestError::Refused {
                 code: GuestCode::DeadlineExceeded,
-                message: format!("the command ran past its timeout of {timeout:?} and was killed"),
+                message: match timeout {
+                    Some(timeout) => {
+                        format!("the command ran past its timeout of {timeout:?} and was killed")
+                    }
+                    None => message,
+                },
             },
             other => other,
-        })
+        })?;
+        // It has ended, whatever its deadline is.
+        read_out(&mut events).await;
+        Ok(output)
     }
 
     /// The live processes that were started through the agent.
@@ -335,7 +347,7 @@ impl Guest {
 }
 
 /// Reads a process's events to the end; kills it if it writes more than may be kept.
-async fn collect(guest: &Guest, mut events: EventStream) -> Result<RunOutput, GuestError> {
+async fn collect(guest: &Guest, events: &mut EventStream) -> Result<RunOutput, GuestError> {
     let mut output = RunOutput::default();
     let mut running = None;
     while let Some(event) = events.next().await? {
@@ -347,7 +359,6 @@ async fn collect(guest: &Guest, mut events: EventStream) -> Result<RunOutput, Gu
             ProcessEvent::Stderr(bytes) => output.stderr.extend_from_slice(&bytes),
             ProcessEvent::End { exit_code } => {
                 output.exit_code = exit_code;
-                read_out(&mut events).await;
                 return Ok(output);
             }
             ProcessEvent::KeepAlive => {}
@@ -371,7 +382,7 @@ async fn collect(guest: &Guest, mut events: EventStream) -> Result<RunOutput, Gu
 }
 
 /// Reads a stream behind its last event, so that its connection can carry the next call. One that
-/// does not end costs its connection and nothing else.
+/// does not end costs its connection, and [`STREAM_END_TIMEOUT`].
 async fn read_out(events: &mut EventStream) {
     let _end = time::timeout(STREAM_END_TIMEOUT, events.next()).await;
 }
