@@ -48,9 +48,9 @@ use wanted::{UnderWay, Wanted, has_room, pins, wanted};
 const AGAIN: Duration = Duration::from_secs(10);
 /// Longest a copy may take to bring [`LEAST_BYTES`] or its end: a peer that trickles costs no more.
 const COPY_TIMEOUT: Duration = Duration::from_secs(20 * 60);
-/// What comes of a copy in [`COPY_TIMEOUT`] at the least: half of its share of a network of 1 Gbit/s,
-/// where as many are under way as may be.
-const LEAST_BYTES: u64 = COPY_TIMEOUT.as_secs() * 125_000_000 / (2 * wanted::AT_ONCE as u64);
+/// What comes of a copy in [`COPY_TIMEOUT`] at the least: its share of a poor link, 8 Mbit/s, where
+/// as many are under way as may be.
+const LEAST_BYTES: u64 = COPY_TIMEOUT.as_secs() * 1_000_000 / wanted::AT_ONCE as u64;
 /// How long chunks are left alone after the last record that named them went: several pauses of one
 /// sandbox are collected at once.
 const COLLECT_AFTER: Duration = Duration::from_secs(60);
@@ -193,7 +193,7 @@ impl Copies {
                 return false;
             }
             None => {
-                warn!(snapshot = %id, "a copy took too long; what has come is used by the next try");
+                warn!(snapshot = %id, "too little of a copy came; will try again");
                 return false;
             }
         };
@@ -223,7 +223,9 @@ impl Copies {
             }
             let progress = self.store.transfer(digest);
             let has_bytes = progress.map_or(0, |it| it.bytes_done);
-            if has_bytes.saturating_sub(had_bytes) < LEAST_BYTES {
+            // Less than there was: it is counted anew.
+            let came = has_bytes.checked_sub(had_bytes).unwrap_or(has_bytes);
+            if came < LEAST_BYTES {
                 return None;
             }
             had_bytes = has_bytes;
