@@ -1,6 +1,6 @@
 //! Routes of the client surface that this version does not have. They answer 501 and say what does
 //! the same here, or what they wait for: a client can tell "not here" from "no such capsule".
-//! `node/tests/api_surface.rs` walks that surface: nothing of it is a silent 404.
+//! `node/tests/api/surface.rs` walks that surface: nothing of it is a silent 404.
 
 use axum::Router;
 use axum::routing::{MethodFilter, MethodRouter, any, on, post};

@@ -1,13 +1,8 @@
 //! Pausing and resuming through the interface: what is answered when it works, takes long or fails,
 //! and what it refuses.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{Answer, Fate, HERE, OTHER_KEY, World, eventually, propose};
 use futures::FutureExt as _;
 use http::Method;
 use proto::ids::{NodeId, SandboxId, SnapshotId};
@@ -15,6 +10,8 @@ use raft::command::{Command, Report, StopCause};
 use raft::state::{Phase, Sandbox, State};
 use serde_json::{Value, json};
 use tokio::time::Instant;
+
+use crate::world::{Answer, Fate, HERE, OTHER_KEY, World, eventually, propose};
 
 const UNKNOWN: &str = "cl-0000000000000000000000001";
 /// A wait that a test can sit out.

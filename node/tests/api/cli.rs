@@ -1,15 +1,12 @@
 //! The command line against a running interface, as scripts use it.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::process::{Output, Stdio};
 
-use api_world::{ADMIN_KEY, Fate, KEY, World};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
+
+use crate::world::{ADMIN_KEY, Fate, KEY, World};
 
 /// A world with the command line pointed at it.
 struct Terminal {
@@ -53,7 +50,7 @@ impl Terminal {
 
     async fn run(&self, args: &[&str]) -> Output {
         let output = self.command(args).output();
-        let ran = tokio::time::timeout(api_world::PATIENCE, output).await;
+        let ran = tokio::time::timeout(crate::world::PATIENCE, output).await;
         ran.expect("in time").expect("a process")
     }
 
@@ -179,7 +176,7 @@ async fn exec_ends_with_124_when_the_time_runs_out() {
             .is_some_and(Vec::is_empty)
             .then_some(())
     };
-    api_world::eventually(is_gone).await;
+    crate::world::eventually(is_gone).await;
 }
 
 #[tokio::test]
@@ -550,7 +547,7 @@ impl Desk {
                 }
             }
         });
-        let read = tokio::time::timeout(api_world::PATIENCE, read).await;
+        let read = tokio::time::timeout(crate::world::PATIENCE, read).await;
         read.expect("in time").expect("no panic")
     }
 }
@@ -576,7 +573,7 @@ async fn a_shell_at_a_terminal_is_a_terminal_there_and_leaves_ours_as_it_was() {
     let shown = desk.shown("mark").await;
     assert!(shown.contains("17 91"), "{shown}");
     desk.master.write_all(b"exit 7\r").unwrap();
-    let ended = tokio::time::timeout(api_world::PATIENCE, shell.wait()).await;
+    let ended = tokio::time::timeout(crate::world::PATIENCE, shell.wait()).await;
     assert_eq!(ended.expect("in time").expect("an end").code(), Some(7));
     let after = nix::sys::termios::tcgetattr(&desk.slave).expect("attributes");
     assert_eq!(after, before);

@@ -5,19 +5,16 @@
 //! is not there: the agent of this world runs in this very process. What is asked at random is printed
 //! by its seed; `WRENN_FUZZ_SEED` repeats it, `WRENN_FUZZ_ROUNDS` asks for more.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use api_world::{ADMIN_KEY, Answer, World, full, is_success};
 use http::Method;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 use serde_json::{Map, Value, json};
+
+use crate::world::{ADMIN_KEY, Answer, World, full, is_success};
 
 /// An id of the right shape that nobody has.
 const NOBODY: &str = "cl-0000000000000000000000001";

@@ -1,15 +1,10 @@
 //! Notification channels: a real receiver, that fails first, is away, or is not to be gone to; and a
 //! leader that goes away in the middle.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use api_world::{KEY, OTHER_KEY, World, eventually, full};
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full};
@@ -20,6 +15,8 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::world::{KEY, OTHER_KEY, World, eventually, full};
 
 const SECRET: &str = "a-secret-of-the-test";
 

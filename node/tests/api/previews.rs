@@ -1,14 +1,9 @@
 //! Visits to the ports of capsules, with real programs behind them, at the node that owns the sandbox and at
 //! another.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::convert::Infallible;
 use std::future;
 
-use api_world::{ADMIN_KEY, Answer, Body, KEY, OTHER_KEY, PATIENCE, World, full, streamed};
 use bytes::Bytes;
 use futures::future::join_all;
 use futures::{SinkExt as _, StreamExt as _, stream};
@@ -25,6 +20,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+
+use crate::world::{ADMIN_KEY, Answer, Body, KEY, OTHER_KEY, PATIENCE, World, full, streamed};
 
 /// What a client of HTTP/2 begins with.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -1,17 +1,14 @@
 //! How busy capsules are and what they took, through the interface.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{HERE, OTHER_KEY, World};
 use http::Method;
 use proto::ids::SandboxId;
 use proto::units::Stamp;
 use serde_json::{Value, json};
 use wrenn_node::base::sample::{Inside, Sample};
+
+use crate::world::{HERE, OTHER_KEY, World};
 
 const HOUR: Duration = Duration::from_secs(3600);
 

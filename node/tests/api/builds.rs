@@ -1,19 +1,16 @@
 //! Building templates through the interface: what is accepted, what is shown, and what becomes of a step
 //! that fails.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use api_world::{HERE, OTHER_KEY, World, eventually};
 use http::Method;
 use serde_json::{Value, json};
 use wrenn_node::base::stop::Tasks;
 use wrenn_node::build::{self, Builder};
 use wrenn_node::relay::Relay;
+
+use crate::world::{HERE, OTHER_KEY, World, eventually};
 
 const UNKNOWN: &str = "bld-0000000000000000000000001";
 
@@ -277,7 +274,7 @@ async fn a_health_check_decides_when_the_template_is_made() {
 async fn a_build_can_be_called_off_and_a_request_sent_again() {
     let (world, _tasks) = world().await;
     let body = recipe("mine", &["RUN --timeout=1h sleep 3000"]);
-    let retry = ("again", api_world::KEY);
+    let retry = ("again", crate::world::KEY);
     let first = world
         .post_again(world.address, "/v1/builds", retry, body.clone())
         .await;

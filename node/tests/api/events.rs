@@ -1,15 +1,12 @@
 //! Events through the interface: what is told, and how a client that lost its stream goes on.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{ADMIN_KEY, Fate, KEY, OTHER_KEY, PATIENCE, World, full};
 use http::Method;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use raft::command::{Command, Verdict};
 use serde_json::{Value, json};
+
+use crate::world::{ADMIN_KEY, Fate, KEY, OTHER_KEY, PATIENCE, World, full};
 
 /// A stream of events, as a client reads it.
 struct Stream {
@@ -251,7 +248,7 @@ async fn hosts_that_come_and_go_are_told_to_the_platform() {
         incarnation,
         verdict: Verdict::Missing,
     };
-    api_world::propose(&world.proposer, missed).await;
+    crate::world::propose(&world.proposer, missed).await;
     let told = world
         .ask(Method::GET, "/v1/events", ADMIN_KEY, "")
         .await

@@ -1,18 +1,15 @@
 //! The routes about nodes, join tokens and the cluster itself.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use api_world::{Fate, KEY, OTHER_KEY, World, propose};
 use http::Method;
 use proto::ids::NodeId;
 use raft::command::{Command, Verdict};
 use serde_json::{Value, json};
 use wrenn_node::cluster::liveness::{Hint, Report};
+
+use crate::world::{Fate, KEY, OTHER_KEY, World, propose};
 
 const NONE: Value = Value::Null;
 

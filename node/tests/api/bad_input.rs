@@ -1,12 +1,7 @@
 //! What the interface does with requests that nobody should send.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{ADMIN_KEY, KEY, World, full, streamed};
 use bytes::Bytes;
 use futures::stream;
 use http::Method;
@@ -17,6 +12,8 @@ use raft::command::Command;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+
+use crate::world::{ADMIN_KEY, KEY, World, full, streamed};
 
 const ID: &str = "cl-0000000000000000000000001";
 
@@ -101,7 +98,7 @@ async fn a_bearer_token_is_as_good_and_a_revoked_key_no_good() {
     };
     ask().await.is(200);
     let revoke = Command::RevokeKey(KeyId([1; 16]));
-    api_world::propose(&world.proposer, revoke).await;
+    crate::world::propose(&world.proposer, revoke).await;
     ask().await.refused(401, "unauthorized");
 }
 
@@ -278,7 +275,7 @@ async fn a_body_that_breaks_off_makes_nothing_and_harms_nobody() {
     raw.write_all(head.as_bytes()).await.expect("sent");
     raw.shutdown().await.expect("half closed");
     let mut answer = Vec::new();
-    let read = tokio::time::timeout(api_world::PATIENCE, raw.read_to_end(&mut answer));
+    let read = tokio::time::timeout(crate::world::PATIENCE, raw.read_to_end(&mut answer));
     read.await.expect("in time").expect("an end");
     let answer = String::from_utf8_lossy(&answer);
     assert!(

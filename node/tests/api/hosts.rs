@@ -1,15 +1,12 @@
 //! The routes of hosts: nodes and join tokens by the names that clients of other servers know.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{KEY, OTHER_KEY, World, propose};
 use http::Method;
 use proto::ids::{HostId, NodeId, NodeKey, TeamId};
 use raft::command::{Command, Verdict};
 use raft::state::Node;
 use serde_json::{Value, json};
+
+use crate::world::{KEY, OTHER_KEY, World, propose};
 
 const NONE: Value = Value::Null;
 
@@ -199,7 +196,7 @@ async fn a_host_that_cannot_be_reached_goes_by_force_and_its_capsules_start_nowh
         .post("/v1/capsules", json!({"on_host_loss": "restart"}))
         .await;
     let id = made.is(201).json()["id"].as_str().unwrap().to_owned();
-    *world.guests.stop.lock().unwrap() = Some(api_world::Fate::Hang);
+    *world.guests.stop.lock().unwrap() = Some(crate::world::Fate::Hang);
     let verdict = Command::JudgeNode {
         node: NodeId(1),
         incarnation: 1,

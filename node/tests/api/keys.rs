@@ -1,12 +1,7 @@
 //! API keys, scopes, teams, members, the audit log and rate limits, from outside.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{ADMIN_KEY, Answer, KEY, OTHER_KEY, PATIENCE, World, eventually, full, is_success};
 use futures::{SinkExt as _, StreamExt as _};
 use http::{Method, Request};
 use serde_json::{Value, json};
@@ -14,6 +9,10 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::client_async;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+
+use crate::world::{
+    ADMIN_KEY, Answer, KEY, OTHER_KEY, PATIENCE, World, eventually, full, is_success,
+};
 
 /// Nobody is called that.
 const NOBODY: &str = "usr-0000000000000000000000001";
@@ -146,7 +145,7 @@ async fn intrude(world: &World, method: &Method, path: &str, (of, id): (&str, &s
         .header("x-api-key", OTHER_KEY)
         .header("content-type", "multipart/form-data; boundary=xyz");
     let fields: [(&str, &[u8]); 2] = [("path", b"/tmp/x"), ("file", b"x")];
-    let form = form.body(full(api_world::encode_form(&fields))).unwrap();
+    let form = form.body(full(crate::world::encode_form(&fields))).unwrap();
     world.send(form).await
 }
 

@@ -1,16 +1,13 @@
 //! Files through the interface, kept by the real agent in a directory of the test's own.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{Answer, KEY, World, encode_form, eventually, full, streamed, streamed_results};
 use bytes::Bytes;
 use futures::stream;
 use http::Method;
 use http_body_util::BodyExt as _;
 use serde_json::json;
 use tempfile::TempDir;
+
+use crate::world::{Answer, KEY, World, encode_form, eventually, full, streamed, streamed_results};
 
 /// A capsule, and a directory that it can reach.
 struct Place {
@@ -153,7 +150,7 @@ async fn a_client_that_vanishes_breaks_the_guests_upload_off() {
         .header("content-type", "multipart/form-data; boundary=xyz")
         .body(streamed_results(stream::iter(pieces)))
         .unwrap();
-    let http: hyper_util::client::legacy::Client<_, api_world::Body> =
+    let http: hyper_util::client::legacy::Client<_, crate::world::Body> =
         hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new())
             .build_http();
     http.request(request)

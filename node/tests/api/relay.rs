@@ -1,10 +1,5 @@
 //! Every route that talks to a guest, asked of a node that does not own the sandbox.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{Fate, HERE, KEY, World, eventually, full};
 use bytes::Bytes;
 use http::Method;
 use http_body_util::BodyExt as _;
@@ -12,6 +7,8 @@ use proto::units::Stamp;
 use raft::command::{Command, Verdict};
 use serde_json::json;
 use wrenn_node::relay::{Transfer, Waiting};
+
+use crate::world::{Fate, HERE, KEY, World, eventually, full};
 
 #[tokio::test]
 async fn commands_run_through_another_node_with_one_connection_and_one_question() {
@@ -186,7 +183,7 @@ async fn a_host_that_cannot_be_reached_is_named_and_the_client_told_to_come_agai
         incarnation: state.node(HERE).expect("a node").incarnation,
         verdict: Verdict::Missing,
     };
-    api_world::propose(&world.proposer, judge).await;
+    crate::world::propose(&world.proposer, judge).await;
     let refused = world.post(&format!("/v1/capsules/{id}/exec"), exec).await;
     refused.refused(503, "host_unavailable");
     let told = refused.json()["error"]["message"].to_string();

@@ -2,16 +2,13 @@
 //! and through another. Alone in its binary, because it measures the memory of the whole process,
 //! agent included.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{KEY, World, encode_form, full, streamed};
 use bytes::Bytes;
 use futures::stream;
 use http::Method;
 use http_body_util::BodyExt as _;
 use serde_json::json;
+
+use crate::world::{KEY, World, encode_form, full, streamed};
 
 /// Size of the body: far above what may stay in memory.
 const PIECES: usize = 192;

@@ -1,19 +1,16 @@
 //! Commands and processes through the interface, run by the real agent.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Instant;
 
-use api_world::{World, eventually, propose};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use proto::ids::SandboxId;
 use raft::command::{Command, Report};
 use serde_json::{Value, json};
 
-async fn post(world: &World, id: &str, body: Value) -> api_world::Answer {
+use crate::world::{World, eventually, propose};
+
+async fn post(world: &World, id: &str, body: Value) -> crate::world::Answer {
     world.post(&format!("/v1/capsules/{id}/exec"), body).await
 }
 
@@ -203,7 +200,7 @@ async fn bad_commands_are_refused_before_the_guest_sees_them() {
 }
 
 /// A command that waits for ever, cut off once `then` is through. The answer.
-async fn cut_off(world: &World, id: &str, then: impl AsyncFnOnce()) -> api_world::Answer {
+async fn cut_off(world: &World, id: &str, then: impl AsyncFnOnce()) -> crate::world::Answer {
     let body = json!({"cmd": "sleep", "args": ["1000"], "timeout_sec": 600});
     let runs = async || {
         let listed = world.get(&format!("/v1/capsules/{id}/processes")).await;

@@ -1,11 +1,6 @@
 //! What a client made through another node a moment ago, of which this node has not heard yet: it is not told that
 //! there is no such thing.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{ADMIN_KEY, Answer, HERE, KEY, PATIENCE, World, full, propose};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use futures::{FutureExt as _, SinkExt as _, StreamExt as _};
@@ -25,6 +20,8 @@ use tokio::net::TcpStream;
 use tokio::time::{self, Instant};
 use tokio_tungstenite::client_async;
 use tokio_tungstenite::tungstenite::Message;
+
+use crate::world::{ADMIN_KEY, Answer, HERE, KEY, PATIENCE, World, full, propose};
 
 /// The team of [`KEY`].
 const TEAM: TeamId = TeamId([1; 16]);

@@ -1,17 +1,14 @@
 //! Capsules through the interface: their lives, what is told of them, and who may see them.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{Fate, KEY, OTHER_KEY, World, eventually, propose};
 use http::Method;
 use proto::ids::{NodeId, SandboxId};
 use proto::units::Stamp;
 use raft::command::{Command, Report};
 use serde_json::json;
+
+use crate::world::{Fate, KEY, OTHER_KEY, World, eventually, propose};
 
 const UNKNOWN: &str = "cl-0000000000000000000000001";
 
@@ -363,7 +360,9 @@ async fn metrics_count_capsules_and_answers() {
     world.delete(&format!("/v1/capsules/{id}")).await.is(204);
     world.get("/v1/none").await.is(404);
     let request = world.request(Method::GET, "/metrics");
-    let metrics = world.send(request.body(api_world::full("")).unwrap()).await;
+    let metrics = world
+        .send(request.body(crate::world::full("")).unwrap())
+        .await;
     let text = String::from_utf8(metrics.is(200).body.to_vec()).expect("text");
     for line in [
         "wrenn_sandboxes{phase=\"stopped\"} 1",

@@ -1,7 +1,5 @@
 //! `wrenn dev` and `wrenn doctor` where no node runs: what they refuse, and how they say so.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output};

@@ -1,20 +1,17 @@
 //! Snapshots with a name and forks through the interface: what is made, what is refused, and whose
 //! they are.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{Fate, KEY, OTHER_KEY, World};
 use http::Method;
 use proto::ids::SandboxId;
 use serde_json::{Value, json};
 
+use crate::world::{Fate, KEY, OTHER_KEY, World};
+
 const UNKNOWN: &str = "cl-0000000000000000000000001";
 
-async fn take(world: &World, id: &str, name: &str) -> api_world::Answer {
+async fn take(world: &World, id: &str, name: &str) -> crate::world::Answer {
     let body = json!({ "sandbox_id": id, "name": name });
     world.post("/v1/snapshots", body).await
 }

@@ -1,13 +1,8 @@
 //! Streams and terminals over WebSocket, spoken by a client of another library, at the node that owns the sandbox
 //! and at another.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
 use std::time::Duration;
 
-use api_world::{KEY, OTHER_KEY, PATIENCE, World};
 use futures::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
@@ -16,6 +11,8 @@ use tokio::time;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
+
+use crate::world::{KEY, OTHER_KEY, PATIENCE, World};
 
 /// A client's end.
 struct Socket(WebSocketStream<TcpStream>);

@@ -1,12 +1,9 @@
 //! Nothing of the client surface is a silent 404: every route is here, or says what takes its place.
 
-#![allow(clippy::unwrap_used)] // a failed test may panic
-
-mod api_world;
-
-use api_world::{ADMIN_KEY, World};
 use http::Method;
 use serde_json::Value;
+
+use crate::world::{ADMIN_KEY, World};
 
 /// The routes of the client surface; `{}` stands for a capsule's id, `{x}` for anything.
 const SURFACE: &str = "
