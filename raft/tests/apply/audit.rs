@@ -1,18 +1,17 @@
 //! Who asked for what: which changes are recorded, for whom, and for how long.
 
-mod world;
-
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use proto::ids::{KeyId, TeamId, UserId};
 use proto::units::Stamp;
-use world::history::{any_history, busy_world};
-use world::*;
 use wrenn_raft::command::{Attributed, Command, Proposal, Receipt, Refusal, StopCause, Verdict};
 use wrenn_raft::state::{
     Action, Actor, AuditRecord, Key, Member, Role, Row, RowKey, Scope, State, TEAM_RECORDS, Team,
 };
+
+use crate::world::history::{any_history, busy_world};
+use crate::world::*;
 
 const ACME: TeamId = TeamId([7; 16]);
 

@@ -1,16 +1,15 @@
 //! A state that the first version wrote, before there were clusters of several nodes.
 
-mod world;
-
 use prost::Message as _;
 use proto::epoch::Epoch;
 use proto::ids::ClusterId;
 use proto::wire::raft as pb;
-use world::*;
 use wrenn_raft::command::{Command, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::state::{
     GuestVersions, HostLoss, Liveness, Node, Phase, Row, RowKey, Settings, State,
 };
+
+use crate::world::*;
 
 /// Fields that the first version did not have are left at their defaults, which are not encoded.
 fn rows() -> Vec<Row> {

@@ -1,21 +1,17 @@
 //! Who belongs to the group: adding, promoting, removing, and what is refused.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::collections::BTreeSet;
 use std::pin::pin;
 use std::time::Duration;
 
-use common::net::Cluster;
-use common::soon;
 use proto::ids::NodeId;
 use tokio::time;
 use wrenn_raft::group::{ChangeError, Group, Member, Role, Timeouts};
 use wrenn_raft::types::Node;
 
-use common::toy::Toy;
+use crate::common::net::Cluster;
+use crate::common::soon;
+use crate::common::toy::Toy;
 
 fn ids(ids: impl IntoIterator<Item = u64>) -> BTreeSet<NodeId> {
     ids.into_iter().map(NodeId).collect()
@@ -310,7 +306,7 @@ async fn whoever_watches_sees_roles_and_memberships_change_and_nothing_else() {
     let group = cluster.group(1);
     let mut watch = group.watch_metrics();
     let leads = watch.wait_for(|standing| standing.role == Role::Leader && standing.is_settled);
-    time::timeout(common::PATIENCE, leads)
+    time::timeout(crate::common::PATIENCE, leads)
         .await
         .unwrap()
         .unwrap();
@@ -322,13 +318,13 @@ async fn whoever_watches_sees_roles_and_memberships_change_and_nothing_else() {
     cluster.start(2).await;
     cluster.add(2).await;
     let changed = watch.wait_for(|standing| standing.membership > stamp);
-    time::timeout(common::PATIENCE, changed)
+    time::timeout(crate::common::PATIENCE, changed)
         .await
         .unwrap()
         .unwrap();
     group.shutdown().await;
     let stopped = watch.wait_for(|standing| standing.role == Role::Stopped);
-    time::timeout(common::PATIENCE, stopped)
+    time::timeout(crate::common::PATIENCE, stopped)
         .await
         .unwrap()
         .unwrap();

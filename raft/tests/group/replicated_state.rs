@@ -1,10 +1,5 @@
 //! The real machine under the real group: commands go in, answers come out, all survives.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
-use common::{config, soon};
 use proto::ids::{KeyId, TeamId};
 use proto::units::Stamp;
 use wrenn_raft::command::{Command, Proposal, Receipt, Refusal};
@@ -12,6 +7,8 @@ use wrenn_raft::group::Group;
 use wrenn_raft::link::NoPeers;
 use wrenn_raft::state::{Key, State};
 use wrenn_raft::wire::decode_answer;
+
+use crate::common::{config, soon};
 
 fn put_key(number: u8) -> Vec<u8> {
     let key = Key {

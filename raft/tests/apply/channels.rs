@@ -1,13 +1,12 @@
 //! Channels: how far each has been told, whoever tells it.
 
-mod world;
-
 use std::collections::BTreeSet;
 
 use proto::ids::{ChannelId, TeamId};
-use world::*;
 use wrenn_raft::command::{Attributed, Command, Proposal, Receipt, Refusal, TellChannel};
 use wrenn_raft::state::{Actor, Channel, EventId, Settings, State};
+
+use crate::world::*;
 
 fn channel(n: u8) -> Channel {
     Channel {

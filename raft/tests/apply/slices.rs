@@ -1,16 +1,15 @@
 //! What a host of one team is sent, under any history: all it may see, and nothing else.
 
-mod world;
-
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use proto::ids::{NodeId, TeamId};
 use proto::units::{Mib, Stamp};
-use world::history::{any_history, busy_world, machine_of, tag_of};
-use world::*;
 use wrenn_raft::command::{Command, Receipt};
 use wrenn_raft::state::{BadRow, Change, Node, Resources, RowKey, State, Token};
+
+use crate::world::history::{any_history, busy_world, machine_of, tag_of};
+use crate::world::*;
 
 /// The first members: what raft would elect from is not the state's business.
 fn voters(state: &State) -> BTreeSet<NodeId> {

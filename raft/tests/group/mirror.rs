@@ -1,18 +1,15 @@
 //! A node that is no member follows by asking members for entries and snapshots.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use common::net::Cluster;
-use common::soon;
-use common::toy::Toy;
 use wrenn_raft::group::{EntriesError, Group, OfferedSnapshot, SnapshotError};
 use wrenn_raft::machine::Machine;
 use wrenn_raft::snapshot;
+
+use crate::common::net::Cluster;
+use crate::common::soon;
+use crate::common::toy::Toy;
 
 /// Reads what is open: the name may be gone by now.
 fn load(offer: &OfferedSnapshot) -> (Toy, u64) {

@@ -2,18 +2,15 @@
 //! and acknowledged without being on its own disk. What it leads anew after its death must not take
 //! the places of those.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::fs;
 use std::sync::Arc;
 
-use common::disk::{Break, Handle, TestDisk};
-use common::net::{CALM, Cluster};
-use common::{get, soon};
 use proto::ids::NodeId;
 use wrenn_raft::group::Role;
+
+use crate::common::disk::{Break, Handle, TestDisk};
+use crate::common::net::{CALM, Cluster};
+use crate::common::{get, soon};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_before_its_leader_wrote_it_outlives_the_leader() {

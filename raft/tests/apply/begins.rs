@@ -1,11 +1,10 @@
 //! What a node has not begun it can lose without its word, and what it was let begin it cannot.
 
-mod world;
-
 use proto::ids::{ClusterId, NodeId};
-use world::*;
 use wrenn_raft::command::{Command, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::state::{Desired, Node, Phase};
+
+use crate::world::*;
 
 /// Three nodes of a release that asks first; the second and third.
 fn asking() -> (World, NodeId, NodeId) {

@@ -1,8 +1,6 @@
 //! What holds under any history of commands, checked after each of them.
 
-#[path = "apply_histories/step.rs"]
 mod step;
-mod world;
 
 use std::collections::BTreeMap;
 
@@ -12,14 +10,15 @@ use proptest::test_runner::TestRunner;
 use proto::ids::NodeId;
 use proto::units::Stamp;
 use step::{Memory, Step};
-use world::history::{any_history, busy_world};
-use world::people::{EVENTS, asked, event_of, first_asked};
-use world::promises::{Sides, may_repeat};
-use world::*;
 use wrenn_raft::apply::Applied;
 use wrenn_raft::command::{Command, Proposal, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::state::{Liveness, Node, Phase, RowKey, Sandbox, State};
 use wrenn_raft::wire;
+
+use crate::world::history::{any_history, busy_world};
+use crate::world::people::{EVENTS, asked, event_of, first_asked};
+use crate::world::promises::{Sides, may_repeat};
+use crate::world::*;
 
 /// Applies a proposal three ways that must agree, and checks the step.
 fn play(world: &mut World, memory: &mut Memory, proposal: Proposal) {

@@ -1,18 +1,15 @@
 //! A quorum is lost for good: one survivor goes on.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use common::disk::files;
-use common::net::{Cluster, config};
-use common::{chain, get, soon};
 use proto::ids::NodeId;
 use wrenn_raft::group::{Inspected, OpenError, Position, RecoverError, Role, inspect, recover};
+
+use crate::common::disk::files;
+use crate::common::net::{Cluster, config};
+use crate::common::{chain, get, soon};
 
 fn look(home: &Path) -> Inspected {
     inspect(&home.join("raft"), &home.join("state")).unwrap()

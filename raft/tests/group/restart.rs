@@ -1,19 +1,16 @@
 //! A group of one, stopped and started in every way.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::disk::files;
-use common::toy::Toy;
-use common::{chain, config, get, set, soon, start};
 use wrenn_raft::group::{Group, GroupConfig, OpenError, ProposeError, Role};
 use wrenn_raft::link::NoPeers;
 use wrenn_raft::store::View;
+
+use crate::common::disk::files;
+use crate::common::toy::Toy;
+use crate::common::{chain, config, get, set, soon, start};
 
 async fn open(config: GroupConfig) -> Result<Group<Toy>, OpenError> {
     Group::open(config, NoPeers).await
@@ -162,7 +159,7 @@ async fn an_old_derived_state_is_brought_up_to_date_from_the_log() {
 }
 
 async fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + common::PATIENCE;
+    let deadline = Instant::now() + crate::common::PATIENCE;
     while !holds() {
         assert!(Instant::now() < deadline, "still waiting for {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -1,12 +1,11 @@
 //! Pausing, resuming, and who holds what.
 
-mod world;
-
 use proto::epoch::Epoch;
 use proto::ids::NodeId;
-use world::*;
 use wrenn_raft::command::{Answer, Command, Receipt, Refusal, Report, StopCause, Verdict};
 use wrenn_raft::state::{Desired, Phase, Resources};
+
+use crate::world::*;
 
 fn unfit(answer: Answer) -> String {
     match answer {

@@ -1,16 +1,13 @@
 //! Several members in one process: elections, partitions, handovers, members brought back.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::time::{Duration, Instant};
 
-use common::net::Cluster;
-use common::{PATIENCE, get, soon};
 use proto::ids::NodeId;
 use tokio::time;
 use wrenn_raft::group::{ChangeError, ProposeError, ReadError, Role, Timeouts};
+
+use crate::common::net::Cluster;
+use crate::common::{PATIENCE, get, soon};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_members_agree_and_outlive_their_leader() {

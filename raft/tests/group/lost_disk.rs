@@ -1,16 +1,13 @@
 //! A member that lost its disk, and what becomes of it.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 
-use common::net::Cluster;
-use common::soon;
 use proto::ids::NodeId;
 use wrenn_raft::group::{OpenError, Role, prepare};
+
+use crate::common::net::Cluster;
+use crate::common::soon;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_back_with_a_blank_disk_takes_no_part_and_says_that_it_must_join_anew() {
@@ -26,7 +23,7 @@ async fn a_member_back_with_a_blank_disk_takes_no_part_and_says_that_it_must_joi
     assert_ne!(blank.node().disk, known);
     let mut watch = blank.watch_metrics();
     let told = watch.wait_for(|standing| standing.known_by == Some(known));
-    tokio::time::timeout(common::PATIENCE, told)
+    tokio::time::timeout(crate::common::PATIENCE, told)
         .await
         .unwrap()
         .unwrap();

@@ -1,5 +1,5 @@
 //! What holds of nodes, tokens, sandboxes and snapshots after any command, seen from both sides of
-//! it. What holds of people and builds is in [`super::world::promises`].
+//! it. What holds of people and builds is in [`crate::world::promises`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use wrenn_raft::state::{
     Day, Happening, HostLoss, Liveness, Node, Phase, Resources, RowKey, Sandbox, State, Usage,
 };
 
-use super::world::history::{TEAMS, team, token_of};
+use crate::world::history::{TEAMS, team, token_of};
 
 /// What cannot be seen from two states in a row.
 #[derive(Default)]

@@ -1,15 +1,14 @@
 //! Which node is chosen, and what is said where none is.
 
-mod world;
-
 use std::collections::BTreeMap;
 
 use proto::ids::TeamId;
 use proto::units::{Mib, Stamp};
-use world::*;
 use wrenn_raft::command::{Command, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::placement::LoadHint;
 use wrenn_raft::state::{Node, Resources, SandboxSpec, Token};
+
+use crate::world::*;
 
 fn lack(answer: Result<Receipt, Refusal>) -> String {
     match answer {

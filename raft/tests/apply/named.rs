@@ -1,13 +1,12 @@
 //! Checkpoints: names for snapshots, forks, and what is kept warm.
 
-mod world;
-
 use proto::epoch::Epoch;
 use proto::ids::{NodeId, TeamId};
 use proto::units::Mib;
-use world::*;
 use wrenn_raft::command::{Command, DropNamed, Receipt, Refusal, Report};
 use wrenn_raft::state::{Desired, Node, Phase, SandboxSpec, Sealed, SnapshotKind};
+
+use crate::world::*;
 
 const NAME: &str = "mine";
 

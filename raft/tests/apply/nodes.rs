@@ -1,19 +1,18 @@
 //! Nodes and join tokens, refusal by refusal, and what becomes of a lost node's sandboxes.
 
-#[path = "apply_nodes/tokens.rs"]
 mod tokens;
-mod world;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proto::ids::{ClusterId, NodeId, TeamId};
 use proto::units::Stamp;
-use world::*;
 use wrenn_raft::command::{Command, Receipt, Refusal, Report, Verdict};
 use wrenn_raft::state::{
     Desired, Former, GuestVersions, Liveness, Node, Phase, Resources, SandboxSpec, Settings, Token,
 };
+
+use crate::world::*;
 
 fn unfit(answer: Result<Receipt, Refusal>) -> String {
     match answer {

@@ -1,17 +1,14 @@
 //! What the log costs the disk, and what happens when the disk refuses.
 
-#![allow(missing_docs, clippy::unwrap_used)]
-
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use common::disk::{Break, Handle, TestDisk};
-use common::{chain, config, get, open_on, set, soon, start, start_on};
 use wrenn_raft::fault::Fault;
 use wrenn_raft::group::{ProposeError, Role};
+
+use crate::common::disk::{Break, Handle, TestDisk};
+use crate::common::{chain, config, get, open_on, set, soon, start, start_on};
 
 #[tokio::test]
 async fn proposals_share_syncs_and_none_is_answered_without_one() {

@@ -1,14 +1,13 @@
 //! What guests took, and what is told of it: counted from changes, whoever is alive.
 
-mod world;
-
 use proto::ids::NodeId;
 use proto::units::Stamp;
-use world::*;
 use wrenn_raft::command::{Attributed, Command, StopCause, Verdict};
 use wrenn_raft::state::{
     Actor, Day, EventId, Happening, Phase, RowKey, SandboxSpec, Settings, State, TeamLoad, Usage,
 };
+
+use crate::world::*;
 
 /// A world in which somebody has asked for something: from then on everything is noted.
 fn noted(mut world: World) -> World {
