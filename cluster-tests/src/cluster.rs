@@ -3,12 +3,11 @@
 //!
 //! Nodes are numbered from 1; the first founds. They can be stopped, killed and paused one by one,
 //! and cut off from each other by dropping real packets. Whatever a test leaves behind is undone and
-//! looked for when the world is dropped, node by node. One such world exists at a time.
+//! looked for when the world is dropped, node by node. Two such worlds exist at a time.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fs, process, thread};
 
@@ -17,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::client::wait_for;
 use crate::leaks;
+use crate::places::{Place, Places};
 use crate::world::{Site, World, signal};
 
 /// Longest that roles may take to settle: two replacements of voters are half a minute apart.
@@ -30,15 +30,19 @@ const SLOTS: u16 = 16;
 /// Longest an election or a join may take on a busy machine, many times what it takes.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Taken by the one cluster of this process.
-static ONLY: Mutex<()> = Mutex::new(());
+/// Clusters at once: their nodes and guests wait half of the time, for each other and for what is to
+/// be missed.
+const AT_ONCE: usize = 2;
+
+/// Those of this process.
+static PLACES: Places<AT_ONCE> = Places::new();
 
 /// A cluster of real daemons.
 #[derive(Debug)]
 pub struct ClusterWorld {
     nodes: Vec<World>,
     // Last: the next cluster begins once this one is gone.
-    _only: MutexGuard<'static, ()>,
+    place: Place<AT_ONCE>,
 }
 
 impl ClusterWorld {
@@ -56,17 +60,29 @@ impl ClusterWorld {
     /// # Panics
     /// When it does not come up, or would have more than [`MAX_NODES`].
     #[must_use]
-    pub fn with(nodes: u16, mut prepare: impl FnMut(u16, &mut World)) -> Self {
+    pub fn with(nodes: u16, prepare: impl FnMut(u16, &mut World)) -> Self {
+        Self::at(PLACES.take(), nodes, prepare)
+    }
+
+    /// The same, with no other cluster beside it: for tests of what is in time.
+    ///
+    /// # Panics
+    /// As [`Self::with`].
+    #[must_use]
+    pub fn alone(nodes: u16, prepare: impl FnMut(u16, &mut World)) -> Self {
+        Self::at(PLACES.take_all(), nodes, prepare)
+    }
+
+    fn at(place: Place<AT_ONCE>, nodes: u16, mut prepare: impl FnMut(u16, &mut World)) -> Self {
         assert!((1..=MAX_NODES).contains(&nodes), "1 to {MAX_NODES} nodes");
-        let only = ONLY.lock().unwrap_or_else(PoisonError::into_inner);
         let worlds = (1..=nodes).map(|number| {
-            let mut world = World::at(site(number));
+            let mut world = World::at(site(&place, number));
             prepare(number, &mut world);
             world
         });
         let mut cluster = Self {
             nodes: worlds.collect(),
-            _only: only,
+            place,
         };
         cluster.nodes[0].start();
         cluster.join_others();
@@ -92,7 +108,7 @@ impl ClusterWorld {
     pub fn admit(&mut self, through: u16) -> u16 {
         let number = self.len() + 1;
         assert!(number <= MAX_NODES, "1 to {MAX_NODES} nodes");
-        let mut world = World::at(site(number));
+        let mut world = World::at(site(&self.place, number));
         let token = token(self.client(through));
         world.join(&self.nodes[0], &token);
         world.start();
@@ -109,7 +125,7 @@ impl ClusterWorld {
     pub fn stranger(&self, number: u16, token: &str) -> World {
         let free = self.len() + 1..=MAX_NODES;
         assert!(free.contains(&number), "{free:?} are free");
-        let mut world = World::at(site(number));
+        let mut world = World::at(site(&self.place, number));
         world.join(&self.nodes[0], token);
         world
     }
@@ -276,7 +292,7 @@ impl ClusterWorld {
     fn number_of(&self, nodes: &Value, id: &str) -> Option<u16> {
         let node = nodes.as_array()?.iter().find(|node| node["id"] == id)?;
         let name = node["name"].as_str()?;
-        (1..=self.len()).find(|number| name == site(*number).name)
+        (1..=self.len()).find(|number| name == site(&self.place, *number).name)
     }
 
     /// Waits until every node that runs counts so many live members.
@@ -355,8 +371,12 @@ impl Drop for ClusterWorld {
 }
 
 /// What node `number` has for itself: below the ports of worlds of one node, and above their slots.
-fn site(number: u16) -> Site {
-    let row = |rows: u32| u16::try_from(process::id() % rows).expect("few rows");
+fn site(place: &Place<AT_ONCE>, number: u16) -> Site {
+    // Rows next to each other, and other rows than other test programs have.
+    let row = |rows: u32| {
+        let first = u16::try_from(process::id() % (rows / 2)).expect("few rows") * 2;
+        first + place.number()
+    };
     let port = 10_000 + row(400) * MAX_NODES * PORTS + (number - 1) * PORTS;
     Site {
         name: format!("node{number}"),
@@ -391,6 +411,16 @@ fn nft(rules: &str) {
     drop(input);
     let status = child.wait().expect("nft ends");
     assert!(status.success(), "nft refuses:\n{rules}");
+}
+
+/// Makes leases short, so that a lost host is given up in seconds.
+///
+/// # Panics
+/// When the cluster refuses.
+pub fn shorten_leases(world: &World, ttl: Duration, grace: Duration) {
+    let settings = json!({ "lease_ttl_sec": ttl.as_secs(), "lease_grace_sec": grace.as_secs() });
+    let changed = world.call("PATCH", "/v1/cluster", Some(&settings));
+    assert_eq!(changed.status, 200, "{}", changed.json());
 }
 
 /// Waits until a node sees so many voters, and no change of them under way; returns the cluster as

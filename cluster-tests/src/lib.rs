@@ -14,5 +14,6 @@ pub mod contents;
 pub mod history;
 pub mod leaks;
 pub mod outside;
+mod places;
 pub mod sim;
 pub mod world;

@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use self::place::{Place, SLOTS};
+use self::place::{PLACES, Place, SLOTS};
 use crate::client::wait_for;
 use crate::leaks;
 
@@ -86,8 +86,8 @@ impl World {
     /// Where the images have not been built: a test of the real thing needs them.
     #[must_use]
     pub fn asleep() -> Self {
-        let place = Place::take();
-        let mut world = Self::at(place.site());
+        let place = PLACES.take();
+        let mut world = Self::at(place::site(&place));
         world.place = Some(place);
         world
     }

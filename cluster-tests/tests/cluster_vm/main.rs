@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use wrenn_cluster_tests::client::wait_for;
-use wrenn_cluster_tests::cluster::{self, ClusterWorld};
+use wrenn_cluster_tests::cluster::{self, ClusterWorld, shorten_leases};
 use wrenn_cluster_tests::world::World;
 
 /// Longest that something soon to come may take on a busy machine.
@@ -77,13 +77,6 @@ fn wait_voters(cluster: &ClusterWorld, numbers: &[u16], count: usize) {
     for number in numbers {
         cluster::wait_voters(cluster.client(*number), count);
     }
-}
-
-/// Makes leases short, so that a lost host is given up in seconds.
-fn shorten_leases(world: &World, ttl: Duration, grace: Duration) {
-    let settings = json!({ "lease_ttl_sec": ttl.as_secs(), "lease_grace_sec": grace.as_secs() });
-    let changed = world.call("PATCH", "/v1/cluster", Some(&settings));
-    assert_eq!(changed.status, 200, "{}", changed.json());
 }
 
 /// What one node tells of another.

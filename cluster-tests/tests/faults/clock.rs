@@ -71,7 +71,7 @@ fn i1_steps_of_a_wall_clock_and_unlike_boot_clocks_cost_nobody_a_lease() {
     let dir = tempfile::tempdir().expect("a temp dir");
     let library = library(dir.path());
     let mut clocks = Vec::new();
-    let mut cluster = ClusterWorld::with(3, |number, world| {
+    let mut cluster = ClusterWorld::alone(3, |number, world| {
         clocks.push(WallClock::give(world, &library));
         let up_for = UP_FOR[usize::from(number) - 1].to_string();
         let in_its_own_time = ["unshare", "--time", "--boottime", &up_for];

@@ -20,7 +20,7 @@ use wrenn_cluster_tests::cluster::ClusterWorld;
 use wrenn_cluster_tests::world::World;
 
 use crate::door::{Change, Door};
-use crate::three;
+use crate::three_alone;
 
 /// Most memory that may stay with the node. One member alone may cost 128 MiB by the transport's
 /// limits while it is connected; all of it must be free again, but for what the allocator keeps.
@@ -41,7 +41,7 @@ struct Target {
 
 #[test]
 fn garbage_strangers_and_a_mad_member_cost_a_node_next_to_nothing() {
-    let mut cluster = three();
+    let mut cluster = three_alone();
     let target = target(cluster.client(VICTIM));
     let (memory, lines) = (resident_kib(&cluster), log_lines(&cluster));
     let over = AtomicBool::new(false);

@@ -11,7 +11,7 @@ use wrenn_cluster_tests::client::wait_for;
 use wrenn_cluster_tests::cluster::ClusterWorld;
 use wrenn_cluster_tests::world::signal;
 
-use crate::{SETTLE_TIMEOUT, three};
+use crate::{SETTLE_TIMEOUT, three_alone};
 
 /// How long nothing may happen. Leases are renewed ten times in it, load is reported twenty times.
 const IDLE: Duration = Duration::from_secs(20);
@@ -28,7 +28,7 @@ const WRITTEN_BYTES: u64 = 256 * 1024;
 
 #[test]
 fn an_idle_cluster_does_not_grow_its_log_and_hardly_syncs() {
-    let cluster = three();
+    let cluster = three_alone();
     let watched = (0..WATCHES).any(|_| is_idle_for_a_while(&cluster));
     assert!(watched, "elections in each watch:\n{}", cluster.logs());
 }

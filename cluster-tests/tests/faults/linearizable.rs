@@ -19,7 +19,7 @@ use wrenn_cluster_tests::history::{
 
 use crate::chance::Chance;
 use crate::door::{Change, Door, Told};
-use crate::three;
+use crate::three_alone;
 
 /// How long faults go on.
 const FAULTS_FOR: Duration = Duration::from_secs(30);
@@ -51,7 +51,7 @@ struct Work {
 /// answer counts as lost; making the write again would undo what others have written since.
 #[test]
 fn i8_a_write_whose_answer_came_late_is_not_made_a_second_time() {
-    let cluster = three();
+    let cluster = three_alone();
     let leader = cluster.wait_leader();
     let slow = 1 + leader % 3;
     let (near, far) = (Door::of(&cluster, leader), Door::of(&cluster, slow));
@@ -102,7 +102,7 @@ fn value(door: &Door) -> Option<String> {
 
 #[test]
 fn i8_clients_of_dying_hanging_and_parted_nodes_see_one_history() {
-    let mut cluster = three();
+    let mut cluster = three_alone();
     let seed = seed();
     println!("WRENN_SEED={seed}");
     let work = Work {

@@ -31,7 +31,15 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Three nodes that all vote.
 fn three() -> ClusterWorld {
-    let cluster = ClusterWorld::new(3);
+    all_vote(ClusterWorld::new(3))
+}
+
+/// The same, with no other cluster beside it: for tests of what is in time, or of what is used.
+fn three_alone() -> ClusterWorld {
+    all_vote(ClusterWorld::alone(3, |_, _| {}))
+}
+
+fn all_vote(cluster: ClusterWorld) -> ClusterWorld {
     wait_voters(cluster.client(1), 3);
     cluster
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use wrenn_cluster_tests::client::wait_for;
-use wrenn_cluster_tests::cluster::ClusterWorld;
+use wrenn_cluster_tests::cluster::{ClusterWorld, shorten_leases};
 use wrenn_cluster_tests::world::World;
 
 use crate::recover::{give_up, recover};
@@ -13,8 +13,10 @@ use crate::{missing, wait_voters, write_record, write_records};
 
 /// Longest a change may take to be refused: what a proposal waits for a quorum, and a busy machine.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(15);
-/// Longer than a lease and its grace: whatever lived by it is dead by then.
-const PAST_LEASES: Duration = Duration::from_secs(90);
+/// A lease and its grace.
+const LEASE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(10));
+/// Longer than both: whatever lived by it is dead by then.
+const PAST_LEASES: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_survivor_serves_its_own_without_a_quorum_and_everything_after_its_recovery() {
@@ -22,6 +24,7 @@ fn a_survivor_serves_its_own_without_a_quorum_and_everything_after_its_recovery(
         world.arguments = vec!["--tag".into(), format!("site=s{number}")];
     });
     wait_voters(cluster.client(3), 3);
+    shorten_leases(cluster.client(3), LEASE.0, LEASE.1);
     let written = write_records(&cluster, &[1, 2, 3]);
     let asked = json!({ "memory_mb": 256, "node_tags": { "site": "s3" } });
     let capsule = cluster.client(1).capsule_with(&asked);

@@ -117,7 +117,7 @@ fn a_leader_with_a_slow_disk_does_not_hold_the_cluster_up() {
         println!("not shown here: the kernel offers no block controller");
         return;
     };
-    let mut cluster = ClusterWorld::with(3, |_, world| world.use_own_disk(DISK_MIB));
+    let mut cluster = ClusterWorld::alone(3, |_, world| world.use_own_disk(DISK_MIB));
     wait_voters(cluster.client(1), 3);
     let doors = Door::all(&cluster);
     let mut written = Vec::new();
